@@ -10,7 +10,6 @@ import torch
 from eggroll_llm import update as update_module
 from eggroll_llm.noise import served_factors, served_factors_of
 from eggroll_llm.update import (
-    REPORT_ROWS,
     MasterWeights,
     NonFiniteUpdate,
     OptimizerSettings,
@@ -164,8 +163,7 @@ def test_rms_of_a_step_is_the_learning_rate(rank, population, sigma, antithetic)
     assert report.finite
     change = torch.stack([master.served(name) for name in base])
     assert abs(float(change.square().mean().sqrt()) / 2e-3 - 1) < 0.12
-    measured = change[:, :: 256 // REPORT_ROWS]
-    assert abs(float(measured.square().mean().sqrt()) / report.rms - 1) < 1e-6
+    assert abs(float(change.square().mean().sqrt()) / report.rms - 1) < 1e-6  # so few rows are all measured
 
 
 def test_literature_scale_is_the_published_formula_and_between_0_and_root_2():

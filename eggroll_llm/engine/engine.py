@@ -68,10 +68,16 @@ class Engine:
         self.text_rules = TextRules(self._llm.get_tokenizer())
         (shapes,) = self._llm.collective_rpc(
             "es_start",
-            kwargs={"rank": rank, "optimizer": (optimizer or OptimizerSettings()) if trainable else None},
+            kwargs={
+                "rank": rank,
+                "optimizer": (optimizer or OptimizerSettings()) if trainable else None,
+                "compiled": not config.enforce_eager,
+            },
         )
         _check_shapes(model_dir, shapes)
         self.shapes: dict[str, tuple[int, int]] = shapes
+        if not config.enforce_eager:  # compilation must not fall into the first step
+            self.generate([Request(prompt_ids=(1, 2, 3))], Decoding(max_tokens=2))
 
     def begin(self, noise: NoiseSpec, population: int, *, antithetic: bool = True) -> float:
         """Make the members of a step available; return the seconds that their noise took."""

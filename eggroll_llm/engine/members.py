@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from eggroll_llm.engine.layers import Layer, parameter_shapes
-from eggroll_llm.noise import NoiseSpec, Shape, served_factors_of
+from eggroll_llm.engine.native_noise import served_factors_of
+from eggroll_llm.noise import NoiseSpec, Shape
 
 BANK_BYTES = 512 << 20  # factors of a whole population are kept for the step when they fit in this
 
@@ -55,7 +56,11 @@ class FactorBank:
         """Stand in for `served_factors_of`, answering from what is kept when that is what is asked for."""
         if self._kept is None or noise != self._noise or int(pairs_K.max()) >= self._pairs or dtype != self.dtype:
             return served_factors_of(noise, pairs_K, shapes, dtype, device)
-        rows_K = pairs_K.to(self.device)
+        first = int(pairs_K[0])
+        if torch.equal(pairs_K, torch.arange(first, first + len(pairs_K))):
+            rows_K: Tensor | slice = slice(first, first + len(pairs_K))  # a view; an index makes a copy
+        else:
+            rows_K = pairs_K.to(self.device)
         return {name: (self._kept[name][0][rows_K], self._kept[name][1][rows_K]) for name, _, _ in shapes}
 
 
@@ -108,7 +113,7 @@ class MemberSlots:
             layer.module.lora_b_stacked[c][slots, 0, :, : self.rank] = A_MOR
 
     def _use_compact_buffers(self) -> None:
-        """Replace vLLM's buffers, which pad the rank, by B_SCRI and A_SRO at the exact rank (what `kernel` reads)."""
+        """Replace vLLM's buffers, which pad the rank, by B_SCRI and A_SRO at the exact rank (for `member_term`)."""
         slots = len(self.member_in)
         for layer in self.layers:
             B_SCRI = torch.zeros(slots, len(layer.sizes), self.rank, layer.in_features, dtype=self.bank.dtype)

@@ -53,10 +53,9 @@ def serve(masters: MasterWeights, layers: Sequence[Layer], device: torch.device)
     for layer in layers:
         base_layer = layer.module.base_layer
         if device.type == "cpu":
-            parts = [masters.served(parameter) for parameter in layer.parameters]
-            fused = torch.cat(parts) if len(parts) > 1 else parts[0]
+            fused = torch.empty(sum(layer.sizes), layer.in_features, dtype=masters.served_dtype)
             base_layer.weight = torch.nn.Parameter(fused, requires_grad=False)
+        for parameter, begin, end in layer.slices():
+            masters.write_served(parameter, base_layer.weight[begin:end])
+        if device.type == "cpu":
             _pack(base_layer, remove_weight=True)
-        else:
-            for parameter, begin, end in layer.slices():
-                base_layer.weight[begin:end].copy_(masters.served(parameter))

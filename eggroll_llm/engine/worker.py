@@ -2,12 +2,12 @@
 
 vLLM mixes `EsWorkerExtension` into its worker class; `es_start` builds a `Population`, `es_call` reaches its methods.
 What is replaced, on instances only: how the adapter manager makes adapters resident (members are placed, nothing is
-loaded from disk), and on CPU the adapter arithmetic (`kernel`), whose stock version is slow and applies the last slot's
-adapter to tokens without one.
+loaded from disk), and on CPU the linear layers' adapter arithmetic (`member_term`), whose stock version is slow and
+applies the last slot's adapter to tokens without one, and the model's norms and activations (`fused`, or `compiled`).
 """
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,8 +19,10 @@ from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 from vllm.lora.request import LoRARequest
 from vllm.platforms import current_platform
 
-from eggroll_llm.engine.kernel import add_term, implementation
-from eggroll_llm.engine.layers import find_layers
+from eggroll_llm.engine import fused
+from eggroll_llm.engine.compiled import compile_model
+from eggroll_llm.engine.layers import Layer, find_layers
+from eggroll_llm.engine.member_term import AddTerm, graph_operator, implementation
 from eggroll_llm.engine.members import FactorBank, MemberSlots
 from eggroll_llm.engine.served import initial_weights, keep_linear_weights, serve
 from eggroll_llm.noise import NoiseSpec
@@ -44,9 +46,10 @@ class UpdateTimes:
 class EsWorkerExtension:
     """Methods added to vLLM's worker; the prefix keeps them from clashing with its own."""
 
-    def es_start(self, *, rank: int, optimizer: OptimizerSettings | None) -> dict[str, tuple[int, int]]:
+    def es_start(self, *, rank: int, optimizer: OptimizerSettings | None, compiled: bool) -> dict[str, tuple[int, int]]:
         """Install the population; return the (out, in) shape of every trained parameter."""
-        self.es_population = Population(self.model_runner, rank=rank, optimizer=optimizer)  # type: ignore[attr-defined]
+        model_runner = self.model_runner  # type: ignore[attr-defined]
+        self.es_population = Population(model_runner, rank=rank, optimizer=optimizer, compiled=compiled)
         return {name: (out, inside) for name, out, inside in self.es_population.bank.shapes}
 
     def es_call(self, method: str, *args: Any) -> Any:
@@ -57,7 +60,7 @@ class EsWorkerExtension:
 class Population:
     """Slots, factors and master weights inside a vLLM worker."""
 
-    def __init__(self, model_runner: Any, *, rank: int, optimizer: OptimizerSettings | None) -> None:
+    def __init__(self, model_runner: Any, *, rank: int, optimizer: OptimizerSettings | None, compiled: bool) -> None:
         lora_manager = model_runner.lora_manager
         self._adapters = adapters = lora_manager._adapter_manager
         adapters.remove_all_adapters()
@@ -71,7 +74,7 @@ class Population:
         lora_manager._apply_adapters = self._place
         lora_manager._load_adapter = _refuse_to_load
         if self.device.type == "cpu":
-            self._install_kernel(model_runner.max_num_tokens)
+            self._install_on_cpu(model_runner, compiled)
 
     def begin(self, noise: NoiseSpec, population: int, antithetic: bool) -> float:
         """Take the noise of a step; return the seconds it took."""
@@ -122,49 +125,52 @@ class Population:
                 None if member is None else member + 1 for member in self.slots.member_in
             ]
 
-    def _install_kernel(self, max_tokens: int) -> None:
-        implementation()  # compiles on a machine's first use, which must not fall into the first step
-        wrapper = MemberTerm(max_tokens, max_tokens, self.device)
+    def _install_on_cpu(self, model_runner: Any, compiled: bool) -> None:
+        tokens = SlotOfTokens(model_runner.max_num_tokens, model_runner.max_num_tokens, self.device)
+        # The first use on a machine compiles C++, which must not fall into the first step.
+        add_term = graph_operator() if compiled else implementation()
         for layer in self.layers:
-            layer.module.set_mapping(wrapper)
+            layer.module.apply = _linear_with_term(layer, tokens.slot_T, add_term)
         for name in self._adapters.punica_wrapper_mapping:
-            self._adapters.punica_wrapper_mapping[name] = wrapper
+            self._adapters.punica_wrapper_mapping[name] = tokens
         self._adapters._last_mapping = None
+        if compiled:
+            compile_model(model_runner.model)
+        else:
+            fused.install(model_runner.model)
 
 
-class MemberTerm(PunicaWrapperCPU):
-    """vLLM's hook for adapter arithmetic on CPU, given to our kernel."""
+class SlotOfTokens(PunicaWrapperCPU):
+    """Where vLLM says which adapter each token belongs to, once per forward pass."""
 
     def __init__(self, max_num_batched_tokens: int, max_batches: int, device: torch.device) -> None:
         super().__init__(max_num_batched_tokens, max_batches, device)
-        self._slot_T = torch.full((max_num_batched_tokens,), -1, dtype=torch.int32)
+        self.slot_T = torch.full((max_num_batched_tokens,), -1, dtype=torch.int32)
 
     def update_metadata(
         self, mapping: LoRAMapping, lora_index_to_id: list[int | None], *args: Any, **kwargs: Any
     ) -> None:
-        """Turn the adapter id of every token into its slot, once per forward pass."""
+        """Turn the adapter id of every token into its slot."""
         id_T = np.asarray(mapping.index_mapping, dtype=np.int64)
         slot_of_id = np.full(max(id_T.max(initial=0), *(i or 0 for i in lora_index_to_id)) + 1, -1, dtype=np.int32)
         for slot, adapter_id in enumerate(lora_index_to_id):
             if adapter_id is not None:
                 slot_of_id[adapter_id] = slot
-        self._slot_T.fill_(-1)
-        self._slot_T[: len(id_T)] = torch.from_numpy(slot_of_id[id_T])
-        self.no_lora = bool((self._slot_T < 0).all())
+        self.slot_T.fill_(-1)
+        self.slot_T[: len(id_T)] = torch.from_numpy(slot_of_id[id_T])
 
-    def add_lora_linear(
-        self,
-        y: Tensor,
-        x: Tensor,
-        lora_a_stacked: tuple[Tensor, ...],
-        lora_b_stacked: tuple[Tensor, ...],
-        scale: float,
-        output_slices: tuple[int, ...],
-        **kwargs: Any,
-    ) -> None:
-        """Add the member term in place; vLLM's A is our B. The scale is in A already."""
-        if not self.no_lora:
-            add_term(y, x, lora_b_stacked[0], lora_a_stacked[0], self._slot_T, output_slices)
+
+def _linear_with_term(layer: Layer, slot_T: Tensor, add_term: AddTerm) -> Callable[..., Tensor]:
+    """Return the layer's x -> x W^T + A_s (B_s^T x); vLLM's A is our B, and the scale is in A already."""
+    base_layer, slices = layer.module.base_layer, list(layer.sizes)
+    (B_SCRI,), (A_SRO,) = layer.module.lora_a_stacked, layer.module.lora_b_stacked
+
+    def apply(x: Tensor, bias: Tensor | None = None) -> Tensor:
+        y: Tensor = base_layer.cpu_linear(x, base_layer.weight, bias)
+        add_term(y, x, A_SRO, B_SCRI, slot_T, slices)
+        return y
+
+    return apply
 
 
 def _refuse_to_load(request: LoRARequest) -> None:

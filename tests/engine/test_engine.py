@@ -38,13 +38,21 @@ class Case:
     """Largest difference of log-probabilities between vLLM and transformers with the same weights."""
     apart: float = 2e-2
     """Least difference between different members."""
+    compiled: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.kind}-{self.dtype}-{self.rank}{'-compiled' * self.compiled}"
 
 
 CASES = [
     Case(kind="llama", rank=1),
     Case(kind="qwen2", rank=2),
     Case(kind="qwen3", rank=4),
+    Case(kind="llama", rank=8),
+    Case(kind="qwen2", rank=16),
     Case(kind="qwen3", rank=1, dtype="bfloat16", tolerance=0.2, apart=0.6),
+    Case(kind="qwen3", rank=2, compiled=True),
+    Case(kind="qwen2", rank=1, dtype="bfloat16", tolerance=0.2, apart=0.6, compiled=True),
 ]
 
 
@@ -69,10 +77,10 @@ class Served:
         )
 
 
-@pytest.fixture(scope="module", params=CASES, ids=lambda case: f"{case.kind}-{case.dtype}-{case.rank}")
+@pytest.fixture(scope="module", params=CASES, ids=str)
 def served(request: pytest.FixtureRequest, tiny_model: Callable[[str], Path]) -> Iterator[Served]:
     case: Case = request.param
-    config = EngineConfig(dtype=case.dtype, kv_cache_gib=0.05, max_sequences=16)
+    config = EngineConfig(dtype=case.dtype, kv_cache_gib=0.05, max_sequences=16, enforce_eager=not case.compiled)
     model_dir = tiny_model(case.kind)
     engine = Engine(model_dir, config, slots=SLOTS, rank=case.rank, max_model_len=128)
     start = {name: tensor.clone() for name, tensor in engine.state().items()}
@@ -149,6 +157,33 @@ def test_members_do_not_depend_on_slots_order_or_batch(served: Served) -> None:
     alone = [engine.generate([request], GREEDY)[0].token_ids for request in requests]
     assert together == backwards == alone
     assert len({together[3 * m] for m in range(POPULATION)}) > 1
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_members_do_not_depend_on_waves_and_lengths(served: Served, temperature: float) -> None:
+    """Twenty members on four slots, prompts and completions of many lengths: shuffled, in waves, in one go."""
+    engine, population = served.engine, 20
+    requests = [
+        Request(prompt_ids=PROMPTS[m % 3][: 10 + 3 * m % 29], member=m, seed=17 * m)
+        for m in range(population)
+        for _ in "ab"
+    ]
+    engine.begin(served.noise(), population)
+    free = Decoding(max_tokens=24, temperature=temperature)
+    texts = [completion.text for completion in engine.generate(requests, free)]
+    common = max(sorted(set("".join(texts))), key=lambda character: sum(character in text[2:] for text in texts))
+    decoding = Decoding(max_tokens=24, temperature=temperature, stop=(common,))
+
+    def tokens(requests: list[Request]) -> list[tuple[int, ...]]:
+        return [completion.token_ids for completion in engine.generate(requests, decoding)]
+
+    together = tokens(requests)
+    assert len({len(token_ids) for token_ids in together}) > 4
+    engine.begin(served.noise(), population)
+    in_waves = [token_ids for wave in range(0, len(requests), 7) for token_ids in tokens(requests[wave : wave + 7])]
+    order = torch.randperm(len(requests), generator=torch.Generator().manual_seed(0)).tolist()
+    shuffled = dict(zip(order, tokens([requests[i] for i in order]), strict=True))
+    assert together == in_waves == [shuffled[i] for i in range(len(requests))]
 
 
 def test_slots_hold_the_bits_that_the_update_credits(served: Served) -> None:

@@ -1,19 +1,17 @@
 """The member term against its definition, compiled and in torch, at every rank and in any batch."""
 
-from pathlib import Path
-
 import pytest
 import torch
 from torch import Tensor
 
-from eggroll_llm.engine import kernel
+from eggroll_llm.engine import member_term, native
 
 SLICES, INSIDE, SLOTS = (48, 16, 16), 64, 5
 
 
-def implementations() -> list[kernel.AddTerm]:
-    library = kernel.compiled_library()
-    return [kernel.add_term_torch] + ([kernel._native(library)] if library else [])
+def implementations() -> list[member_term.AddTerm]:
+    library = native.library()
+    return [member_term.add_term_torch] + ([member_term.bind(library)] if library else [])
 
 
 def inputs(tokens: int, rank: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -45,7 +43,7 @@ def dense(y_TO: Tensor, x_TI: Tensor, A_SRO: Tensor, B_SCRI: Tensor, slot_T: Ten
 @pytest.mark.parametrize("add_term", implementations(), ids=lambda function: function.__name__)
 @pytest.mark.parametrize("rank", [1, 2, 3, 4, 8, 16, 64])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_term_is_the_dense_product(add_term: kernel.AddTerm, rank: int, dtype: torch.dtype) -> None:
+def test_the_term_is_the_dense_product(add_term: member_term.AddTerm, rank: int, dtype: torch.dtype) -> None:
     y_TO, x_TI, A_SRO, B_SCRI, slot_T = inputs(37, rank, dtype)
     expected = dense(y_TO, x_TI, A_SRO, B_SCRI, slot_T)
     add_term(y_TO, x_TI, A_SRO, B_SCRI, slot_T, SLICES)
@@ -55,7 +53,7 @@ def test_the_term_is_the_dense_product(add_term: kernel.AddTerm, rank: int, dtyp
 
 
 @pytest.mark.parametrize("add_term", implementations(), ids=lambda function: function.__name__)
-def test_tokens_of_the_base_model_keep_their_bits(add_term: kernel.AddTerm) -> None:
+def test_tokens_of_the_base_model_keep_their_bits(add_term: member_term.AddTerm) -> None:
     y_TO, x_TI, A_SRO, B_SCRI, slot_T = inputs(37, 2, torch.bfloat16)
     before = y_TO.clone()
     add_term(y_TO, x_TI, A_SRO, B_SCRI, slot_T, SLICES)
@@ -67,7 +65,7 @@ def test_tokens_of_the_base_model_keep_their_bits(add_term: kernel.AddTerm) -> N
 
 @pytest.mark.parametrize("add_term", implementations(), ids=lambda function: function.__name__)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_row_has_the_same_bits_in_any_batch(add_term: kernel.AddTerm, dtype: torch.dtype) -> None:
+def test_a_row_has_the_same_bits_in_any_batch(add_term: member_term.AddTerm, dtype: torch.dtype) -> None:
     y_TO, x_TI, A_SRO, B_SCRI, slot_T = inputs(300, 4, dtype)
     together = y_TO.clone()
     add_term(together, x_TI, A_SRO, B_SCRI, slot_T, SLICES)
@@ -83,12 +81,6 @@ def test_twins_terms_are_exact_negatives() -> None:
     _, x_TI, A_SRO, B_SCRI, _ = inputs(2, 2, torch.float32)
     A_SRO[1], B_SCRI[1], x_TI[1] = -A_SRO[0], B_SCRI[0], x_TI[0]
     y_TO = torch.zeros(2, sum(SLICES))
-    kernel.add_term(y_TO, x_TI, A_SRO, B_SCRI, torch.tensor([0, 1], dtype=torch.int32), SLICES)
+    member_term.add_term(y_TO, x_TI, A_SRO, B_SCRI, torch.tensor([0, 1], dtype=torch.int32), SLICES)
     assert y_TO[0].abs().min() > 0
     assert torch.equal(y_TO[0], -y_TO[1])
-
-
-def test_without_a_compiler_the_fallback_is_used(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("CXX", "/nonexistent/c++")
-    monkeypatch.setenv("EGGROLL_CACHE", str(tmp_path))
-    assert kernel.compiled_library.__wrapped__() is None

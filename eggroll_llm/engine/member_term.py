@@ -1,32 +1,23 @@
 """The per-member term of a linear layer on CPU:  y_t += A_s (B_s^T x_t),  s the slot of token t's member.
 
-`kernel.cpp` computes it in one pass. It is compiled once per machine into the user's cache with the C++ compiler that
-is there; where there is none, `add_term_torch` computes it more slowly, equal up to rounding. Both leave tokens of
-the base model (slot -1) untouched and make each row depend on its own token alone: a completion does not
-depend on its batch.
+`member_term.cpp` computes it in one pass; where it cannot be built, `add_term_torch` computes it more slowly, equal up
+to rounding. Both leave tokens of the base model (slot -1) untouched and make each row depend on its own token alone: a
+completion does not depend on its batch.
 
 Shapes: T token, S slot, C slice of a fused layer (q, k, v or gate, up), R rank, O out features of all slices, I in.
 """
 
 import ctypes
-import hashlib
-import os
-import platform
-import subprocess
-import tempfile
 from collections.abc import Callable, Sequence
 from functools import cache
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from eggroll_llm.hardware import cpu_flags, cxx_compiler
-from eggroll_llm.models import cache_root
+from eggroll_llm.engine import native
 
 MAX_RANK = 64  # size of the kernel's buffer on the stack
 FALLBACK_CHUNK = 256  # tokens that the fallback gathers factors for at a time, which bounds its memory
-COMPILER_FLAGS = ("-O3", "-march=native", "-fopenmp", "-shared", "-fPIC", "-std=c++17")
 
 AddTerm = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Sequence[int]], None]
 
@@ -43,15 +34,26 @@ def add_term(y_TO: Tensor, x_TI: Tensor, A_SRO: Tensor, B_SCRI: Tensor, slot_T: 
 @cache
 def implementation() -> AddTerm:
     """Return the compiled kernel, or the fallback where it cannot be built."""
-    library = compiled_library()
-    return add_term_torch if library is None else _native(library)
+    library = native.library()
+    return add_term_torch if library is None else bind(library)
+
+
+@cache
+def graph_operator() -> AddTerm:
+    """Return `add_term` as an operator that torch.compile leaves as it is, inside a graph."""
+    torch.library.define(
+        "eggroll::add_member_term", "(Tensor(a!) y, Tensor x, Tensor A, Tensor B, Tensor slot, int[] slices) -> ()"
+    )
+    torch.library.impl("eggroll::add_member_term", "CPU", implementation())
+    operator: AddTerm = torch.ops.eggroll.add_member_term.default
+    return operator
 
 
 def add_term_torch(
     y_TO: Tensor, x_TI: Tensor, A_SRO: Tensor, B_SCRI: Tensor, slot_T: Tensor, slices: Sequence[int]
 ) -> None:
     """The same term in torch operations: correct everywhere, and slower, as factors are copied for every token."""
-    for rows in torch.nonzero(slot_T >= 0).flatten().split(FALLBACK_CHUNK):
+    for rows in torch.nonzero(slot_T[: len(x_TI)] >= 0).flatten().split(FALLBACK_CHUNK):
         slots = slot_T[rows]
         h_TCR = (x_TI[rows].float()[:, None, None] * B_SCRI[slots].float()).sum(-1)
         y = y_TO[rows].float()
@@ -63,43 +65,11 @@ def add_term_torch(
         y_TO[rows] = y.to(y_TO.dtype)
 
 
-@cache
-def compiled_library() -> Path | None:
-    """Return the compiled kernel, building it on the first call; None without a working compiler."""
-    compiler = cxx_compiler()
-    if compiler is None or os.name != "posix":
-        return None
-    source = Path(__file__).with_suffix(".cpp")
-    library = cache_root() / "kernels" / f"member-term-{_build_id(source)}.so"
-    if library.is_file():
-        return library
-    try:
-        library.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        with tempfile.TemporaryDirectory(dir=library.parent) as directory:
-            built = Path(directory) / library.name
-            subprocess.run(
-                [compiler, *COMPILER_FLAGS, str(source), "-o", str(built)],
-                check=True,
-                capture_output=True,
-                timeout=120,
-            )
-            built.replace(library)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return library
-
-
-def _build_id(source: Path) -> str:
-    """Source, flags and processor: a library built with -march=native must not be loaded on another machine."""
-    parts = (source.read_text(), *COMPILER_FLAGS, platform.machine(), platform.processor(), *sorted(cpu_flags()))
-    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
-
-
-def _native(library: Path) -> AddTerm:
-    handle = ctypes.CDLL(str(library))
+def bind(library: ctypes.CDLL) -> AddTerm:
+    """Return the compiled kernel of a library as a function of tensors."""
     functions = {
-        torch.float32: handle.eggroll_add_term_float32,
-        torch.bfloat16: handle.eggroll_add_term_bfloat16,
+        torch.float32: library.eggroll_add_term_float32,
+        torch.bfloat16: library.eggroll_add_term_bfloat16,
     }
     for function in functions.values():
         function.argtypes = [ctypes.c_void_p] * 6 + [ctypes.c_int64] * 5
