@@ -1,27 +1,36 @@
-"""Sampling and update speed of a recipe's population next to plain vLLM, in strict alternation.
+"""The speed of sampling a population next to plain vLLM and to the other ways of doing it, in strict alternation.
 
-Every variant is a process of its own that starts once and then waits; measurements go round the variants, so that a
-machine whose speed drifts treats them alike. All get the same prompts and generate the same number of tokens (no
-stopping, no prefix cache), so that the ratio is one of speed alone.
-
-    plain           vLLM as it is, without adapters, eager
-    population r    a population of rank r, every slot a different member, and its noise, update and repacking
+Every variant is a process that starts once and then waits. Variants are measured in groups, to bound the memory, and in
+rounds: plain vLLM, eager and compiled, then each variant of the group, so that a machine whose speed drifts treats all
+alike, and every ratio is taken within a round. All get the same prompts and generate the same numbers of tokens (no
+stopping, no prefix cache). What each variant does is in `engine.bench_variants`.
 """
 
 import json
+import random
 import statistics
 import subprocess
 import sys
-from dataclasses import asdict, dataclass
+import tempfile
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from rich.console import Console
+from rich.table import Table
+
+from eggroll_llm.budget import kept_bytes, member_bytes
 from eggroll_llm.config import RunConfig
-from eggroll_llm.session import prepare
+from eggroll_llm.errors import UserError
+from eggroll_llm.session import Prepared, prepare
+from eggroll_llm.targets import trained_parameters
 
-SEQUENCES = 128
-NEW_TOKENS = 64
-RANKS = (1, 8)
+SEQUENCES, NEW_TOKENS = 128, 64
+MIXED_SEQUENCES, MIXED_TOKENS = 512, (16, 64)
+PIPE_WIDTH = 180  # columns of the table where there is no terminal
+GIB = 2**30
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,145 +39,319 @@ class Variant:
 
     name: str
     """As in the table."""
-    rank: int
-    """Rank of the perturbations; 0 is the plain engine."""
-    slots: int
+    kind: Literal["plain", "population", "stock", "files", "swap"]
+    """What runs: see `engine.bench_variants`."""
+    rank: int = 0
+    """Rank of the perturbations; 0 is none, or full."""
+    slots: int = 0
     """Resident members."""
-    population: int
+    population: int = 0
     """Members, dealt out to the sequences in turn."""
+    compiled: bool = False
+    """Through torch.compile on CPU, CUDA graphs elsewhere."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Measured:
-    """A variant's figures: one tokens/s per repeat, and the last of the others."""
+EAGER = Variant(name="plain, eager", kind="plain")
+COMPILED = Variant(name="plain, compiled", kind="plain", compiled=True)
 
-    variant: Variant
-    tokens_per_second: list[float]
-    """Prompt and generated tokens per second of sampling."""
-    generated_per_second: list[float]
-    facts: dict[str, Any]
+
+def population(rank: int, members: int = 64, *, slots: int = 0, compiled: bool = False, note: str = "") -> Variant:
+    """Our engine with a name that says what differs."""
+    slots = slots or members
+    parts = [f"population of {members}, rank {rank}"]
+    parts += [f"{slots} slots"] * (slots != members) + ["compiled"] * compiled + [note] * bool(note)
+    name = ", ".join(parts)
+    return Variant(name=name, kind="population", rank=rank, slots=slots, population=members, compiled=compiled)
+
+
+STOCK = Variant(name="vLLM's LoRA, fed in memory", kind="stock", rank=1, slots=64, population=64)
+FILES = Variant(name="vLLM's LoRA, files in a RAM disk", kind="files", rank=1, slots=64, population=64)
+SWAP = Variant(name="all weights swapped, one member at a time", kind="swap", population=64)
+
+GROUPS: tuple[tuple[str, tuple[Variant, ...]], ...] = (  # workload and variants
+    ("even", (population(1), population(8), population(1, compiled=True))),
+    ("even", (population(2), population(4), population(16))),
+    ("even", (population(1, 16), population(1, 128))),
+    ("even", (STOCK, FILES, SWAP)),
+    ("mixed", (population(1, note="mixed lengths"), population(1, 256, slots=64, note="mixed lengths"))),
+)
 
 
 class Worker:
     """A variant's process."""
 
-    def __init__(self, job: dict[str, Any]) -> None:
+    def __init__(self, variant: Variant, job: dict[str, Any]) -> None:
         command = [sys.executable, "-W", "ignore", "-m", "eggroll_llm.engine.bench_worker"]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        self.ask(job)
+        self.variant = variant
+        self._messages = tempfile.TemporaryFile("w+")  # noqa: SIM115 - vLLM's remarks, shown if it fails
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._messages, text=True
+        )
+        self.ask(job | asdict(variant))
 
     def ask(self, message: dict[str, Any]) -> dict[str, Any]:
-        """Send a message and return the answer."""
+        """Send a message and return the answer. Raises UserError when the process has ended."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        self._process.stdin.write(json.dumps(message) + "\n")
-        self._process.stdin.flush()
+        with suppress(BrokenPipeError):  # it has ended, and its output ends too
+            self._process.stdin.write(json.dumps(message) + "\n")
+            self._process.stdin.flush()
         for line in self._process.stdout:
             if line.startswith("answer "):
                 answer: dict[str, Any] = json.loads(line.removeprefix("answer "))
                 return answer
-        raise RuntimeError(f"the benchmark's process ended with status {self._process.wait()}")
+        status = self._process.wait()
+        self._messages.seek(0)
+        last = "".join(self._messages.readlines()[-10:])
+        self.close()
+        raise UserError(f"benchmark: {self.variant.name!r} ended with status {status}:\n{last}")
 
     def close(self) -> None:
-        """End the process."""
-        self._process.terminate()
-        self._process.wait()
+        """End the process, which takes the end of its input for a goodbye and cleans up."""
+        assert self._process.stdin is not None
+        with suppress(BrokenPipeError):
+            self._process.stdin.close()
+        try:
+            self._process.wait(timeout=30)
+        except subprocess.TimeoutExpired:
+            self._process.terminate()
+            self._process.wait()
+        for stream in (self._process.stdout, self._messages):
+            if stream is not None:
+                stream.close()
 
 
-def bench(config: RunConfig, recipe_dir: Path, repeats: int, out: Path | None) -> list[Measured]:
-    """Measure, print a table and write JSON to `out`."""
+Round = dict[str, dict[str, Any]]
+"""The answers of one round by variant name."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """The rounds of one group."""
+
+    workload: str
+    variants: Sequence[Variant]
+    """The references, then those of the group."""
+    rounds: Sequence[Round]
+
+
+def bench(config: RunConfig, recipe_dir: Path, repeats: int, out: Path | None, wanted: str = "") -> None:
+    """Measure the variants with `wanted` in their name, print a table, write JSON to `out`. Raises UserError."""
+    groups = [(work, tuple(v for v in variants if wanted in v.name)) for work, variants in GROUPS]
+    groups = [(work, variants) for work, variants in groups if variants]
+    if not groups:
+        names = "\n  ".join(variant.name for _, variants in GROUPS for variant in variants)
+        raise UserError(f"--variants {wanted!r} is in none of these names:\n  {names}")
     prepared = prepare(config, recipe_dir)
-    config = prepared.config
-    prompts = [list(prepared.train.prompts[i % len(prepared.train.prompts)]) for i in range(SEQUENCES)]
-    slots = min(64, SEQUENCES)
-    variants = [Variant(name="plain eager", rank=0, slots=0, population=0)] + [
-        Variant(name=f"population, rank {rank}", rank=rank, slots=slots, population=slots) for rank in RANKS
-    ]
-    # All processes live at once and share a GPU; on a CPU the setting has no effect.
-    share = config.engine.gpu_memory_utilization / len(variants)
-    job = {
-        "model_dir": str(prepared.model_dir),
-        "engine": asdict(config.engine) | {"gpu_memory_utilization": share},
-        "sigma": config.es.sigma,
-        "prompts": prompts,
-        "new_tokens": NEW_TOKENS,
+    job = _job(prepared, alive=2 + max(len(variants) for _, variants in groups))
+    console, measured = Console(width=None if sys.stdout.isatty() else PIPE_WIDTH), []
+    references: list[Worker] = []
+    try:
+        references = _start((EAGER, COMPILED), job, console)
+        if not references or references[0].variant != EAGER:
+            raise UserError(f"benchmark: {EAGER.name!r} does not run, and all others are compared with it")
+        for workload, variants in groups:
+            measured.append(_measure(references, variants, job, workload, repeats, console))
+    finally:
+        for worker in references:
+            worker.close()
+    table = [row for group in _merge_references(measured) for row in rows(group, prepared)]
+    show(table, repeats, console)
+    if out:
+        out.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
+
+
+def _job(prepared: Prepared, alive: int) -> dict[str, Any]:
+    prompts = [list(prompt) for prompt in prepared.train.prompts]
+    mixed = [MIXED_TOKENS[0] + i * (MIXED_TOKENS[1] - MIXED_TOKENS[0]) // 63 for i in range(64)]
+    mixed *= MIXED_SEQUENCES // len(mixed)
+    random.Random(0).shuffle(mixed)
+    workloads = {
+        name: {"prompts": [prompts[i % len(prompts)] for i in range(len(lengths))], "new_tokens": lengths}
+        for name, lengths in (("even", [NEW_TOKENS] * SEQUENCES), ("mixed", mixed))
     }
-    answers: dict[str, list[dict[str, Any]]] = {variant.name: [] for variant in variants}
-    workers = {variant.name: Worker(job | {"variant": asdict(variant)}) for variant in variants}
+    longest = max(map(len, prompts)) + NEW_TOKENS
+    engine = prepared.config.engine
+    # Processes share a GPU; on a CPU the setting has no effect.
+    engine = replace(engine, max_sequences=SEQUENCES, gpu_memory_utilization=engine.gpu_memory_utilization / alive)
+    return {
+        "model_dir": str(prepared.model_dir),
+        "engine": asdict(engine),
+        "sigma": prepared.config.es.sigma,
+        "context": -(-longest // 32) * 32,
+        "workloads": workloads,
+    }
+
+
+def _start(variants: Sequence[Variant], job: dict[str, Any], console: Console) -> list[Worker]:
+    """Start what can be started here; say what cannot."""
+    workers = []
+    for variant in variants:
+        with console.status(f"starting {variant.name}"):
+            try:
+                workers.append(Worker(variant, job))
+            except UserError as error:
+                console.print(f"{error}; left out", style="yellow")
+    return workers
+
+
+def _measure(
+    references: Sequence[Worker],
+    variants: Sequence[Variant],
+    job: dict[str, Any],
+    workload: str,
+    repeats: int,
+    console: Console,
+) -> Measured:
+    workers = [*references, *_start(variants, job, console)]
+    rounds: list[Round] = []
     try:
         for repeat in range(repeats + 1):
-            for name, worker in workers.items():
-                answer = worker.ask({"run": repeat})
-                if repeat:  # the first round warms caches up
-                    answers[name].append(answer)
+            answers: Round = {}
+            for worker in list(workers):
+                name = worker.variant.name
+                try:
+                    with console.status(f"round {repeat} of {repeats}: {name}"):
+                        answers[name] = worker.ask({"workload": workload, "repeat": repeat})
+                except UserError as error:
+                    if worker in references:
+                        raise
+                    console.print(f"{error}; left out", style="yellow")
+                    workers.remove(worker)
+            if repeat:  # the first round warms caches up
+                rounds.append(answers)
     finally:
-        for worker in workers.values():
+        for worker in workers[len(references) :]:
             worker.close()
-    measured = [
-        Measured(
-            variant=variant,
-            tokens_per_second=[answer["tokens_per_second"] for answer in answers[variant.name]],
-            generated_per_second=[answer["generated_per_second"] for answer in answers[variant.name]],
-            facts=answers[variant.name][-1],
+    return Measured(workload=workload, variants=[worker.variant for worker in workers], rounds=rounds)
+
+
+def _merge_references(measured: Sequence[Measured]) -> list[Measured]:
+    """Put the rounds of all groups of a workload into one, so that the references have one row for all of them."""
+    merged = []
+    for workload in dict.fromkeys(group.workload for group in measured):
+        groups = [group for group in measured if group.workload == workload]
+        variants = list(dict.fromkeys(variant for group in groups for variant in group.variants))
+        rounds = [answers for group in groups for answers in group.rounds]
+        merged.append(Measured(workload=workload, variants=variants, rounds=rounds))
+    return merged
+
+
+def rows(measured: Measured, prepared: Prepared) -> list[dict[str, Any]]:
+    """Return one JSON object per variant: medians over the rounds it took part in; ratios are taken within a round."""
+    work = _job(prepared, alive=1)["workloads"][measured.workload]
+    variants = [v for v in measured.variants if any(v.name in answers for answers in measured.rounds)]
+    speed = {
+        variant.name: statistics.median(
+            answers[variant.name]["tokens_per_second"] for answers in measured.rounds if variant.name in answers
         )
         for variant in variants
-    ]
-    show(measured)
-    if out:
-        out.write_text(json.dumps(rows(measured), indent=1) + "\n", encoding="utf-8")
-    return measured
-
-
-def rows(measured: list[Measured]) -> list[dict[str, Any]]:
-    """Return one JSON object per variant; ratios are medians of the ratios within a round."""
-    plain = measured[0].tokens_per_second
+    }
+    best = max((name for name in (EAGER.name, COMPILED.name) if name in speed), key=speed.__getitem__)
     table = []
-    for row in measured:
-        ratios = [own / reference for own, reference in zip(row.tokens_per_second, plain, strict=True)]
+    for variant in variants:
+        rounds = [answers for answers in measured.rounds if variant.name in answers]
+        own = [answers[variant.name] for answers in rounds]
+        plain = [answers[EAGER.name] for answers in rounds]
+        ratios = {
+            reference: [
+                answers[variant.name]["tokens_per_second"] / answers[to]["tokens_per_second"] for answers in rounds
+            ]
+            for reference, to in (("eager", EAGER.name), ("best", best))
+        }
         table.append(
             {
-                **asdict(row.variant),
-                "tokens_per_second": statistics.median(row.tokens_per_second),
-                "tokens_per_second_range": [min(row.tokens_per_second), max(row.tokens_per_second)],
-                "generated_per_second": statistics.median(row.generated_per_second),
-                "ratio_to_plain_eager": statistics.median(ratios),
-                "ratio_range": [min(ratios), max(ratios)],
-                **{key: row.facts[key] for key in ("noise_seconds", "update_seconds", "serve_seconds", "resident_gib")},
+                **asdict(variant),
+                "workload": measured.workload,
+                "prompt_tokens": sum(map(len, work["prompts"])),
+                "generated_tokens": sum(work["new_tokens"]),
+                "tokens_per_second": speed[variant.name],
+                "tokens_per_second_range": _range([answer["tokens_per_second"] for answer in own]),
+                "generated_per_second": statistics.median(answer["generated_per_second"] for answer in own),
+                "ratio_to_plain_eager": statistics.median(ratios["eager"]),
+                "ratio_to_plain_eager_range": _range(ratios["eager"]),
+                "ratio_to_plain_best": statistics.median(ratios["best"]),
+                "ratio_to_plain_best_range": _range(ratios["best"]),
+                **{
+                    key: _median_or_none([a[key] for a in own])
+                    for key in ("noise_seconds", "update_seconds", "serve_seconds")
+                },
+                "resident_gib": own[-1]["resident_gib"],
+                "resident_over_plain_gib": own[-1]["resident_gib"] - plain[-1]["resident_gib"],
+                "resident_over_plain_gib_predicted": predicted_gib(variant, prepared),
             }
         )
     return table
 
 
-def show(measured: list[Measured]) -> None:
-    """Print the table."""
-    from rich.console import Console
-    from rich.table import Table
+def predicted_gib(variant: Variant, prepared: Prepared) -> float | None:
+    """Return the memory that a population takes beside plain vLLM; None for what is not ours.
 
-    repeats = len(measured[0].tokens_per_second)
-    table = Table(
-        title=f"{SEQUENCES} sequences, {NEW_TOKENS} new tokens each, median of {repeats} (least-most)",
-        caption="tokens/s: prompt and new tokens; times in seconds, for the whole population",
-    )
-    for column in (
-        "variant",
-        "tokens/s",
-        "generated/s",
-        "of plain eager",
-        "noise",
-        "update",
-        "repack",
-        "memory GiB",
-    ):
-        table.add_column(column, justify="left" if column == "variant" else "right")
-    for row in rows(measured):
-        low, high = row["ratio_range"]
-        times = [row[f"{part}_seconds"] for part in ("noise", "update", "serve")]
-        table.add_row(
-            row["name"],
-            f"{row['tokens_per_second']:,.0f}",
-            f"{row['generated_per_second']:,.0f}",
-            f"{row['ratio_to_plain_eager']:.3f} ({low:.3f}-{high:.3f})",
-            *("" if seconds is None else f"{seconds:.2f}" for seconds in times),
-            f"{row['resident_gib']:.2f}",
+    Slots and one copy of the noise at S * r * (in + out) values of a weight, and float32 masters.
+    """
+    if variant.kind != "population":
+        return None
+    shapes = trained_parameters(prepared.model_dir)
+    masters = 4 * sum(out * inside for _, out, inside in shapes)
+    size = 4 if prepared.config.engine.dtype == "float32" else 2
+    member = member_bytes(shapes, variant.rank, size)
+    return (masters + variant.slots * member + kept_bytes(member, variant.population // 2)) / GIB
+
+
+def _range(values: Sequence[float]) -> list[float]:
+    return [min(values), max(values)]
+
+
+def _median_or_none(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return statistics.median(known) if known else None
+
+
+def show(table: Sequence[dict[str, Any]], repeats: int, console: Console) -> None:
+    """Print a table for each workload."""
+    for workload in dict.fromkeys(row["workload"] for row in table):
+        part = [row for row in table if row["workload"] == workload]
+        prompt, new = part[0]["prompt_tokens"], part[0]["generated_tokens"]
+        sequences, lengths = (
+            (SEQUENCES, f"{NEW_TOKENS}") if workload == "even" else (MIXED_SEQUENCES, "{} to {}".format(*MIXED_TOKENS))
         )
-    Console().print(table)
+        view = Table(
+            title=f"{sequences} sequences, {lengths} new tokens each: {prompt:,} prompt and {new:,} new tokens, "
+            f"{SEQUENCES} at a time",
+            caption=f"Medians of {repeats} rounds or more (least-most). tokens/s: prompt and new tokens. Ratios: to "
+            "plain vLLM in the same round, eager and the faster of eager and compiled. Noise, update, repack: seconds "
+            "of a step. Memory: GiB resident, then what it is more than plain eager, measured / predicted.",
+        )
+        for column in (
+            "variant",
+            "tokens/s",
+            "new/s",
+            "of eager",
+            "of best",
+            "noise",
+            "update",
+            "repack",
+            "memory",
+            "more",
+        ):
+            view.add_column(column, justify="left" if column == "variant" else "right")
+        for row in part:
+            predicted = row["resident_over_plain_gib_predicted"]
+            more = f"{row['resident_over_plain_gib']:.2f}" + (f" / {predicted:.2f}" if predicted is not None else "")
+            view.add_row(
+                row["name"],
+                f"{row['tokens_per_second']:,.0f}",
+                f"{row['generated_per_second']:,.0f}",
+                *(
+                    "{:.3f} ({:.3f}-{:.3f})".format(row[f"ratio_to_plain_{to}"], *row[f"ratio_to_plain_{to}_range"])
+                    for to in ("eager", "best")
+                ),
+                *(_seconds(row[f"{part_of_step}_seconds"]) for part_of_step in ("noise", "update", "serve")),
+                f"{row['resident_gib']:.2f}",
+                more if row["kind"] != "plain" else "",
+            )
+        console.print(view)
+
+
+def _seconds(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}"

@@ -1,5 +1,8 @@
 """What a configuration will cost, from its numbers alone: completions, tokens and memory. Nothing is started."""
 
+from collections.abc import Sequence
+
+from eggroll_llm.noise import KEPT_BYTES, Shape
 from eggroll_llm.session import Prepared
 from eggroll_llm.targets import trained_parameters
 
@@ -26,12 +29,13 @@ def budget(prepared: Prepared) -> list[str]:
 
     shapes = trained_parameters(prepared.model_dir)
     weights = sum(out * inside for _, out, inside in shapes)
-    width = sum(out + inside for _, out, inside in shapes)
     size = 4 if engine.dtype == "float32" else 2
+    member = member_bytes(shapes, es.rank, size)
     parts = {
         "masters (float32)": 4 * weights,
         f"served weights ({engine.dtype})": size * weights,
-        "slots": size * engine.slots * es.rank * width,
+        "slots": engine.slots * member,
+        "noise of a step": kept_bytes(member, es.population // 2 if es.antithetic else es.population),
         "key-value cache": int(engine.kv_cache_gib * GIB),
     }
     if es.optimizer != "sgd":
@@ -41,3 +45,13 @@ def budget(prepared: Prepared) -> list[str]:
         f"memory: {sum(parts.values()) / GIB:.2f} GiB for these together, besides Python, vLLM and the embeddings"
     )
     return lines
+
+
+def member_bytes(shapes: Sequence[Shape], rank: int, size: int) -> int:
+    """Return the memory of one member's factors, rank * (in + out) values of `size` bytes per weight."""
+    return size * rank * sum(out + inside for _, out, inside in shapes)
+
+
+def kept_bytes(member: int, directions: int) -> int:
+    """Return the memory of a step's noise beside the slots: nothing where it is too much and is made again instead."""
+    return directions * member if directions * member <= KEPT_BYTES else 0

@@ -92,6 +92,7 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("recipe", type=Path, metavar="RECIPE.toml")
     bench.add_argument("--out", type=Path, metavar="FILE.json")
     bench.add_argument("--repeats", type=_positive, default=3, metavar="N", help="measurements of each variant")
+    bench.add_argument("--variants", default="", metavar="TEXT", help="only variants with this in their name")
 
     _command(commands, "doctor", _doctor, "what is installed, what will run here, what is wrong")
     return parser
@@ -275,7 +276,8 @@ def _bench(options: argparse.Namespace, settings: list[tuple[str, str]]) -> int:
     from eggroll_llm.bench import bench
     from eggroll_llm.config import load_recipe
 
-    bench(load_recipe(options.recipe, settings), options.recipe.resolve().parent, options.repeats, options.out)
+    config, folder = load_recipe(options.recipe, settings), options.recipe.resolve().parent
+    bench(config, folder, options.repeats, options.out, options.variants)
     return 0
 
 

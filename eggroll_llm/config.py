@@ -118,7 +118,7 @@ class EngineConfig:
     gpu_memory_utilization: float = 0.85
     """Fraction of the GPU's memory that the engine may use."""
     threads: int = 0
-    """CPU threads; 0 takes all cores. The last bits of an update depend on it."""
+    """CPU threads; 0 takes all cores. Without a C++ compiler the last bits of an update depend on it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

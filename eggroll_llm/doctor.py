@@ -206,11 +206,16 @@ def _device(device: str, gpus: Sequence[str]) -> Check:
 
 def check_compiler() -> Check:
     """Whether the C++ of the CPU engine compiles here; doing so takes about ten seconds the first time."""
+    slower = "on the CPU, members, noise and updates are computed in torch, correct and slower"
     try:
-        return Check(name="compiled library", status="ok", detail=str(native.build()))
+        path = native.build()
     except native.BuildError as error:
-        detail = f"{error}: on the CPU, members and noise are computed in torch, correct and slower"
-        return Check(name="compiled library", status="note", detail=detail, remedy="apt install g++, or set CXX")
+        remedy = "apt install g++, or set CXX"
+        return Check(name="compiled library", status="note", detail=f"{error}: {slower}", remedy=remedy)
+    if native.library() is None:
+        remedy = "delete it, and name a directory that allows programs in the environment variable EGGROLL_CACHE"
+        return Check(name="compiled library", status="note", detail=f"{path} does not load: {slower}", remedy=remedy)
+    return Check(name="compiled library", status="ok", detail=str(path))
 
 
 def check_embedded() -> Check:

@@ -61,6 +61,8 @@ COSINE = (0.99999994, -1.2336982, 0.25365075, -0.020810628, 0.00085819064)
 TILE_BLOCKS_PER_CPU_THREAD = 1 << 16
 TILE_BLOCKS_GPU = 1 << 22
 
+KEPT_BYTES = 512 << 20  # factors of a step that an engine keeps, rather than make them again, at most
+
 Shape = tuple[str, int, int]
 
 

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 
 from eggroll_llm.config import RunConfig
+from eggroll_llm.engine.fold import fold_for
+from eggroll_llm.engine.rows import served_factors_of
 from eggroll_llm.errors import JournalError
 from eggroll_llm.export import export_model
 from eggroll_llm.hardware import resolve_dtype, serves_on_cpu
@@ -46,10 +48,10 @@ def replay(
         torch.set_num_threads(config.engine.threads)
     device = "cpu" if serves_on_cpu() else "cuda"
     weights = {name: tensor.to(device) for name, tensor in load_trained(base_dir, dtype).items()}
-    masters = MasterWeights(weights, optimizer_settings(config), dtype)
+    masters = MasterWeights(weights, optimizer_settings(config), dtype, fold_for(torch.device(device)))
     for entry in journal.entries[:step]:
         check_weights(journal_path, entry, masters.checksum)
-        masters.apply(update_spec(config, entry))
+        masters.apply(update_spec(config, entry), served_factors_of)
         on_step(entry.step, step)
     served = {name: masters.served(name).cpu() for name, _, _ in trained_parameters(base_dir)}
     export_model(base_dir, directory, served, dtype)
@@ -61,7 +63,8 @@ def check_weights(journal_path: Path, entry: JournalEntry, checksum: Callable[[]
     if entry.checksum and (found := checksum()) != entry.checksum:
         raise JournalError(
             f"{journal_path}: before step {entry.step} the weights had checksum {entry.checksum}, the replay has "
-            f"{found}: replay on a machine like the one that trained, with the same torch and threads"
+            f"{found}: replay on a machine like the one that trained, with the same torch and "
+            "threads, and a C++ compiler only if that one had one"
         )
 
 

@@ -20,9 +20,9 @@ Published learning rates in the unit of "literature", to which "rms" is equal on
     ES at Scale                      alpha / sqrt(N)    (its estimate is a mean over N members)
     the EGGROLL paper's vLLM code    lr, or lr / sqrt(N) where it takes the mean
 
-Bits. The sum over pairs is float32 GEMMs over chunks of `PAIR_CHUNK` pairs in fixed order, with TF32 and bf16
-shortcuts switched off: one machine and number of threads gives the same bits in every engine and every
-replay.
+Bits. The sum over pairs is float32 products over chunks of `PAIR_CHUNK` pairs in fixed order, with TF32 and bf16
+shortcuts switched off: one machine and number of threads gives the same bits in every engine and every replay that
+folds with the same `Fold`.
 
 Sources: EGGROLL, arXiv 2511.16652; Qiu et al., "Evolution Strategies at Scale", arXiv 2509.24372.
 
@@ -34,7 +34,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -46,8 +46,8 @@ PAIR_CHUNK = 64
 # Random values generated in one call. Small parameters share a call, which saves most of its overhead.
 FACTOR_BATCH = 1 << 23
 # Rows on which the size of an update is measured, spread evenly over the model's weights. All rows of a model of 135M
-# parameters would take a third of the time of the update; these take a tenth of that and are off by about 1 %.
-REPORT_ROWS = 4096
+# parameters would take a third of the time of the update; these take little and are off by about 2 %.
+REPORT_ROWS = 1024
 
 # No normal exceeds sqrt(62 ln 2) = 6.56, 6.6 after rounding to bf16: no entry of E exceeds 44 sqrt(r).
 LARGEST_PRODUCT = 44.0
@@ -59,6 +59,25 @@ FactorSource = Callable[
     [NoiseSpec, Tensor, Sequence[Shape], torch.dtype, torch.device | str], dict[str, tuple[Tensor, Tensor]]
 ]
 """`served_factors_of`, or something that remembers what it returned."""
+
+Products = list[tuple[Tensor, Tensor]]
+"""Columns [K * R, O] and [K * R, I] of each chunk of pairs, float32. The sum of their products is the estimate."""
+
+Fold = Callable[[Tensor, Products, Tensor | None], None]
+"""Adds the sum of products to a float32 matrix [O, I] in place, and writes its rounding into the third, if any."""
+
+
+class Served(Protocol):
+    """Takes the weights as they are served, in the order of the masters."""
+
+    def room(self, name: str) -> Tensor:
+        """Return where the weight of this name is to be written, [O, I] of the served dtype."""
+        ...
+
+    def written(self, name: str) -> None:
+        """Take note that it is there."""
+        ...
+
 
 SERVED_DTYPES = (torch.bfloat16, torch.float32)
 STATE_KEYS = {"sgd": (), "momentum": ("momentum_buffer",), "adam": ("step", "exp_avg", "exp_avg_sq")}
@@ -177,11 +196,16 @@ def check_finite(spec: UpdateSpec) -> None:
     """
     coefficient_K = estimate_coefficients(spec)
     gradient = LARGEST_PRODUCT * math.sqrt(spec.rank) * float(coefficient_K.abs().sum())
-    over_sigma = float(coefficient_K.abs().max()) / spec.sigma if len(coefficient_K) else 0.0
+    largest = float(coefficient_K.abs().max()) if len(coefficient_K) else 0.0
+    over_sigma = largest * max(1.0, abs(spec.learning_rate)) / spec.sigma
     for what, value, limit in (
         ("learning_rate", abs(spec.learning_rate), LARGEST_LEARNING_RATE),
         ("largest entry that the estimate could have", gradient, LARGEST_GRADIENT),
-        ("largest pair coefficient divided by sigma", over_sigma, torch.finfo(torch.float32).max),
+        (
+            "largest pair coefficient, times the learning rate if above 1, over sigma",
+            over_sigma,
+            torch.finfo(torch.float32).max,
+        ),
     ):
         if not value <= limit:
             found = f"{what} is {value:g}, the limit is {limit:g}"
@@ -214,7 +238,7 @@ def estimate(
     for _, products in _products(
         [(name, *shape)], spec.noise, weight_K, served_dtype, chunk, device, served_factors_of
     ):
-        _add_products(G_OI, products)
+        fold_with_torch(G_OI, products, None)
     return G_OI
 
 
@@ -224,10 +248,6 @@ def _weights_of_products(spec: UpdateSpec, scale: float) -> Tensor:
     The factors hold sigma * E. Dividing here costs K divisions instead of O * I.
     """
     return scale * estimate_coefficients(spec) / spec.sigma
-
-
-Products = list[tuple[Tensor, Tensor]]
-"""Columns [K * R, O] and [K * R, I] of each chunk of pairs, float32. The sum of their products is the estimate."""
 
 
 def _products(
@@ -247,17 +267,19 @@ def _products(
         for name, _, _ in batch:
             products = []
             for part, weights in zip(factors, weight_K.split(chunk), strict=True):
-                A_KOR, B_KIR = part[name]
-                columns_A = (A_KOR.to(torch.float32) * weights[:, None, None]).transpose(1, 2).flatten(0, 1)
-                products.append((columns_A, B_KIR.to(torch.float32).transpose(1, 2).flatten(0, 1)))
+                A_KRO, B_KRI = (factor.transpose(1, 2) for factor in part[name])
+                columns_A = (A_KRO * weights[:, None, None]).flatten(0, 1)  # in float32, like the weights
+                products.append((columns_A, B_KRI.to(torch.float32).flatten(0, 1)))
             yield name, products
 
 
-def _add_products(to_OI: Tensor, products: Products) -> None:
-    """Add the sum of products to `to_OI` in place."""
+def fold_with_torch(to_OI: Tensor, products: Products, served_OI: Tensor | None) -> None:
+    """Fold with matrix products of torch, on any device."""
     with _full_precision():
         for columns_A, columns_B in products:
             to_OI.addmm_(columns_A.T, columns_B)
+    if served_OI is not None:
+        served_OI.copy_(to_OI)
 
 
 def _batches(shapes: Sequence[Shape], columns: int) -> Iterator[list[Shape]]:
@@ -299,7 +321,13 @@ class MasterWeights:
     """Float32 masters of the perturbed weights and their optimizer; the served weights are their rounding."""
 
     @torch.inference_mode(False)
-    def __init__(self, weights: Mapping[str, Tensor], settings: OptimizerSettings, served_dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        weights: Mapping[str, Tensor],
+        settings: OptimizerSettings,
+        served_dtype: torch.dtype,
+        fold: Fold = fold_with_torch,
+    ) -> None:
         """Copy the weights [out features, in features] by Hugging Face name, on their device.
 
         Raises ValueError when there are none, when one is not a finite matrix, when two names share a noise
@@ -316,18 +344,21 @@ class MasterWeights:
                 raise ValueError(f"weight {name!r} of shape {tuple(weight.shape)}: must be a finite matrix")
         self.served_dtype = served_dtype
         self.settings = settings
+        self._fold = fold
         self._masters = {n: w.detach().to(torch.float32, copy=True).contiguous() for n, w in weights.items()}
         trained = {} if settings.name == "sgd" else self._masters
         self._optimizers = {name: settings.build(master) for name, master in trained.items()}
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def apply(self, spec: UpdateSpec, factors_of: FactorSource = served_factors_of) -> UpdateReport:
+    def apply(
+        self, spec: UpdateSpec, factors_of: FactorSource = served_factors_of, served: Served | None = None
+    ) -> UpdateReport:
         """Add one update to the masters; only one gradient is alive at a time.
 
-        `factors_of` may supply factors that are still at hand from sampling; their bits are the same. When
-        all coefficients are zero nothing changes, the optimizer's state included. Raises NonFiniteUpdate,
-        before anything was touched, when the result might not be finite.
+        `factors_of` may supply factors that are still at hand from sampling; their bits are the same. `served` is
+        given each weight as soon as it is final. When all coefficients are zero nothing changes, the optimizer's
+        state included. Raises NonFiniteUpdate, before anything was touched, when the result might not be finite.
         """
         check_finite(spec)
         coefficient_K = estimate_coefficients(spec)
@@ -344,15 +375,18 @@ class MasterWeights:
         for name, products in products_of:
             master = self._masters[name]
             if plain:
-                _add_products(master, products)
-                continue
-            gradient = memory[: master.numel()].view_as(master).zero_()
-            _add_products(gradient, products)
-            optimizer = self._optimizers[name]
-            optimizer.param_groups[0]["lr"] = spec.learning_rate
-            master.grad = gradient
-            optimizer.step()
-            master.grad = None
+                self._fold(master, products, served.room(name) if served else None)
+            else:
+                master.grad = memory[: master.numel()].view_as(master).zero_()
+                self._fold(master.grad, products, None)
+                optimizer = self._optimizers[name]
+                optimizer.param_groups[0]["lr"] = spec.learning_rate
+                optimizer.step()
+                master.grad = None
+                if served:
+                    served.room(name).copy_(master)
+            if served:
+                served.written(name)
         after = self._sampled_rows()
         changed = before.to(self.served_dtype) != after.to(self.served_dtype)
         rms = float(before.sub_(after).square_().mean(dtype=torch.float64).sqrt())
@@ -367,9 +401,12 @@ class MasterWeights:
         """Return a weight as the engine serves it. In float32 it is the master itself: leave it alone."""
         return self._masters[name].to(self.served_dtype)
 
-    def write_served(self, name: str, to: Tensor) -> None:
-        """Write a weight as the engine serves it into `to` [out features, in features] of the served dtype."""
-        to.copy_(self._masters[name])
+    @torch.no_grad()
+    def serve(self, served: Served) -> None:
+        """Hand over all weights as the engine serves them."""
+        for name, master in self._masters.items():
+            served.room(name).copy_(master)
+            served.written(name)
 
     def state(self) -> dict[str, Tensor]:
         """Return masters and optimizer state, not copied, as "master/<name>" and "optimizer/<name>/<key>"."""

@@ -71,6 +71,7 @@ def test_memory(
         "masters (float32)": 4 * WEIGHTS,
         f"served weights ({dtype})": size * WEIGHTS,
         "slots": size * 5 * 4 * WIDTH,
+        "noise of a step": size * 3 * 4 * WIDTH,
         "key-value cache": 512,
     }
     if tensors:

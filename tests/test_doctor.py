@@ -126,7 +126,7 @@ def test_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("CXX", "/no/such/compiler")
     missing = doctor.check_compiler()
     assert missing.status == "note"
-    assert "no g++ or clang++: on the CPU, members and noise are computed in torch" in missing.detail
+    assert "no g++ or clang++: on the CPU, members, noise and updates are computed in torch" in missing.detail
     monkeypatch.delenv("CXX")
     if cxx_compiler():
         found = doctor.check_compiler()

@@ -314,6 +314,11 @@ def test_the_largest_update_let_through_leaves_everything_finite(method):
     assert all(bool(master.served(name).isfinite().all()) for name in SHAPES)
 
 
+def test_a_tiny_sigma_with_a_large_learning_rate_is_refused():
+    with pytest.raises(NonFiniteUpdate, match="over sigma"):
+        masters("sgd").apply(spec(sigma=1e-37, learning_rate=100.0))
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_restore_is_exact_and_continues_in_the_same_bits(method):
     through, first, second = masters(method), masters(method), masters(method)

@@ -7,7 +7,7 @@ Requests of members and of the base model may share a batch. Nothing is written 
 import dataclasses
 import time
 from collections.abc import Callable, Mapping, Sequence
-from itertools import count
+from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
@@ -49,11 +49,13 @@ class Engine:
         optimizer: OptimizerSettings | None = None,
         prefix_caching: bool = True,
         trainable: bool = True,
+        stock: bool = False,
     ) -> None:
         """Start vLLM on a checked model directory.
 
         `slots` members are resident at once, of rank `rank`. Without `trainable` there are no float32 masters, and only
-        `generate` and `next_token_logprobs` may be called. Raises ModelError when the model cannot be adapted.
+        `generate` and `next_token_logprobs` may be called. `stock` leaves a CPU to vLLM's own adapter arithmetic, for
+        comparison. Raises ModelError when the model cannot be adapted.
         """
         if rank > VLLM_RANKS[-1]:
             raise ValueError(f"rank {rank}: the engine serves ranks up to {VLLM_RANKS[-1]}")
@@ -61,6 +63,7 @@ class Engine:
         if config.threads:
             torch.set_num_threads(config.threads)
         self._calls = count()
+        self._in_flight = 2 * config.max_sequences
         self._version = "base"
         args = _engine_args(model_dir, config, self.dtype, slots=slots, rank=rank, max_model_len=max_model_len)
         args.enable_prefix_caching = prefix_caching
@@ -72,6 +75,7 @@ class Engine:
                 "rank": rank,
                 "optimizer": (optimizer or OptimizerSettings()) if trainable else None,
                 "compiled": not config.enforce_eager,
+                "stock": stock,
             },
         )
         _check_shapes(model_dir, shapes)
@@ -152,13 +156,18 @@ class Engine:
         on_progress: Progress | None,
     ) -> list[RequestOutput]:
         ids = [f"{next(self._calls)}" for _ in requests]
+        pending = iter(zip(ids, requests, strict=True))
         finished: dict[str, RequestOutput] = {}
         try:
-            for request_id, request in zip(ids, requests, strict=True):
-                prompt: Any = {"prompt_token_ids": list(request.prompt_ids)}
-                adapter = self._adapter(request.member)
-                self._llm.add_request(request_id, prompt, params(request), lora_request=adapter)
-            while self._llm.has_unfinished_requests():
+            while len(finished) < len(ids):
+                # vLLM looks through all that wait, at every step, when slots are short: so few wait at a time.
+                unfinished = self._llm.get_num_unfinished_requests()
+                for request_id, request in islice(pending, self._in_flight - unfinished):
+                    prompt: Any = {"prompt_token_ids": list(request.prompt_ids)}
+                    adapter = self._adapter(request.member)
+                    self._llm.add_request(request_id, prompt, params(request), lora_request=adapter)
+                if not self._llm.has_unfinished_requests():
+                    break
                 done = {output.request_id: output for output in self._llm.step() if output.finished}
                 finished |= done
                 if done and on_progress:

@@ -1,4 +1,4 @@
-// y[t, o] += sum_r A[s, r, o] * sum_i B[s, c, r, i] * x[t, i],    s = slot[t],  c = the slice that o lies in
+// y[t, o] += sum_r A[s, c, r, o] * sum_i B[s, c, r, i] * x[t, i],    s = slot[t],  c = the slice that o lies in
 //
 // The perturbation of a member, added to the output of a linear layer: one call per layer, one pass over the tokens,
 // factors read where they are, float32 sums, one rounding. A token with slot -1 belongs to the base model and is left
@@ -16,6 +16,7 @@ constexpr int64_t MAX_RANK = 64;
 struct Shape {
     int64_t in, out, rank, slices;
     const int64_t* slice_ends;
+    int64_t slot_A, slot_B;  // from one slot to the next
 };
 
 // h[n][r] = sum_i B[r, i] * x[n, i] for N tokens of one member, x in float32 and padded to whole vectors
@@ -40,17 +41,17 @@ void project(float (&h)[N][MAX_RANK], const float* x, int64_t padded, const T* B
     }
 }
 
-// y[n, o] += sum_r A[r, o] * h[n][r] for the outputs of one slice
+// y[n, o] += sum_r A[r, o] * h[n][r] for the `size` outputs of one slice
 template <int N, typename T>
-void expand(T* y, const float (&h)[N][MAX_RANK], const T* A, int64_t begin, int64_t end, const Shape& shape) {
-    for (int64_t o = begin; o < end; o += LANES) {
+void expand(T* y, const float (&h)[N][MAX_RANK], const T* A, int64_t size, const Shape& shape) {
+    for (int64_t o = 0; o < size; o += LANES) {
         Floats total[N];
-        for (int n = 0; n < N; ++n) total[n] = load(y + n * shape.out + o, end - o);
+        for (int n = 0; n < N; ++n) total[n] = load(y + n * shape.out + o, size - o);
         for (int64_t r = 0; r < shape.rank; ++r) {
-            const Floats a = load(A + r * shape.out + o, end - o);
+            const Floats a = load(A + r * size + o, size - o);
             for (int n = 0; n < N; ++n) total[n] += a * h[n][r];
         }
-        for (int n = 0; n < N; ++n) store(y + n * shape.out + o, total[n], end - o);
+        for (int n = 0; n < N; ++n) store(y + n * shape.out + o, total[n], size - o);
     }
 }
 
@@ -63,7 +64,7 @@ void add_term_to(T* y, const T* x, const T* A, const T* B, const Shape& shape, s
     for (int64_t c = 0, begin = 0; c < shape.slices; begin = shape.slice_ends[c++]) {
         float h[N][MAX_RANK];
         project<N>(h, widened.data(), padded, B + c * shape.rank * shape.in, shape);
-        expand<N>(y, h, A, begin, shape.slice_ends[c], shape);
+        expand<N>(y + begin, h, A + shape.rank * begin, shape.slice_ends[c] - begin, shape);
     }
 }
 
@@ -82,8 +83,8 @@ void add_term(T* y, const T* x, const T* A, const T* B, const int32_t* slot, int
                 while (n < 4 && t + n < end && slot[t + n] == slot[t]) ++n;
                 n = n == 3 ? 2 : n;
                 const auto add = n == 4 ? add_term_to<4, T> : n == 2 ? add_term_to<2, T> : add_term_to<1, T>;
-                add(y + t * shape.out, x + t * shape.in, A + slot[t] * shape.rank * shape.out,
-                    B + slot[t] * shape.slices * shape.rank * shape.in, shape, widened);
+                add(y + t * shape.out, x + t * shape.in, A + slot[t] * shape.slot_A, B + slot[t] * shape.slot_B, shape,
+                    widened);
             }
         }
     }
@@ -91,14 +92,12 @@ void add_term(T* y, const T* x, const T* A, const T* B, const int32_t* slot, int
 
 }  // namespace
 
-extern "C" void eggroll_add_term_float32(float* y, const float* x, const float* A, const float* B, const int32_t* slot,
-                                         const int64_t* slice_ends, int64_t tokens, int64_t in, int64_t out,
-                                         int64_t rank, int64_t slices) {
-    add_term(y, x, A, B, slot, tokens, Shape{in, out, rank, slices, slice_ends});
-}
+#define EXPORT(suffix, T)                                                                                           \
+    extern "C" void eggroll_add_term_##suffix(T* y, const T* x, const T* A, const T* B, const int32_t* slot,        \
+                                              const int64_t* slice_ends, int64_t tokens, int64_t in, int64_t out,   \
+                                              int64_t rank, int64_t slices, int64_t slot_A, int64_t slot_B) {       \
+        add_term(y, x, A, B, slot, tokens, Shape{in, out, rank, slices, slice_ends, slot_A, slot_B});               \
+    }
 
-extern "C" void eggroll_add_term_bfloat16(uint16_t* y, const uint16_t* x, const uint16_t* A, const uint16_t* B,
-                                          const int32_t* slot, const int64_t* slice_ends, int64_t tokens, int64_t in,
-                                          int64_t out, int64_t rank, int64_t slices) {
-    add_term(y, x, A, B, slot, tokens, Shape{in, out, rank, slices, slice_ends});
-}
+EXPORT(float32, float)
+EXPORT(bfloat16, uint16_t)

@@ -4,7 +4,8 @@
 to rounding. Both leave tokens of the base model (slot -1) untouched and make each row depend on its own token alone: a
 completion does not depend on its batch.
 
-Shapes: T token, S slot, C slice of a fused layer (q, k, v or gate, up), R rank, O out features of all slices, I in.
+Shapes: T token, S slot, C slice of a fused layer (q, k, v or gate, up), R rank, O out features of all slices, I in,
+V values of all A of a slot: the [R, out features] of one slice after the other.
 """
 
 import ctypes
@@ -22,13 +23,14 @@ FALLBACK_CHUNK = 256  # tokens that the fallback gathers factors for at a time, 
 AddTerm = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Sequence[int]], None]
 
 
-def add_term(y_TO: Tensor, x_TI: Tensor, A_SRO: Tensor, B_SCRI: Tensor, slot_T: Tensor, slices: Sequence[int]) -> None:
+def add_term(y_TO: Tensor, x_TI: Tensor, A_SV: Tensor, B_SCRI: Tensor, slot_T: Tensor, slices: Sequence[int]) -> None:
     """Add each token's member term to `y_TO` in place.
 
     `slices` are the out features of the slices, in order; `slot_T` is int32, -1 for the base model. All tensors but
-    `slot_T` have one dtype, float32 or bfloat16, and are contiguous; sums are float32 and rounded once.
+    `slot_T` have one dtype, float32 or bfloat16, and are contiguous but for any distance from one slot to the next;
+    sums are float32 and rounded once.
     """
-    implementation()(y_TO, x_TI, A_SRO, B_SCRI, slot_T, slices)
+    implementation()(y_TO, x_TI, A_SV, B_SCRI, slot_T, slices)
 
 
 @cache
@@ -50,18 +52,18 @@ def graph_operator() -> AddTerm:
 
 
 def add_term_torch(
-    y_TO: Tensor, x_TI: Tensor, A_SRO: Tensor, B_SCRI: Tensor, slot_T: Tensor, slices: Sequence[int]
+    y_TO: Tensor, x_TI: Tensor, A_SV: Tensor, B_SCRI: Tensor, slot_T: Tensor, slices: Sequence[int]
 ) -> None:
     """The same term in torch operations: correct everywhere, and slower, as factors are copied for every token."""
     for rows in torch.nonzero(slot_T[: len(x_TI)] >= 0).flatten().split(FALLBACK_CHUNK):
         slots = slot_T[rows]
         h_TCR = (x_TI[rows].float()[:, None, None] * B_SCRI[slots].float()).sum(-1)
         y = y_TO[rows].float()
-        for c, (part, A_TRO) in enumerate(
-            zip(y.split(list(slices), dim=1), A_SRO[slots].float().split(list(slices), dim=2), strict=True)
-        ):
-            for r in range(h_TCR.shape[2]):
-                part += h_TCR[:, c, r, None] * A_TRO[:, r]
+        rank = h_TCR.shape[2]
+        A_of_slices = A_SV[slots].float().split([rank * size for size in slices], dim=1)
+        for c, (part, A_TV) in enumerate(zip(y.split(list(slices), dim=1), A_of_slices, strict=True)):
+            for r, A_TO in enumerate(A_TV.chunk(rank, dim=1)):
+                part += h_TCR[:, c, r, None] * A_TO
         y_TO[rows] = y.to(y_TO.dtype)
 
 
@@ -72,7 +74,7 @@ def bind(library: ctypes.CDLL) -> AddTerm:
         torch.bfloat16: library.eggroll_add_term_bfloat16,
     }
     for function in functions.values():
-        function.argtypes = [ctypes.c_void_p] * 6 + [ctypes.c_int64] * 5
+        function.argtypes = [ctypes.c_void_p] * 6 + [ctypes.c_int64] * 7
         function.restype = None
 
     @cache
@@ -80,22 +82,26 @@ def bind(library: ctypes.CDLL) -> AddTerm:
         return (ctypes.c_int64 * len(slices))(*torch.tensor(slices).cumsum(0).tolist())
 
     def add_term_native(
-        y_TO: Tensor, x_TI: Tensor, A_SRO: Tensor, B_SCRI: Tensor, slot_T: Tensor, slices: Sequence[int]
+        y_TO: Tensor, x_TI: Tensor, A_SV: Tensor, B_SCRI: Tensor, slot_T: Tensor, slices: Sequence[int]
     ) -> None:
         assert y_TO.is_contiguous(), "the kernel walks rows by their width"
         assert x_TI.is_contiguous()
-        assert A_SRO.shape[1] <= MAX_RANK
+        assert B_SCRI.shape[2] <= MAX_RANK
+        assert A_SV[0].is_contiguous()
+        assert B_SCRI[0].is_contiguous()
         functions[y_TO.dtype](
             y_TO.data_ptr(),
             x_TI.data_ptr(),
-            A_SRO.data_ptr(),
+            A_SV.data_ptr(),
             B_SCRI.data_ptr(),
             slot_T.data_ptr(),
             ends(tuple(slices)),
             *x_TI.shape,
             y_TO.shape[1],
-            A_SRO.shape[1],
+            B_SCRI.shape[2],
             B_SCRI.shape[1],
+            A_SV.stride(0),
+            B_SCRI.stride(0),
         )
 
     return add_term_native

@@ -4,46 +4,63 @@ vLLM's scheduler decides which members take part in a forward pass (at most as m
 gives each newcomer a slot that no running member uses and writes its A and B into it: noise is regenerated or taken
 from the step's bank, nothing is read from disk, and a population larger than the slots needs no barrier.
 
-Shapes: S slot, M member, K pair, C slice, R rank, O out features of all slices, I in features.
+Shapes: S slot, M member, K pair, C slice, R rank, O out features of all slices, I in features, V value of a row.
 """
 
 from collections.abc import Collection, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from eggroll_llm.engine.layers import Layer, parameter_shapes
-from eggroll_llm.engine.native_noise import served_factors_of
-from eggroll_llm.noise import NoiseSpec, Shape
-
-BANK_BYTES = 512 << 20  # factors of a whole population are kept for the step when they fit in this
+from eggroll_llm.engine.rows import RowLayout, fill, served_factors_of, served_rows
+from eggroll_llm.noise import KEPT_BYTES, NoiseSpec, Shape
 
 Factors = dict[str, tuple[Tensor, Tensor]]
 
 
 class FactorBank:
-    """Factors by pair: kept for the whole step when they fit `BANK_BYTES`, else regenerated, to the same bits."""
+    """Factors by pair: kept for the whole step when they fit `KEPT_BYTES`, else regenerated, to the same bits."""
 
-    def __init__(self, layers: Sequence[Layer], dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, layers: Sequence[Layer], rank: int, dtype: torch.dtype, device: torch.device) -> None:
         self.shapes = parameter_shapes(layers)
+        self.layout = RowLayout(tuple(self.shapes), rank)
         self.dtype, self.device = dtype, device
         self._noise: NoiseSpec | None = None
         self._pairs = 0
+        self._rows_KV: Tensor | None = None
         self._kept: Factors | None = None
 
     def begin(self, noise: NoiseSpec, pairs: int) -> None:
         """Take the noise of a step; nothing is generated when it is the noise already held."""
         if (noise, pairs) == (self._noise, self._pairs):
             return
-        self._noise, self._pairs, self._kept = noise, pairs, None
-        width = sum(out + inside for _, out, inside in self.shapes)
-        if pairs * width * noise.rank * self.dtype.itemsize <= BANK_BYTES:
-            self._kept = served_factors_of(noise, torch.arange(pairs), self.shapes, self.dtype, self.device)
+        self._noise = None  # until all of it is there
+        pairs_K = torch.arange(pairs)
+        if pairs * self.layout.width * self.dtype.itemsize > KEPT_BYTES:
+            self._rows_KV = self._kept = None
+        elif self.device.type == "cpu":
+            if self._rows_KV is None or len(self._rows_KV) != pairs:
+                self._rows_KV = self._kept = None
+                self._rows_KV = torch.empty(pairs, self.layout.width, dtype=self.dtype)
+                self._kept = self.layout.factors(self._rows_KV)
+            fill(self._rows_KV, noise, pairs_K, self.layout)
+        else:
+            self._kept = None
+            self._kept = served_factors_of(noise, pairs_K, self.shapes, self.dtype, self.device)
+        self._noise, self._pairs = noise, pairs
+
+    def rows_of(self, pairs_M: Tensor) -> Tensor:
+        """Return a row for each pair of this step [M, V], on the CPU."""
+        if self._rows_KV is not None:
+            return self._rows_KV[pairs_M]
+        pairs_K, row_M = torch.unique(pairs_M, return_inverse=True)
+        return served_rows(self._of_this_step(), pairs_K, self.layout, self.dtype)[row_M]
 
     def of(self, pairs_K: Tensor) -> Factors:
         """Return A_KOR and B_KIR of pairs of this step, by parameter name."""
-        assert self._noise is not None, "begin() comes before the first member"
-        return self.factors_of(self._noise, pairs_K, self.shapes, self.dtype, self.device)
+        return self.factors_of(self._of_this_step(), pairs_K, self.shapes, self.dtype, self.device)
 
     def factors_of(
         self,
@@ -53,9 +70,11 @@ class FactorBank:
         dtype: torch.dtype,
         device: torch.device | str,
     ) -> Factors:
-        """Stand in for `served_factors_of`, answering from what is kept when that is what is asked for."""
+        """Stand in for `noise.served_factors_of`, answering from what is kept when that is what is asked for."""
         if self._kept is None or noise != self._noise or int(pairs_K.max()) >= self._pairs or dtype != self.dtype:
             return served_factors_of(noise, pairs_K, shapes, dtype, device)
+        if torch.equal(pairs_K, torch.arange(self._pairs)):
+            return {name: self._kept[name] for name, _, _ in shapes}
         first = int(pairs_K[0])
         if torch.equal(pairs_K, torch.arange(first, first + len(pairs_K))):
             rows_K: Tensor | slice = slice(first, first + len(pairs_K))  # a view; an index makes a copy
@@ -63,16 +82,69 @@ class FactorBank:
             rows_K = pairs_K.to(self.device)
         return {name: (self._kept[name][0][rows_K], self._kept[name][1][rows_K]) for name, _, _ in shapes}
 
+    def _of_this_step(self) -> NoiseSpec:
+        assert self._noise is not None, "begin() comes before the first member"
+        return self._noise
+
+
+class Buffers(Protocol):
+    """Where the factors of resident members are."""
+
+    def write(self, slots: list[int], pairs_M: Tensor, negative_M: Tensor) -> None:
+        """Put pairs of this step into slots, with A negated where `negative_M` is True."""
+        ...
+
+
+class RowBuffers:
+    """Slots as `member_term` reads them: a row of factors each, at the exact rank. The layers have views of it."""
+
+    def __init__(self, layers: Sequence[Layer], bank: FactorBank, slots: int) -> None:
+        self._bank, layout = bank, bank.layout
+        self._rows_SV = torch.zeros(slots, layout.width, dtype=bank.dtype)
+        starts = layout.starts()
+        for layer in layers:
+            at_A, at_B = starts[layer.parameters[0]]
+            size_A, size_B = layout.rank * sum(layer.sizes), layout.rank * len(layer.sizes) * layer.in_features
+            B_SCRI = self._rows_SV[:, at_B : at_B + size_B].unflatten(1, (len(layer.sizes), layout.rank, -1))
+            layer.module.lora_a_stacked, layer.module.lora_b_stacked = (
+                (B_SCRI,),
+                (self._rows_SV[:, at_A : at_A + size_A],),
+            )
+
+    def write(self, slots: list[int], pairs_M: Tensor, negative_M: Tensor) -> None:
+        """Copy one row for each member."""
+        self._rows_SV[slots] = self._bank.rows_of(pairs_M)
+        for slot, negative in zip(slots, negative_M.tolist(), strict=True):
+            if negative:
+                self._rows_SV[slot, : self._bank.layout.a_width].neg_()
+
+
+class PaddedBuffers:
+    """vLLM's own buffers, for its own kernels: [S, 1, padded rank, I] and [S, 1, O of the slice, padded rank]."""
+
+    def __init__(self, layers: Sequence[Layer], bank: FactorBank, slots: int) -> None:
+        self._layers, self._bank = layers, bank
+
+    def write(self, slots: list[int], pairs_M: Tensor, negative_M: Tensor) -> None:
+        """Copy A and B of every slice."""
+        rank, device = self._bank.layout.rank, self._bank.device
+        pairs_K, row_M = torch.unique(pairs_M, return_inverse=True)
+        sign_M = torch.where(negative_M, -1.0, 1.0).to(device, self._bank.dtype)
+        factors = self._bank.of(pairs_K)
+        for layer in self._layers:
+            for c, parameter in enumerate(layer.parameters):
+                A_KOR, B_KIR = factors[parameter]
+                layer.module.lora_a_stacked[c][slots, 0, :rank] = B_KIR[row_M].transpose(1, 2)
+                layer.module.lora_b_stacked[c][slots, 0, :, :rank] = A_KOR[row_M] * sign_M[:, None, None]
+
 
 class MemberSlots:
-    """Slots of the adapted layers and the members in them."""
+    """The members in the slots."""
 
-    def __init__(self, layers: Sequence[Layer], bank: FactorBank, slots: int, rank: int) -> None:
-        self.layers, self.bank, self.rank = layers, bank, rank
+    def __init__(self, buffers: Buffers, slots: int) -> None:
+        self._buffers = buffers
         self.antithetic = True
         self.member_in: list[int | None] = [None] * slots
-        if bank.device.type == "cpu":
-            self._use_compact_buffers()
 
     def begin(self, *, antithetic: bool) -> None:
         """Empty the slots for another population."""
@@ -86,36 +158,11 @@ class MemberSlots:
             return False
         free = [slot for slot, member in enumerate(self.member_in) if member not in members]
         slots = free[: len(newcomers)]
-        self._write(slots, newcomers)
+        members_M = torch.tensor(newcomers)
+        if self.antithetic:
+            self._buffers.write(slots, members_M // 2, members_M % 2 == 1)
+        else:
+            self._buffers.write(slots, members_M, torch.zeros(len(members_M), dtype=torch.bool))
         for slot, member in zip(slots, newcomers, strict=True):
             self.member_in[slot] = member
         return True
-
-    def _write(self, slots: list[int], members: list[int]) -> None:
-        per_pair = 2 if self.antithetic else 1
-        pairs_K, row_M = torch.unique(torch.tensor(members) // per_pair, return_inverse=True)
-        sign_M = torch.tensor([-1.0 if self.antithetic and member % 2 else 1.0 for member in members])
-        sign_M = sign_M.to(self.bank.device, self.bank.dtype)
-        factors = self.bank.of(pairs_K)
-        for layer in self.layers:
-            for c, (parameter, begin, end) in enumerate(layer.slices()):
-                A_KOR, B_KIR = factors[parameter]
-                self._write_slice(layer, c, begin, end, slots, A_KOR[row_M] * sign_M[:, None, None], B_KIR[row_M])
-
-    def _write_slice(
-        self, layer: Layer, c: int, begin: int, end: int, slots: list[int], A_MOR: Tensor, B_MIR: Tensor
-    ) -> None:
-        if self.bank.device.type == "cpu":
-            layer.module.lora_a_stacked[0][slots, c] = B_MIR.transpose(1, 2)
-            layer.module.lora_b_stacked[0][slots, :, begin:end] = A_MOR.transpose(1, 2)
-        else:  # vLLM's own kernels and buffers: [S, 1, padded rank, I] and [S, 1, O of the slice, padded rank]
-            layer.module.lora_a_stacked[c][slots, 0, : self.rank] = B_MIR.transpose(1, 2)
-            layer.module.lora_b_stacked[c][slots, 0, :, : self.rank] = A_MOR
-
-    def _use_compact_buffers(self) -> None:
-        """Replace vLLM's buffers, which pad the rank, by B_SCRI and A_SRO at the exact rank (for `member_term`)."""
-        slots = len(self.member_in)
-        for layer in self.layers:
-            B_SCRI = torch.zeros(slots, len(layer.sizes), self.rank, layer.in_features, dtype=self.bank.dtype)
-            A_SRO = torch.zeros(slots, self.rank, sum(layer.sizes), dtype=self.bank.dtype)
-            layer.module.lora_a_stacked, layer.module.lora_b_stacked = (B_SCRI,), (A_SRO,)

@@ -20,6 +20,7 @@ FLAGS = ("-O3", "-march=native", "-fopenmp", "-fPIC", "-std=c++17")
 SOURCES: dict[str, tuple[str, ...]] = {  # with flags of their own
     "member_term.cpp": (),
     "fused.cpp": (),
+    "fold.cpp": (),
     "noise.cpp": ("-ffp-contract=off", "-fno-math-errno"),  # a fused multiply-add would change the bits
 }
 HEADERS = ("vector.h",)

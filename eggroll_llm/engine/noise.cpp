@@ -1,8 +1,8 @@
 // The factors of many pairs and parameters of one shape, to the bits of `eggroll_llm/noise.py`, which defines them.
 //
 // One item is one (parameter, pair): its stream of normals is made sixteen blocks at a time, Philox4x32-10 and
-// Box-Muller, then rounded into A [out * rank] and B [in * rank]. To be compiled without contraction of a * b + c: every
-// float32 operation rounds on its own.
+// Box-Muller, then rounded into the pair's row, as A [rank, out] and B [rank, in]. To be compiled without contraction of
+// a * b + c: every float32 operation rounds on its own.
 
 #include <cmath>
 #include <vector>
@@ -72,16 +72,23 @@ inline void box_muller(Words radius_word, Words angle_word, const Tables& tables
     sine = polynomial(y, tables.sine) * x * radius;
 }
 
-// to[i] = round(scale * from[i])
+// to[r, i] = round(scale * from[i, r])
 template <typename T>
-void write(T* to, const float* from, int64_t size, float scale) {
-    for (int64_t i = 0; i < size; i += LANES) store(to + i, load(from + i, size - i) * scale, size - i);
+void write(T* to, const float* from, int64_t size, int64_t rank, float scale) {
+    std::vector<float> column(rank == 1 ? 0 : size);
+    for (int64_t r = 0; r < rank; ++r) {
+        for (int64_t i = 0; i < static_cast<int64_t>(column.size()); ++i) column[i] = from[i * rank + r];
+        const float* values = rank == 1 ? from : column.data();
+        for (int64_t i = 0; i < size; i += LANES)
+            store(to + r * size + i, load(values + i, size - i) * scale, size - i);
+    }
 }
 
 template <typename T>
-void factors(T* A, T* B, const int64_t* pairs, const uint32_t* ids, int64_t number_of_pairs, int64_t parameters,
-             int64_t size_A, int64_t size_B, float scale, uint32_t step, Key key, const Tables& tables) {
-    const int64_t blocks = (size_A + size_B + 3) / 4, padded = (blocks + LANES - 1) / LANES * LANES;
+void factors(T* rows, int64_t width, const int64_t* at_A, const int64_t* at_B, const int64_t* pairs,
+             const uint32_t* ids, int64_t number_of_pairs, int64_t parameters, int64_t out, int64_t in, int64_t rank,
+             float scale, uint32_t step, Key key, const Tables& tables) {
+    const int64_t blocks = ((out + in) * rank + 3) / 4, padded = (blocks + LANES - 1) / LANES * LANES;
     Words lane;
     for (int64_t j = 0; j < LANES; ++j) lane[j] = j;
 #pragma omp parallel
@@ -89,9 +96,10 @@ void factors(T* A, T* B, const int64_t* pairs, const uint32_t* ids, int64_t numb
         std::vector<float> stream(4 * padded);
 #pragma omp for schedule(static)
         for (int64_t item = 0; item < parameters * number_of_pairs; ++item) {
+            const int64_t k = item % number_of_pairs, n = item / number_of_pairs;
             for (int64_t block = 0; block < padded; block += LANES) {
-                Words w[4] = {Words{} + step, Words{} + static_cast<uint32_t>(pairs[item % number_of_pairs]),
-                              Words{} + ids[item / number_of_pairs], lane + static_cast<uint32_t>(block)};
+                Words w[4] = {Words{} + step, Words{} + static_cast<uint32_t>(pairs[k]), Words{} + ids[n],
+                              lane + static_cast<uint32_t>(block)};
                 philox(w, key);
                 Floats value[4];
                 box_muller(w[0], w[1], tables, value[0], value[1]);
@@ -99,24 +107,24 @@ void factors(T* A, T* B, const int64_t* pairs, const uint32_t* ids, int64_t numb
                 for (int64_t j = 0; j < LANES; ++j)
                     for (int64_t i = 0; i < 4; ++i) stream[4 * (block + j) + i] = value[i][j];
             }
-            write(A + item * size_A, stream.data(), size_A, scale);
-            write(B + item * size_B, stream.data() + size_A, size_B, 1.0f);
+            write(rows + k * width + at_A[n], stream.data(), out, rank, scale);
+            write(rows + k * width + at_B[n], stream.data() + out * rank, in, rank, 1.0f);
         }
     }
 }
 
 }  // namespace
 
-#define EXPORT(suffix, T)                                                                                           \
-    extern "C" void eggroll_factors_##suffix(T* A, T* B, const int64_t* pairs, const uint32_t* ids,                 \
-                                             int64_t number_of_pairs, int64_t parameters, int64_t size_A,           \
-                                             int64_t size_B, float scale, uint32_t step, uint64_t seed,             \
-                                             const float* tables) {                                                 \
-        Tables t;                                                                                                   \
-        static_assert(sizeof t == 19 * sizeof(float), "eight, five, five and one, as Python hands them over");      \
-        std::memcpy(&t, tables, sizeof t);                                                                          \
-        const Key key{static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32)};                              \
-        factors(A, B, pairs, ids, number_of_pairs, parameters, size_A, size_B, scale, step, key, t);                \
+#define EXPORT(suffix, T)                                                                                             \
+    extern "C" void eggroll_factors_##suffix(T* rows, int64_t width, const int64_t* at_A, const int64_t* at_B,        \
+                                             const int64_t* pairs, const uint32_t* ids, int64_t number_of_pairs,      \
+                                             int64_t parameters, int64_t out, int64_t in, int64_t rank, float scale,  \
+                                             uint32_t step, uint64_t seed, const float* tables) {                     \
+        Tables t;                                                                                                     \
+        static_assert(sizeof t == 19 * sizeof(float), "eight, five, five and one, as Python hands them over");        \
+        std::memcpy(&t, tables, sizeof t);                                                                            \
+        const Key key{static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32)};                                \
+        factors(rows, width, at_A, at_B, pairs, ids, number_of_pairs, parameters, out, in, rank, scale, step, key, t); \
     }
 
 EXPORT(float32, float)

@@ -6,6 +6,7 @@ loaded from disk), and on CPU the linear layers' adapter arithmetic (`member_ter
 applies the last slot's adapter to tokens without one, and the model's norms and activations (`fused`, or `compiled`).
 """
 
+import logging
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -21,12 +22,16 @@ from vllm.platforms import current_platform
 
 from eggroll_llm.engine import fused
 from eggroll_llm.engine.compiled import compile_model
+from eggroll_llm.engine.fold import fold_for
 from eggroll_llm.engine.layers import Layer, find_layers
 from eggroll_llm.engine.member_term import AddTerm, graph_operator, implementation
-from eggroll_llm.engine.members import FactorBank, MemberSlots
-from eggroll_llm.engine.served import initial_weights, keep_linear_weights, serve
+from eggroll_llm.engine.members import FactorBank, MemberSlots, PaddedBuffers, RowBuffers
+from eggroll_llm.engine.served import ServedWeights, initial_weights, keep_linear_weights
+from eggroll_llm.hardware import cxx_compiler
 from eggroll_llm.noise import NoiseSpec
 from eggroll_llm.update import MasterWeights, OptimizerSettings, UpdateReport, UpdateSpec
+
+log = logging.getLogger(__name__)
 
 if current_platform.is_cpu():
     keep_linear_weights()  # vLLM imports this module before it loads the model
@@ -38,18 +43,17 @@ class UpdateTimes:
 
     report: UpdateReport
     update: float
-    """Estimate and optimizer."""
+    """Estimate, optimizer and rounding."""
     serve: float
-    """Rewriting and packing the served weights, and forgetting the prefix cache."""
+    """Packing the served weights, and forgetting the prefix cache."""
 
 
 class EsWorkerExtension:
     """Methods added to vLLM's worker; the prefix keeps them from clashing with its own."""
 
-    def es_start(self, *, rank: int, optimizer: OptimizerSettings | None, compiled: bool) -> dict[str, tuple[int, int]]:
-        """Install the population; return the (out, in) shape of every trained parameter."""
-        model_runner = self.model_runner  # type: ignore[attr-defined]
-        self.es_population = Population(model_runner, rank=rank, optimizer=optimizer, compiled=compiled)
+    def es_start(self, **settings: Any) -> dict[str, tuple[int, int]]:
+        """Install a `Population` of these settings; return the (out, in) shape of every trained parameter."""
+        self.es_population = Population(self.model_runner, **settings)  # type: ignore[attr-defined]
         return {name: (out, inside) for name, out, inside in self.es_population.bank.shapes}
 
     def es_call(self, method: str, *args: Any) -> Any:
@@ -60,20 +64,30 @@ class EsWorkerExtension:
 class Population:
     """Slots, factors and master weights inside a vLLM worker."""
 
-    def __init__(self, model_runner: Any, *, rank: int, optimizer: OptimizerSettings | None, compiled: bool) -> None:
+    def __init__(
+        self, model_runner: Any, *, rank: int, optimizer: OptimizerSettings | None, compiled: bool, stock: bool
+    ) -> None:
+        """Without `optimizer` there are no masters. `stock` leaves vLLM's arithmetic as it is on CPU too."""
         lora_manager = model_runner.lora_manager
         self._adapters = adapters = lora_manager._adapter_manager
         adapters.remove_all_adapters()
         self.device, self.dtype = model_runner.device, model_runner.model_config.dtype
         self.layers = find_layers(adapters.modules, adapters.packed_modules_mapping)
-        self.bank = FactorBank(self.layers, self.dtype, self.device)
-        self.slots = MemberSlots(self.layers, self.bank, adapters.lora_slots, rank)
+        self.bank = FactorBank(self.layers, rank, self.dtype, self.device)
+        ours = self.device.type == "cpu" and not stock
+        buffers = RowBuffers if ours else PaddedBuffers
+        self.slots = MemberSlots(buffers(self.layers, self.bank, adapters.lora_slots), adapters.lora_slots)
         weights = initial_weights(model_runner.model, self.layers)
         if optimizer is not None:
-            self.masters = MasterWeights(weights, optimizer, self.dtype)
+            self.masters = MasterWeights(weights, optimizer, self.dtype, fold_for(self.device))
         lora_manager._apply_adapters = self._place
         lora_manager._load_adapter = _refuse_to_load
-        if self.device.type == "cpu":
+        if ours:
+            if compiled and cxx_compiler() is None:
+                log.warning(
+                    "engine.enforce_eager = false: no C++ compiler, which the CPU needs for it; running eagerly"
+                )
+                compiled = False
             self._install_on_cpu(model_runner, compiled)
 
     def begin(self, noise: NoiseSpec, population: int, antithetic: bool) -> float:
@@ -86,19 +100,18 @@ class Population:
     def update(self, spec: UpdateSpec) -> UpdateTimes:
         """Apply an update to the masters and serve the result."""
         start = time.perf_counter()
-        report = self.masters.apply(spec, self.bank.factors_of)
-        applied = time.perf_counter()
-        self.serve()
-        return UpdateTimes(report=report, update=applied - start, serve=time.perf_counter() - applied)
+        served = ServedWeights(self.layers, self.device, self.dtype)
+        report = self.masters.apply(spec, self.bank.factors_of, served)
+        return UpdateTimes(report=report, update=time.perf_counter() - start - served.seconds, serve=served.seconds)
 
     def serve(self) -> None:
         """Make vLLM compute with the masters."""
-        serve(self.masters, self.layers, self.device)
+        self.masters.serve(ServedWeights(self.layers, self.device, self.dtype))
 
     def replay(self, specs: list[UpdateSpec]) -> None:
         """Apply recorded updates, then serve once."""
         for spec in specs:
-            self.masters.apply(spec)
+            self.masters.apply(spec, self.bank.factors_of)
         self.serve()
 
     def served_weights(self) -> dict[str, Tensor]:
@@ -163,11 +176,11 @@ class SlotOfTokens(PunicaWrapperCPU):
 def _linear_with_term(layer: Layer, slot_T: Tensor, add_term: AddTerm) -> Callable[..., Tensor]:
     """Return the layer's x -> x W^T + A_s (B_s^T x); vLLM's A is our B, and the scale is in A already."""
     base_layer, slices = layer.module.base_layer, list(layer.sizes)
-    (B_SCRI,), (A_SRO,) = layer.module.lora_a_stacked, layer.module.lora_b_stacked
+    (B_SCRI,), (A_SV,) = layer.module.lora_a_stacked, layer.module.lora_b_stacked
 
     def apply(x: Tensor, bias: Tensor | None = None) -> Tensor:
         y: Tensor = base_layer.cpu_linear(x, base_layer.weight, bias)
-        add_term(y, x, A_SRO, B_SCRI, slot_T, slices)
+        add_term(y, x, A_SV, B_SCRI, slot_T, slices)
         return y
 
     return apply

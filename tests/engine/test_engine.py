@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from eggroll_llm.config import EngineConfig
+from eggroll_llm.engine import members
 from eggroll_llm.engine.engine import Engine
 from eggroll_llm.noise import NoiseSpec, served_factors
 from eggroll_llm.sampler import Decoding, Request, sample_population
@@ -199,7 +200,9 @@ def test_slots_hold_the_bits_that_the_update_credits(served: Served) -> None:
                 A_KOR, B_KIR = served_factors(
                     served.noise(), torch.tensor([1]), name, end - begin, layer.in_features, engine.dtype, "cpu"
                 )
-                assert torch.equal(layer.module.lora_b_stacked[0][slot, :, begin:end], sign * A_KOR[0].T)
+                rank = served.case.rank
+                A_RO = layer.module.lora_b_stacked[0][slot, rank * begin : rank * end].view(rank, -1)
+                assert torch.equal(A_RO, sign * A_KOR[0].T)
                 assert torch.equal(layer.module.lora_a_stacked[0][slot, c], B_KIR[0].T)
 
 
@@ -226,6 +229,23 @@ def test_an_update_without_sampled_noise_has_the_same_bits(served: Served) -> No
     assert engine.checksum() != sampled
     engine.replay([served.update()])
     assert engine.checksum() == sampled
+
+
+def test_noise_that_is_too_much_to_keep_is_made_again_to_the_same_bits(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, sampled, updated = served.engine, [], []
+    before = {name: tensor.clone() for name, tensor in engine.state().items()}
+    for kept_bytes in (members.KEPT_BYTES, 0, members.KEPT_BYTES):
+        monkeypatch.setattr(members, "KEPT_BYTES", kept_bytes)
+        engine.load_state(before)
+        engine.begin(served.noise(2), POPULATION)  # so that the next one is not at hand
+        engine.begin(served.noise(), POPULATION)
+        sampled.append(served_logprobs(engine, [0, 5, 2]))
+        engine.update(served.update())
+        updated.append(engine.checksum())
+    assert all(torch.equal(each, sampled[0]) for each in sampled)
+    assert len(set(updated)) == 1
 
 
 def test_members_follow_the_updated_weights(served: Served, tmp_path: Path) -> None:

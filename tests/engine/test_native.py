@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from eggroll_llm import noise
-from eggroll_llm.engine import member_term, native, native_noise
+from eggroll_llm.engine import member_term, native, rows
 from eggroll_llm.hardware import cxx_compiler
 from eggroll_llm.noise import NoiseSpec
 
@@ -23,6 +24,13 @@ def empty_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Pat
     yield tmp_path
     native.library.cache_clear()
     member_term.implementation.cache_clear()
+
+
+def assert_equal_factors(found: dict[str, tuple[Tensor, Tensor]], expected: dict[str, tuple[Tensor, Tensor]]) -> None:
+    assert found.keys() == expected.keys()
+    for name, (A_KOR, B_KIR) in expected.items():
+        assert torch.equal(found[name][0], A_KOR)
+        assert torch.equal(found[name][1], B_KIR)
 
 
 def compiler(directory: Path, script: str) -> str:
@@ -59,8 +67,10 @@ def test_a_compiler_that_fails_is_one_line_and_the_fallback(
     assert native.library() is None
     assert member_term.implementation() is member_term.add_term_torch
     spec, pairs_K = NoiseSpec(seed=1, step=2, rank=2, sigma=0.1), torch.tensor([3, 0])
-    found = native_noise.served_factors_of(spec, pairs_K, SHAPES, torch.float32, "cpu")
-    assert found.keys() == {name for name, _, _ in SHAPES}
+    layout = rows.RowLayout(tuple(SHAPES), 2)
+    expected = noise.served_factors_of(spec, pairs_K, SHAPES, torch.float32, "cpu")
+    assert_equal_factors(layout.factors(rows.served_rows(spec, pairs_K, layout, torch.float32)), expected)
+    assert_equal_factors(rows.served_factors_of(spec, pairs_K, SHAPES, torch.float32, "cpu"), expected)
 
 
 def test_a_compiler_that_writes_rubbish_is_the_fallback(empty_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -76,12 +86,10 @@ def test_noise_has_the_bits_of_its_definition(rank: int, dtype: torch.dtype, see
     library = native.library()
     assert library is not None
     spec, pairs_K = NoiseSpec(seed=seed, step=step, rank=rank, sigma=0.0123), torch.tensor([0, 5, 2**32 - 1, 17])
-    found = native_noise.served_factors_native(library, spec, pairs_K, SHAPES, dtype)
-    expected = noise.served_factors_of(spec, pairs_K, SHAPES, dtype, "cpu")
-    assert found.keys() == expected.keys()
-    for name, (A_KOR, B_KIR) in expected.items():
-        assert torch.equal(found[name][0], A_KOR)
-        assert torch.equal(found[name][1], B_KIR)
+    layout = rows.RowLayout(tuple(SHAPES), rank)
+    found_KV = torch.empty(len(pairs_K), layout.width, dtype=dtype)
+    rows.fill_native(library, found_KV, spec, pairs_K, layout)
+    assert_equal_factors(layout.factors(found_KV), noise.served_factors_of(spec, pairs_K, SHAPES, dtype, "cpu"))
 
 
 @pytest.mark.skipif(native.library() is None, reason="needs a C++ compiler")
@@ -90,7 +98,7 @@ def test_a_million_values_of_noise_have_the_bits_of_their_definition() -> None:
     library = native.library()
     assert library is not None
     spec, pairs_K, shapes = NoiseSpec(seed=11, step=1, rank=4, sigma=1.0), torch.arange(64), [("w", 2048, 2048)]
-    found = native_noise.served_factors_native(library, spec, pairs_K, shapes, torch.float32)["w"]
-    expected = noise.served_factors_of(spec, pairs_K, shapes, torch.float32, "cpu")["w"]
-    assert torch.equal(found[0], expected[0])
-    assert torch.equal(found[1], expected[1])
+    layout = rows.RowLayout(tuple(shapes), 4)
+    found_KV = torch.empty(len(pairs_K), layout.width)
+    rows.fill_native(library, found_KV, spec, pairs_K, layout)
+    assert_equal_factors(layout.factors(found_KV), noise.served_factors_of(spec, pairs_K, shapes, torch.float32, "cpu"))

@@ -1,0 +1,43 @@
+"""Two hundred steps take no more memory than forty."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from eggroll_llm.config import EngineConfig
+from eggroll_llm.engine.bench_worker import resident_gib
+from eggroll_llm.engine.engine import Engine
+from eggroll_llm.noise import NoiseSpec
+from eggroll_llm.sampler import Decoding, Request
+from eggroll_llm.update import UpdateSpec
+
+pytestmark = pytest.mark.vllm
+
+POPULATION, SLOTS = 8, 4
+
+
+def test_memory_does_not_grow(tiny_model: Callable[[str], Path]) -> None:
+    config = EngineConfig(dtype="bfloat16", kv_cache_gib=0.05, max_sequences=16)
+    engine = Engine(tiny_model("llama"), config, slots=SLOTS, rank=2, max_model_len=64)
+    resident = []
+    for step in range(1, 241):
+        engine.begin(NoiseSpec(seed=0, step=step, rank=2, sigma=0.01), POPULATION)
+        requests = [
+            Request(prompt_ids=tuple(range(step % 90 + 3, step % 90 + 23)), member=m) for m in range(POPULATION)
+        ]
+        engine.generate(requests, Decoding(max_tokens=3))
+        engine.update(
+            UpdateSpec(
+                step=step,
+                noise_step=step,
+                seed=0,
+                rank=2,
+                sigma=0.01,
+                learning_rate=1e-5,
+                fitness_M=(1.0, -1.0) * (POPULATION // 2),
+            )
+        )
+        resident.append(resident_gib() * 1024)
+    engine.close()
+    assert resident[-1] - resident[39] < 2.0, f"{resident[39]:.1f} MiB after 40 steps, {resident[-1]:.1f} after 240"

@@ -1,0 +1,129 @@
+"""The benchmark's arithmetic, and its variants on a tiny model."""
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from eggroll_llm import bench
+from eggroll_llm.budget import member_bytes
+from eggroll_llm.config import RunConfig
+from eggroll_llm.errors import UserError
+from eggroll_llm.session import prepare
+from eggroll_llm.targets import trained_parameters
+
+OURS = bench.population(2, 4, slots=2)
+
+
+def config(model: Path) -> RunConfig:
+    from eggroll_llm.config import EngineConfig, EsConfig, SamplingConfig
+
+    return RunConfig(
+        model=str(model),
+        task="countdown",
+        task_options={"prompt_style": "few_shot", "shots": 1, "test_size": 8, "train_size": 32},
+        steps=1,
+        es=EsConfig(population=4, sigma=0.05, learning_rate=0.01),
+        sampling=SamplingConfig(max_tokens=4),
+        engine=EngineConfig(kv_cache_gib=0.05, dtype="bfloat16"),
+    )
+
+
+def answer(tokens_per_second: float, **more: float | None) -> dict[str, Any]:
+    return {
+        "tokens_per_second": tokens_per_second,
+        "generated_per_second": tokens_per_second / 2,
+        "noise_seconds": None,
+        "update_seconds": None,
+        "serve_seconds": None,
+        "resident_gib": 1.0,
+    } | more
+
+
+def test_names_say_what_differs() -> None:
+    names = [variant.name for _, variants in bench.GROUPS for variant in variants]
+    assert len(names) == len(set(names))
+    assert OURS.name == "population of 4, rank 2, 2 slots"
+
+
+@pytest.mark.vllm
+def test_ratios_are_taken_within_a_round(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
+    prepared = prepare(config(tiny_model("llama")), tmp_path)
+    variants = (bench.EAGER, bench.COMPILED, OURS)
+    groups = [
+        bench.Measured(
+            workload="even",
+            variants=variants,
+            rounds=[
+                {
+                    bench.EAGER.name: answer(100 * drift),
+                    bench.COMPILED.name: answer(125 * drift),
+                    OURS.name: answer(95 * drift, noise_seconds=0.1, resident_gib=1.5),
+                }
+                for drift in drifts
+            ],
+        )
+        for drifts in ((1.0, 2.0), (0.5,))
+    ]
+    (merged,) = bench._merge_references(groups)
+    assert len(merged.rounds) == 3
+    plain, compiled, ours = bench.rows(merged, prepared)
+    assert (plain["ratio_to_plain_eager"], plain["ratio_to_plain_best"]) == (1.0, pytest.approx(0.8))
+    assert (compiled["ratio_to_plain_eager"], compiled["ratio_to_plain_best"]) == (pytest.approx(1.25), 1.0)
+    assert ours["ratio_to_plain_eager_range"] == [pytest.approx(0.95), pytest.approx(0.95)]
+    assert ours["ratio_to_plain_best"] == pytest.approx(0.76)
+    assert ours["tokens_per_second"] == 95
+    assert ours["tokens_per_second_range"] == [47.5, 190]
+    assert (ours["name"], ours["rank"], ours["slots"], ours["population"]) == (OURS.name, 2, 2, 4)
+    assert (ours["noise_seconds"], ours["update_seconds"]) == (0.1, None)
+    assert ours["resident_over_plain_gib"] == pytest.approx(0.5)
+    shapes = trained_parameters(prepared.model_dir)
+    masters = 4 * sum(out * inside for _, out, inside in shapes)
+    assert ours["resident_over_plain_gib_predicted"] * 2**30 == masters + (2 + 2) * member_bytes(shapes, 2, 2)
+    assert plain["resident_over_plain_gib_predicted"] is None
+
+
+@pytest.mark.vllm
+def test_every_kind_of_variant_runs_and_the_table_is_written(
+    tiny_model: Callable[[str], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(bench, "SEQUENCES", 8)
+    monkeypatch.setattr(bench, "NEW_TOKENS", 4)
+    monkeypatch.setattr(bench, "MIXED_SEQUENCES", 64)
+    monkeypatch.setattr(bench, "MIXED_TOKENS", (2, 4))
+    kinds = [
+        bench.Variant(name=kind, kind=kind, rank=1, slots=4, population=4)  # type: ignore[arg-type]
+        for kind in ("population", "stock", "files", "swap")
+    ]
+    monkeypatch.setattr(bench, "GROUPS", (("even", tuple(kinds)), ("mixed", (OURS,))))
+    out = tmp_path / "bench.json"
+    bench.bench(config(tiny_model("llama")), tmp_path, 1, out)
+    rows = json.loads(out.read_text())
+    names = [bench.EAGER.name, bench.COMPILED.name]
+    assert [row["name"] for row in rows] == [*names, *(kind.name for kind in kinds), *names, OURS.name]
+    for row in rows:
+        assert row["tokens_per_second"] > 0
+        assert row["resident_gib"] > 0.1
+        assert row["prompt_tokens"] > row["generated_tokens"] > 0
+    by_kind = {row["kind"]: row for row in rows if row["workload"] == "even"}
+    assert all(by_kind["population"][f"{part}_seconds"] > 0 for part in ("noise", "update", "serve"))
+    assert by_kind["files"]["noise_seconds"] > 0
+    assert by_kind["swap"]["noise_seconds"] > 0
+    assert "population of 4, rank 2, 2 slots" in capsys.readouterr().out.replace("\n", "")
+    assert asdict(OURS).items() <= rows[-1].items()
+
+
+def test_a_name_that_no_variant_has_is_a_mistake(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="in none of these names"):
+        bench.bench(config(tmp_path), tmp_path, 1, None, "no such variant")
+
+
+def test_a_variant_that_does_not_start_says_why() -> None:
+    with pytest.raises(UserError, match=r"(?s)'broken' ended with status 1.*KeyError: 'workloads'"):
+        bench.Worker(bench.Variant(name="broken", kind="plain"), {})
