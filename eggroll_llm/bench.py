@@ -161,16 +161,19 @@ def bench(config: RunConfig, recipe_dir: Path, repeats: int, out: Path | None, w
         out.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
 
 
-def _job(prepared: Prepared, alive: int) -> dict[str, Any]:
+def _workloads(prepared: Prepared) -> dict[str, dict[str, Any]]:
     prompts = [list(prompt) for prompt in prepared.train.prompts]
     mixed = [MIXED_TOKENS[0] + i * (MIXED_TOKENS[1] - MIXED_TOKENS[0]) // 63 for i in range(64)]
     mixed *= MIXED_SEQUENCES // len(mixed)
     random.Random(0).shuffle(mixed)
-    workloads = {
+    return {
         name: {"prompts": [prompts[i % len(prompts)] for i in range(len(lengths))], "new_tokens": lengths}
         for name, lengths in (("even", [NEW_TOKENS] * SEQUENCES), ("mixed", mixed))
     }
-    longest = max(map(len, prompts)) + NEW_TOKENS
+
+
+def _job(prepared: Prepared, alive: int) -> dict[str, Any]:
+    longest = max(map(len, prepared.train.prompts)) + NEW_TOKENS
     engine = prepared.config.engine
     # Processes share a GPU; on a CPU the setting has no effect.
     engine = replace(engine, max_sequences=SEQUENCES, gpu_memory_utilization=engine.gpu_memory_utilization / alive)
@@ -179,7 +182,7 @@ def _job(prepared: Prepared, alive: int) -> dict[str, Any]:
         "engine": asdict(engine),
         "sigma": prepared.config.es.sigma,
         "context": -(-longest // 32) * 32,
-        "workloads": workloads,
+        "workloads": _workloads(prepared),
     }
 
 
@@ -239,7 +242,7 @@ def _merge_references(measured: Sequence[Measured]) -> list[Measured]:
 
 def rows(measured: Measured, prepared: Prepared) -> list[dict[str, Any]]:
     """Return one JSON object per variant: medians over the rounds it took part in; ratios are taken within a round."""
-    work = _job(prepared, alive=1)["workloads"][measured.workload]
+    work = _workloads(prepared)[measured.workload]
     variants = [v for v in measured.variants if any(v.name in answers for answers in measured.rounds)]
     speed = {
         variant.name: statistics.median(

@@ -243,11 +243,16 @@ def served_factors_of(
     several times faster for small ones.
     """
     pairs_K = pairs_K.to(device=device, dtype=torch.int64)
-    names_of: dict[tuple[int, int], list[str]] = {}
-    for name, out_features, in_features in shapes:
-        names_of.setdefault((out_features, in_features), []).append(name)
     factors: dict[str, tuple[Tensor, Tensor]] = {}
-    for sizes, names in names_of.items():
+    for sizes, names in names_by_size(shapes).items():
         A_NKOR, B_NKIR = _factors(noise, pairs_K, names, sizes, noise.sigma / math.sqrt(noise.rank), dtype)
         factors |= {name: (A_NKOR[n], B_NKIR[n]) for n, name in enumerate(names)}
     return factors
+
+
+def names_by_size(shapes: Sequence[Shape]) -> dict[tuple[int, int], list[str]]:
+    """Group the names of parameters by (out features, in features)."""
+    names_of: dict[tuple[int, int], list[str]] = {}
+    for name, out_features, in_features in shapes:
+        names_of.setdefault((out_features, in_features), []).append(name)
+    return names_of

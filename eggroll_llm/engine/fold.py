@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from eggroll_llm.engine import native
+from eggroll_llm.engine.binding import by_dtype
 from eggroll_llm.update import Fold, Products, fold_with_torch
 
 
@@ -17,13 +18,7 @@ def fold_for(device: torch.device) -> Fold:
 
 def bind(library: ctypes.CDLL) -> Fold:
     """Return the fold of a library."""
-    functions = {
-        torch.float32: library.eggroll_fold_float32,
-        torch.bfloat16: library.eggroll_fold_bfloat16,
-    }
-    for function in functions.values():
-        function.argtypes = [ctypes.c_void_p] * 4 + [ctypes.c_int64] * 3
-        function.restype = None
+    functions = by_dtype(library, "fold", [ctypes.c_void_p] * 4 + [ctypes.c_int64] * 3)
 
     def fold(to_OI: Tensor, products: Products, served_OI: Tensor | None) -> None:
         for i, (columns_A, columns_B) in enumerate(products):

@@ -50,12 +50,8 @@ inline Floats exponential(Floats x) {
     const Floats f = (x - k * 0.693359375f) + k * 2.12194440e-4f;
     Floats p = Floats{} + 1.0f / 5040;
     for (const float c : {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 1.0f / 2, 1.0f, 1.0f}) p = p * f + c;
-    Words exponent, bits;
-    std::memcpy(&exponent, &shifted, sizeof exponent);
-    std::memcpy(&bits, &p, sizeof bits);
-    bits += exponent << 23;  // the upper bits of the magic number are shifted out
-    std::memcpy(&p, &bits, sizeof p);
-    return overflows ? infinite : p;
+    const Words exponent = as_words(shifted) << 23;  // the upper bits of the magic number are shifted out
+    return overflows ? infinite : as_floats(as_words(p) + exponent);
 }
 
 template <typename T>

@@ -16,8 +16,7 @@ from vllm.model_executor.layers.activation import SiluAndMul
 from vllm.model_executor.layers.layernorm import RMSNorm
 
 from eggroll_llm.engine import native
-
-SUFFIX = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+from eggroll_llm.engine.binding import by_dtype
 
 
 def install(model: torch.nn.Module) -> None:
@@ -47,13 +46,8 @@ def bind(library: ctypes.CDLL) -> tuple[Callable[..., Tensor], Callable[[Tensor]
 
     x is [rows, size] or [outer, inner, size] with contiguous rows. A residual is replaced by the sum.
     """
-    norms, activations = {}, {}
-    for dtype, suffix in SUFFIX.items():
-        norms[dtype] = getattr(library, f"eggroll_rms_norm_{suffix}")
-        norms[dtype].argtypes = [ctypes.c_void_p] * 4 + [ctypes.c_float] + [ctypes.c_int64] * 5
-        activations[dtype] = getattr(library, f"eggroll_silu_and_mul_{suffix}")
-        activations[dtype].argtypes = [ctypes.c_void_p] * 2 + [ctypes.c_int64] * 2
-        norms[dtype].restype = activations[dtype].restype = None
+    norms = by_dtype(library, "rms_norm", [ctypes.c_void_p] * 4 + [ctypes.c_float] + [ctypes.c_int64] * 5)
+    activations = by_dtype(library, "silu_and_mul", [ctypes.c_void_p] * 2 + [ctypes.c_int64] * 2)
 
     def rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, epsilon: float) -> Tensor:
         y = torch.empty(x.shape, dtype=x.dtype)

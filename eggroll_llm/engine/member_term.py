@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from eggroll_llm.engine import native
+from eggroll_llm.engine.binding import by_dtype
 
 MAX_RANK = 64  # size of the kernel's buffer on the stack
 FALLBACK_CHUNK = 256  # tokens that the fallback gathers factors for at a time, which bounds its memory
@@ -69,13 +70,7 @@ def add_term_torch(
 
 def bind(library: ctypes.CDLL) -> AddTerm:
     """Return the compiled kernel of a library as a function of tensors."""
-    functions = {
-        torch.float32: library.eggroll_add_term_float32,
-        torch.bfloat16: library.eggroll_add_term_bfloat16,
-    }
-    for function in functions.values():
-        function.argtypes = [ctypes.c_void_p] * 6 + [ctypes.c_int64] * 7
-        function.restype = None
+    functions = by_dtype(library, "add_term", [ctypes.c_void_p] * 6 + [ctypes.c_int64] * 7)
 
     @cache
     def ends(slices: tuple[int, ...]) -> ctypes.Array[ctypes.c_int64]:

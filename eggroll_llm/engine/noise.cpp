@@ -18,18 +18,6 @@ struct Key {
     uint32_t low, high;
 };
 
-inline Floats as_floats(Words w) {
-    Floats f;
-    std::memcpy(&f, &w, sizeof f);
-    return f;
-}
-
-inline Words as_words(Floats f) {
-    Words w;
-    std::memcpy(&w, &f, sizeof w);
-    return w;
-}
-
 // Philox4x32-10 of the counter (step, pair, parameter id, block) in each lane
 inline void philox(Words (&c)[4], Key key) {
     for (int round = 0; round < 10; ++round) {

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from eggroll_llm import noise as definition
 from eggroll_llm.engine import native
-from eggroll_llm.noise import NoiseSpec, Shape, parameter_id
+from eggroll_llm.engine.binding import by_dtype
+from eggroll_llm.noise import NoiseSpec, Shape, names_by_size, parameter_id
 
-CODE = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 # The digits of the definition; C++ has no copy of them.
 TABLES = (*definition.MINUS_TWO_LOG, *definition.SINE, *definition.COSINE, -2 * math.log(2))
 
@@ -87,12 +87,9 @@ def fill(rows_KV: Tensor, noise: NoiseSpec, pairs_K: Tensor, layout: RowLayout) 
 def fill_native(library: ctypes.CDLL, rows_KV: Tensor, noise: NoiseSpec, pairs_K: Tensor, layout: RowLayout) -> None:
     """Write the rows of pairs as `library` computes them."""
     pairs_K = pairs_K.to(device="cpu", dtype=torch.int64).contiguous()
-    starts = layout.starts()
-    names_of: dict[tuple[int, int], list[str]] = {}
-    for name, out, inside in layout.shapes:
-        names_of.setdefault((out, inside), []).append(name)
-    for (out, inside), names in names_of.items():
-        _function(library, rows_KV.dtype)(
+    starts, function = layout.starts(), _functions(library)[rows_KV.dtype]
+    for (out, inside), names in names_by_size(layout.shapes).items():
+        function(
             rows_KV.data_ptr(),
             layout.width,
             (ctypes.c_int64 * len(names))(*(starts[name][0] for name in names)),
@@ -122,12 +119,8 @@ def served_factors_of(
 
 
 @cache
-def _function(library: ctypes.CDLL, dtype: torch.dtype) -> Callable[..., None]:
-    function = getattr(library, f"eggroll_factors_{CODE[dtype]}")
-    numbers, pointer = ctypes.c_int64, ctypes.c_void_p
-    function.argtypes = [
-        *(pointer, numbers, pointer, pointer, pointer, pointer, *[numbers] * 5),
-        *(ctypes.c_float, ctypes.c_uint32, ctypes.c_uint64, pointer),
-    ]
-    function.restype = None
-    return function
+def _functions(library: ctypes.CDLL) -> dict[torch.dtype, Callable[..., None]]:
+    number, pointer = ctypes.c_int64, ctypes.c_void_p
+    rows_and_sizes = (pointer, number, *[pointer] * 4, *[number] * 5)
+    noise = (ctypes.c_float, ctypes.c_uint32, ctypes.c_uint64, pointer)
+    return by_dtype(library, "factors", (*rows_and_sizes, *noise))

@@ -17,6 +17,18 @@ typedef float Floats __attribute__((vector_size(LANES * 4)));
 typedef uint32_t Words __attribute__((vector_size(LANES * 4)));
 typedef uint16_t Halves __attribute__((vector_size(LANES * 2)));
 
+inline Floats as_floats(Words w) {  // the same bits
+    Floats v;
+    std::memcpy(&v, &w, sizeof v);
+    return v;
+}
+
+inline Words as_words(Floats v) {
+    Words w;
+    std::memcpy(&w, &v, sizeof w);
+    return w;
+}
+
 inline Floats load(const float* from) {
     Floats v;
     std::memcpy(&v, from, sizeof v);
@@ -26,10 +38,7 @@ inline Floats load(const float* from) {
 inline Floats load(const uint16_t* from) {  // a bfloat16 is the upper half of a float32
     Halves h;
     std::memcpy(&h, from, sizeof h);
-    const Words w = __builtin_convertvector(h, Words) << 16;
-    Floats v;
-    std::memcpy(&v, &w, sizeof v);
-    return v;
+    return as_floats(__builtin_convertvector(h, Words) << 16);
 }
 
 inline void store(float* to, Floats v) { std::memcpy(to, &v, sizeof v); }
@@ -38,8 +47,7 @@ inline void store(uint16_t* to, Floats v) {  // round to nearest, ties to even; 
 #ifdef __AVX512BF16__
     const __m256bh h = _mm512_cvtneps_pbh(reinterpret_cast<__m512>(v));
 #else
-    Words w;
-    std::memcpy(&w, &v, sizeof w);
+    const Words w = as_words(v);
     const Words rounded = (w + 0x7FFF + ((w >> 16) & 1)) >> 16;
     const Words nan = (w >> 16) | 0x40;
     const Halves h = __builtin_convertvector((w << 1) > 0xFF000000u ? nan : rounded, Halves);
