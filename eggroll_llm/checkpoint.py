@@ -69,7 +69,7 @@ def save_checkpoint(
     Raises:
         CheckpointError: it could not be written; nothing half-written is left, what was there still is.
     """
-    target = root / f"step-{step:06d}"
+    target = checkpoint_path(root, step)
     written = 0
 
     def write(folder: Path) -> None:
@@ -94,6 +94,11 @@ def save_checkpoint(
             "earlier checkpoints are untouched."
         ) from error
     return target
+
+
+def checkpoint_path(root: Path, step: int) -> Path:
+    """The directory of a step's checkpoint, whether or not there is one."""
+    return root / f"step-{step:06d}"
 
 
 def verify_checkpoint(path: Path) -> Checkpoint:

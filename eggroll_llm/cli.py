@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from eggroll_llm.session import Outcome
+    from eggroll_llm.trainer import Display
 
 EXIT_MISTAKE = 2
 
@@ -75,18 +76,59 @@ def _parser() -> argparse.ArgumentParser:
         commands, "eval", _eval, "accuracy of a model or a run on a task's test split", takes_settings=True
     )
     evaluate.add_argument("model", metavar="MODEL_OR_RUN", help="directory, hub id, embedded model, or run directory")
-    evaluate.add_argument("--task", help="countdown, gsm8k or file.py:NAME; default: the run's")
+    evaluate.add_argument("--task", help="gsm8k, gsm8k_cot, countdown or file.py:NAME; default: the run's, as trained")
+    evaluate.add_argument("--at", default="final", metavar="STEP", help="of a run: final (default), best, or a step")
+    evaluate.add_argument(
+        "--protocol",
+        choices=("lm-eval", "task"),
+        help="whose prompts: lm-evaluation-harness's (default for gsm8k, gsm8k_cot) or those of training",
+    )
+    evaluate.add_argument("--num-fewshot", type=_not_negative, metavar="N", help="worked examples in lm-eval's prompts")
+    evaluate.add_argument(
+        "--apply-chat-template", action="store_true", help="put lm-eval's prompts through the chat template"
+    )
     evaluate.add_argument(
         "--data-dir", type=Path, metavar="DIR", help="folder with the task's train.jsonl and test.jsonl"
     )
     evaluate.add_argument("--limit", type=_positive, default=0, metavar="N", help="only the first N problems")
     evaluate.add_argument("--max-tokens", type=_positive, default=0, metavar="N", help="length limit of an answer")
-    evaluate.add_argument("--out", type=Path, metavar="FILE.json", help="write the result and every answer")
+    evaluate.add_argument("--samples", type=_positive, default=1, metavar="N", help="completions per problem")
+    evaluate.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 (default) is greedy")
+    evaluate.add_argument("--top-p", type=float, default=1.0, metavar="P", help="nucleus of sampling")
+    evaluate.add_argument("--seed", type=_not_negative, default=0, metavar="N", help="of sampling")
+    evaluate.add_argument(
+        "--k", type=_ks, metavar="K,K", help="k of pass@k and maj@k; default: the number of samples, if above 1"
+    )
+    evaluate.add_argument(
+        "--out",
+        type=Path,
+        metavar="FILE.json",
+        help="write the result, and every answer to FILE.samples.jsonl, from which an interrupted evaluation continues",
+    )
+    evaluate.add_argument("--on-existing", choices=("resume", "overwrite"), default="resume")
 
     replay = _command(commands, "replay", _replay, "rebuild the weights of a step from a run's journal")
     replay.add_argument("run", type=Path, metavar="RUN")
     replay.add_argument("--step", type=_not_negative, metavar="N", help="default: the last")
     replay.add_argument("--out", type=Path, required=True, metavar="DIR", help="new directory for the model")
+
+    compare = _command(commands, "compare", _compare, "accuracy of runs, paired tests, equal budgets and plots")
+    compare.add_argument("runs", type=Path, nargs="+", metavar="RUN")
+    compare.add_argument(
+        "--out",
+        type=Path,
+        default=Path("comparison"),
+        metavar="DIR",
+        help="for report.html and figures; default: %(default)s",
+    )
+
+    push = _command(commands, "push", _push, "put a run's model, or a model directory, on the Hugging Face hub")
+    push.add_argument("model", type=Path, metavar="RUN_OR_DIR")
+    push.add_argument("repo_id", metavar="OWNER/NAME")
+    push.add_argument("--at", default="final", metavar="STEP", help="of a run: final (default), best, or a step")
+    push.add_argument("--private", action="store_true", help="make the repository private")
+    push.add_argument("--revision", metavar="BRANCH", help="default: main")
+    push.add_argument("--dry-run", action="store_true", help="say what would be uploaded; uses no network")
 
     bench = _command(commands, "bench", _bench, "sampling and update speed next to plain vLLM", takes_settings=True)
     bench.add_argument("recipe", type=Path, metavar="RECIPE.toml")
@@ -170,12 +212,41 @@ def _train(options: argparse.Namespace, settings: list[tuple[str, str]]) -> int:
     display.message(f"run directory: {run_path}")
     outcome = train(config, recipe_dir, run_path, options.on_existing, display)
     display.table(_outcome_table(outcome))
+    _report(run_path, display)
     display.message(f"model: {outcome.final} (loads in transformers and vLLM)")
     display.message(
         f"go on: eggroll-llm train {run_path}/config.toml --run-dir {run_path} --on-existing resume "
         "--minutes 0 --steps N"
     )
     display.message(f"test:  eggroll-llm eval {run_path}")
+    return 0
+
+
+def _report(run_path: Path, display: "Display") -> None:
+    """Write report.html. The run is finished: a report that fails is a warning."""
+    try:
+        from eval.report import write_run_report
+
+        display.message(f"report: {write_run_report(run_path)}")
+    except (UserError, ImportError, OSError) as error:
+        display.message(f"no report was written: {error}")
+
+
+def _compare(options: argparse.Namespace, settings: list[tuple[str, str]]) -> int:
+    from eggroll_llm.display import ConsoleDisplay
+    from eval.compare import compare
+    from eval.tables import tables
+
+    comparison = compare(options.runs)
+    display = ConsoleDisplay()
+    for table in tables(comparison):
+        display.table(table)
+    for note in comparison.notes:
+        display.message(note)
+
+    from eval.report import write_comparison
+
+    display.message(f"report: {write_comparison(options.runs, options.out)}")
     return 0
 
 
@@ -210,53 +281,51 @@ def _outcome_table(outcome: "Outcome") -> "Table":
 
 def _eval(options: argparse.Namespace, settings: list[tuple[str, str]]) -> int:
     from eggroll_llm.display import ConsoleDisplay
-    from eval.accuracy import evaluate_subject, find_subject, settings_for
+    from eval.evaluation import evaluate_subject, settings_for
+    from eval.subject import find_subject
+    from eval.summary import summarize, table, write_summary
 
     if options.out and not options.out.parent.is_dir():  # found out now, not after an hour of evaluation
         raise ConfigError(f"--out {options.out}: there is no folder {options.out.parent}: create it")
     if options.data_dir:
         settings = [*settings, ("task_options.data_dir", str(options.data_dir.resolve()))]
     how = settings_for(
-        find_subject(options.model),
+        find_subject(options.model, options.at),
         settings,
         task=options.task,
+        protocol=options.protocol,
+        shots=options.num_fewshot,
+        chat=options.apply_chat_template,
         limit=options.limit,
         max_tokens=options.max_tokens,
+        samples=options.samples,
+        temperature=options.temperature,
+        top_p=options.top_p,
+        seed=options.seed,
     )
+    ks = [k for k in (options.k or [options.samples]) if k > 1]
+    if max(ks, default=0) > options.samples:
+        raise ConfigError(f"--k {max(ks)}: there are only {options.samples} completions per problem: raise --samples")
     display = ConsoleDisplay()
-    report = evaluate_subject(how, Path.cwd(), lambda done, total: display.sampling("eval", done, total))
+    results = evaluate_subject(
+        how,
+        Path.cwd(),
+        options.out.with_suffix(".samples.jsonl") if options.out else None,
+        overwrite=options.on_existing == "overwrite",
+        on_progress=lambda done, total: display.sampling("eval", done, total),
+    )
+    summary = summarize(results, ks)
     if options.out:
-        report.write(options.out)
-    display.table(_eval_table(report.summary()))
+        write_summary(options.out, summary)
+    print(table(summary))
     return 0
 
 
-def _eval_table(summary: dict[str, object]) -> "Table":
-    from rich.table import Table
-
-    limited = f"first {summary['problems']} of {summary['available']}: LIMITED" if summary["limited"] else "all"
-    table = Table(
-        title=f"{summary['model']}",
-        caption=f"greedy, at most {summary['max_tokens']} tokens; problems: {limited}",
-    )
-    for column in ("task", "n", "metric", "value", "", "stderr", "truncated"):
-        table.add_column(column, justify="right" if column in ("n", "value", "stderr", "truncated") else "left")
-    table.add_row(
-        str(summary["task"]),
-        str(summary["problems"]),
-        "accuracy",
-        f"{summary['accuracy']:.4f}",
-        "±",
-        f"{summary['accuracy_stderr']:.4f}",
-        f"{summary['truncated']:.1%}",
-    )
-    return table
-
-
 def _replay(options: argparse.Namespace, settings: list[tuple[str, str]]) -> int:
+    from eggroll_llm.card import write_card
     from eggroll_llm.config import load_recipe
     from eggroll_llm.journal import read_journal
-    from eggroll_llm.models import resolve_model
+    from eggroll_llm.models import model_identity, resolve_model
     from eggroll_llm.run_dir import RunDir
 
     run = RunDir.open(options.run)
@@ -267,8 +336,27 @@ def _replay(options: argparse.Namespace, settings: list[tuple[str, str]]) -> int
 
     from eggroll_llm.replay import replay
 
-    checksum = replay(config, resolve_model(config.model), run.journal, step, options.out)
+    base = resolve_model(config.model)
+    checksum = replay(config, base, run.journal, step, options.out)
+    write_card(
+        options.out,
+        config=config,
+        base_model=model_identity(base),
+        step=step,
+        metrics=run.read_metrics(),
+        journal=run.journal,
+    )
     print(f"step {step}: {options.out}, weights {checksum}")
+    return 0
+
+
+def _push(options: argparse.Namespace, settings: list[tuple[str, str]]) -> int:
+    from eggroll_llm.push import plan_push, push
+
+    plan = plan_push(options.model, options.repo_id, at=options.at, private=options.private, revision=options.revision)
+    print(*plan.lines(), sep="\n")
+    if not options.dry_run:
+        print(push(plan))
     return 0
 
 
@@ -285,6 +373,10 @@ def _doctor(options: argparse.Namespace, settings: list[tuple[str, str]]) -> int
     from eggroll_llm.doctor import run
 
     return run()
+
+
+def _ks(text: str) -> list[int]:
+    return [_positive(k) for k in text.split(",")]
 
 
 def _positive(text: str) -> int:

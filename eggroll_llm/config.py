@@ -127,6 +127,8 @@ class EvalConfig:
 
     every: int = 10
     """Steps between evaluations; 0 evaluates only at the start and at the end."""
+    split: Literal["test", "validation"] = "test"
+    """Where they come from: "test", or "validation", the last problems of "train", which are then not trained on."""
     problems: int = 256
     """Held-out problems per evaluation."""
     max_tokens: int = 0
@@ -141,6 +143,8 @@ class CheckpointConfig:
     """Steps between checkpoints; 0 writes none, as the journal rebuilds every step and `final/` holds the last."""
     keep: int = 2
     """Newest checkpoints that are kept."""
+    best: bool = True
+    """Whether the step of the highest accuracy gets a checkpoint, which is kept until there is a better one."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -29,8 +29,13 @@ def describe_environment() -> dict[str, Any]:
         "platform": platform.platform(),
         "machine": platform.machine(),
         "cpu_count": os.cpu_count(),
-        "packages": {name: version for name in _PACKAGES if (version := _version(name))},
+        "packages": package_versions(*_PACKAGES),
     }
+
+
+def package_versions(*names: str) -> dict[str, str]:
+    """Installed version by name; packages that are not installed are left out."""
+    return {name: version for name in names if (version := _version(name))}
 
 
 def _version(name: str) -> str:

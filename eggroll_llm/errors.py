@@ -29,6 +29,10 @@ class CheckpointError(UserError):
     """A checkpoint is damaged, incomplete, or could not be written."""
 
 
+class SamplesError(UserError):
+    """A file of graded completions is damaged, of another evaluation, or cannot be written."""
+
+
 class TrainingError(UserError):
     """Training cannot go on; what was reached is on disk."""
 

@@ -1,68 +1,130 @@
-"""Accuracy of the served model on held-out problems: greedy, with its standard error."""
+"""Answers of the base model to a set of problems, graded: the evaluation of a training run, and of `eggroll-llm eval`.
 
+Every completion is a function of (prompt, weights, seed, problem, sample), so that an evaluation that was interrupted
+continues with what is missing and comes to the same samples. Requests go to the base model: the members of a
+population stay what they are.
+"""
+
+import contextlib
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
-from eggroll_llm.sampler import Completion, Decoding, Generator, Progress, Request
+from eggroll_llm.prompts import ProblemSet
+from eggroll_llm.sampler import Completion, Decoding, Generator, Progress, Request, sampling_seed
+from eggroll_llm.samples import TASK, Graded, Sample
 from eggroll_llm.scoring import Scorer
-from eggroll_llm.tasks import Problem, Score
+from eggroll_llm.tasks import Problem
+
+Grader = Callable[[Completion, Problem], Graded]
+"""Total: any completion has a grade."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Evaluation:
-    """Outcome of one pass over a set of problems."""
+    """Outcome of one pass over a set of problems, one greedy answer each, graded by the task."""
 
-    scores: tuple[Score, ...]
-    """Score of each problem, in order."""
-    completions: tuple[Completion, ...]
-    """Completion of each problem, in order."""
+    samples: tuple[Sample, ...]
+    """Answer to each problem, in order."""
     seconds: float
     """Time that sampling and scoring took."""
 
     @property
     def problems(self) -> int:
         """Return the number of problems."""
-        return len(self.scores)
+        return len(self.samples)
 
     @property
     def accuracy(self) -> float:
         """Return the fraction of correct answers."""
-        return sum(score.correct for score in self.scores) / self.problems
+        return mean([sample.scores[TASK].correct for sample in self.samples])
 
     @property
     def stderr(self) -> float:
-        """Return the standard error of the accuracy: sample standard deviation over the root of the number."""
-        return standard_error(self.accuracy, self.problems)
+        """Return the standard error of the accuracy."""
+        return stderr([sample.scores[TASK].correct for sample in self.samples])
 
     @property
     def reward(self) -> float:
         """Return the mean reward."""
-        return sum(score.reward for score in self.scores) / self.problems
+        return mean([sample.scores[TASK].reward for sample in self.samples])
 
     @property
     def truncated(self) -> float:
         """Return the fraction of completions that the length limit ended."""
-        return sum(completion.truncated for completion in self.completions) / self.problems
+        return mean([sample.truncated for sample in self.samples])
 
 
-def standard_error(accuracy: float, problems: int) -> float:
-    """Return sqrt(p (1 - p) / (n - 1)), as lm-evaluation-harness reports it; NaN for a single problem."""
-    return math.sqrt(accuracy * (1 - accuracy) / (problems - 1)) if problems > 1 else math.nan
+def mean(values: Sequence[float]) -> float:
+    """Return the mean; NaN of nothing."""
+    return sum(values) / len(values) if values else math.nan
+
+
+def stderr(values: Sequence[float]) -> float:
+    """Return the standard error of the mean, sample standard deviation / sqrt(n); NaN below two values.
+
+    For values 0 and 1 with mean p this is sqrt(p (1 - p) / (n - 1)), which lm-evaluation-harness reports. With several
+    completions per problem the values are means over a problem: completions of one problem are not independent.
+    """
+    if len(values) < 2:
+        return math.nan
+    middle = mean(values)
+    return math.sqrt(math.fsum((value - middle) ** 2 for value in values) / (len(values) - 1) / len(values))
 
 
 def evaluate(
     engine: Generator,
     scorer: Scorer,
-    prompts: Sequence[tuple[int, ...]],
-    problems: Sequence[Problem],
+    problems: ProblemSet,
     decoding: Decoding,
     on_progress: Progress | None = None,
 ) -> Evaluation:
-    """Answer and score every problem once, with the base model."""
+    """Answer every problem once and grade it as the task does."""
     start = time.perf_counter()
-    requests = [Request(prompt_ids=prompt) for prompt in prompts]
-    completions = engine.generate(requests, decoding, on_progress)
-    scores = [scorer.score(completion, problem) for completion, problem in zip(completions, problems, strict=True)]
-    return Evaluation(scores=tuple(scores), completions=tuple(completions), seconds=time.perf_counter() - start)
+    samples: list[Sample] = []
+
+    def keep(sample: Sample) -> None:
+        samples.append(sample)
+        if on_progress:
+            on_progress(len(samples), len(problems.problems))
+
+    answer(engine, problems, {TASK: scorer.grade}, decoding, keep)
+    samples.sort(key=lambda sample: sample.problem)
+    return Evaluation(samples=tuple(samples), seconds=time.perf_counter() - start)
+
+
+def answer(
+    engine: Generator,
+    problems: ProblemSet,
+    graders: Mapping[str, Grader],
+    decoding: Decoding,
+    on_sample: Callable[[Sample], None],
+    *,
+    samples: int = 1,
+    seed: int = 0,
+    done: Collection[tuple[int, int]] = (),
+) -> None:
+    """Answer every problem `samples` times with the base model, without the (problem, sample) that are `done`.
+
+    `on_sample` gets each answer, graded, as soon as it is there, in no particular order.
+    """
+    wanted = [(p, s) for p in range(len(problems.problems)) for s in range(samples) if (p, s) not in done]
+    requests = [Request(prompt_ids=problems.prompts[p], seed=sampling_seed(seed, 0, p, s)) for p, s in wanted]
+    with contextlib.closing(engine.stream(requests, decoding)) as arriving:
+        for i, completion in arriving:
+            p, s = wanted[i]
+            problem = problems.problems[p]
+            on_sample(
+                Sample(
+                    problem=p,
+                    sample=s,
+                    id=problem.get("id", p),
+                    doc=problem,
+                    prompt_hash=problems.hashes[p],
+                    completion=completion.text,
+                    tokens=len(completion.token_ids),
+                    truncated=completion.truncated,
+                    scores={name: grade(completion, problem) for name, grade in graders.items()},
+                )
+            )

@@ -103,6 +103,7 @@ class Journal:
         try:
             if not journal._line_ends:
                 journal._write({"format": FORMAT, **asdict(header)})
+                journal.header = header
             else:
                 _check_same_run(path, journal.header, header)
         except BaseException:

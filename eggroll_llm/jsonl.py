@@ -10,10 +10,33 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from eggroll_llm.errors import RunDirError
+
 
 def to_json(value: object) -> str:
     """The value on one line; non-finite numbers become null, half surrogate pairs U+FFFD."""
     return json.dumps(_plain(value), allow_nan=False)
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Return the objects of a file with one on each line; a last line that was cut short is left out.
+
+    Raises RunDirError, naming file and line, for anything else.
+    """
+    try:
+        lines = path.read_bytes().split(b"\n")[:-1]
+    except OSError as error:
+        raise RunDirError(f"{path}: cannot be read ({error.strerror}). Name a directory that training wrote.") from None
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            row = None
+        if not isinstance(row, dict):
+            raise RunDirError(f"{path}:{number}: is damaged. Delete the line, or restore the file.")
+        rows.append(row)
+    return rows
 
 
 def last_step(path: Path) -> int | None:

@@ -1,13 +1,27 @@
 """Prompts in tokens. Loads the tokenizer, not the model, so that lengths are known before the engine starts."""
 
+import hashlib
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from eggroll_llm.errors import ConfigError, ModelError
+from eggroll_llm.tasks import Problem
 
 Prompt = str | Sequence[Mapping[str, str]]
 """Plain text to be continued, or chat messages with "role" and "content"."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProblemSet:
+    """Problems with their prompts."""
+
+    problems: Sequence[Problem]
+    prompts: Sequence[tuple[int, ...]]
+    """In tokens."""
+    hashes: Sequence[str]
+    """SHA-256 of the prompts' texts."""
 
 
 class Prompter:
@@ -19,17 +33,41 @@ class Prompter:
         self.model_dir = model_dir
         self.tokenizer: Any = AutoTokenizer.from_pretrained(model_dir, trust_remote_code=False)
 
-    def encode(self, prompt: Prompt) -> tuple[int, ...]:
-        """Return the prompt's tokens. Raises ModelError for chat messages when the model has no chat template."""
+    def render(self, prompt: Prompt) -> str:
+        """Return the prompt's text, chat template applied. Raises ModelError when it takes one and there is none."""
         if isinstance(prompt, str):
-            return tuple(self.tokenizer(prompt)["input_ids"])
+            return prompt
         if self.tokenizer.chat_template is None:
             raise ModelError(
                 f"{self.model_dir}: the tokenizer has no chat template, which the task's chat messages need: "
                 'use prompt_style = "few_shot" in [task_options], or an instruct model'
             )
         messages = [dict(message) for message in prompt]
-        return tuple(self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
+        return str(self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
+
+    def encode(self, prompt: Prompt) -> tuple[int, ...]:
+        """Return the prompt's tokens. Raises ModelError like `render`."""
+        # A chat template writes the special tokens itself.
+        return tuple(self.tokenizer(self.render(prompt), add_special_tokens=isinstance(prompt, str))["input_ids"])
+
+
+def encode_all(prompter: Prompter, problems: Sequence[Problem], prompts: Sequence[Prompt]) -> ProblemSet:
+    """Return the problems with their prompts, which are given in the same order, in tokens."""
+    return ProblemSet(
+        problems=problems,
+        prompts=[prompter.encode(prompt) for prompt in prompts],
+        hashes=[text_hash(prompter.render(prompt)) for prompt in prompts],
+    )
+
+
+def set_hash(hashes: Sequence[str]) -> str:
+    """Return one hash of the hashes of many prompts, in their order."""
+    return text_hash("\n".join(hashes))
+
+
+def text_hash(text: str) -> str:
+    """Return SHA-256 of a text as hex digits, lm-evaluation-harness's `prompt_hash`."""
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def needed_context(longest_prompt: int, max_tokens: int, limit: int, model_limit: int) -> int:

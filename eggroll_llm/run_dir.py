@@ -1,6 +1,6 @@
 """The directory of a run: who may use it, what lies where, and the append-only logs.
 
-    config.toml  environment.json  metrics.jsonl  completions.jsonl  journal.jsonl  checkpoints/  final/
+    config.toml  environment.json  metrics.jsonl  completions.jsonl  journal.jsonl  evaluations/  checkpoints/  final/
 
 One process at a time holds a run. A directory counts as a run when it has our lock file, or both config.toml
 and journal.jsonl; nothing else is ever deleted.
@@ -21,8 +21,9 @@ from typing import Any, Literal, Self
 from eggroll_llm.atomic import describe_failure, fsync_directory, recover, write_text
 from eggroll_llm.environment import describe_environment
 from eggroll_llm.errors import RunDirError
-from eggroll_llm.jsonl import cut_after_step, last_step, to_json
+from eggroll_llm.jsonl import cut_after_step, last_step, read_rows, to_json
 from eggroll_llm.run_lock import RunLock
+from eggroll_llm.samples import Sample, write_samples
 
 OnExisting = Literal["fail", "resume", "overwrite"]
 
@@ -50,6 +51,7 @@ class RunDir:
         self.metrics = path / "metrics.jsonl"
         self.completions = path / "completions.jsonl"
         self.journal = path / "journal.jsonl"
+        self.evaluations = path / "evaluations"
         self.checkpoints = path / "checkpoints"
         self.final = path / "final"
         self.resumed = False
@@ -105,16 +107,33 @@ class RunDir:
         """Add one line, with its `step`, to metrics.jsonl and flush it to disk; numbers not finite become null."""
         self._append(self.metrics, [row], durable=True)
 
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """The rows of metrics.jsonl, none when there is no file. Raises RunDirError for a damaged line."""
+        return read_rows(self.metrics) if self.metrics.is_file() else []
+
     def append_completions(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Add a line a row, each with its `step`, to completions.jsonl; half surrogates become U+FFFD."""
         self._append(self.completions, rows)
+
+    def write_evaluation(self, step: int, settings: Mapping[str, Any], samples: Iterable[Sample]) -> None:
+        """Write the graded answers of an evaluation to evaluations/, whole or not at all."""
+        path = self.evaluations / f"step-{step:06d}.jsonl"
+        try:
+            self.evaluations.mkdir(exist_ok=True)
+            write_samples(path, settings, samples)
+        except OSError as error:
+            raise RunDirError(describe_failure(path, error, "the answers of an evaluation")) from error
 
     def last_logged_step(self) -> int | None:
         """`step` of the last complete line of metrics.jsonl; None when there is none."""
         return last_step(self.metrics)
 
     def truncate_logs(self, step: int) -> None:
-        """Remove lines of later steps and lines cut short from both logs, so that each step is there once."""
+        """Remove lines of later steps and lines cut short from both logs, and later evaluations: each step once."""
+        for file in self.evaluations.glob("step-*.jsonl"):
+            number = file.stem.removeprefix("step-")
+            if number.isdecimal() and int(number) > step:
+                file.unlink()
         for path in (self.metrics, self.completions):
             kept = cut_after_step(path, step)
             if kept is not None:
@@ -152,6 +171,7 @@ class RunDir:
         else:
             for file in (self.config, self.environment, self.metrics, self.completions):
                 file.unlink(missing_ok=True)
+            shutil.rmtree(self.evaluations, ignore_errors=True)
         starts = _earlier_starts(self.environment) if self.resumed else []
         write_text(self.environment, json.dumps({"starts": [*starts, describe_environment()]}, indent=1) + "\n")
         self.checkpoints.mkdir(exist_ok=True)

@@ -9,6 +9,7 @@ Shapes: M member, P prompt, S sample.
 
 import hashlib
 from collections.abc import Callable, Sequence
+from collections.abc import Generator as GeneratorType
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -55,6 +56,7 @@ class Completion:
     """Length of the prompt."""
 
 
+Stream = GeneratorType[tuple[int, Completion], None, None]
 Progress = Callable[[int, int], None]
 """Called with the number of finished and of all completions."""
 
@@ -66,6 +68,10 @@ class Generator(Protocol):
         self, requests: Sequence[Request], decoding: Decoding, on_progress: Progress | None = None
     ) -> list[Completion]:
         """Return the completion of each request, in their order."""
+        ...
+
+    def stream(self, requests: Sequence[Request], decoding: Decoding) -> Stream:
+        """Yield (position of the request, completion) as they finish."""
         ...
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from eggroll_llm.errors import TaskError
 from eggroll_llm.sampler import Completion
+from eggroll_llm.samples import Graded
 from eggroll_llm.tasks import Problem, Score, Task
 
 FAILED = "reward_failed"
@@ -38,6 +39,15 @@ class Scorer:
             self.failures += 1
             self.first_failure = self.first_failure or traceback.format_exc(limit=-3)
             return Score(reward=0.0, correct=False, detail=FAILED)
+
+    def grade(self, completion: Completion, problem: Problem) -> Graded:
+        """Return the task's score together with the answer that majority votes count."""
+        score = self.score(completion, problem)
+        try:
+            answer = self._task.answer(completion.text, truncated=completion.truncated)
+        except Exception:  # like a score that fails, it costs its own completion
+            answer = None
+        return Graded(correct=score.correct, reward=score.reward, detail=score.detail, answer=answer)
 
     def check_first_step(self) -> None:
         """Raise TaskError when nothing that was counted could be scored."""

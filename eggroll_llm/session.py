@@ -19,12 +19,12 @@ from eggroll_llm.evaluate import Evaluation
 from eggroll_llm.hardware import resolve_dtype, serves_on_cpu
 from eggroll_llm.journal import Journal, JournalHeader
 from eggroll_llm.models import model_identity, resolve_model
-from eggroll_llm.prompts import Prompter, needed_context
+from eggroll_llm.prompts import ProblemSet, Prompter, encode_all, needed_context
 from eggroll_llm.run_dir import OnExisting, RunDir
 from eggroll_llm.scoring import Scorer
 from eggroll_llm.tasks import PATH_OPTIONS, Problem, Task, load_task
 from eggroll_llm.trackers import Trackers
-from eggroll_llm.trainer import Display, EsTrainer, ProblemSet
+from eggroll_llm.trainer import Display, EsTrainer
 
 MAX_SLOTS = 64
 
@@ -89,28 +89,42 @@ def prepare(config: RunConfig, recipe_dir: Path) -> Prepared:
     """Load task, model directory and tokenizer, and turn all prompts into tokens. Raises UserError."""
     config = settle(config, recipe_dir)
     task = load_task(config.task, config.task_options, base_dir=recipe_dir)
-    train, test = task.problems("train"), task.problems("test")
-    if not train or not test:
-        raise ConfigError(
-            f"task {config.task!r} has {len(train)} training and {len(test)} test problems: it needs both"
-        )
+    train, held_out = _splits(task, config)
     model_dir = resolve_model(config.model)
     prompter = Prompter(model_dir)
     train_set = encode(prompter, task, train)
-    held_out = encode(prompter, task, test[: config.eval.problems])
+    held_out_set = encode(prompter, task, held_out)
     context = needed_context(
-        max(len(prompt) for prompt in (*train_set.prompts, *held_out.prompts)),
+        max(len(prompt) for prompt in (*train_set.prompts, *held_out_set.prompts)),
         max(config.sampling.max_tokens, config.eval.max_tokens),
         config.engine.max_model_len,
         context_limit(model_dir),
     )
     config = dataclasses.replace(config, engine=dataclasses.replace(config.engine, max_model_len=context))
-    return Prepared(config=config, task=task, model_dir=model_dir, train=train_set, held_out=held_out)
+    return Prepared(config=config, task=task, model_dir=model_dir, train=train_set, held_out=held_out_set)
+
+
+def _splits(task: Task, config: RunConfig) -> tuple[Sequence[Problem], Sequence[Problem]]:
+    """Return the problems to train on and those to evaluate on."""
+    train, test = task.problems("train"), task.problems("test")
+    if not train or not test:
+        raise ConfigError(
+            f"task {config.task!r} has {len(train)} training and {len(test)} test problems: it needs both"
+        )
+    wanted = config.eval.problems
+    if config.eval.split == "test":
+        return train, test[:wanted]
+    if len(train) <= wanted:
+        raise ConfigError(
+            f"eval.problems = {wanted} leaves none of {len(train)} training problems: lower it, or set eval.split to "
+            '"test"'
+        )
+    return train[:-wanted], train[-wanted:]
 
 
 def encode(prompter: Prompter, task: Task, problems: Sequence[Problem]) -> ProblemSet:
-    """Return the problems with their prompts in tokens."""
-    return ProblemSet(problems=problems, prompts=[prompter.encode(task.prompt(problem)) for problem in problems])
+    """Return the problems with the task's prompts in tokens."""
+    return encode_all(prompter, problems, [task.prompt(problem) for problem in problems])
 
 
 def context_limit(model_dir: Path) -> int:
@@ -169,11 +183,11 @@ def train(config: RunConfig, recipe_dir: Path, run_path: Path, on_existing: OnEx
                     run,
                     journal,
                     display,
-                    wall_time=float(read_metrics(run)[-1]["wall_time"]) if journal.last_step else 0.0,
+                    metrics=run.read_metrics() if journal.last_step else (),
                     trackers=trackers,
                 )
                 evaluation = trainer.run()
-                replace_directory(run.final, engine.export)
+                replace_directory(run.final, trainer.export)
             finally:
                 trackers.close()
                 engine.close()
@@ -225,14 +239,9 @@ def restore(engine: Any, config: RunConfig, run: RunDir, journal: Journal, displ
         engine.replay(pending)
 
 
-def read_metrics(run: RunDir) -> list[dict[str, Any]]:
-    """Return the lines of metrics.jsonl."""
-    return [json.loads(line) for line in run.metrics.read_text(encoding="utf-8").splitlines()]
-
-
 def outcome(run: RunDir, evaluation: Evaluation | None = None) -> Outcome:
     """Read what a run has come to from its directory."""
-    metrics = read_metrics(run)
+    metrics = run.read_metrics()
     evaluated = [row for row in metrics if "eval/accuracy" in row]
     return Outcome(
         steps=int(metrics[-1]["step"]),

@@ -14,21 +14,24 @@ Shapes: M member, K antithetic pair, P prompt, S sample.
 
 import math
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from eggroll_llm.checkpoint import prune, save_checkpoint
+from eggroll_llm.card import write_card
+from eggroll_llm.checkpoint import checkpoint_path, prune, save_checkpoint
 from eggroll_llm.config import RunConfig
 from eggroll_llm.errors import TaskError, TrainingError
 from eggroll_llm.evaluate import Evaluation, evaluate
 from eggroll_llm.fitness import Fitness, shape_fitness
 from eggroll_llm.journal import Journal
 from eggroll_llm.problems import problems_of_step
+from eggroll_llm.prompts import ProblemSet, set_hash
 from eggroll_llm.run_dir import RunDir
+from eggroll_llm.run_weights import best_step
 from eggroll_llm.sampler import Completion, Decoding, sample_population
 from eggroll_llm.scoring import Scorer
 from eggroll_llm.specs import noise_of, step_entry, update_spec
@@ -56,14 +59,6 @@ class Display(Protocol):
         """Show a sentence."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class ProblemSet:
-    """Problems with their prompts in tokens."""
-
-    problems: Sequence[Problem]
-    prompts: Sequence[tuple[int, ...]]
-
-
 class EsTrainer:
     """Trains until a limit of the configuration is reached."""
 
@@ -79,14 +74,15 @@ class EsTrainer:
         journal: Journal,
         display: Display,
         *,
-        wall_time: float = 0.0,
+        metrics: Sequence[Mapping[str, Any]] = (),
         trackers: Trackers | None = None,
     ) -> None:
-        """Continue after the last step of the journal, whose weights `engine` holds; `wall_time` was spent on them."""
+        """Continue after the last step of the journal, whose weights `engine` holds and `metrics` are the rows of."""
         self.config, self.engine, self.scorer, self.display = config, engine, scorer, display
         self.train_set, self.held_out = train, held_out
         self.run_dir, self.journal, self.trackers = run, journal, trackers
-        self.step, self.wall_time = journal.last_step, wall_time
+        self.step, self.wall_time = journal.last_step, float(metrics[-1]["wall_time"]) if metrics else 0.0
+        self.best = best_step(metrics)
         sampling = config.sampling
         self.decoding = Decoding(
             max_tokens=sampling.max_tokens, temperature=sampling.temperature, top_p=sampling.top_p, stop=stop
@@ -100,6 +96,8 @@ class EsTrainer:
         if self.step == 0:
             evaluation = self._evaluate()
             self._log({"step": 0, "wall_time": 0.0} | _evaluation_row(evaluation))
+        elif self._best_is_due():  # an interruption came between its metrics and its checkpoint
+            self.save()
         while not self._finished():
             evaluation = self._train_step()
         return evaluation
@@ -182,35 +180,58 @@ class EsTrainer:
             row |= _evaluation_row(evaluation)
         self.run_dir.append_completions(samples[: config.log.completions])
         self._log(row)
-        if self._checkpoint_due():
+        if self._checkpoint_due() or self._best_is_due():
             self.save()
         return evaluation
 
     def _log(self, row: dict[str, Any]) -> None:
         self.run_dir.append_metrics(row)
+        self.best = best_step([*([self.best] if self.best else []), row])
         if self.trackers:
             self.trackers.log(row)
+
+    def export(self, directory: Path) -> None:
+        """Write the model as it is now, with its model card, into a new directory."""
+        self.engine.export(directory)
+        assert self.journal.header is not None
+        write_card(
+            directory,
+            config=self.config,
+            base_model=self.journal.header.base_model,
+            step=self.step,
+            metrics=self.run_dir.read_metrics(),
+            journal=self.journal.path,
+        )
 
     def save(self) -> None:
         """Write a checkpoint of the current step and delete old ones."""
         save_checkpoint(
             self.run_dir.checkpoints,
             self.step,
-            self.engine.export,
+            self.export,
             self.engine.state(),
             {"wall_time": self.wall_time, "checksum": self.engine.checksum()},
         )
-        prune(self.run_dir.checkpoints, self.config.checkpoint.keep)
+        best = checkpoint_path(self.run_dir.checkpoints, self.best["step"] if self.best else 0)
+        prune(self.run_dir.checkpoints, self.config.checkpoint.keep, [best] if self.config.checkpoint.best else [])
 
     def _evaluate(self) -> Evaluation:
         evaluation = evaluate(
             self.engine,
             self.scorer,
-            self.held_out.prompts,
-            self.held_out.problems,
+            self.held_out,
             self.greedy,
             lambda done, total: self.display.sampling("evaluation", done, total),
         )
+        settings = {
+            "task": self.config.task,
+            "split": self.config.eval.split,
+            "step": self.step,
+            "prompts": set_hash(self.held_out.hashes),
+            "max_tokens": self.greedy.max_tokens,
+            "temperature": self.greedy.temperature,
+        }
+        self.run_dir.write_evaluation(self.step, settings, evaluation.samples)
         self.display.evaluation(self.step, evaluation)
         return evaluation
 
@@ -221,6 +242,15 @@ class EsTrainer:
     def _checkpoint_due(self) -> bool:
         every = self.config.checkpoint.every
         return bool(every) and self.step % every == 0
+
+    def _best_is_due(self) -> bool:
+        """Whether the best step so far is this one, and has no checkpoint yet. The base model needs none."""
+        return (
+            self.config.checkpoint.best
+            and self.best is not None
+            and 0 < self.best["step"] == self.step
+            and not checkpoint_path(self.run_dir.checkpoints, self.step).is_dir()
+        )
 
     def _due_checksum(self) -> str:
         """The weights before a step are recorded now and then, for replays to be checked against."""

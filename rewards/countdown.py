@@ -85,19 +85,28 @@ def score(
     Raises:
         ValueError: answer_format is neither "tag" nor "line".
     """
-    if answer_format not in ("tag", "line"):
-        raise ValueError(f'answer_format "{answer_format}" is not valid. Valid: "tag", "line".')
+    answer = read_answer(completion, answer_format=answer_format)
     given, goal = _given(numbers), _number(target)
     if given is None or goal is None:
         return Score(0.0, False, "bad_problem")
-    answer = _in_tag(completion) if answer_format == "tag" else _first_line(completion)
-    if not answer:
+    if answer is None:
         return Score(0.0, False, "no_answer")
     detail = _check(answer, given, goal, use_all, may_state_result=answer_format == "line")
     if detail == "correct":
         return Score(1.0, True, detail)
     attempted = answer_format == "tag" or detail not in ("syntax", "too_long", "too_deep")
     return Score(float(format_reward) if attempted else 0.0, False, detail)
+
+
+def read_answer(completion: str, *, answer_format: Literal["tag", "line"] = "tag") -> str | None:
+    """Return what stands where the answer belongs, whether or not it is an expression; None when nothing does.
+
+    Raises:
+        ValueError: answer_format is neither "tag" nor "line".
+    """
+    if answer_format not in ("tag", "line"):
+        raise ValueError(f'answer_format "{answer_format}" is not valid. Valid: "tag", "line".')
+    return (_in_tag(completion) if answer_format == "tag" else _first_line(completion)) or None
 
 
 def _in_tag(completion: str) -> str:

@@ -13,8 +13,8 @@ decimals, exactly. Where the completion was cut off by the length limit, an answ
 after it shows that it was complete.
 
 `strict` and `flexible` are the filters "strict-match" and "flexible-extract" of the task `gsm8k` of
-lm-evaluation-harness, and its normalisation before exact match, for comparison with published numbers. They
-read the whole text and ignore `truncated`.
+lm-evaluation-harness, and its normalisation before exact match, for comparison with published numbers;
+`strict_cot` is "strict-match" of its task `gsm8k_cot`. They read the whole text and ignore `truncated`.
 
 Reward: 1 if correct, else 0. A gold answer without a number scores 0 with detail "bad_gold" (the task loader
 refuses it before that).
@@ -26,6 +26,8 @@ from typing import Literal
 from rewards.markers import answer_text
 from rewards.plain_number import RefusedError, canonical, read_number
 from rewards.score import Score, visible
+
+Method = Literal["robust", "strict", "strict_cot", "flexible"]
 
 DETAILS = (
     "correct",
@@ -39,10 +41,13 @@ DETAILS = (
     "truncated",
     "bad_gold",
 )
-"""Vocabulary of `Score.detail`; "no_marker" and "no_number" are also what strict and flexible find where
-nothing matches."""
+"""Vocabulary of `Score.detail`; "no_marker" and "no_number" are also what lm-evaluation-harness's filters
+find where nothing matches."""
 
-_STRICT = re.compile(r"#### (-?[0-9.,]+)")
+_STRICT = {
+    "strict": re.compile(r"#### (-?[0-9.,]+)"),
+    "strict_cot": re.compile(r"The answer is (-?[0-9.,]+)."),
+}
 # A match of (-?[$0-9.,]{2,})|(-?[0-9]+) is a whole run of these characters, so the last match is the first
 # match of the mirror image, [$0-9.,]{2,}-?|[0-9]-?, in the reversed text. Its first character is written in
 # front because the search for one character is fast.
@@ -54,7 +59,7 @@ def score(
     answer: str | int,
     *,
     truncated: bool = False,
-    method: Literal["robust", "strict", "flexible"] = "robust",
+    method: Method = "robust",
 ) -> Score:
     """Score a completion.
 
@@ -63,17 +68,29 @@ def score(
         truncated: whether the completion was cut off by the length limit.
 
     Raises:
-        ValueError: method is none of the three.
+        ValueError: method is none of the four.
     """
-    if method == "robust":
-        return _robust(completion, str(answer), truncated)
-    if method == "strict":
-        match = _STRICT.search(completion)
-        return _exact_match(match.group(1) if match else None, str(answer), "no_marker")
-    if method == "flexible":
-        match = _FLEXIBLE_REVERSED.search(completion[::-1])
-        return _exact_match(match.group()[::-1] if match else None, str(answer), "no_number")
-    raise ValueError(f'method "{method}" is not valid. Valid: "robust", "strict", "flexible".')
+    gold = gold_number(str(answer)) if method == "robust" else _normalise(str(answer))
+    if gold is None:
+        return Score(0.0, False, "bad_gold")
+    try:
+        found = _read(completion, truncated, method)
+    except RefusedError as refusal:
+        return Score(0.0, False, str(refusal))
+    correct = found == gold
+    return Score(float(correct), correct, "correct" if correct else "wrong_value")
+
+
+def read_answer(completion: str, *, truncated: bool = False, method: Method = "robust") -> str | None:
+    """Return the answer that `score` compares with the gold one, normalised as the method does; None without one.
+
+    Raises:
+        ValueError: method is none of the four.
+    """
+    try:
+        return _read(completion, truncated, method)
+    except RefusedError:
+        return None
 
 
 def gold_number(answer: str) -> str | None:
@@ -81,22 +98,22 @@ def gold_number(answer: str) -> str | None:
     return canonical(answer.rpartition("#### ")[2].strip())
 
 
-def _robust(completion: str, answer: str, truncated: bool) -> Score:
-    gold = gold_number(answer)
-    if gold is None:
-        return Score(0.0, False, "bad_gold")
-    try:
-        found = read_number(answer_text(visible(completion), truncated=truncated))
-    except RefusedError as refusal:
-        return Score(0.0, False, str(refusal))
-    return Score(1.0, True, "correct") if found == gold else Score(0.0, False, "wrong_value")
+def _read(completion: str, truncated: bool, method: Method) -> str:
+    if method == "robust":
+        return read_number(answer_text(visible(completion), truncated=truncated))
+    if method in _STRICT:
+        match = _STRICT[method].search(completion)
+        return _normalise(_found(match.group(1) if match else None, "no_marker"))
+    if method == "flexible":
+        match = _FLEXIBLE_REVERSED.search(completion[::-1])
+        return _normalise(_found(match.group()[::-1] if match else None, "no_number"))
+    raise ValueError(f'method "{method}" is not valid. Valid: "robust", "strict", "strict_cot", "flexible".')
 
 
-def _exact_match(found: str | None, answer: str, nothing: str) -> Score:
-    if found is None:
-        return Score(0.0, False, nothing)
-    correct = _normalise(found) == _normalise(answer)
-    return Score(float(correct), correct, "correct" if correct else "wrong_value")
+def _found(text: str | None, nothing: str) -> str:
+    if text is None:
+        raise RefusedError(nothing)
+    return text
 
 
 def _normalise(text: str) -> str:

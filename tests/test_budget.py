@@ -9,8 +9,8 @@ import pytest
 
 from eggroll_llm.budget import GIB, budget
 from eggroll_llm.config import EngineConfig, EsConfig, RunConfig, SamplingConfig
+from eggroll_llm.prompts import ProblemSet
 from eggroll_llm.session import Prepared
-from eggroll_llm.trainer import ProblemSet
 
 # Of a layer: q and o 128 x 128, k and v 64 x 128, gate and up 256 x 128, down 128 x 256; two layers.
 WEIGHTS = 2 * (2 * 128 * 128 + 2 * 64 * 128 + 3 * 256 * 128)
@@ -32,8 +32,8 @@ def lines(model_dir: Path, **changes: Any) -> list[str]:
             config=dataclasses.replace(config, **changes),
             task=none,
             model_dir=model_dir,
-            train=ProblemSet(problems=[{}] * 4, prompts=[(1,) * 10, (1,) * 20, (1,) * 30, (1,) * 40]),
-            held_out=ProblemSet(problems=[{}] * 3, prompts=[(1,)] * 3),
+            train=ProblemSet(problems=[{}] * 4, hashes=[""] * 4, prompts=[(1,) * 10, (1,) * 20, (1,) * 30, (1,) * 40]),
+            held_out=ProblemSet(problems=[{}] * 3, hashes=[""] * 3, prompts=[(1,)] * 3),
         )
     )
 

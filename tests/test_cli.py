@@ -163,7 +163,7 @@ def test_a_prompt_that_does_not_fit(refused: Callable[..., str], recipe: Path) -
 
 def test_eval_of_a_model_needs_a_task(refused: Callable[..., str], recipe: Path, tmp_path: Path) -> None:
     model = load_recipe(recipe).model
-    assert refused("eval", model) == f"{model}: which task? Add --task countdown or --task gsm8k"
+    assert refused("eval", model) == f"{model}: which task? Add --task gsm8k, gsm8k_cot, countdown or file.py:NAME"
     assert "neither an existing directory" in refused("eval", "nothing", "--task", "countdown")
     assert 'task = "gsm9k" is not known' in refused("eval", model, "--task", "gsm9k")
     assert "unknown key --es.sigma" in refused("eval", model, "--task", "countdown", "--es.sigma", "1")

@@ -14,8 +14,7 @@ from rich.table import Table
 
 from eggroll_llm.display import SAMPLE_CHARACTERS, ConsoleDisplay, duration, inert
 from eggroll_llm.evaluate import Evaluation
-from eggroll_llm.sampler import Completion
-from eggroll_llm.tasks import Score
+from eggroll_llm.samples import TASK, Graded, Sample
 
 ROOT = Path(__file__).parents[1]
 ROW = {
@@ -92,9 +91,21 @@ def test_messages_and_evaluations() -> None:
     output = io.StringIO()
     display = ConsoleDisplay(Console(file=output, width=40, soft_wrap=True, highlight=False))
     display.message(f"[bold]careful[/bold] {NASTY}")
-    completion = Completion(text="", token_ids=(), truncated=False, prompt_tokens=1)
-    scores = [Score(1.0, right, "") for right in (True, True, True, False)]
-    display.evaluation(30, Evaluation(scores=tuple(scores), completions=(completion,) * 4, seconds=2.04))
+    samples = [
+        Sample(
+            problem=i,
+            sample=0,
+            id=i,
+            doc={},
+            prompt_hash="",
+            completion="",
+            tokens=1,
+            truncated=False,
+            scores={TASK: Graded(correct=right, reward=1.0, detail="")},
+        )
+        for i, right in enumerate((True, True, True, False))
+    ]
+    display.evaluation(30, Evaluation(samples=tuple(samples), seconds=2.04))
     message, evaluation = output.getvalue().splitlines()
     assert message.startswith("[bold]careful[/bold] " + r"\x1b[2J")
     assert evaluation == "eval    30  accuracy 0.750 ± 0.250 on 4 held-out problems, 2.0 s"

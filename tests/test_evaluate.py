@@ -1,66 +1,104 @@
-"""Accuracy and its standard error, by hand; and what is asked of the engine."""
+"""What an evaluation asks of the engine, and its figures by hand."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from eggroll_llm.evaluate import Evaluation, evaluate, standard_error
-from eggroll_llm.sampler import Completion, Decoding, Request
+from eggroll_llm.evaluate import Evaluation, answer, evaluate
+from eggroll_llm.prompts import ProblemSet
+from eggroll_llm.sampler import Completion, Decoding, Request, sampling_seed
+from eggroll_llm.samples import TASK, Graded, Sample
 from eggroll_llm.scoring import Scorer
 from eggroll_llm.tasks import Score
 
-
-def evaluation(*correct: bool, reward: float = 0.5, truncated: int = 0) -> Evaluation:
-    completions = [
-        Completion(text="", token_ids=(), truncated=i < truncated, prompt_tokens=1) for i in range(len(correct))
-    ]
-    scores = [Score(reward + i, right, "") for i, right in enumerate(correct)]
-    return Evaluation(scores=tuple(scores), completions=tuple(completions), seconds=2.0)
+PROBLEMS = ProblemSet(
+    problems=[{"want": "a", "id": "first"}, {"want": "c"}], prompts=[(1, 2), (3,)], hashes=["h0", "h1"]
+)
+DECODING = Decoding(max_tokens=7, stop=("\n",))
 
 
-def test_standard_error_by_hand() -> None:
-    """3 of 4 right: deviations 0.25 (three times) and 0.75, sample variance 0.75 / 3, over 4, its root."""
-    assert standard_error(0.75, 4) == pytest.approx(math.sqrt((3 * 0.25**2 + 0.75**2) / 3 / 4))
-    assert standard_error(0.75, 4) == pytest.approx(0.25)
-    assert standard_error(0.5, 257) == pytest.approx(0.03125)
-    assert standard_error(0.0, 100) == standard_error(1.0, 100) == 0.0
-    assert math.isnan(standard_error(1.0, 1))
+class Engine:
+    """Answers with the token ids of the prompt, the last request first."""
+
+    def __init__(self) -> None:
+        self.asked: list[Request] = []
+        self.decoding: Decoding | None = None
+
+    def stream(self, requests: Sequence[Request], decoding: Decoding) -> Generator[tuple[int, Completion], None, None]:
+        self.asked, self.decoding = list(requests), decoding
+        for i in reversed(range(len(requests))):
+            ids = requests[i].prompt_ids
+            yield i, Completion(text="a" if ids == (1, 2) else "b", token_ids=ids, truncated=i == 1, prompt_tokens=1)
 
 
-def test_figures_of_an_evaluation() -> None:
-    found = evaluation(True, False, True, True, truncated=1)
-    assert (found.problems, found.accuracy, found.reward, found.truncated) == (4, 0.75, 2.0, 0.25)
-    assert found.stderr == pytest.approx(0.25)
+class Grader:
+    def score(self, text: str, problem: dict[str, str], *, truncated: bool) -> Score:
+        return Score(0.5 if truncated else 2.0, text == problem["want"], text)
+
+    def answer(self, text: str, *, truncated: bool) -> str | None:
+        return None if truncated else text.upper()
 
 
 def test_every_problem_is_put_once_to_the_base_model() -> None:
-    prompts, problems = [(1, 2), (3,)], [{"want": "a"}, {"want": "c"}]
-    decoding = Decoding(max_tokens=7, stop=("\n",))
+    engine: Any = Engine()
+    task: Any = Grader()
     progress: list[tuple[int, int]] = []
-
-    class Engine:
-        def generate(self, requests: Sequence[Request], how: Decoding, on_progress: Any = None) -> list[Completion]:
-            assert list(requests) == [Request(prompt_ids=prompt, member=None, seed=None) for prompt in prompts]
-            assert how is decoding
-            on_progress(2, 2)
-            return [Completion(text=t, token_ids=(1,), truncated=False, prompt_tokens=1) for t in ("a", "b")]
-
-    def grade(text: str, problem: dict[str, str], *, truncated: bool) -> Score:
-        right = text == problem["want"]
-        return Score(float(right), right, text)
-
-    task: Any = SimpleNamespace(score=grade)
-    found = evaluate(Engine(), Scorer(task), prompts, problems, decoding, lambda *both: progress.append(both))
-    assert found.scores == (Score(1.0, True, "a"), Score(0.0, False, "b"))
-    assert [completion.text for completion in found.completions] == ["a", "b"]
-    assert progress == [(2, 2)]
+    found = evaluate(engine, Scorer(task), PROBLEMS, DECODING, lambda *both: progress.append(both))
+    assert [(request.prompt_ids, request.member) for request in engine.asked] == [((1, 2), None), ((3,), None)]
+    assert engine.decoding is DECODING
+    assert progress == [(1, 2), (2, 2)]
+    assert found.samples[0] == Sample(
+        problem=0,
+        sample=0,
+        id="first",
+        doc={"want": "a", "id": "first"},
+        prompt_hash="h0",
+        completion="a",
+        tokens=2,
+        truncated=False,
+        scores={TASK: Graded(correct=True, reward=2.0, detail="a", answer="A")},
+    )
+    assert (found.samples[1].id, found.samples[1].scores[TASK].answer) == (1, None)
+    assert (found.problems, found.accuracy, found.reward, found.truncated) == (2, 0.5, 1.25, 0.5)
+    assert found.stderr == pytest.approx(0.5)  # deviations of a half each, sample variance 1/2, over 2, its root
     assert found.seconds >= 0
+    assert math.isnan(Evaluation(samples=found.samples[:1], seconds=0).stderr)
 
 
-def test_an_engine_that_answers_too_little_is_noticed() -> None:
-    engine: Any = SimpleNamespace(generate=lambda requests, decoding, on_progress: [])
-    with pytest.raises(ValueError, match="longer than argument 1"):
-        evaluate(engine, Scorer(SimpleNamespace()), [(1,)], [{}], Decoding(max_tokens=1))  # type: ignore[arg-type]
+def test_only_what_is_missing_is_asked_and_each_sample_has_its_own_seed() -> None:
+    engine: Any = Engine()
+    samples: list[Sample] = []
+    graders = {name: Scorer(SimpleNamespace()).grade for name in ("x", "y")}  # type: ignore[arg-type]
+    answer(engine, PROBLEMS, graders, DECODING, samples.append, samples=3, seed=5, done={(0, 1), (1, 0), (1, 2)})
+    assert [(s.problem, s.sample) for s in samples] == [(1, 1), (0, 2), (0, 0)]
+    assert [request.seed for request in engine.asked] == [
+        sampling_seed(5, 0, p, s) for p, s in ((0, 0), (0, 2), (1, 1))
+    ]
+    # A grader that fails costs its own completion.
+    assert samples[0].scores == {
+        name: Graded(correct=False, reward=0.0, detail="reward_failed", answer=None) for name in ("x", "y")
+    }
+    answer(engine, PROBLEMS, graders, DECODING, samples.append, done={(0, 0), (1, 0)})
+    assert len(samples) == 3
+
+
+def test_what_stops_in_the_middle_closes_the_stream() -> None:
+    closed = []
+
+    class Watched(Engine):
+        def stream(self, *arguments: Any) -> Generator[tuple[int, Completion], None, None]:
+            try:
+                yield from super().stream(*arguments)
+            finally:
+                closed.append(True)
+
+    def stop(sample: Sample) -> None:
+        raise KeyboardInterrupt
+
+    engine: Any = Watched()
+    with pytest.raises(KeyboardInterrupt):
+        answer(engine, PROBLEMS, {}, DECODING, stop)
+    assert closed == [True]

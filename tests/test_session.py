@@ -47,6 +47,19 @@ def config(tiny_model: Callable[[str], Path]) -> RunConfig:
     )
 
 
+def test_validation_problems_are_the_last_of_train_and_not_trained_on(config: RunConfig, folder: Path) -> None:
+    words = {split: [f"{split} {n}" for n in range(6 if split == "train" else 4)] for split in ("train", "test")}
+
+    def prepared(**changes: Any) -> tuple[list[str], list[str]]:
+        found = prepare(dataclasses.replace(config, eval=EvalConfig(**changes)), folder)
+        return [p["word"] for p in found.train.problems], [p["word"] for p in found.held_out.problems]
+
+    assert prepared(problems=3) == (words["train"], words["test"][:3])
+    assert prepared(problems=2, split="validation") == (words["train"][:4], words["train"][4:])
+    with pytest.raises(ConfigError, match=r"eval\.problems = 6 leaves none of 6 training problems: lower it"):
+        prepared(problems=6, split="validation")
+
+
 def test_everything_automatic_is_settled(config: RunConfig, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(session, "resolve_dtype", lambda name: {"auto": "float32"}.get(name, name))
     settled = settle(config, folder)

@@ -7,7 +7,7 @@ completion is a number that depends on them.
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,10 +22,11 @@ from eggroll_llm.config import CheckpointConfig, EsConfig, EvalConfig, LogConfig
 from eggroll_llm.errors import TaskError
 from eggroll_llm.journal import read_journal
 from eggroll_llm.noise import NoiseSpec, served_factors
+from eggroll_llm.prompts import ProblemSet
 from eggroll_llm.sampler import Completion, Decoding, Request
+from eggroll_llm.samples import TASK, read_samples
 from eggroll_llm.specs import optimizer_settings
 from eggroll_llm.tasks import Score
-from eggroll_llm.trainer import ProblemSet
 from eggroll_llm.update import MasterWeights, UpdateSpec
 
 SHAPES = {"a.weight": (6, 4), "b.weight": (3, 6)}
@@ -72,6 +73,10 @@ class FakeEngine:
         if on_progress:
             on_progress(len(requests), len(requests))
         return completions
+
+    def stream(self, requests: Sequence[Request], decoding: Decoding) -> Generator[tuple[int, Completion], None, None]:
+        """Last things first: nobody may count on the order."""
+        yield from reversed(list(enumerate(self.generate(requests, decoding))))
 
     def _answer(self, request: Request, a: torch.Tensor, b: torch.Tensor) -> Completion:
         x = torch.tensor(request.prompt_ids, dtype=torch.float32) / 10
@@ -205,7 +210,11 @@ class Bench:
 
 def problem_set(task: Any, split: str) -> ProblemSet:
     problems = task.problems(split)
-    return ProblemSet(problems=problems, prompts=[tuple(problem["x"]) for problem in problems])
+    return ProblemSet(
+        problems=problems,
+        prompts=[tuple(problem["x"]) for problem in problems],
+        hashes=[problem["id"] for problem in problems],
+    )
 
 
 @pytest.fixture
@@ -229,6 +238,8 @@ def same_run(one: Path, other: Path) -> None:
     weights = [load_file(path / "final" / "model.safetensors") for path in (one, other)]
     for name in SHAPES:
         assert torch.equal(weights[0][name], weights[1][name]), name
+    answers = [{file.name: file.read_text() for file in (path / "evaluations").iterdir()} for path in (one, other)]
+    assert answers[0] == answers[1]
 
 
 def test_it_learns(bench: Bench) -> None:
@@ -272,6 +283,87 @@ def test_two_halves_are_the_whole(bench: Bench, optimizer: Any, checkpoint_every
     assert (outcome.steps, outcome.first["step"], outcome.last["step"]) == (6, 0, 6)
     start = 3 // checkpoint_every * checkpoint_every if checkpoint_every else 0
     assert f"resuming after step 3: checkpoint of step {start}, then the journal" in bench.display.messages
+
+
+def test_the_answers_of_every_evaluation_are_kept(bench: Bench) -> None:
+    bench.train("run", steps=4, eval=EvalConfig(every=2, problems=5, max_tokens=7))
+    folder = bench.folder / "run" / "evaluations"
+    assert sorted(file.name for file in folder.iterdir()) == [f"step-00000{step}.jsonl" for step in (0, 2, 4)]
+    metrics = {row["step"]: row for row in rows(bench.folder / "run") if "eval/accuracy" in row}
+    for step in (0, 2, 4):
+        settings, samples = read_samples(folder / f"step-00000{step}.jsonl")
+        assert (settings["step"], settings["split"], settings["max_tokens"]) == (step, "test", 7)
+        assert [(sample.problem, sample.id) for sample in samples] == [(n, f"test-{n}") for n in range(5)]
+        assert sum(s.scores[TASK].correct for s in samples) / 5 == metrics[step]["eval/accuracy"]
+        assert sum(s.scores[TASK].reward for s in samples) / 5 == pytest.approx(metrics[step]["eval/reward"])
+
+
+def test_evaluating_disturbs_nothing(bench: Bench) -> None:
+    """Evaluated at every step or never in between: the same journal, and the same weights to the bit."""
+    bench.train("often", eval=EvalConfig(every=1))
+    bench.train("seldom", eval=EvalConfig(every=0))
+    journals = [(bench.folder / name / "journal.jsonl").read_text() for name in ("often", "seldom")]
+    assert journals[0] == journals[1]
+    weights = [load_file(bench.folder / name / "final" / "model.safetensors") for name in ("often", "seldom")]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in SHAPES)
+
+
+ACCURACIES = [0.2, 0.4, 0.6, 0.4, 0.6, 0.0, 0.2]
+
+
+class Scripted(Near):
+    """Accuracy of the evaluation after each step as in ACCURACIES, whatever the model answers."""
+
+    def __init__(self) -> None:
+        self.evaluated = 0
+
+    def score(self, completion: str, problem: Mapping[str, Any], *, truncated: bool = False) -> Score:
+        score = super().score(completion, problem, truncated=truncated)
+        if not completion.startswith("-1 "):
+            return score
+        evaluation, self.evaluated = self.evaluated // 5, self.evaluated + 1
+        number = int(str(problem["id"]).removeprefix("test-"))
+        return Score(score.reward, number < round(5 * ACCURACIES[evaluation]), "scripted")
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "kept"),
+    [
+        (CheckpointConfig(every=0, keep=1), [2]),
+        (CheckpointConfig(every=1, keep=2), [2, 5, 6]),
+        (CheckpointConfig(every=3, keep=1), [2, 6]),
+        (CheckpointConfig(every=3, keep=1, best=False), [6]),
+        (CheckpointConfig(every=0, best=False), []),
+    ],
+)
+def test_the_best_checkpoint_is_kept(bench: Bench, checkpoint: CheckpointConfig, kept: list[int]) -> None:
+    """Of equal ones the first; the base model, best at first, needs none."""
+    bench.train("run", task=Scripted(), steps=6, eval=EvalConfig(every=1), checkpoint=checkpoint)
+    found = sorted(path.name for path in (bench.folder / "run" / "checkpoints").iterdir())
+    assert found == [f"step-00000{step}" for step in kept]
+    for path in found:
+        verified = verify_checkpoint(bench.folder / "run" / "checkpoints" / path)
+        card = (verified.path / "README.md").read_text()
+        assert f"--step {verified.step} --out DIR" in card
+
+
+def test_killed_before_the_best_checkpoint_was_written(bench: Bench) -> None:
+    options: dict[str, Any] = {"steps": 2, "eval": EvalConfig(every=1), "checkpoint": CheckpointConfig(every=0)}
+
+    def fail(*arguments: Any) -> None:
+        raise Killed
+
+    with bench.monkeypatch.context() as patch:
+        patch.setattr(trainer, "save_checkpoint", fail)
+        with pytest.raises(Killed):
+            bench.train("run", task=Scripted(), **options)
+    assert not list((bench.folder / "run" / "checkpoints").iterdir())
+    task = Scripted()
+    task.evaluated = 10
+    bench.train("run", "resume", task=task, **options)
+    found = sorted(path.name for path in (bench.folder / "run" / "checkpoints").iterdir())
+    assert found == ["step-000001", "step-000002"]
+    assert [row["eval/accuracy"] for row in rows(bench.folder / "run")] == ACCURACIES[:3]
 
 
 class Killed(BaseException):

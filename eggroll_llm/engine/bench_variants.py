@@ -128,7 +128,8 @@ class Population:
         requests = [Request(prompt_ids=tuple(p), member=m) for p, m in zip(work.prompts, members, strict=True)]
         params = {id(r): sampling_params(n) for r, n in zip(requests, work.new_tokens, strict=True)}
         start = time.perf_counter()
-        self._engine._run(requests, lambda request: params[id(request)], None)
+        for _ in self._engine._run(requests, lambda request: params[id(request)]):
+            pass
         sample = time.perf_counter() - start
         times = self._engine.update(
             UpdateSpec(

@@ -4,9 +4,10 @@ Requests of members and of the base model may share a batch. Nothing is written 
 (seed, step, pair, sign), and its factors are written into vLLM's adapter slots in memory.
 """
 
+import contextlib
 import dataclasses
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from itertools import count, islice
 from pathlib import Path
 from typing import Any
@@ -96,14 +97,27 @@ class Engine:
         Raises RuntimeError when the engine does not answer every request. An exception from `on_progress`
         leaves the engine usable.
         """
-        outputs = self._run(requests, self._sampling_params(decoding), on_progress)
-        return [self._completion(output, decoding) for output in outputs]
+        completions: dict[int, Completion] = {}
+        with contextlib.closing(self.stream(requests, decoding)) as arriving:
+            for i, completion in arriving:
+                completions[i] = completion
+                if on_progress:
+                    on_progress(len(completions), len(requests))
+        return [completions[i] for i in range(len(requests))]
+
+    def stream(self, requests: Sequence[Request], decoding: Decoding) -> Generator[tuple[int, Completion]]:
+        """Yield (position of the request, completion) as they finish; closing it early leaves the engine usable.
+
+        Raises RuntimeError when the engine does not answer every request.
+        """
+        for i, output in self._run(requests, self._sampling_params(decoding)):
+            yield i, self._completion(output, decoding)
 
     def next_token_logprobs(self, requests: Sequence[Request]) -> Tensor:
         """Return the log-probabilities [requests, vocabulary] of the token after each prompt, float32."""
         params = SamplingParams(temperature=0, max_tokens=1, logprobs=-1, detokenize=False)
-        outputs = self._run(requests, lambda request: params, None)
-        first = [output.outputs[0].logprobs[0] for output in outputs]
+        outputs = dict(self._run(requests, lambda request: params))
+        first = [outputs[i].outputs[0].logprobs[0] for i in range(len(requests))]
         return torch.tensor([[row[token_id].logprob for token_id in range(len(row))] for row in first])
 
     def update(self, spec: UpdateSpec) -> UpdateTimes:
@@ -150,34 +164,30 @@ class Engine:
             raise RuntimeError("the prefix cache could not be reset: requests are still running")
 
     def _run(
-        self,
-        requests: Sequence[Request],
-        params: Callable[[Request], SamplingParams],
-        on_progress: Progress | None,
-    ) -> list[RequestOutput]:
-        ids = [f"{next(self._calls)}" for _ in requests]
-        pending = iter(zip(ids, requests, strict=True))
-        finished: dict[str, RequestOutput] = {}
+        self, requests: Sequence[Request], params: Callable[[Request], SamplingParams]
+    ) -> Generator[tuple[int, RequestOutput]]:
+        """Yield (position, output), matched by id; what is unfinished when this is closed is aborted."""
+        positions = {f"{next(self._calls)}": i for i in range(len(requests))}
+        pending = iter(positions.items())
+        unanswered = set(positions)
         try:
-            while len(finished) < len(ids):
+            while unanswered:
                 # vLLM looks through all that wait, at every step, when slots are short: so few wait at a time.
                 unfinished = self._llm.get_num_unfinished_requests()
-                for request_id, request in islice(pending, self._in_flight - unfinished):
+                for request_id, i in islice(pending, self._in_flight - unfinished):
+                    request = requests[i]
                     prompt: Any = {"prompt_token_ids": list(request.prompt_ids)}
                     adapter = self._adapter(request.member)
                     self._llm.add_request(request_id, prompt, params(request), lora_request=adapter)
                 if not self._llm.has_unfinished_requests():
-                    break
-                done = {output.request_id: output for output in self._llm.step() if output.finished}
-                finished |= done
-                if done and on_progress:
-                    on_progress(len(finished), len(ids))
-        except BaseException:
-            self._llm.abort_request(ids)
-            raise
-        if missing := [request_id for request_id in ids if request_id not in finished]:
-            raise RuntimeError(f"the engine left {len(missing)} of {len(ids)} requests unanswered")
-        return [finished[request_id] for request_id in ids]
+                    raise RuntimeError(f"the engine left {len(unanswered)} of {len(positions)} requests unanswered")
+                for output in self._llm.step():
+                    if output.finished and output.request_id in unanswered:
+                        unanswered.remove(output.request_id)
+                        yield positions[output.request_id], output
+        finally:
+            if unanswered:
+                self._llm.abort_request(list(unanswered))
 
     def _adapter(self, member: int | None) -> LoRARequest | None:
         """The name is part of the prefix cache's key, so it changes with the noise and the weights."""

@@ -15,7 +15,7 @@ from rewards import Score
 
 __all__ = ["PATH_OPTIONS", "Message", "Problem", "Score", "Split", "Task", "check_golds", "load_task"]
 
-PATH_OPTIONS = {"countdown": ("file", "test_file"), "gsm8k": ("data_dir",)}
+PATH_OPTIONS = {"countdown": ("file", "test_file"), "gsm8k": ("data_dir",), "gsm8k_cot": ("data_dir",)}
 """Options that are paths, relative to the recipe's folder."""
 
 

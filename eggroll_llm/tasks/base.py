@@ -33,6 +33,9 @@ class Task(Protocol):
     def score(self, completion: str, problem: Problem, *, truncated: bool = False) -> Score:
         """Grade a completion; `truncated` says that it was cut off by the length limit."""
 
+    def answer(self, completion: str, *, truncated: bool = False) -> str | None:
+        """What the completion gives as its answer, equal for equal answers, for majority votes; None for nothing."""
+
     def gold(self, problem: Problem) -> str | None:
         """A completion that earns reward 1; None where none is known."""
 

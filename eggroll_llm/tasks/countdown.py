@@ -119,8 +119,17 @@ class CountdownTask:
             problem["target"],
             use_all=self.options.use_all,
             format_reward=self.options.format_reward,
-            answer_format="line" if self.options.prompt_style == "few_shot" else "tag",
+            answer_format=self._answer_format,
         )
+
+    def answer(self, completion: str, *, truncated: bool = False) -> str | None:
+        """The expression, without spaces."""
+        answer = countdown.read_answer(completion, answer_format=self._answer_format)
+        return "".join(answer.split()) if answer else None
+
+    @property
+    def _answer_format(self) -> Literal["tag", "line"]:
+        return "line" if self.options.prompt_style == "few_shot" else "tag"
 
     def gold(self, problem: Problem) -> str | None:
         """The solution in the format of the prompt style; None for problems that came without one."""

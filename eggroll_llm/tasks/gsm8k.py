@@ -82,6 +82,10 @@ class Gsm8kTask:
         """Grade a completion."""
         return gsm8k.score(completion, problem["answer"], truncated=truncated, method=self.options.grader)
 
+    def answer(self, completion: str, *, truncated: bool = False) -> str | None:
+        """The number, in the form that the grader compares."""
+        return gsm8k.read_answer(completion, truncated=truncated, method=self.options.grader)
+
     def gold(self, problem: Problem) -> str | None:
         """The published solution."""
         return str(problem["solution"])

@@ -8,9 +8,9 @@
     TASK = Reverse()
 
 The file is imported, so it can do anything; name only files that you trust. `TASK` may also be a class or
-function that takes the task options and returns such an object. `stop`, `notes` and `gold` are optional, and
-so is `truncated` in `score`, which may return a number (correct from 1 on) or a `rewards.Score`. Whatever
-else it returns becomes a reward of NaN, which no update uses.
+function that takes the task options and returns such an object. `stop`, `notes`, `gold` and `answer(completion)`
+(what majority votes count) are optional, and so is `truncated` in `score`, which may return a number (correct
+from 1 on) or a `rewards.Score`. Whatever else it returns becomes a reward of NaN, which no update uses.
 """
 
 import difflib
@@ -53,6 +53,13 @@ class UserTask:
         """The user's score; what it raises is not caught."""
         options = {"truncated": truncated} if self.takes_truncated else {}
         return as_score(self.inner.score(completion, problem, **options))
+
+    def answer(self, completion: str, *, truncated: bool = False) -> str | None:
+        """The user's answer, if there is such a method."""
+        if not hasattr(self.inner, "answer"):
+            return None
+        answer = self.inner.answer(completion)
+        return None if answer is None else str(answer)
 
     def gold(self, problem: Problem) -> str | None:
         """The user's gold answer, if there is such a method."""

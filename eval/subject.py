@@ -1,0 +1,34 @@
+"""What is evaluated: a model by its name, or the model of a run at its end, at its best step or at a checkpoint."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from eggroll_llm.config import RunConfig, load_recipe
+from eggroll_llm.errors import ConfigError
+from eggroll_llm.models import resolve_model
+from eggroll_llm.run_dir import RunDir, is_run_dir
+from eggroll_llm.run_weights import weights_at
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subject:
+    """A model, and what its run says about how it was trained."""
+
+    name: str
+    """As the user named it."""
+    model_dir: Path
+    config: RunConfig | None
+    """Configuration of the run; None for a plain model."""
+
+
+def find_subject(name: str, at: str = "final") -> Subject:
+    """Return the model of a run `at` "final", "best" or a step, or the model of that name. Raises UserError."""
+    path = Path(name)
+    if not is_run_dir(path):
+        if at != "final":
+            raise ConfigError(f"--at {at}: {name} is not a run directory, so it has no steps: leave --at out")
+        return Subject(name=name, model_dir=resolve_model(name), config=None)
+    run = RunDir.open(path)
+    directory, step = weights_at(run, at)
+    shown = name if at == "final" else f"{name} (step {step})"
+    return Subject(name=shown, model_dir=resolve_model(str(directory)), config=load_recipe(run.config))

@@ -1,0 +1,133 @@
+"""Graded samples -> the figures: accuracy, pass@k and maj@k with standard errors, as JSON and as lm-eval's table.
+
+Keys are those of lm-evaluation-harness, "metric,filter". A metric is a mean over problems of a value per problem:
+
+    exact_match, accuracy, reward   mean over the problem's completions (so that exact_match is pass@1)
+    pass@k                          unbiased estimate from all completions of the problem
+    maj@k                           whether the most frequent answer of the first k completions is right
+
+Completions without an answer have no vote; a problem where none has one counts as wrong.
+"""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from eggroll_llm.atomic import write_text
+from eggroll_llm.errors import ConfigError
+from eggroll_llm.jsonl import to_json
+from eggroll_llm.samples import TASK, Sample
+from eval.evaluation import Results
+from eval.statistics import majority, mean, pass_at_k, stderr
+
+HEADER = ("Tasks", "Version", "Filter", "n-shot", "Metric", "", "Value", "", "Stderr")
+
+
+def summarize(results: Results, ks: Sequence[int]) -> dict[str, Any]:
+    """Return the figures, with `ks` the k of pass@k and maj@k beside 1, as JSON values."""
+    questions, samples = results.questions, results.samples
+    by_problem: dict[int, list[Sample]] = {}
+    for sample in samples:
+        by_problem.setdefault(sample.problem, []).append(sample)
+    figures: dict[str, float] = {}
+    for grader in questions.graders:
+        for name, value in _metrics(grader, questions.metric, ks).items():
+            values = [value(group) for group in by_problem.values()]
+            figures[f"{name},{grader}"] = mean(values)
+            figures[f"{name}_stderr,{grader}"] = stderr(values)
+    return {
+        "model_name": results.settings.subject.name,
+        "results": {questions.task: figures},
+        "n-samples": {questions.task: {"original": questions.available, "effective": len(by_problem)}},
+        "limited": len(by_problem) < questions.available,
+        "completions": len(samples),
+        "truncated": mean([sample.truncated for sample in samples]),
+        "tokens/generated": sum(sample.tokens for sample in samples),
+        "config": dict(results.facts),
+    }
+
+
+def write_summary(path: Path, summary: Mapping[str, Any]) -> None:
+    """Write the figures as JSON. Raises ConfigError when the file cannot be written."""
+    text = json.dumps(json.loads(to_json(summary)), indent=1)  # to_json, as JSON has no NaN and no half surrogates
+    try:
+        write_text(path, text + "\n")
+    except OSError as error:
+        raise ConfigError(
+            f"--out {path}: cannot be written ({error.strerror}): name a file in a writable folder"
+        ) from error
+
+
+def table(summary: Mapping[str, Any]) -> str:
+    """Return the figures as a Markdown table in lm-eval's form, and what they hold for."""
+    config = summary["config"]
+    ((task, figures),) = summary["results"].items()
+    count = summary["n-samples"][task]
+    name = f"{task} (LIMITED to {count['effective']} of {count['original']})" if summary["limited"] else task
+    rows = []
+    for key, value in figures.items():
+        metric, _, grader = key.partition(",")
+        if not metric.endswith("_stderr"):
+            shots = "" if config["num_fewshot"] is None else str(config["num_fewshot"])
+            error = figures[f"{metric}_stderr,{grader}"]
+            version = config["version"]
+            rows.append((name, version, grader, shots, metric, "↑", f"{value:.4f}", "±", f"{error:.4f}"))
+            name = ""
+    return f"{_markdown(rows)}\n\n{_conditions(summary)}"
+
+
+Metric = Callable[[Sequence[Sample]], float]
+"""Value of one problem's completions."""
+
+
+def _metrics(grader: str, metric: str, ks: Sequence[int]) -> dict[str, Metric]:
+    metrics: dict[str, Metric] = {metric: partial(_correct, grader)}
+    if grader == TASK:
+        metrics["reward"] = lambda group: mean([sample.scores[grader].reward for sample in group])
+    for k in ks:
+        metrics[f"pass@{k}"] = partial(_pass, grader, k)
+        metrics[f"maj@{k}"] = partial(_majority, grader, k)
+    return metrics
+
+
+def _correct(grader: str, group: Sequence[Sample]) -> float:
+    return mean([sample.scores[grader].correct for sample in group])
+
+
+def _pass(grader: str, k: int, group: Sequence[Sample]) -> float:
+    return pass_at_k(sum(sample.scores[grader].correct for sample in group), len(group), k)
+
+
+def _majority(grader: str, k: int, group: Sequence[Sample]) -> float:
+    winner = majority([sample.scores[grader].answer for sample in group[:k]])
+    return 0.0 if winner is None else float(group[winner].scores[grader].correct)
+
+
+def _markdown(rows: Sequence[Sequence[str]]) -> str:
+    widths = [max(len(row[i]) for row in (HEADER, *rows)) for i in range(len(HEADER))]
+    right = {HEADER.index("Version"), HEADER.index("n-shot"), HEADER.index("Value"), HEADER.index("Stderr")}
+
+    def line(cells: Sequence[str]) -> str:
+        padded = [c.rjust(w) if i in right else c.ljust(w) for i, (c, w) in enumerate(zip(cells, widths, strict=True))]
+        return f"|{'|'.join(padded)}|"
+
+    rule = [f"{'-' * (w - 1)}:" if i in right else "-" * w for i, w in enumerate(widths)]
+    return "\n".join([line(HEADER), line(rule), *map(line, rows)])
+
+
+def _conditions(summary: Mapping[str, Any]) -> str:
+    config = summary["config"]
+    how = (
+        f"temperature {config['temperature']:g}, top-p {config['top_p']:g}, seed {config['seed']}"
+        if config["temperature"]
+        else "greedy"
+    )
+    answers = "completion" if config["samples"] == 1 else "completions"
+    chat = ", chat template" if config["apply_chat_template"] else ""
+    return (
+        f"{summary['model_name']} ({config['dtype']}, weights {config['model']}): "
+        f"{config['problems']} problems, {config['samples']} {answers} each, {how}, at most "
+        f"{config['max_tokens']} tokens, {summary['truncated']:.1%} cut off{chat}; prompts {config['prompts'][:16]}"
+    )

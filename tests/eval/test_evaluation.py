@@ -1,0 +1,208 @@
+"""What is asked and how, and that an interrupted evaluation comes to the samples of one that was not."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Generator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from eggroll_llm.config import EngineConfig, EsConfig, EvalConfig, RunConfig, SamplingConfig
+from eggroll_llm.errors import ConfigError, SamplesError
+from eggroll_llm.sampler import Completion, Decoding, Request
+from eval import evaluation, lm_eval
+from eval.evaluation import Settings, evaluate_subject, questions_for, settings_for
+from eval.questions import DEFAULT_MAX_TOKENS
+from eval.subject import Subject
+from eval.summary import summarize, table
+
+ROOT = Path(__file__).parents[2]
+CONFIG = RunConfig(
+    task="gsm8k",
+    task_options={"data_dir": "/data", "grader": "strict"},
+    steps=1,
+    sampling=SamplingConfig(max_tokens=99),
+    es=EsConfig(population=4, sigma=0.01, learning_rate=0.01),
+    engine=EngineConfig(dtype="float32", kv_cache_gib=0.25, max_model_len=64),
+)
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("gsm8k")
+    for split in ("train", "test"):
+        rows = [{"question": f"{split}: {i} and {i}?", "answer": f"Sum.\n#### {2 * i}"} for i in range(12)]
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def decide(config: RunConfig | None, flags: Sequence[tuple[str, str]] = (), **how: Any) -> Settings:
+    return settings_for(Subject(name="it", model_dir=Path("/model"), config=config), flags, **how)
+
+
+def test_a_run_is_asked_what_it_was_trained_on() -> None:
+    settings = decide(CONFIG)
+    assert (settings.task, settings.protocol, settings.max_tokens) == ("gsm8k", "task", 99)
+    assert settings.task_options == {"data_dir": "/data", "grader": "strict"}
+    assert settings.engine == dataclasses.replace(CONFIG.engine, max_model_len=0)
+    assert decide(dataclasses.replace(CONFIG, eval=EvalConfig(max_tokens=150))).max_tokens == 150
+    assert decide(CONFIG, max_tokens=7).max_tokens == 7
+
+
+def test_gsm8k_by_name_is_lm_evals() -> None:
+    """With the run's data, and nothing else of how it was trained."""
+    for task in lm_eval.TASKS:
+        settings = decide(CONFIG, task=task)
+        assert (settings.task, settings.protocol, settings.max_tokens) == (task, "lm-eval", 0)
+        assert settings.task_options == {"data_dir": "/data"}
+    assert decide(None, task="gsm8k").task_options == {}
+    assert decide(CONFIG, task="gsm8k", protocol="task") == decide(CONFIG)
+    assert decide(None, task="gsm8k", protocol="task").protocol == "task"
+
+
+def test_flags_go_before_the_run() -> None:
+    flags = [("task_options.grader", "flexible"), ("--engine.kv_cache_gib", "2"), ("task_options.data_dir", "/other")]
+    settings = decide(CONFIG, flags, limit=10)
+    assert settings.task_options == {"data_dir": "/other", "grader": "flexible"}
+    assert (settings.engine.kv_cache_gib, settings.engine.dtype, settings.limit) == (2.0, "float32", 10)
+
+
+def test_another_task_takes_the_engine_alone() -> None:
+    settings = decide(CONFIG, task="countdown")
+    assert (settings.task, settings.task_options, settings.max_tokens) == ("countdown", {}, 0)
+    assert settings.engine.dtype == "float32"
+
+
+@pytest.mark.parametrize(
+    ("how", "flags", "said"),
+    [
+        ({}, [], "it: which task? Add --task gsm8k, gsm8k_cot, countdown or file.py:NAME"),
+        ({"task": "gsm8k"}, [("es.sigma", "1")], "unknown key --es.sigma"),
+        ({"task": "gsm8k"}, [("engine.kv_cache", "1")], "Did you mean --engine.kv_cache_gib"),
+        ({"task": "gsm8k"}, [("engine.slots", "x")], 'engine.slots = "x" is a string'),
+        ({"task": "countdown", "protocol": "lm-eval"}, [], "no such protocol for countdown"),
+        ({"task": "countdown", "chat": True}, [], "belong to --protocol lm-eval"),
+        ({"task": "countdown", "shots": 0}, [], "belong to --protocol lm-eval"),
+        ({"task": "gsm8k", "samples": 4}, [], "--samples 4: greedy decoding gives the same answer"),
+        ({"task": "gsm8k", "temperature": -1.0}, [], "--temperature -1.0: must be 0 or more"),
+        ({"task": "gsm8k", "temperature": float("nan")}, [], "--temperature nan: must be 0 or more"),
+        ({"task": "gsm8k", "top_p": 0.0}, [], "--top-p 0.0: must be above 0 and at most 1"),
+    ],
+)
+def test_what_is_refused(how: dict[str, Any], flags: list[tuple[str, str]], said: str) -> None:
+    with pytest.raises(ConfigError) as info:
+        decide(None, flags, **how)
+    assert said in str(info.value)
+
+
+def test_questions(data: Path) -> None:
+    options = [("task_options.data_dir", str(data))]
+    asked = questions_for(decide(None, options, task="gsm8k", limit=4), data)
+    assert (asked.version, asked.shots, asked.metric, asked.max_tokens) == ("3", 5, "exact_match", 256)
+    assert (len(asked.problems), asked.available, len(asked.prompts)) == (4, 12, 4)
+    assert list(asked.graders) == ["strict-match", "flexible-extract", "robust"]
+    own = questions_for(decide(None, options, task="gsm8k", protocol="task"), data)
+    assert (own.shots, own.metric, own.max_tokens, len(own.problems)) == (None, "accuracy", DEFAULT_MAX_TOKENS, 12)
+    assert list(own.graders) == ["strict-match", "flexible-extract", "robust", "task"]
+    with pytest.raises(ConfigError, match=r"task_options\.seed: the protocol of lm-eval leaves no such choice"):
+        questions_for(decide(None, [*options, ("task_options.seed", "1")], task="gsm8k"), data)
+    with pytest.raises(ConfigError, match="--num-fewshot 9: gsm8k_cot has 8 worked examples"):
+        questions_for(decide(None, options, task="gsm8k_cot", shots=9), data)
+
+
+class Parrot:
+    """Answers as the seed says, last requests first, and breaks after some answers."""
+
+    def __init__(self, breaks_after: int) -> None:
+        self.breaks_after, self.closed, self.asked = breaks_after, False, 0
+
+    def stream(self, requests: Sequence[Request], decoding: Decoding) -> Generator[tuple[int, Completion], None, None]:
+        self.asked = len(requests)
+        for count, i in enumerate(reversed(range(len(requests)))):
+            if count == self.breaks_after:
+                raise KeyboardInterrupt
+            seed = requests[i].seed or 0
+            text = f" #### {2 * (seed % 12)}"
+            yield i, Completion(text=text, token_ids=(1,) * (seed % 7), truncated=seed % 3 == 0, prompt_tokens=5)
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def test_interrupted_anywhere_it_comes_to_the_same(
+    data: Path, tiny_model: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    subject = Subject(name="it", model_dir=tiny_model("llama"), config=None)
+    options = [("task_options.data_dir", str(data))]
+    how = {"task": "gsm8k", "limit": 5, "samples": 4, "temperature": 1.0, "shots": 0}
+    settings = settings_for(subject, options, **how)
+    parrots: list[Parrot] = []
+
+    def run(path: Path | None, breaks_after: int, **changes: Any) -> str:
+        parrots.append(Parrot(breaks_after))
+        monkeypatch.setattr(evaluation, "start_engine", lambda settings, context: parrots[-1])
+        changed = dataclasses.replace(settings, **changes)
+        results = evaluate_subject(changed, data, path)
+        assert [(s.problem, s.sample) for s in results.samples] == [(p, s) for p in range(5) for s in range(4)]
+        return table(summarize(results, [2, 4]))
+
+    whole = run(None, 99)
+    assert parrots[-1].closed
+    assert "LIMITED to 5 of 12" in whole
+    path = tmp_path / "samples.jsonl"
+    left = 20
+    for step in (1, 7, 5, 0, 6):
+        with pytest.raises(KeyboardInterrupt):
+            run(path, step)
+        assert (parrots[-1].asked, parrots[-1].closed) == (left, True)
+        left -= step
+    assert run(path, 99) == whole
+    assert parrots[-1].asked == left == 1
+    assert run(path, 0) == whole  # complete: no engine is started
+    assert parrots[-1].asked == 0
+    assert len(path.read_text().splitlines()) == 21
+    for change in ({"seed": 1}, {"temperature": 0.5}, {"limit": 6}, {"chat": True}):
+        with pytest.raises(SamplesError, match="is of another evaluation"):
+            run(path, 99, **change)
+    assert run(None, 99, seed=1) != whole
+
+
+@pytest.mark.vllm
+@pytest.mark.slow
+def test_killed_and_started_again(data: Path, tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
+    """SIGKILL in the middle of sampling, twice: the same samples and the same table, at temperature 1."""
+
+    def start(out: Path) -> "subprocess.Popen[str]":
+        words = (
+            f"eval {tiny_model('llama')} --task gsm8k --data-dir {data} --num-fewshot 2 --samples 8 --temperature 1 "
+            f"--k 2,8 --max-tokens 40 --engine.max_sequences 4 --engine.kv_cache_gib 0.25 --out {out}"
+        )
+        command = [sys.executable, "-m", "eggroll_llm.cli", *words.split()]
+        return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+
+    def lines(file: Path) -> int:
+        return file.read_bytes().count(b"\n") if file.exists() else 0
+
+    whole, path = tmp_path / "whole.json", tmp_path / "killed.json"
+    table, _ = start(whole).communicate(timeout=300)
+    samples = path.with_suffix(".samples.jsonl")
+    for enough in (12, 50):
+        process = start(path)
+        while lines(samples) < enough and process.poll() is None:
+            time.sleep(0.005)
+        os.kill(process.pid, signal.SIGKILL)
+        process.communicate()
+        assert enough <= lines(samples) < 97
+    again, _ = start(path).communicate(timeout=300)
+    assert again == table
+    assert "maj@8" in table
+    assert path.read_text() == whole.read_text()
+    assert sorted(samples.read_text().splitlines()) == sorted(
+        whole.with_suffix(".samples.jsonl").read_text().splitlines()
+    )

@@ -1,0 +1,155 @@
+"""Run directories read back: budgets summed, groups told apart, damage named."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+from made_up_runs import PROBLEMS, make_config, write_run
+
+from eggroll_llm.config import EngineConfig, LogConfig, SamplingConfig
+from eggroll_llm.errors import ConfigError, RunDirError, SamplesError
+from eval.runs import group_seeds, read_runs
+
+
+def test_a_row_is_what_all_steps_up_to_it_took(tmp_path: Path) -> None:
+    (run,) = read_runs([write_run(tmp_path / "run", {0: "1000", 2: "1100"}, spent=(10, 100, 60.0))])
+    spent = [(point.step, point.completions, point.tokens, point.seconds) for point in run.points]
+    assert spent == [(0, 0, 0, 0.0), (1, 10, 100, 60.0), (2, 20, 200, 120.0)]
+    assert [(point.step, point.accuracy, point.problems) for point in run.evaluations] == [(0, 0.25, 4), (2, 0.5, 4)]
+    assert math.isnan(run.points[0].reward)
+    assert run.points[2].reward == 0.2
+    assert run.base == run.points[0]
+    assert run.finished
+
+
+def test_the_last_evaluation_within_a_budget_counts(tmp_path: Path) -> None:
+    (run,) = read_runs([write_run(tmp_path / "run", {0: "10", 2: "11", 4: "00"}, spent=(10, 100, 60.0))])
+    reached = {amount: run.within("tokens", amount) for amount in (0, 199, 200, 399, 400)}
+    assert {amount: point.step if point else None for amount, point in reached.items()} == {
+        0: 0,
+        199: 0,
+        200: 2,
+        399: 2,
+        400: 4,
+    }
+    assert run.within("tokens", -1) is None
+    assert (within := run.within("seconds", 240.0)) is not None
+    assert within.step == 4
+
+
+def test_what_was_not_finite_is_not_a_number(tmp_path: Path) -> None:
+    path = write_run(tmp_path / "run", {0: "10", 2: "11"})
+    rows = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    rows[1] |= {"reward/mean": None, "wall_time": None, "tokens/generated": None}
+    rows[2] |= {"eval/accuracy": None}
+    (path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 3, "cut sh')
+    (run,) = read_runs([path])
+    assert math.isnan(run.points[1].reward)
+    assert (run.points[1].seconds, run.points[2].seconds) == (0.0, 120.0)
+    assert (run.points[1].tokens, run.points[2].tokens) == (0, 100)
+    assert [point.step for point in run.evaluations] == [0]
+    assert len(run.points) == 3
+
+
+def test_an_edited_problem_is_another_one(tmp_path: Path) -> None:
+    edited = [dict(PROBLEMS[0]), {**PROBLEMS[1], "target": 99}]
+    a, b = read_runs(
+        [write_run(tmp_path / "a", {0: "10"}), write_run(tmp_path / "b", {0: "10"}, problems=edited, finished=False)]
+    )
+    answers = a.answers(0)
+    assert [sample.completion for sample in answers.values()] == ["0:0:right", "0:1:wrong"]
+    assert [sample.id for problem, sample in b.answers(0).items() if problem in answers] == ["p0"]
+    assert not b.finished
+
+
+def test_names_are_as_long_as_it_takes(tmp_path: Path) -> None:
+    paths = [write_run(tmp_path / name, {0: "10"}) for name in ("x/run", "y/run", "other")]
+    assert [run.name for run in read_runs(paths)] == ["x/run", "y/run", f"{tmp_path.name}/other"]
+    assert [run.name for run in read_runs(paths[1:])] == ["run", "other"]
+
+
+def test_only_the_seed_and_what_no_update_depends_on_may_differ_in_a_group(tmp_path: Path) -> None:
+    configs = {
+        "a": make_config(seed=0),
+        "b": make_config(seed=1, log=LogConfig(samples=0), engine=EngineConfig(slots=4)),
+        "wide": make_config(seed=0, sigma=0.03),
+        "longer": make_config(seed=1, steps=8),
+        "exact": make_config(seed=1, engine=EngineConfig(dtype="float32")),
+    }
+    runs = read_runs([write_run(tmp_path / name, {0: "10"}, config=config) for name, config in configs.items()])
+    assert [(group.label, [run.name for run in group.runs]) for group in group_seeds(runs)] == [
+        ("es steps=4 sigma=0.012 dtype=auto (2 seeds)", ["a", "b"]),
+        ("es steps=4 sigma=0.03 dtype=auto (1 seed)", ["wide"]),
+        ("es steps=8 sigma=0.012 dtype=auto (1 seed)", ["longer"]),
+        ("es steps=4 sigma=0.012 dtype=float32 (1 seed)", ["exact"]),
+    ]
+    assert [group.label for group in group_seeds(runs[:2])] == ["es (2 seeds)"]
+
+
+def test_a_label_names_what_tells_groups_apart_first(tmp_path: Path) -> None:
+    """Five settings differ, and only the last of them tells all three apart."""
+    common = {"minutes": 2.0, "model": "m", "sampling": SamplingConfig(prompts_per_step=2, max_tokens=9)}
+    configs = [
+        make_config(task_options={"seed": 1}),
+        *(make_config(task_options={"seed": i}, **common) for i in (2, 3)),
+    ]
+    runs = read_runs([write_run(tmp_path / f"{i}", {0: "10"}, config=config) for i, config in enumerate(configs)])
+    assert [group.label for group in group_seeds(runs)] == [
+        "es model=smollm2-135m-instruct minutes=0 task_options.seed=1 … (1 seed)",
+        "es model=m minutes=2 task_options.seed=2 … (1 seed)",
+        "es model=m minutes=2 task_options.seed=3 … (1 seed)",
+    ]
+
+
+def test_labels_differ_although_long_values_are_cut(tmp_path: Path) -> None:
+    configs = [make_config(task=f"{'long' * 10}{i}.py:TASK") for i in range(2)]
+    runs = read_runs([write_run(tmp_path / f"{i}", {0: "10"}, config=config) for i, config in enumerate(configs)])
+    assert [group.label for group in group_seeds(runs)] == [
+        f"es task={'long' * 5}lon… #1 (1 seed)",
+        f"es task={'long' * 5}lon… #2 (1 seed)",
+    ]
+
+
+def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
+    path = write_run(tmp_path / "run", {0: "10"})
+    with pytest.raises(ConfigError, match="no run is named"):
+        read_runs([])
+    with pytest.raises(ConfigError, match=r"run: is named twice"):
+        read_runs([path, path / ".." / "run"])
+    with pytest.raises(RunDirError, match=r"not a run directory"):
+        read_runs([tmp_path])
+    with pytest.raises(RunDirError, match=r"step-000007.jsonl: no such file, so single answers cannot be compared"):
+        read_runs([path])[0].answers(7)
+    (path / "evaluations" / "step-000000.jsonl").write_text("{}\n")
+    with pytest.raises(SamplesError, match=r"step-000000.jsonl:1: is no file of graded completions"):
+        read_runs([path])[0].answers(0)
+
+
+@pytest.mark.parametrize(
+    ("metrics", "said"),
+    [
+        ('{"step": 0, "eval/accuracy": 0.5}\n[1]\n', r"metrics.jsonl:2: is damaged"),
+        ('{"step": 0, "eval/accuracy": 0.5}\n{oh\n', r"metrics.jsonl:2: is damaged"),
+        ('{"step": 2, "eval/accuracy": 0.5}\n{"step": 2}\n', r"metrics.jsonl:2: step 2 after 2"),
+        ('{"step": "1"}\n', r"metrics.jsonl:1: step '1' after -1"),
+        ('{"step": 0}\n', r"metrics.jsonl: holds no evaluation yet"),
+        ("", r"metrics.jsonl: holds no evaluation yet"),
+        (None, r"metrics.jsonl: cannot be read"),
+    ],
+)
+def test_damaged_metrics_are_named(tmp_path: Path, metrics: str | None, said: str) -> None:
+    path = write_run(tmp_path / "run", {0: "10"})
+    (path / "metrics.jsonl").unlink()
+    if metrics is not None:
+        (path / "metrics.jsonl").write_text(metrics)
+    with pytest.raises(RunDirError, match=said):
+        read_runs([path])
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"starts": 3}', '{"starts": ["no object"]}'])
+def test_an_environment_is_not_needed(tmp_path: Path, text: str) -> None:
+    path = write_run(tmp_path / "run", {0: "10"})
+    assert read_runs([path])[0].starts[0]["python"] == "3.11.7"
+    (path / "environment.json").write_text(text)
+    assert read_runs([path])[0].starts == ()

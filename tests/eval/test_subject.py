@@ -1,0 +1,87 @@
+"""Which model an evaluation is of."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from eggroll_llm.checkpoint import save_checkpoint
+from eggroll_llm.config import EsConfig, RunConfig, to_toml
+from eggroll_llm.errors import CheckpointError, ConfigError, ModelError
+from eggroll_llm.run_dir import RunDir
+from eval.subject import Subject, find_subject
+
+
+@pytest.fixture
+def model(tiny_model: Callable[[str], Path]) -> Path:
+    return tiny_model("llama")
+
+
+@pytest.fixture
+def run(tmp_path: Path, model: Path) -> tuple[Path, RunConfig]:
+    """A run of 20 steps, best at 10, with a checkpoint of 10 and no final/."""
+    config = RunConfig(
+        model=str(model), task="gsm8k", steps=20, es=EsConfig(population=4, sigma=0.1, learning_rate=0.1)
+    )
+    with RunDir.create(tmp_path / "run", to_toml(config)) as run:
+        run.journal.write_text("")
+        for step, accuracy in ((0, 0.3), (10, 0.5), (20, 0.5)):
+            run.append_metrics({"step": step, "wall_time": float(step), "eval/accuracy": accuracy})
+        save_checkpoint(run.checkpoints, 10, copy_of(model), {}, {})
+    return run.path, config
+
+
+def copy_of(model: Path) -> Callable[[Path], None]:
+    def write(folder: Path) -> None:
+        shutil.copytree(model, folder, dirs_exist_ok=True)
+
+    return write
+
+
+def test_a_model_is_its_own_subject(model: Path) -> None:
+    assert find_subject(str(model)) == Subject(name=str(model), model_dir=model.resolve(), config=None)
+    with pytest.raises(ModelError, match="neither an existing directory"):
+        find_subject("nothing")
+    with pytest.raises(ConfigError, match=r"--at best: .* is not a run directory"):
+        find_subject(str(model), "best")
+
+
+def test_a_run_is_evaluated_at_its_end(run: tuple[Path, RunConfig], model: Path) -> None:
+    path, config = run
+    with pytest.raises(ModelError, match="has no final/ yet: finish it with --on-existing resume"):
+        find_subject(str(path))
+    (path / "final").symlink_to(model)
+    assert find_subject(str(path)) == Subject(name=str(path), model_dir=model.resolve(), config=config)
+
+
+@pytest.mark.parametrize("at", ["best", "10"])
+def test_or_at_its_best_step_or_at_a_checkpoint(run: tuple[Path, RunConfig], at: str) -> None:
+    path, config = run
+    found = find_subject(str(path), at)
+    directory = path / "checkpoints" / "step-000010"
+    assert found == Subject(name=f"{path} (step 10)", model_dir=directory, config=config)
+    (directory / "model.safetensors").write_bytes(b"")
+    with pytest.raises(CheckpointError, match="0 bytes, but"):
+        find_subject(str(path), at)
+
+
+def test_what_a_run_does_not_have(run: tuple[Path, RunConfig]) -> None:
+    path, _ = run
+    with pytest.raises(ModelError, match=rf"eggroll-llm replay {path} --step 7 --out DIR"):
+        find_subject(str(path), "7")
+    for at in ("last", "-1", "1.5"):
+        with pytest.raises(ConfigError, match=f"--at {at}: write"):
+            find_subject(str(path), at)
+
+
+@pytest.mark.parametrize(("accuracies", "said"), [((0.5, 0.4), "no step was better"), ((), "has no evaluation yet")])
+def test_a_run_without_a_best_step(
+    tmp_path: Path, run: tuple[Path, RunConfig], accuracies: tuple[float, ...], said: str
+) -> None:
+    path, _ = run
+    rows = [{"step": i, "eval/accuracy": accuracy} for i, accuracy in enumerate(accuracies)] or [{"step": 0}]
+    (path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(ModelError, match=said):
+        find_subject(str(path), "best")

@@ -1,0 +1,128 @@
+"""Figures of graded samples by hand, and the table in lm-eval's form."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from eggroll_llm.errors import ConfigError
+from eggroll_llm.samples import TASK, Graded, Sample
+from eval.evaluation import Results, Settings
+from eval.questions import Questions
+from eval.subject import Subject
+from eval.summary import summarize, table, write_summary
+
+FACTS = {
+    "model": "0123",
+    "version": "3",
+    "num_fewshot": 5,
+    "apply_chat_template": False,
+    "problems": 2,
+    "prompts": "ab" * 32,
+    "max_tokens": 256,
+    "temperature": 0.7,
+    "top_p": 1.0,
+    "samples": 4,
+    "seed": 3,
+    "dtype": "bfloat16",
+}
+
+
+def results(answers: list[list[str | None]], grader: str = "robust", available: int = 9, **facts: Any) -> Results:
+    """Problems whose right answer is "r"; rewards are 1, and 0.25 for "f"."""
+    samples = [
+        Sample(
+            problem=p,
+            sample=s,
+            id=p,
+            doc={},
+            prompt_hash="",
+            completion="",
+            tokens=10,
+            truncated=answer is None,
+            scores={
+                grader: Graded(
+                    correct=answer == "r", reward={"r": 1.0, "f": 0.25}.get(answer or "", 0), detail="", answer=answer
+                )
+            },
+        )
+        for p, row in enumerate(answers)
+        for s, answer in enumerate(row)
+    ]
+    questions = Questions(
+        task="gsm8k",
+        version="3",
+        shots=5,
+        metric="exact_match",
+        problems=[{}] * len(answers),
+        available=available,
+        prompts=[""] * len(answers),
+        stop=(),
+        max_tokens=256,
+        graders={grader: lambda *_: None},  # type: ignore[arg-type, return-value]
+    )
+    settings = Settings(
+        subject=Subject(name="it", model_dir=Path("/m"), config=None), task="gsm8k", protocol="lm-eval", task_options={}
+    )
+    return Results(settings=settings, questions=questions, samples=samples, facts=FACTS | facts)
+
+
+def test_one_greedy_answer_each() -> None:
+    summary = summarize(results([["r"], ["w"], ["r"], [None], ["r"]]), [])
+    assert summary["results"] == {
+        "gsm8k": {"exact_match,robust": 0.6, "exact_match_stderr,robust": pytest.approx(math.sqrt(0.6 * 0.4 / 4))}
+    }
+    assert summary["n-samples"] == {"gsm8k": {"original": 9, "effective": 5}}
+    assert (summary["limited"], summary["truncated"], summary["completions"]) == (True, 0.2, 5)
+    assert summary["tokens/generated"] == 50
+    assert summarize(results([["r"]] * 9), [])["limited"] is False
+
+
+def test_several_answers_each() -> None:
+    """pass@1 is the mean over problems of their means: 3/4, 1/4, 0. pass@2: 1 - C(1,2)/6, 1 - C(3,2)/6, 0.
+
+    Votes: r of r r w r; w of w w r -; nobody votes in the third. The first two answers of the second are w w.
+    """
+    found = summarize(results([["r", "r", "w", "r"], ["w", "w", "r", None], [None] * 4]), [2, 4])["results"]["gsm8k"]
+    assert found["exact_match,robust"] == pytest.approx(1 / 3)
+    assert found["exact_match_stderr,robust"] == pytest.approx(math.sqrt((25 + 1 + 16) / 144 / 2 / 3))
+    assert found["pass@2,robust"] == pytest.approx((1 + 0.5 + 0) / 3)
+    assert found["pass@4,robust"] == pytest.approx((1 + 1 + 0) / 3)
+    assert found["maj@2,robust"] == found["maj@4,robust"] == pytest.approx(1 / 3)
+    assert found["maj@4_stderr,robust"] == pytest.approx(1 / 3)
+
+
+def test_a_task_of_ones_own_shows_its_reward_too() -> None:
+    found = summarize(results([["r"], ["f"]], grader=TASK), [])["results"]["gsm8k"]
+    assert (found["exact_match,task"], found["reward,task"]) == (0.5, 0.625)
+
+
+def test_the_table(capsys: pytest.CaptureFixture[str]) -> None:
+    shown = table(summarize(results([["r", "w", "r", None], ["w", "w", "r", "w"]]), [4]))
+    assert shown.splitlines() == [
+        "|Tasks                    |Version|Filter|n-shot|Metric     | | Value| |Stderr|",
+        "|-------------------------|------:|------|-----:|-----------|-|-----:|-|-----:|",
+        "|gsm8k (LIMITED to 2 of 9)|      3|robust|     5|exact_match|↑|0.3750|±|0.1250|",
+        "|                         |      3|robust|     5|pass@4     |↑|1.0000|±|0.0000|",
+        "|                         |      3|robust|     5|maj@4      |↑|0.5000|±|0.5000|",
+        "",
+        "it (bfloat16, weights 0123): 2 problems, 4 completions each, temperature 0.7, top-p 1, seed 3, at most 256 "
+        "tokens, 12.5% cut off; prompts abababababababab",
+    ]
+    greedy = table(summarize(results([["r"], ["w"]], available=2, temperature=0.0, samples=1), []))
+    assert "LIMITED" not in greedy
+    assert "2 problems, 1 completion each, greedy, at most 256" in greedy
+
+
+def test_what_is_written_is_strict_json(tmp_path: Path) -> None:
+    def no_constant(name: str) -> Any:
+        raise AssertionError(f"{name} is not JSON")
+
+    path = tmp_path / "result.json"
+    write_summary(path, summarize(results([["r"]]), []))
+    found = json.loads(path.read_text(encoding="ascii"), parse_constant=no_constant)
+    assert found["results"]["gsm8k"] == {"exact_match,robust": 1.0, "exact_match_stderr,robust": None}
+    with pytest.raises(ConfigError, match=r"--out .*/no/result\.json: cannot be written \(No such file or directory\)"):
+        write_summary(tmp_path / "no" / "result.json", summarize(results([["r"]]), []))
