@@ -299,7 +299,11 @@ def test_the_default_run_directory_is_named_after_recipe_and_time(
 @pytest.mark.parametrize(
     ("error", "status", "said"),
     [
-        (KeyboardInterrupt(), 130, "interrupted; a run continues with --on-existing resume\n"),
+        (
+            KeyboardInterrupt(),
+            130,
+            "interrupted; a run continues with --on-existing resume, an evaluation that has --out with the same command\n",
+        ),
         (SystemExit(143), 143, ""),
     ],
 )

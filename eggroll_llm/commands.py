@@ -1,0 +1,230 @@
+"""What each command does. With `cli` the only module that may import everything; each command does so when it runs.
+
+A command gets the parsed arguments and the (key, text) pairs of settings, and returns the exit status.
+"""
+
+import argparse
+import os
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from eggroll_llm.errors import ConfigError, UserError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from eggroll_llm.session import Outcome
+    from eggroll_llm.trainer import Display
+
+
+def run_train(options: argparse.Namespace, settings: list[tuple[str, str]]) -> int:
+    """Train as a recipe and flags say."""
+    from eggroll_llm.config import load_recipe, to_toml
+    from eggroll_llm.tasks import PATH_OPTIONS
+
+    # Paths in a recipe are relative to its folder, paths on the command line to where the user stands.
+    path_flags = {f"--task_options.{key}" for keys in PATH_OPTIONS.values() for key in keys}
+    settings = [
+        (key, os.path.abspath(text) if text and f"--{key[2:].replace('-', '_')}" in path_flags else text)
+        for key, text in settings
+    ]
+    config = load_recipe(options.recipe, settings)
+    recipe_dir = options.recipe.resolve().parent
+
+    from eggroll_llm.run_dir import default_run_dir
+    from eggroll_llm.session import prepare, train
+
+    if options.dry_run:
+        from eggroll_llm.budget import budget
+
+        prepared = prepare(config, recipe_dir)
+        print(to_toml(prepared.config))
+        for line in budget(prepared):
+            print(f"# {line}")
+        return 0
+
+    from eggroll_llm.display import ConsoleDisplay
+
+    run_path = options.run_dir or default_run_dir(options.recipe, datetime.now())
+    display = ConsoleDisplay()
+    display.message(f"run directory: {run_path}")
+    outcome = train(config, recipe_dir, run_path, options.on_existing, display)
+    display.table(_outcome_table(outcome))
+    _report(run_path, display)
+    display.message(f"model: {outcome.final} (loads in transformers and vLLM)")
+    display.message(
+        f"go on: eggroll-llm train {run_path}/config.toml --run-dir {run_path} --on-existing resume "
+        "--minutes 0 --steps N"
+    )
+    display.message(f"test:  eggroll-llm eval {run_path}")
+    return 0
+
+
+def _report(run_path: Path, display: "Display") -> None:
+    """Write report.html. The run is finished: a report that fails is a warning."""
+    try:
+        from eval.report import write_run_report
+
+        display.message(f"report: {write_run_report(run_path)}")
+    except (UserError, ImportError, OSError) as error:
+        display.message(f"no report was written: {error}")
+
+
+def run_compare(options: argparse.Namespace, settings: list[tuple[str, str]]) -> int:
+    """Print the comparison of runs and write its report."""
+    from eggroll_llm.display import ConsoleDisplay
+    from eval.compare import compare
+    from eval.tables import tables
+
+    comparison = compare(options.runs)
+    display = ConsoleDisplay()
+    for table in tables(comparison):
+        display.table(table)
+    for note in comparison.notes:
+        display.message(note)
+
+    from eval.report import write_comparison
+
+    display.message(f"report: {write_comparison(options.runs, options.out)}")
+    return 0
+
+
+def _outcome_table(outcome: "Outcome") -> "Table":
+    from rich.table import Table
+
+    from eggroll_llm.run_weights import best_step
+
+    first, last = outcome.first, outcome.last
+    table = Table(title=f"{outcome.steps} updates in {outcome.wall_time / 60:.1f} minutes of training")
+    for column in ("", "before", "after", "change"):
+        table.add_column(column, justify="left" if not column else "right")
+    gain = last["eval/accuracy"] - first["eval/accuracy"]
+    table.add_row(
+        f"accuracy on {last['eval/problems']} held-out problems",
+        f"{first['eval/accuracy']:.3f} ± {first['eval/stderr']:.3f}",
+        f"{last['eval/accuracy']:.3f} ± {last['eval/stderr']:.3f}",
+        f"{gain:+.3f}",
+    )
+    best = best_step(outcome.metrics)
+    if best and 0 < best["step"] < last["step"]:
+        table.add_row(
+            f"best of the evaluations, after step {best['step']} (optimistic)",
+            "",
+            f"{best['eval/accuracy']:.3f} ± {best['eval/stderr']:.3f}",
+            f"{best['eval/accuracy'] - first['eval/accuracy']:+.3f}",
+        )
+    steps = [row for row in outcome.metrics if "time/sample" in row]
+    if steps:
+        tokens = sum(row["tokens/prompt"] + row["tokens/generated"] for row in steps)
+        seconds = sum(row["time/sample"] for row in steps)
+        overhead = sum(row["time/noise"] + row["time/update"] + row["time/serve"] for row in steps)
+        table.add_row("tokens/s while sampling (prompt + generated)", "", f"{tokens / seconds:,.0f}", "")
+        table.add_row(
+            "noise, update and repacking, share of a step",
+            "",
+            f"{overhead / sum(r['time/step'] for r in steps):.1%}",
+            "",
+        )
+    return table
+
+
+def run_eval(options: argparse.Namespace, settings: list[tuple[str, str]]) -> int:
+    """Evaluate a model or a run, print the table and write the files."""
+    from eggroll_llm.display import ConsoleDisplay
+    from eval.evaluation import evaluate_subject, settings_for
+    from eval.subject import find_subject
+    from eval.summary import summarize, table, write_summary
+
+    if options.out and not options.out.parent.is_dir():  # found out now, not after an hour of evaluation
+        raise ConfigError(f"--out {options.out}: there is no folder {options.out.parent}: create it")
+    if options.data_dir:
+        settings = [*settings, ("task_options.data_dir", str(options.data_dir.resolve()))]
+    how = settings_for(
+        find_subject(options.model, options.at),
+        settings,
+        task=options.task,
+        protocol=options.protocol,
+        shots=options.num_fewshot,
+        chat=options.apply_chat_template,
+        limit=options.limit,
+        max_tokens=options.max_tokens,
+        samples=options.samples,
+        temperature=options.temperature,
+        top_p=options.top_p,
+        seed=options.seed,
+    )
+    ks = [k for k in (options.k or [options.samples]) if k > 1]
+    if max(ks, default=0) > options.samples:
+        raise ConfigError(f"--k {max(ks)}: there are only {options.samples} completions per problem: raise --samples")
+    display = ConsoleDisplay()
+    results = evaluate_subject(
+        how,
+        Path.cwd(),
+        options.out.with_suffix(".samples.jsonl") if options.out else None,
+        overwrite=options.on_existing == "overwrite",
+        on_progress=lambda done, total: display.sampling("eval", done, total),
+    )
+    summary = summarize(results, ks)
+    if options.out:
+        write_summary(options.out, summary)
+    print(table(summary))
+    return 0
+
+
+def run_replay(options: argparse.Namespace, settings: list[tuple[str, str]]) -> int:
+    """Rebuild the weights of a step."""
+    from eggroll_llm.card import write_card
+    from eggroll_llm.config import load_recipe
+    from eggroll_llm.journal import read_journal
+    from eggroll_llm.models import model_identity, resolve_model
+    from eggroll_llm.run_dir import RunDir
+
+    run = RunDir.open(options.run)
+    if options.out.exists():
+        raise ConfigError(f"--out {options.out}: exists already: name a new directory")
+    config = load_recipe(run.config)
+    step = len(read_journal(run.journal).entries) if options.step is None else options.step
+
+    from eggroll_llm.replay import replay
+
+    base = resolve_model(config.model)
+    checksum = replay(config, base, run.journal, step, options.out)
+    write_card(
+        options.out,
+        config=config,
+        base_model=model_identity(base),
+        step=step,
+        metrics=run.read_metrics(),
+        journal=run.journal,
+    )
+    print(f"step {step}: {options.out}, weights {checksum}")
+    return 0
+
+
+def run_push(options: argparse.Namespace, settings: list[tuple[str, str]]) -> int:
+    """Say what would be uploaded, and upload it."""
+    from eggroll_llm.push import plan_push, push
+
+    plan = plan_push(options.model, options.repo_id, at=options.at, private=options.private, revision=options.revision)
+    print(*plan.lines(), sep="\n")
+    if not options.dry_run:
+        print(push(plan))
+    return 0
+
+
+def run_bench(options: argparse.Namespace, settings: list[tuple[str, str]]) -> int:
+    """Measure sampling and update speed."""
+    from eggroll_llm.bench import bench
+    from eggroll_llm.config import load_recipe
+
+    config, folder = load_recipe(options.recipe, settings), options.recipe.resolve().parent
+    bench(config, folder, options.repeats, options.out, options.variants)
+    return 0
+
+
+def run_doctor(options: argparse.Namespace, settings: list[tuple[str, str]]) -> int:
+    """Say what is installed and what is wrong."""
+    from eggroll_llm.doctor import run
+
+    return run()
