@@ -302,7 +302,8 @@ def test_the_default_run_directory_is_named_after_recipe_and_time(
         (
             KeyboardInterrupt(),
             130,
-            "interrupted; a run continues with --on-existing resume, an evaluation that has --out with the same command\n",
+            "interrupted; a run continues with --on-existing resume, "
+            "an evaluation that has --out with the same command\n",
         ),
         (SystemExit(143), 143, ""),
     ],

@@ -18,6 +18,7 @@ SMALL = {
     "es.population": "8",
     "sampling.prompts_per_step": "4",
     "eval.problems": "48",
+    "checkpoint.every": "2",
     "engine.kv_cache_gib": "0.25",
 }
 
@@ -70,7 +71,7 @@ print("RESULT" + json.dumps([output.outputs[0].token_ids for output in outputs])
 
 
 def test_the_same_greedy_text_everywhere(run: tuple[Path, str]) -> None:
-    """20 prompts: our engine after the last update, plain vLLM on `final/`, and transformers on `final/`.
+    """20 prompts: our engine after the last update, plain vLLM on its checkpoint, and transformers on `final/`.
 
     Each answers the first line up to its end. Where two of them differ, which bfloat16 allows, the first token that
     does is a near tie: in transformers its logit is within one unit in the last place of bfloat16 of the other's.
@@ -87,7 +88,11 @@ def test_the_same_greedy_text_everywhere(run: tuple[Path, str]) -> None:
     prompts = [tokenizer(task.prompt(problem))["input_ids"] for problem in task.problems("test")[:20]]
     ours = [sample.completion for sample in read_samples(path / "evaluations" / "step-000002.jsonl")[1][:20]]
 
-    job = json.dumps({"model": str(path / "final"), "dtype": config.engine.dtype, "prompts": prompts})
+    checkpoint = path / "checkpoints" / "step-000002"
+    for file in (path / "final").iterdir():
+        assert file.read_bytes() == (checkpoint / file.name).read_bytes(), file.name
+
+    job = json.dumps({"model": str(checkpoint), "dtype": config.engine.dtype, "prompts": prompts})
     result = subprocess.run([sys.executable, "-c", PLAIN_VLLM, job], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr[-3000:]
     plain = json.loads(result.stdout.rpartition("RESULT")[2])

@@ -8,6 +8,7 @@ import pytest
 
 from eggroll_llm.errors import TaskError
 from eggroll_llm.sampler import Completion
+from eggroll_llm.samples import Graded
 from eggroll_llm.scoring import FAILED, Scorer
 from eggroll_llm.tasks import Score
 
@@ -97,3 +98,14 @@ def test_the_first_step_stops_only_when_everything_failed() -> None:
     fussy.score(completion("1"), {})
     fussy.check_first_step()
     assert (fussy.scored, fussy.failures) == (2, 1)
+
+
+@pytest.mark.parametrize(
+    ("answer", "voted"),
+    [(lambda text, *, truncated: text if truncated else None, None), (raising(ValueError("no")), None)],
+)
+def test_a_grade_is_the_score_with_the_answer(answer: Any, voted: str | None) -> None:
+    task: Any = SimpleNamespace(score=lambda text, problem, *, truncated: Score(0.5, True, "so"), answer=answer)
+    assert Scorer(task).grade(completion(), {}) == Graded(correct=True, reward=0.5, detail="so", answer=voted)
+    named: Any = SimpleNamespace(score=task.score, answer=lambda text, *, truncated: "18")
+    assert Scorer(named).grade(completion(), {}).answer == "18"

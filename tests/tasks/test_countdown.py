@@ -257,3 +257,11 @@ def test_without_the_package_datasets(tmp_path, monkeypatch):
         TaskError, match="Jiayi-Pan/Countdown-Tasks-3to4 is on the hub, which needs the package datasets"
     ):
         load(tmp_path, hub="Jiayi-Pan/Countdown-Tasks-3to4")
+
+
+def test_what_a_majority_votes_on(tmp_path):
+    chat, line = (load_task("countdown", {"prompt_style": style}, base_dir=tmp_path) for style in ("chat", "few_shot"))
+    assert chat.answer("first <answer>(1 + 2) * 3</answer>") == "(1+2)*3"
+    assert chat.answer("(1 + 2) * 3") is None
+    assert line.answer(" 3 * 4 = 12\nMake") == "3*4=12"
+    assert line.answer("\n") is None

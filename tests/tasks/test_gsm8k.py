@@ -177,3 +177,12 @@ def test_the_published_data():
     assert (len(task.problems("train")), len(task.problems("test")), task.notes) == (7473, 1319, ())
     assert task.problems("test")[0]["answer"] == "18"
     assert len({problem["id"] for split in ("train", "test") for problem in task.problems(split)}) == 7473 + 1319
+
+
+def test_what_a_majority_votes_on(folder):
+    task = load_task("gsm8k", {"data_dir": str(folder)}, base_dir=folder)
+    assert task.answer("So #### $1,018.") == "1018"
+    assert task.answer("#### 18 or 17") is None
+    assert task.answer("#### 18", truncated=True) is None
+    strict = load_task("gsm8k", {"data_dir": str(folder), "grader": "strict"}, base_dir=folder)
+    assert strict.answer("#### 18 or 17") == "18"

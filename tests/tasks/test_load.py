@@ -29,6 +29,8 @@ class Full(Reverse):
         return Score(-1.0 if truncated else 1.0 + self.bonus, not truncated, "full")
     def gold(self, problem):
         return "x"
+    def answer(self, completion):
+        return len(completion) or None
 
 TASK = Reverse()
 FULL = Full()
@@ -68,6 +70,12 @@ def test_a_user_task_gets_what_it_asks_for(folder):
     assert (task.stop, task.notes) == (("\n",), ("short",))
     assert task.score("", {}, truncated=True) == Score(-1.0, False, "full")
     assert load_task("mine.py:Full", {"bonus": 2.0}, base_dir=folder).score("", {}).reward == 3.0
+
+
+def test_what_a_majority_votes_on_is_the_users_or_nothing(folder):
+    full, plain = (load_task(f"mine.py:{name}", {}, base_dir=folder) for name in ("FULL", "TASK"))
+    assert [full.answer(text) for text in ("abc", "")] == ["3", None]
+    assert plain.answer("abc") is None
 
 
 @pytest.mark.parametrize(
