@@ -107,7 +107,7 @@ def _outcome_table(outcome: "Outcome") -> "Table":
         f"{gain:+.3f}",
     )
     best = best_step(outcome.metrics)
-    if best and 0 < best["step"] < last["step"]:
+    if best and best["step"] and best["eval/accuracy"] > last["eval/accuracy"]:
         table.add_row(
             f"best of the evaluations, after step {best['step']} (optimistic)",
             "",
