@@ -25,6 +25,15 @@ CARD = "README.md"
 _EMBEDDED_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 _EMBEDDED_LICENSE = "apache-2.0"
 _GSM8K = "openai/gsm8k"
+_METHODS = {
+    "es": (
+        "with evolution strategies by eggroll-llm: no back-propagation, only sampled answers and rewards for them. "
+        "The method is EGGROLL ([arXiv 2511.16652](https://arxiv.org/abs/2511.16652)).",
+        ["evolution-strategies", "eggroll", "eggroll-llm"],
+    ),
+    "grpo": ("with GRPO by TRL, on the inference engine of eggroll-llm.", ["grpo", "eggroll-llm"]),
+}
+"""Method -> how the model was fine-tuned, and tags."""
 _HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*/[A-Za-z0-9_.-]+")
 
 
@@ -104,25 +113,29 @@ def _front_matter(config: RunConfig, step: int, evaluated: Sequence[Mapping[str,
         library_name="transformers",
         license=_EMBEDDED_LICENSE if config.model == embedded.NAME else None,
         pipeline_tag="text-generation",
-        tags=["evolution-strategies", "eggroll", "eggroll-llm"],
+        tags=_METHODS[config.method][1],
         datasets=[data_set] if data_set else None,
         model_name=_name(config, step) if last else None,
-        eval_results=[_eval_result(config, last)] if last else None,
+        eval_results=[_eval_result(config, last, _selected_of(evaluated))] if last else None,
     ).to_yaml()
 
 
-def _eval_result(config: RunConfig, row: Mapping[str, Any]) -> "EvalResult":
+def _eval_result(config: RunConfig, row: Mapping[str, Any], selected_of: int) -> "EvalResult":
     from huggingface_hub import EvalResult
 
     data_set = _data_set(config)
+    # As the data set calls it: "validation" is a part of "train" that was not trained on, and so is all of Countdown's.
+    test = config.eval.split == "test" and data_set in (None, _GSM8K)
+    origin = "" if test else " of the training split"
+    chosen = f", the best of {selected_of} evaluations: optimistic if selected for that" if selected_of else ""
     return EvalResult(
         task_type="text-generation",
         dataset_type=data_set or "custom",
         dataset_name=_plain(_task_name(config)),
         dataset_config="main" if data_set == _GSM8K else None,
-        dataset_split=config.eval.split,
+        dataset_split="test" if test else "train",
         metric_type="accuracy",
-        metric_name=f"accuracy on {row['eval/problems']} held-out problems, in training, greedy",
+        metric_name=f"accuracy on {row['eval/problems']} held-out problems{origin}, in training, greedy{chosen}",
         metric_value=round(row["eval/accuracy"], 4),
     )
 
@@ -137,13 +150,14 @@ def _summary(config: RunConfig, base_model: str, step: int) -> str:
         base = f"[`{hub_id}`](https://huggingface.co/{hub_id})"
     else:
         base = f"{_code(PurePath(config.model).name)}, a local directory"
+    es = config.method == "es"
+    members = f", each from {config.es.population} perturbed models of rank {config.es.rank}" if es else ""
     return f"""\
-A language model fine-tuned with evolution strategies by eggroll-llm: no back-propagation, only sampled answers and
-rewards for them. The method is EGGROLL ([arXiv 2511.16652](https://arxiv.org/abs/2511.16652)).
+A language model fine-tuned {_METHODS[config.method][0]}
 
 - Base model: {base}. Identity {_code(base_model)}.
 - Task: {_task(config)}.
-- Updates: {step}, each from {config.es.population} perturbed models of rank {config.es.rank}."""
+- Updates: {step}{members}."""
 
 
 def _results(config: RunConfig, step: int, evaluated: Sequence[Mapping[str, Any]]) -> str:
@@ -161,13 +175,18 @@ def _results(config: RunConfig, step: int, evaluated: Sequence[Mapping[str, Any]
     ]
     if last["step"] != step:
         lines.append(f"The weights of this directory, of step {step}, are later ones and were not evaluated.")
-    trained = [row["eval/accuracy"] for row in evaluated if row["step"] > 0]
-    if len(trained) > 1 and last["step"] == step and trained[-1] == max(trained):
+    elif selected_of := _selected_of(evaluated):
         lines.append(
-            f"Of the {len(trained)} evaluations of trained weights up to this step none was higher. If it was chosen "
+            f"Of the {selected_of} evaluations of trained weights up to this step none was higher. If it was chosen "
             "for that, the choice makes its accuracy optimistic: evaluate it on other problems."
         )
     return "\n".join(lines)
+
+
+def _selected_of(evaluated: Sequence[Mapping[str, Any]]) -> int:
+    """Of how many evaluations of trained weights the last was the best, and perhaps chosen for it; 0 for neither."""
+    trained = [row["eval/accuracy"] for row in evaluated if row["step"] > 0]
+    return len(trained) if len(trained) > 1 and trained[-1] == max(trained) else 0
 
 
 def _accuracy(row: Mapping[str, Any]) -> str:
@@ -222,9 +241,9 @@ def _hub_id(model: str) -> str | None:
 
 
 def _data_set(config: RunConfig) -> str | None:
-    """The hub id of the data set that the problems are from; None for generated ones and those of a file."""
+    """The hub id of the data set that the problems are from; None for generated ones and those of files."""
     if config.task == "gsm8k":
-        return _GSM8K
+        return None if config.task_options.get("data_dir") else _GSM8K
     return _hub_id(str(config.task_options.get("hub", ""))) if config.task == "countdown" else None
 
 
@@ -238,7 +257,7 @@ def _task(config: RunConfig) -> str:
 
 def _name(config: RunConfig, step: int) -> str:
     """A title without characters that mean something in Markdown."""
-    words = f"{PurePath(config.model).name} {_task_name(config)} eggroll step {step}"
+    words = f"{PurePath(config.model).name} {_task_name(config)} {_METHODS[config.method][1][-2]} step {step}"
     return re.sub(r"[^A-Za-z0-9.]+", "-", words).strip("-.").lower()
 
 

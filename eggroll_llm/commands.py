@@ -5,9 +5,10 @@ A command gets the parsed arguments and the (key, text) pairs of settings, and r
 
 import argparse
 import os
+from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from eggroll_llm.errors import ConfigError, UserError
 
@@ -29,6 +30,7 @@ def run_train(options: argparse.Namespace, settings: list[tuple[str, str]]) -> i
         (key, os.path.abspath(text) if text and f"--{key[2:].replace('-', '_')}" in path_flags else text)
         for key, text in settings
     ]
+    settings = [(key, _absolute_task(text) if key == "--task" else text) for key, text in settings]
     config = load_recipe(options.recipe, settings)
     recipe_dir = options.recipe.resolve().parent
 
@@ -102,8 +104,8 @@ def _outcome_table(outcome: "Outcome") -> "Table":
     gain = last["eval/accuracy"] - first["eval/accuracy"]
     table.add_row(
         f"accuracy on {last['eval/problems']} held-out problems",
-        f"{first['eval/accuracy']:.3f} ± {first['eval/stderr']:.3f}",
-        f"{last['eval/accuracy']:.3f} ± {last['eval/stderr']:.3f}",
+        _accuracy(first),
+        _accuracy(last),
         f"{gain:+.3f}",
     )
     best = best_step(outcome.metrics)
@@ -111,14 +113,14 @@ def _outcome_table(outcome: "Outcome") -> "Table":
         table.add_row(
             f"best of the evaluations, after step {best['step']} (optimistic)",
             "",
-            f"{best['eval/accuracy']:.3f} ± {best['eval/stderr']:.3f}",
+            _accuracy(best),
             f"{best['eval/accuracy'] - first['eval/accuracy']:+.3f}",
         )
     steps = [row for row in outcome.metrics if "time/sample" in row]
     if steps:
         tokens = sum(row["tokens/prompt"] + row["tokens/generated"] for row in steps)
         seconds = sum(row["time/sample"] for row in steps)
-        overhead = sum(row["time/noise"] + row["time/update"] + row["time/serve"] for row in steps)
+        overhead = sum(row.get(f"time/{part}", 0.0) for row in steps for part in ("noise", "update", "serve"))
         table.add_row("tokens/s while sampling (prompt + generated)", "", f"{tokens / seconds:,.0f}", "")
         table.add_row(
             "noise, update and repacking, share of a step",
@@ -129,6 +131,11 @@ def _outcome_table(outcome: "Outcome") -> "Table":
     return table
 
 
+def _accuracy(row: Mapping[str, Any]) -> str:
+    error = row["eval/stderr"]  # NaN, in the file null, of a single problem
+    return f"{row['eval/accuracy']:.3f}" + (f" ± {error:.3f}" if error is not None and error == error else "")
+
+
 def run_eval(options: argparse.Namespace, settings: list[tuple[str, str]]) -> int:
     """Evaluate a model or a run, print the table and write the files."""
     from eggroll_llm.display import ConsoleDisplay
@@ -136,14 +143,13 @@ def run_eval(options: argparse.Namespace, settings: list[tuple[str, str]]) -> in
     from eval.subject import find_subject
     from eval.summary import summarize, table, write_summary
 
-    if options.out and not options.out.parent.is_dir():  # found out now, not after an hour of evaluation
-        raise ConfigError(f"--out {options.out}: there is no folder {options.out.parent}: create it")
+    samples_file = _samples_file(options.out) if options.out else None
     if options.data_dir:
         settings = [*settings, ("task_options.data_dir", str(options.data_dir.resolve()))]
     how = settings_for(
         find_subject(options.model, options.at),
         settings,
-        task=options.task,
+        task=_absolute_task(options.task) if options.task else None,
         protocol=options.protocol,
         shots=options.num_fewshot,
         chat=options.apply_chat_template,
@@ -161,15 +167,30 @@ def run_eval(options: argparse.Namespace, settings: list[tuple[str, str]]) -> in
     results = evaluate_subject(
         how,
         Path.cwd(),
-        options.out.with_suffix(".samples.jsonl") if options.out else None,
+        samples_file,
         overwrite=options.on_existing == "overwrite",
         on_progress=lambda done, total: display.sampling("eval", done, total),
     )
     summary = summarize(results, ks)
+    print(table(summary))
     if options.out:
         write_summary(options.out, summary)
-    print(table(summary))
     return 0
+
+
+def _samples_file(out: Path) -> Path:
+    """FILE.samples.jsonl beside FILE.json. Raises ConfigError for what cannot be a file, before hours are spent."""
+    if out.is_dir() or not out.name:
+        raise ConfigError(f"--out {out}: is a folder: name a file in it, such as {out / 'eval.json'}")
+    if not out.parent.is_dir():
+        raise ConfigError(f"--out {out}: there is no folder {out.parent}: create it")
+    return out.with_name(f"{out.name.removesuffix('.json')}.samples.jsonl")
+
+
+def _absolute_task(task: str) -> str:
+    """The user's own task by the place where the user stands: in a recipe it is relative to the recipe's folder."""
+    path, separator, name = task.rpartition(":")
+    return f"{os.path.abspath(path)}:{name}" if separator and path.endswith(".py") else task
 
 
 def run_replay(options: argparse.Namespace, settings: list[tuple[str, str]]) -> int:
@@ -179,6 +200,7 @@ def run_replay(options: argparse.Namespace, settings: list[tuple[str, str]]) -> 
     from eggroll_llm.journal import read_journal
     from eggroll_llm.models import model_identity, resolve_model
     from eggroll_llm.run_dir import RunDir
+    from eggroll_llm.run_weights import write_provenance
 
     run = RunDir.open(options.run)
     if options.out.exists():
@@ -190,10 +212,12 @@ def run_replay(options: argparse.Namespace, settings: list[tuple[str, str]]) -> 
 
     base = resolve_model(config.model)
     checksum = replay(config, base, run.journal, step, options.out)
+    identity = model_identity(base)
+    write_provenance(options.out, step=step, base_model=identity)
     write_card(
         options.out,
         config=config,
-        base_model=model_identity(base),
+        base_model=identity,
         step=step,
         metrics=run.read_metrics(),
         journal=run.journal,

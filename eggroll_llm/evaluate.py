@@ -1,14 +1,16 @@
 """Answers of the base model to a set of problems, graded: the evaluation of a training run, and of `eggroll-llm eval`.
 
-Every completion is a function of (prompt, weights, seed, problem, sample), so that an evaluation that was interrupted
-continues with what is missing and comes to the same samples. Requests go to the base model: the members of a
-population stay what they are.
+A completion depends on the prompt, the weights and a seed of (seed, problem, sample), and, as far as the engine
+computes every sequence independently of its batch (README, "Determinism"), on nothing else: an evaluation that was
+interrupted continues with what is missing and comes to the same samples. Requests go to the base model: the members of
+a population stay what they are.
 """
 
 import contextlib
+import dataclasses
 import math
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from eggroll_llm.prompts import ProblemSet
@@ -47,13 +49,18 @@ class Evaluation:
 
     @property
     def reward(self) -> float:
-        """Return the mean reward."""
-        return mean([sample.scores[TASK].reward for sample in self.samples])
+        """Return the mean of the finite rewards."""
+        return mean(finite_rewards(self.samples, TASK))
 
     @property
     def truncated(self) -> float:
         """Return the fraction of completions that the length limit ended."""
         return mean([sample.truncated for sample in self.samples])
+
+
+def finite_rewards(samples: Iterable[Sample], grader: str) -> list[float]:
+    """Return the rewards of a grader that are neither NaN nor infinite."""
+    return [reward for sample in samples if math.isfinite(reward := sample.scores[grader].reward)]
 
 
 def mean(values: Sequence[float]) -> float:
@@ -125,6 +132,18 @@ def answer(
                     completion=completion.text,
                     tokens=len(completion.token_ids),
                     truncated=completion.truncated,
-                    scores={name: grade(completion, problem) for name, grade in graders.items()},
+                    scores=_grades(completion, problem, graders),
                 )
             )
+
+
+def grade_again(sample: Sample, problem: Problem, graders: Mapping[str, Grader]) -> Sample:
+    """Return the sample with what graders say now, of the problem as it is now."""
+    completion = Completion(text=sample.completion, token_ids=(), truncated=sample.truncated, prompt_tokens=0)
+    return dataclasses.replace(
+        sample, id=problem.get("id", sample.problem), doc=problem, scores=_grades(completion, problem, graders)
+    )
+
+
+def _grades(completion: Completion, problem: Problem, graders: Mapping[str, Grader]) -> dict[str, Graded]:
+    return {name: grade(completion, problem) for name, grade in graders.items()}

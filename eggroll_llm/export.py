@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+_NOT_OF_THE_MODEL = ("manifest.json", "eggroll.json")  # a base model may be a checkpoint of another run
 _COPIED = ("*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt", "LICENSE*")
 
 
@@ -27,7 +28,7 @@ def export_model(base_dir: Path, directory: Path, trained: "Mapping[str, Tensor]
 
     directory.mkdir(parents=True, exist_ok=True)
     for pattern in _COPIED:
-        for file in set(base_dir.glob(pattern)) - {base_dir / "manifest.json"}:  # of a checkpoint, not of its model
+        for file in set(base_dir.glob(pattern)) - {base_dir / name for name in _NOT_OF_THE_MODEL}:
             shutil.copyfile(file, directory / file.name)
     missing = set(trained)
     for file in weight_files(base_dir):

@@ -33,11 +33,16 @@ class Prompter:
         self.model_dir = model_dir
         self.tokenizer: Any = AutoTokenizer.from_pretrained(model_dir, trust_remote_code=False)
 
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether chat messages can be rendered."""
+        return self.tokenizer.chat_template is not None
+
     def render(self, prompt: Prompt) -> str:
         """Return the prompt's text, chat template applied. Raises ModelError when it takes one and there is none."""
         if isinstance(prompt, str):
             return prompt
-        if self.tokenizer.chat_template is None:
+        if not self.has_chat_template:
             raise ModelError(
                 f"{self.model_dir}: the tokenizer has no chat template, which the task's chat messages need: "
                 'use prompt_style = "few_shot" in [task_options], or an instruct model'
@@ -45,17 +50,26 @@ class Prompter:
         messages = [dict(message) for message in prompt]
         return str(self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
 
-    def encode(self, prompt: Prompt) -> tuple[int, ...]:
-        """Return the prompt's tokens. Raises ModelError like `render`."""
-        # A chat template writes the special tokens itself.
-        return tuple(self.tokenizer(self.render(prompt), add_special_tokens=isinstance(prompt, str))["input_ids"])
+    def encode(self, prompt: Prompt, *, bos_by_text: bool = False) -> tuple[int, ...]:
+        """Return the prompt's tokens. Raises ModelError like `render`.
+
+        The tokenizer adds its special tokens to plain text, and not to messages, as a chat template writes them itself.
+        With `bos_by_text` it adds them to any text that does not start with one, which is lm-eval's rule.
+        """
+        text, special = self.render(prompt), isinstance(prompt, str)
+        if bos_by_text:
+            bos = self.tokenizer.bos_token or self.tokenizer.eos_token
+            special = bos is None or not text.startswith(bos)
+        return tuple(self.tokenizer(text, add_special_tokens=special)["input_ids"])
 
 
-def encode_all(prompter: Prompter, problems: Sequence[Problem], prompts: Sequence[Prompt]) -> ProblemSet:
+def encode_all(
+    prompter: Prompter, problems: Sequence[Problem], prompts: Sequence[Prompt], *, bos_by_text: bool = False
+) -> ProblemSet:
     """Return the problems with their prompts, which are given in the same order, in tokens."""
     return ProblemSet(
         problems=problems,
-        prompts=[prompter.encode(prompt) for prompt in prompts],
+        prompts=[prompter.encode(prompt, bos_by_text=bos_by_text) for prompt in prompts],
         hashes=[text_hash(prompter.render(prompt)) for prompt in prompts],
     )
 
@@ -70,7 +84,13 @@ def text_hash(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
-def needed_context(longest_prompt: int, max_tokens: int, limit: int, model_limit: int) -> int:
+def needed_context(
+    longest_prompt: int,
+    max_tokens: int,
+    limit: int,
+    model_limit: int,
+    remedy: str = "lower sampling.max_tokens, raise engine.max_model_len or shorten the prompts",
+) -> int:
     """Return the context length to serve: `limit` when set, else just what is needed, in whole blocks of 32 tokens.
 
     Raises ConfigError when the longest prompt and completion do not fit, instead of truncating them.
@@ -85,6 +105,6 @@ def needed_context(longest_prompt: int, max_tokens: int, limit: int, model_limit
         key = f"engine.max_model_len = {limit}" if limit else f"the model's context of {model_limit} tokens"
         raise ConfigError(
             f"the longest prompt has {longest_prompt} tokens and completions up to {max_tokens}, together {needed}, "
-            f"but {key} allows {allowed}: lower sampling.max_tokens, raise engine.max_model_len or shorten the prompts"
+            f"but {key} allows {allowed}: {remedy}"
         )
     return limit or min(model_limit, -(-needed // 32) * 32)

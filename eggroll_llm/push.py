@@ -8,25 +8,32 @@ pushed gives what was pushed. `plan_push` uses no network. No message contains t
 """
 
 import fnmatch
+import html
 import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from eggroll_llm.checkpoint import MANIFEST
+from eggroll_llm.display import inert
 from eggroll_llm.errors import UserError
 from eggroll_llm.journal import read_journal
 from eggroll_llm.model_files import weight_files
 from eggroll_llm.run_dir import RunDir, is_run_dir
-from eggroll_llm.run_weights import weights_at
+from eggroll_llm.run_weights import PROVENANCE, weights_at
 
 _MODEL_FILES = (
-    *("*.safetensors", "*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt"),
+    *("*.safetensors", "*.safetensors.index.json", "*.jinja", "*.model", "merges.txt", "vocab.txt"),
     *("README.md", "LICENSE*", "NOTICE*", "USE_POLICY*"),
+    # By name: a credentials.json or token.json must not match.
+    *("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
+    *("added_tokens.json", "vocab.json", "preprocessor_config.json", "processor_config.json", "chat_template.json"),
+    PROVENANCE,
 )
 # An assignment in TOML whose value, or an item of it, is a path from the root or from someone's home; not "/+-*".
 _LOCAL_PATH = re.compile(r"""^\s*[^\s=#][^=]*=\s.*"(?:/[\w.]|~|file:|[A-Za-z]:(?:/|\\\\))""")
+# One of a non-empty text whose name, or the key of an inline table, sounds like something secret.
+_SECRET = re.compile(r"""([\w.-]*(?:token|key|secret|password)[\w.-]*)["']?\s*=\s*\[?\s*("[^"]|'[^'])""", re.IGNORECASE)
 _NO_TOKEN = "no Hugging Face token: run `hf auth login`, or set HF_TOKEN to a token with write access"
 
 
@@ -76,7 +83,7 @@ class PushPlan:
 
     def lines(self) -> list[str]:
         """The plan as text to print."""
-        return [
+        lines = [
             f"repository: {self.repo_id} ({'private' if self.private else 'public'}), branch {self.revision or 'main'}",
             f"model: {self.directory}" + ("" if self.step is None else f", step {self.step}"),
             *(f"{file.size:>15,}  {file.path}" for file in self.files),
@@ -85,6 +92,7 @@ class PushPlan:
             f"token: {'found' if self.token_found else _NO_TOKEN}",
             *(f"warning: {warning}" for warning in self.warnings),
         ]
+        return [inert(line, 10_000) for line in lines]
 
 
 def plan_push(
@@ -108,10 +116,16 @@ def plan_push(
     if run is None and at != "final":
         raise PushError(f"--at {at}: {source} is not a run directory. Leave --at out, or name a run directory.")
     directory, step = weights_at(run, at) if run else (source, None)
-    notes = _staleness(run) if run and directory == run.final else []
+    notes = []
     files, left_out = _model_files(directory)
     if run is not None and step is not None:
-        files += _run_files(run, step)
+        ends = read_journal(run.journal).line_ends
+        files += _run_files(run, step, ends)
+        if directory == run.final and step < len(ends) - 1:
+            notes.append(
+                f"{directory}: is of step {step}, and the run went on after it, to step {len(ends) - 1}. Step {step} "
+                "is what is pushed; resume the run to its end, or use --at STEP, for a later one"
+            )
     if not any(file.path == "README.md" for file in files):
         notes.append(f"{directory}: has no README.md, so the repository will have no model card")
     return PushPlan(
@@ -122,7 +136,7 @@ def plan_push(
         step=step,
         files=tuple(sorted(files, key=lambda file: file.path)),
         left_out=tuple(left_out),
-        warnings=(*notes, *_local_paths(files)),
+        warnings=(*notes, *_private_settings(files)),
         token_found=_token_found(),
     )
 
@@ -159,8 +173,8 @@ def push(plan: PushPlan) -> str:
         raise
     except Exception as error:
         # Not `from error`: what the HTTP libraries say may quote the header with the token.
-        raise PushError(f"{plan.repo_id}: {_explain(error, plan)}") from None
-    return f"{repo}/tree/{plan.revision}" if plan.revision else str(repo)
+        raise PushError(inert(f"{plan.repo_id}: {_explain(error, plan)}", 2000)) from None
+    return inert(f"{repo}/tree/{plan.revision}" if plan.revision else str(repo), 2000)
 
 
 def _check_repo_id(repo_id: str) -> None:
@@ -174,16 +188,6 @@ def _check_repo_id(repo_id: str) -> None:
             f"repository {repo_id!r}: not a name on the hub. Write OWNER/NAME with letters, digits, single -, _ and "
             "single dots, at most 96 each."
         ) from None
-
-
-def _staleness(run: RunDir) -> list[str]:
-    """final/ has no step of its own: only its age says that the run went on after it."""
-    newest = max((path.stat().st_mtime for path in run.final.iterdir()), default=0.0)
-    if not run.metrics.is_file() or run.metrics.stat().st_mtime <= newest:
-        return []
-    return [
-        f"{run.final}: older than metrics.jsonl. If the run went on after it, resume it to its end, or use --at STEP"
-    ]
 
 
 def _model_files(directory: Path) -> tuple[list[PushFile], list[str]]:
@@ -201,14 +205,11 @@ def _model_files(directory: Path) -> tuple[list[PushFile], list[str]]:
 
 
 def _is_model_file(name: str) -> bool:
-    if name == MANIFEST or name.startswith("."):
-        return False
-    return any(fnmatch.fnmatchcase(name, pattern) for pattern in _MODEL_FILES)
+    return not name.startswith(".") and any(fnmatch.fnmatchcase(name, pattern) for pattern in _MODEL_FILES)
 
 
-def _run_files(run: RunDir, step: int) -> list[PushFile]:
+def _run_files(run: RunDir, step: int, line_ends: Sequence[int]) -> list[PushFile]:
     """What of a run is uploaded: enough for `replay`, and the report."""
-    line_ends = read_journal(run.journal).line_ends
     if step >= len(line_ends):
         raise PushError(f"{run.journal}: ends before step {step}. Restore it, or push the model's directory by itself.")
     files = [
@@ -232,18 +233,25 @@ def _content(file: PushFile) -> Path | bytes:
     return file.source.read_bytes()[: file.size] if file.path.startswith("eggroll/") else file.source
 
 
-def _local_paths(files: Sequence[PushFile]) -> list[str]:
-    """A warning for each setting that is a path of this machine, in the recipe or its copy in the model card."""
+def _private_settings(files: Sequence[PushFile]) -> list[str]:
+    """A warning for each setting that looks secret or is a path of this machine: in the recipe, card or report."""
     where: dict[str, list[str]] = {}
     for file in files:
-        if file.path in ("README.md", "eggroll/config.toml"):
-            for line in file.source.read_text(encoding="utf-8", errors="replace").splitlines():
-                if _LOCAL_PATH.match(line):
-                    where.setdefault(line.strip(), []).append(file.path)
+        if file.path in ("README.md", "eggroll/config.toml", "eggroll/report.html"):
+            text, folder = file.source.read_text(encoding="utf-8", errors="replace"), str(file.source.resolve().parent)
+            if file.path.endswith(".html"):
+                text = html.unescape(re.sub("<[^>]*>", "", text))
+            for line in text.splitlines():
+                if secret := _SECRET.search(line):  # its value is not repeated
+                    where.setdefault(f"{secret[1]} looks like the name of a secret", []).append(file.path)
+                elif _LOCAL_PATH.match(line):
+                    where.setdefault(f"{line.strip()} is a path of this machine", []).append(file.path)
+                elif folder in line:
+                    where.setdefault(f"{folder} is a path of this machine", []).append(file.path)
     return [
-        f"{' and '.join(sorted(names))}: {line} is a path of this machine, for all to read who see the repository: use "
-        "--private, or push a copy of the run in which you have replaced it"
-        for line, names in where.items()
+        f"{' and '.join(dict.fromkeys(names))}: {what}, for all to read who see the repository: use --private, or push "
+        "a copy of the run in which you have replaced it"
+        for what, names in where.items()
     ]
 
 

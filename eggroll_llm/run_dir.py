@@ -90,6 +90,8 @@ class RunDir:
             run._lock = RunLock(path / LOCK)
             run.stale_lock = run._lock.stale
             recover(path)
+            if run.evaluations.is_dir():
+                recover(run.evaluations)
             run._prepare(config_toml, on_existing)
         except OSError as error:
             run.close()

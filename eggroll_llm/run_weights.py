@@ -1,13 +1,20 @@
-"""Which weights of a run are meant: those at its end, at its best step, or at a step that has a checkpoint."""
+"""Which weights of a run are meant: those at its end, at its best step, or at a step that has a checkpoint.
 
+Every model that a run writes says in `eggroll.json` which step it is of: a run that goes on after its end keeps the old
+`final/` until there is a new one.
+"""
+
+import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from eggroll_llm.atomic import write_text
 from eggroll_llm.checkpoint import checkpoint_path, verify_checkpoint
 from eggroll_llm.errors import ConfigError, ModelError
-from eggroll_llm.journal import read_journal
 from eggroll_llm.run_dir import RunDir
+
+PROVENANCE = "eggroll.json"
 
 
 def weights_at(run: RunDir, at: str) -> tuple[Path, int]:
@@ -17,16 +24,15 @@ def weights_at(run: RunDir, at: str) -> tuple[Path, int]:
         ConfigError: `at` is none of these.
         ModelError: the run does not have them.
         CheckpointError: they are damaged.
-        JournalError: the journal is damaged.
     """
-    last = len(read_journal(run.journal).entries)
+    finished = final_step(run)
     if at == "final":
-        if not run.final.is_dir():
+        if finished is None:
             raise ModelError(
                 f"{run.path}: the run has no final/ yet: finish it with --on-existing resume, or take one of its "
                 "checkpoints with --at STEP"
             )
-        return run.final, last
+        return run.final, finished
     if at == "best":
         step = _best_trained(run)
     elif at.isdecimal():
@@ -36,12 +42,25 @@ def weights_at(run: RunDir, at: str) -> tuple[Path, int]:
     directory = checkpoint_path(run.checkpoints, step)
     if directory.is_dir():
         return verify_checkpoint(directory).path, step
-    if step == last and run.final.is_dir():
+    if step == finished:
         return run.final, step
     raise ModelError(
         f"{directory}: step {step} has no checkpoint: rebuild it with eggroll-llm replay {run.path} "
         f"--step {step} --out DIR, and name DIR"
     )
+
+
+def final_step(run: RunDir) -> int | None:
+    """Return the step of the weights in `final/`; None when there are none, or they do not say."""
+    try:
+        return int(json.loads((run.final / PROVENANCE).read_bytes())["step"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def write_provenance(directory: Path, *, step: int, base_model: str) -> None:
+    """Write into a model's directory which step of a run on which base model it is. Raises OSError."""
+    write_text(directory / PROVENANCE, json.dumps({"step": step, "base_model": base_model}) + "\n")
 
 
 def best_step(metrics: Iterable[Mapping[str, Any]]) -> Mapping[str, Any] | None:

@@ -26,6 +26,8 @@ class Decoding:
     """Nucleus of the distribution that is sampled from."""
     stop: tuple[str, ...] = ()
     """Strings that end a completion; the text ends before the first."""
+    special_tokens: bool = False
+    """Special tokens are part of the text, and stop strings match them; the end-of-text token is not."""
     ignore_eos: bool = False
     """Go on after the end-of-text token, for measurements."""
 

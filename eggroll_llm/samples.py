@@ -75,6 +75,7 @@ class SampleFile:
         process, or cannot be written.
         """
         self.path = path
+        self.settings: dict[str, Any] = json.loads(to_json(settings))
         self.samples: dict[tuple[int, int], Sample] = {}
         """Completions by (problem, sample)."""
         try:
@@ -87,8 +88,7 @@ class SampleFile:
             self._file.close()
             raise SamplesError(f"{path}: another evaluation writes this file: wait for it, or name another") from error
         try:
-            plain: dict[str, Any] = json.loads(to_json(settings))
-            self._take_over(plain, overwrite)
+            self._take_over(overwrite)
         except BaseException:
             self._file.close()
             raise
@@ -100,6 +100,18 @@ class SampleFile:
             raise SamplesError(f"{self.path}: problem {key[0]}, sample {key[1]} is there already")
         self._write(to_json(asdict(sample)))
         self.samples[key] = sample
+
+    def replace(self, samples: Iterable[Sample]) -> None:
+        """Put other completions, or other grades of the same ones, in place of all; after a kill either are there."""
+        samples = list(samples)
+        try:
+            write_samples(self.path, self.settings, samples)
+            self._file.close()
+            self._file = self.path.open("a+b", buffering=0)
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise SamplesError(describe_failure(self.path, error, "completions")) from error
+        self.samples = {(sample.problem, sample.sample): sample for sample in samples}
 
     def close(self) -> None:
         """Flush to disk and give the file free."""
@@ -115,7 +127,8 @@ class SampleFile:
     ) -> None:
         self.close()
 
-    def _take_over(self, settings: dict[str, Any], overwrite: bool) -> None:
+    def _take_over(self, overwrite: bool) -> None:
+        settings = self.settings
         data = b"" if overwrite else self.path.read_bytes()
         complete = data[: data.rfind(b"\n") + 1]
         if not complete and data[: len(_START)] == _START[: len(data)]:

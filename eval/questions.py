@@ -37,6 +37,8 @@ class Questions:
     max_tokens: int
     """Length limit of an answer that the protocol sets."""
     graders: Mapping[str, Grader]
+    scorer: Scorer | None = None
+    """The task's own grader among them, which counts its failures."""
 
 
 def lm_eval_questions(
@@ -75,7 +77,8 @@ def task_questions(name: str, options: Mapping[str, Any], base_dir: Path, *, lim
     task = load_task(name, options, base_dir=base_dir)
     test = task.problems("test")
     problems = test[: limit or None]
-    own: dict[str, Grader] = {TASK: Scorer(task).grade}
+    scorer = Scorer(task)
+    own: dict[str, Grader] = {TASK: scorer.grade}
     return Questions(
         task=name if ":" not in name else Path(name.rpartition(":")[0]).name + ":" + name.rpartition(":")[2],
         version="",
@@ -87,4 +90,5 @@ def task_questions(name: str, options: Mapping[str, Any], base_dir: Path, *, lim
         stop=tuple(task.stop),
         max_tokens=max_tokens,
         graders=lm_eval.graders("gsm8k") | own if name == "gsm8k" else own,
+        scorer=scorer,
     )

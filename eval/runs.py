@@ -8,8 +8,10 @@ Runs that differ in nothing but `seed`, and in settings on which no update depen
 
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,12 +20,15 @@ from eggroll_llm.display import inert
 from eggroll_llm.errors import ConfigError, RunDirError
 from eggroll_llm.jsonl import read_rows
 from eggroll_llm.run_dir import RunDir
+from eggroll_llm.run_weights import best_step, final_step
 from eggroll_llm.samples import TASK, Sample, read_samples
 from eggroll_llm.toml_text import format_value
 
 Budget = Literal["completions", "tokens", "seconds"]
 """What is spent, as `Point` names it."""
 
+METHOD_TABLES = ("es", "grpo")
+"""Tables of settings that only the method of that name has, or uses."""
 LABEL_SETTINGS = 3
 """Settings in the label of a group, unless more are needed to tell the groups apart."""
 LABEL_VALUE = 24
@@ -68,6 +73,8 @@ class Run:
     """One for each row."""
     starts: tuple[Mapping[str, Any], ...]
     """What the run ran on, once for each time it was started; empty when that is not known."""
+    base_model: str
+    """Identity of the base model; empty when that is not known."""
 
     @property
     def evaluations(self) -> list[Point]:
@@ -81,17 +88,24 @@ class Run:
         return first if first.step == 0 else None
 
     @property
+    def best(self) -> Point:
+        """Return the first of the evaluations with the highest accuracy."""
+        row = best_step(self.rows)
+        return next(point for point in self.evaluations if row and point.step == row["step"])
+
+    @property
     def finished(self) -> bool:
-        """Return whether the final model was written."""
-        return self.directory.final.is_dir()
+        """Return whether the final model is that of the last step."""
+        return final_step(self.directory) == self.points[-1].step
 
     def within(self, budget: Budget, amount: float) -> Point | None:
         """Return the last evaluation for which no more than that was spent; None before the first."""
         return next((point for point in reversed(self.evaluations) if getattr(point, budget) <= amount), None)
 
     def answers(self, step: int) -> dict[str, Sample]:
-        """Return the answers of an evaluation by problem: id and content, so that an edited problem is another one.
+        """Return the answers of an evaluation by problem: id, content and how often it was there before.
 
+        By content, so that an edited problem is another one; counted, so that repeated problems stay apart.
         Raises RunDirError when they were not recorded, SamplesError when the file is damaged.
         """
         path = self.directory.evaluations / f"step-{step:06}.jsonl"
@@ -102,7 +116,13 @@ class Run:
         samples = [sample for sample in read_samples(path)[1] if sample.sample == 0]
         if any(TASK not in sample.scores for sample in samples):
             raise RunDirError(f'{path}: answers without the score "{TASK}". Name a run whose evaluations have it.')
-        return {json.dumps([sample.id, sample.doc], sort_keys=True): sample for sample in samples}
+        answers: dict[str, Sample] = {}
+        seen: Counter[str] = Counter()
+        for sample in samples:
+            problem = json.dumps([sample.id, sample.doc], sort_keys=True)
+            answers[f"{problem} {seen[problem]}"] = sample
+            seen[problem] += 1
+        return answers
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -165,6 +185,7 @@ def _read_run(directory: RunDir, name: str) -> Run:
         rows=tuple(rows),
         points=tuple(_points(rows)),
         starts=_starts(directory.environment),
+        base_model=_base_model(directory.journal),
     )
     if not run.evaluations:
         raise RunDirError(f"{directory.metrics}: holds no evaluation yet. Wait for the first one, or name another run.")
@@ -207,6 +228,14 @@ def _starts(path: Path) -> tuple[Mapping[str, Any], ...]:
     return tuple(start for start in starts if isinstance(start, dict)) if isinstance(starts, list) else ()
 
 
+def _base_model(journal: Path) -> str:
+    try:
+        with journal.open("rb") as file:
+            return str(json.loads(file.readline())["base_model"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
+
+
 def _names(places: Sequence[Path]) -> list[str]:
     """The last parts of the paths, as many as make them all different."""
     longest = max(len(place.parts) for place in places)
@@ -219,20 +248,31 @@ def _names(places: Sequence[Path]) -> list[str]:
 
 def _telling(a: RunConfig, b: RunConfig) -> list[str]:
     """Settings in which two runs are different experiments. How long a run may take is one of them."""
-    return [key for key in differences(a, b) if key in ("steps", "minutes") or (key != "seed" and not may_change(key))]
+
+    def tells(key: str) -> bool:
+        kept = key in ("steps", "minutes") or (key != "seed" and not may_change(key))
+        return kept and _applies(key, a) and _applies(key, b)
+
+    return [key for key in differences(a, b) if tells(key)]
+
+
+def _applies(key: str, config: RunConfig) -> bool:
+    table = key.partition(".")[0]
+    return table not in METHOD_TABLES or table == config.method
 
 
 def _labels(configs: Sequence[RunConfig]) -> list[str]:
-    """Return a label for each: its method, with the settings in which it differs from others of that method."""
+    """Return a label for each: its method, with the settings in which it differs from others."""
+    differing = {key for a, b in combinations(configs, 2) for key in _telling(a, b)} - {"method"}
+    keys = [key for key in dict.fromkeys(key for config in configs for key in flat(config)) if key in differing]
+    tables = [{key: v for key, v in flat(config).items() if _applies(key, config)} for config in configs]
+    needed = _needed(["method", *keys], tables)
+    spare = [key for key in keys if key not in needed][: max(0, LABEL_SETTINGS - len(set(needed) - {"method"}))]
+    chosen = [key for key in keys if key in needed + spare]
     labels = []
-    for config in configs:
-        rivals = [other for other in configs if other.method == config.method]
-        differing = {key for rival in rivals for key in _telling(rivals[0], rival)}
-        keys = [key for key in dict.fromkeys(key for rival in rivals for key in flat(rival)) if key in differing]
-        needed = _needed(keys, [flat(rival) for rival in rivals])
-        spare = [key for key in keys if key not in needed][: max(0, LABEL_SETTINGS - len(needed))]
-        shown = [f"{_short(key, config)}={_value(flat(config), key)}" for key in keys if key in needed + spare]
-        labels.append(" ".join([config.method, *shown, *(["…"] if len(shown) < len(keys) else [])]))
+    for config, table in zip(configs, tables, strict=True):
+        shown = [f"{_short(key, config)}={_value(table, key)}" for key in chosen if _applies(key, config)]
+        labels.append(" ".join([config.method, *shown, *(["…"] if len(chosen) < len(keys) else [])]))
     # Long values are cut, and may then look the same.
     return [f"{label} #{i}" if labels.count(label) > 1 else label for i, label in enumerate(labels, start=1)]
 

@@ -1,4 +1,4 @@
-"""Statistics of evaluations: means with standard errors, pass@k, majority votes, and paired tests of two models.
+"""Statistics of evaluations: means with standard errors, pass@k, majority votes, and paired tests of models.
 
 Everything is exact or seeded: the same samples give the same figures.
 """
@@ -9,6 +9,7 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from eggroll_llm.evaluate import mean, stderr
 
@@ -17,14 +18,16 @@ __all__ = [
     "bootstrap_interval",
     "compare_paired",
     "majority",
-    "mcnemar_exact",
     "mean",
     "pass_at_k",
+    "sign_flip_exact",
     "stderr",
 ]
 
 RESAMPLES = 10_000
 """Bootstrap resamples: the end points of a 95 % interval move by about a hundredth of its length between seeds."""
+LEAST_DISCORDANT = 10
+"""Problems with different scores that an interval needs: of fewer, resamples have too few values to end at."""
 
 
 def pass_at_k(correct: int, samples: int, k: int) -> float:
@@ -49,59 +52,85 @@ def majority(answers: Sequence[Hashable]) -> int | None:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Paired:
-    """Two models on the same problems."""
+    """Two models, or two sets of models, on the same problems."""
 
     problems: int
-    """Problems that both answered."""
+    """Problems that all answered."""
     difference: float
     """Mean score of the second less that of the first."""
-    interval: tuple[float, float]
-    """95 % interval of the difference: percentiles of a paired bootstrap over problems."""
+    interval: tuple[float, float] | None
+    """95 % interval of the difference, see `bootstrap_interval`; None below `LEAST_DISCORDANT` wins and losses."""
     wins: tuple[int, ...]
     """Indices of the problems where the second scores higher."""
     losses: tuple[int, ...]
     """Indices of the problems where the first scores higher."""
     p_value: float
-    """Two-sided exact McNemar test of wins against losses."""
+    """Two-sided, see `sign_flip_exact`; with one model on each side McNemar's exact test of wins against losses."""
 
 
-def compare_paired(first: Sequence[float], second: Sequence[float], *, seed: int = 0) -> Paired:
-    """Compare the scores of two models, problem by problem. Raises ValueError unless they are as many, and some."""
-    if len(first) != len(second) or not first:
-        raise ValueError(f"{len(first)} and {len(second)} scores cannot be paired")
-    differences = [b - a for a, b in zip(first, second, strict=True)]
+def compare_paired(first_SP: Sequence[Sequence[int]], second_SP: Sequence[Sequence[int]], *, seed: int = 0) -> Paired:
+    """Compare scores 0 and 1 of a model, or of several seeds of one, with those of another on the same problems.
+
+    Raises ValueError unless each side has a model and all have the same number of problems, at least one.
+    """
+    sizes = {len(scores) for scores in (*first_SP, *second_SP)}
+    if not (first_SP and second_SP) or len(sizes) != 1 or sizes == {0}:
+        raise ValueError(f"scores of {sorted(sizes)} problems, {len(first_SP)} against {len(second_SP)}: not paired")
+    first, second = np.asarray(first_SP, dtype=np.int64), np.asarray(second_SP, dtype=np.int64)
+    # Differences of the means over seeds, times both numbers of seeds: whole numbers.
+    differences = [int(d) for d in len(first) * second.sum(axis=0) - len(second) * first.sum(axis=0)]
     wins = tuple(i for i, difference in enumerate(differences) if difference > 0)
     losses = tuple(i for i, difference in enumerate(differences) if difference < 0)
     return Paired(
         problems=len(differences),
-        difference=mean(differences),
-        interval=bootstrap_interval(differences, seed=seed),
+        difference=mean(differences) / len(first) / len(second),
+        interval=bootstrap_interval(first, second, seed=seed) if len(wins) + len(losses) >= LEAST_DISCORDANT else None,
         wins=wins,
         losses=losses,
-        p_value=mcnemar_exact(len(wins), len(losses)),
+        p_value=sign_flip_exact(differences),
     )
 
 
-def mcnemar_exact(wins: int, losses: int) -> float:
-    """Return the two-sided p-value of `wins` against `losses` if both were equally likely; 1 without either.
+def sign_flip_exact(differences: Sequence[int]) -> float:
+    """Return the exact probability of a sum at least as far from 0 if every sign were thrown with a coin.
 
-    min(1, 2 P(X <= min(wins, losses))), X binomial(wins + losses, 1/2): McNemar 1947 in its exact form.
+    The permutation test of a paired difference (Fisher 1935): on each problem the two sides are exchanged or not. The
+    distribution of the sum is built up problem by problem. For differences of 0 and ±1 it is the exact test of McNemar.
     """
-    total = wins + losses
-    tail = sum(math.comb(total, i) for i in range(min(wins, losses) + 1))
-    return float(min(1.0, 2 * tail / 2**total))
+    divisor = math.gcd(*differences) or 1
+    sizes = [abs(difference) // divisor for difference in differences if difference]
+    chances = np.ones(1)  # of the sums from -sum(sizes) to sum(sizes)
+    for size in sizes:
+        chances = (np.pad(chances, (0, 2 * size)) + np.pad(chances, (2 * size, 0))) / 2
+    far = sum(sizes) - abs(sum(differences)) // divisor
+    return float(min(1.0, 2 * chances[: far + 1].sum()))
 
 
 def bootstrap_interval(
-    values: Sequence[float], *, confidence: float = 0.95, resamples: int = RESAMPLES, seed: int = 0
+    first_SP: Sequence[Sequence[float]] | NDArray[np.int64],
+    second_SP: Sequence[Sequence[float]] | NDArray[np.int64],
+    *,
+    confidence: float = 0.95,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
 ) -> tuple[float, float]:
-    """Return the percentile bootstrap interval of the mean of `values`, resampled with replacement.
+    """Return the percentile bootstrap interval of mean(second) - mean(first), problems and seeds resampled.
 
-    Efron and Tibshirani 1993. Values that are equal are drawn together, as a multinomial count, which has the same
-    distribution and takes no memory per resample and problem.
+    Efron and Tibshirani 1993, in two levels: in each resample the problems are drawn with replacement, for all alike,
+    and on each side the seeds. A seed alone is always drawn: such an interval holds for that seed. Few seeds make it
+    too narrow, as variances of n draws are those of n - 1. Problems with the same scores are drawn together, as a
+    multinomial count, which has the same distribution and takes less memory.
     """
-    levels, counts = np.unique(np.asarray(values, dtype=np.float64), return_counts=True)
-    draws = np.random.default_rng(seed).multinomial(len(values), counts / len(values), size=resamples)
-    means = draws @ levels / len(values)
-    low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
+    scores_SP = np.concatenate([np.asarray(first_SP, dtype=np.float64), np.asarray(second_SP, dtype=np.float64)])
+    problems, split = scores_SP.shape[1], len(first_SP)
+    kinds_SP, counts = np.unique(scores_SP, axis=1, return_counts=True)
+    draw = np.random.default_rng(seed)
+    weights = draw.multinomial(problems, counts / problems, size=resamples) / problems
+
+    def means(kinds_SP: NDArray[np.float64]) -> NDArray[np.float64]:
+        seeds = len(kinds_SP)
+        return (draw.multinomial(seeds, np.full(seeds, 1 / seeds), size=resamples) / seeds) @ kinds_SP
+
+    differences = (weights * (means(kinds_SP[split:]) - means(kinds_SP[:split]))).sum(axis=1)
+    low, high = np.quantile(differences, [(1 - confidence) / 2, (1 + confidence) / 2])
     return float(low), float(high)

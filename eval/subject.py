@@ -19,6 +19,8 @@ class Subject:
     model_dir: Path
     config: RunConfig | None
     """Configuration of the run; None for a plain model."""
+    selected_on: int = 0
+    """Test problems on whose answers this step was chosen as the best of its run; 0 for none."""
 
 
 def find_subject(name: str, at: str = "final") -> Subject:
@@ -31,4 +33,6 @@ def find_subject(name: str, at: str = "final") -> Subject:
     run = RunDir.open(path)
     directory, step = weights_at(run, at)
     shown = name if at == "final" else f"{name} (step {step})"
-    return Subject(name=shown, model_dir=resolve_model(str(directory)), config=load_recipe(run.config))
+    config = load_recipe(run.config)
+    selected_on = config.eval.problems if at == "best" and config.eval.split == "test" else 0
+    return Subject(name=shown, model_dir=resolve_model(str(directory)), config=config, selected_on=selected_on)

@@ -2,7 +2,8 @@
 
 Keys are those of lm-evaluation-harness, "metric,filter". A metric is a mean over problems of a value per problem:
 
-    exact_match, accuracy, reward   mean over the problem's completions (so that exact_match is pass@1)
+    exact_match, accuracy           mean over the problem's completions (pass@1)
+    reward                          mean over those of the problem's completions whose reward is finite
     pass@k                          unbiased estimate from all completions of the problem
     maj@k                           whether the most frequent answer of the first k completions is right
 
@@ -10,6 +11,7 @@ Completions without an answer have no vote; a problem where none has one counts 
 """
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -17,8 +19,10 @@ from typing import Any
 
 from eggroll_llm.atomic import write_text
 from eggroll_llm.errors import ConfigError
+from eggroll_llm.evaluate import finite_rewards
 from eggroll_llm.jsonl import to_json
 from eggroll_llm.samples import TASK, Sample
+from eggroll_llm.scoring import FAILED
 from eval.evaluation import Results
 from eval.statistics import majority, mean, pass_at_k, stderr
 
@@ -33,8 +37,10 @@ def summarize(results: Results, ks: Sequence[int]) -> dict[str, Any]:
         by_problem.setdefault(sample.problem, []).append(sample)
     figures: dict[str, float] = {}
     for grader in questions.graders:
-        for name, value in _metrics(grader, questions.metric, ks).items():
-            values = [value(group) for group in by_problem.values()]
+        # A task of one's own need not say what its answers are.
+        votes = grader != TASK or any(sample.scores[TASK].answer is not None for sample in samples)
+        for name, value in _metrics(grader, questions.metric, ks, votes=votes).items():
+            values = [v for group in by_problem.values() if math.isfinite(v := value(group))]
             figures[f"{name},{grader}"] = mean(values)
             figures[f"{name}_stderr,{grader}"] = stderr(values)
     return {
@@ -45,6 +51,9 @@ def summarize(results: Results, ks: Sequence[int]) -> dict[str, Any]:
         "completions": len(samples),
         "truncated": mean([sample.truncated for sample in samples]),
         "tokens/generated": sum(sample.tokens for sample in samples),
+        "rewards/failed": sum(graded.detail == FAILED for s in samples for graded in s.scores.values()),
+        "rewards/not_finite": sum(not math.isfinite(graded.reward) for s in samples for graded in s.scores.values()),
+        "selected_on": results.settings.subject.selected_on,
         "config": dict(results.facts),
     }
 
@@ -82,13 +91,14 @@ Metric = Callable[[Sequence[Sample]], float]
 """Value of one problem's completions."""
 
 
-def _metrics(grader: str, metric: str, ks: Sequence[int]) -> dict[str, Metric]:
+def _metrics(grader: str, metric: str, ks: Sequence[int], *, votes: bool) -> dict[str, Metric]:
     metrics: dict[str, Metric] = {metric: partial(_correct, grader)}
     if grader == TASK:
-        metrics["reward"] = lambda group: mean([sample.scores[grader].reward for sample in group])
+        metrics["reward"] = lambda group: mean(finite_rewards(group, grader))
     for k in ks:
         metrics[f"pass@{k}"] = partial(_pass, grader, k)
-        metrics[f"maj@{k}"] = partial(_majority, grader, k)
+        if votes:
+            metrics[f"maj@{k}"] = partial(_majority, grader, k)
     return metrics
 
 
@@ -130,4 +140,18 @@ def _conditions(summary: Mapping[str, Any]) -> str:
         f"{summary['model_name']} ({config['dtype']}, weights {config['model']}): "
         f"{config['problems']} problems, {config['samples']} {answers} each, {how}, at most "
         f"{config['max_tokens']} tokens, {summary['truncated']:.1%} cut off{chat}; prompts {config['prompts'][:16]}"
+        + "".join(f"\n{remark}" for remark in _remarks(summary))
     )
+
+
+def _remarks(summary: Mapping[str, Any]) -> list[str]:
+    found = []
+    if failed := summary["rewards/failed"]:
+        found.append(f"score() failed on {failed} completions, which count as wrong")
+    if not_finite := summary["rewards/not_finite"]:
+        found.append(f"{not_finite} rewards were not finite and are left out of the mean reward")
+    if selected_on := summary["selected_on"]:
+        found.append(
+            f"optimistic: this step was chosen as the best of its run on the first {selected_on} of these problems"
+        )
+    return found

@@ -65,7 +65,8 @@ def test_the_metadata_of_a_run_of_the_embedded_model(journal: Path, tmp_path: Pa
                             {
                                 "type": "accuracy",
                                 "value": 0.5156,
-                                "name": "accuracy on 256 held-out problems, in training, greedy",
+                                "name": "accuracy on 256 held-out problems, in training, greedy, "
+                                "the best of 2 evaluations: optimistic if selected for that",
                             }
                         ],
                     }
@@ -90,7 +91,9 @@ def test_the_metadata_of_gsm8k_on_a_hub_model(journal: Path) -> None:
 
 def test_the_data_set_of_countdown_from_the_hub(journal: Path) -> None:
     config = dataclasses.replace(CONFIG, task_options={"hub": "Jiayi-Pan/Countdown-Tasks-3to4"})
-    assert ModelCard(card(journal, config)).data.datasets == ["Jiayi-Pan/Countdown-Tasks-3to4"]
+    data = ModelCard(card(journal, config)).data.to_dict()
+    assert data["datasets"] == ["Jiayi-Pan/Countdown-Tasks-3to4"]
+    assert data["model-index"][0]["results"][0]["dataset"]["split"] == "train"  # it has no other
 
 
 def test_a_local_model_is_no_base_model_of_the_hub(journal: Path) -> None:
@@ -148,8 +151,31 @@ def test_one_problem_has_no_standard_error(journal: Path, stderr: float | None) 
 
 
 def test_problems_held_out_of_the_training_split(journal: Path) -> None:
-    config = dataclasses.replace(CONFIG, eval=EvalConfig(split="validation"))
-    assert "held-out problems of the training split, where they were left out:" in card(journal, config)
+    config = dataclasses.replace(CONFIG, task="gsm8k", eval=EvalConfig(split="validation"))
+    text = card(journal, config, metrics=[row(0, 0.3), row(4, 0.5)])
+    assert "held-out problems of the training split, where they were left out:" in text
+    (result,) = ModelCard(text).data.to_dict()["model-index"][0]["results"]
+    assert result["dataset"]["split"] == "train"
+    assert result["metrics"][0]["name"] == (
+        "accuracy on 256 held-out problems of the training split, in training, greedy"
+    )
+
+
+def test_problems_of_a_folder_are_of_no_data_set_on_the_hub(journal: Path) -> None:
+    config = dataclasses.replace(CONFIG, task="gsm8k", task_options={"data_dir": "/data/gsm8k"})
+    data = ModelCard(card(journal, config)).data.to_dict()
+    assert "datasets" not in data
+    assert data["model-index"][0]["results"][0]["dataset"] == {"name": "GSM8K", "type": "custom", "split": "test"}
+
+
+def test_another_method_is_not_called_evolution_strategies(journal: Path) -> None:
+    config = dataclasses.replace(CONFIG, method="grpo")  # type: ignore[arg-type]  # a later one
+    text = card(journal, config)
+    assert "A language model fine-tuned with GRPO by TRL, on the inference engine of eggroll-llm." in text
+    assert "- Updates: 4.\n" in text
+    described = text.partition("## Recipe")[0]
+    assert not [word for word in ("evolution", "EGGROLL", "perturbed", "population") if word in described]
+    assert ModelCard(text).data.tags == ["grpo", "eggroll-llm"]
 
 
 @pytest.mark.parametrize("step", [0, 2, 4])

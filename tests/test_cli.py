@@ -14,6 +14,7 @@ import pytest
 
 from eggroll_llm import session
 from eggroll_llm.cli import main
+from eggroll_llm.commands import _samples_file
 from eggroll_llm.config import RunConfig, field_help, load_recipe
 from eggroll_llm.run_dir import RunDir
 from eggroll_llm.session import Outcome
@@ -170,6 +171,26 @@ def test_eval_of_a_model_needs_a_task(refused: Callable[..., str], recipe: Path,
     out = tmp_path / "no" / "result.json"
     message = refused("eval", model, "--task", "countdown", "--out", out)
     assert message == f"--out {out}: there is no folder {out.parent}: create it"
+    for folder in (tmp_path, "", "."):
+        assert "is a folder: name a file in it" in refused("eval", model, "--task", "countdown", "--out", folder)
+
+
+def test_where_the_answers_of_an_evaluation_go(tmp_path: Path) -> None:
+    for name, answers in (
+        ("a.json", "a.samples.jsonl"),
+        ("b.greedy", "b.greedy.samples.jsonl"),
+        ("c", "c.samples.jsonl"),
+    ):
+        assert _samples_file(tmp_path / name) == tmp_path / answers
+
+
+def test_a_task_on_the_command_line_is_where_the_user_stands(
+    refused: Callable[..., str], recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    for command in (["train", recipe], ["eval", load_recipe(recipe).model]):
+        assert refused(*command, "--task", "my.py:TASK").startswith(f"{tmp_path}/here/my.py: there is no such file")
 
 
 def test_replay_refuses_what_is_no_run_and_an_existing_directory(refused: Callable[..., str], tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from tokenizers.processors import TemplateProcessing
 
 from eggroll_llm.errors import ConfigError, ModelError
 from eggroll_llm.prompts import Prompter, needed_context
@@ -33,6 +34,21 @@ def test_chat_messages_go_through_the_template_and_ask_for_an_answer(prompter: P
     )
     # Special tokens of the template are single tokens, not their spelling.
     assert ids[0] == prompter.tokenizer.convert_tokens_to_ids("<|im_start|>")
+
+
+def test_lm_evals_rule_for_the_first_token(prompter: Prompter) -> None:
+    """Special tokens are added unless the text starts with one, template or not."""
+    tokenizer = prompter.tokenizer
+    tokenizer._tokenizer.post_processor = TemplateProcessing(
+        single="<|im_start|> $A", special_tokens=[("<|im_start|>", tokenizer.bos_token_id)]
+    )
+    bos = tokenizer.bos_token_id
+    assert [ids.count(bos) for ids in (prompter.encode(TEXT), prompter.encode(f"<|im_start|>{TEXT}"))] == [1, 2]
+    assert prompter.encode(MESSAGES).count(bos) == 3
+    for prompt, count in ((TEXT, 1), (f"<|im_start|>{TEXT}", 1), (MESSAGES, 3)):
+        assert prompter.encode(prompt, bos_by_text=True).count(bos) == count
+    tokenizer.chat_template = "{{ messages[-1]['content'] }}"  # one that writes no special token
+    assert [prompter.encode(MESSAGES, bos_by_text=rule).count(bos) for rule in (False, True)] == [0, 1]
 
 
 def test_a_model_without_chat_template_says_what_to_do(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:

@@ -2,8 +2,8 @@
 
 import base64
 import hashlib
+import html
 import json
-import os
 import socket
 import threading
 from collections.abc import Iterator
@@ -20,6 +20,7 @@ from eggroll_llm.errors import CheckpointError, JournalError, ModelError, UserEr
 from eggroll_llm.journal import Journal, JournalEntry, JournalHeader, read_journal
 from eggroll_llm.push import PushError, PushPlan, plan_push, push
 from eggroll_llm.run_dir import RunDir
+from eggroll_llm.run_weights import write_provenance
 
 # The hub's client uses its HTTP library in an old way when it uploads weights without Xet.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=<...>' to upload raw:DeprecationWarning")
@@ -55,10 +56,12 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(socket, name, refuse)
 
 
-def write_model(directory: Path) -> None:
+def write_model(directory: Path, step: int | None = None) -> None:
     directory.mkdir(exist_ok=True)
     for name, content in (MODEL | {"README.md": README.encode()}).items():
         (directory / name).write_bytes(content)
+    if step is not None:
+        write_provenance(directory, step=step, base_model="b" * 16)
 
 
 @pytest.fixture
@@ -79,8 +82,8 @@ def run(tmp_path: Path) -> Path:
                 JournalEntry(step=step, noise_step=step, fitness=(0.5, -0.5), sigma=0.012, learning_rate=1e-3)
             )
     log(path, {0: 0.35, 1: None, 2: 0.5, 3: None, 4: 0.45})
-    save_checkpoint(path / "checkpoints", 2, write_model, {}, {})
-    write_model(path / "final")
+    save_checkpoint(path / "checkpoints", 2, lambda directory: write_model(directory, 2), {}, {})
+    write_model(path / "final", 4)
     (path / "final" / "model.safetensors").write_bytes(b"final weights")
     return path
 
@@ -98,7 +101,12 @@ def journal_bytes(run: Path, step: int) -> bytes:
     return b"".join((run / "journal.jsonl").read_bytes().splitlines(keepends=True)[: step + 1])
 
 
+def provenance(step: int) -> bytes:
+    return f'{{"step": {step}, "base_model": "{"b" * 16}"}}\n'.encode()
+
+
 MODEL_SIZES = {name: len(content) for name, content in MODEL.items()} | {"README.md": len(README)}
+RUN_SIZES = MODEL_SIZES | {"eggroll.json": len(provenance(0))}
 
 
 @pytest.mark.usefixtures("no_network")
@@ -106,6 +114,8 @@ class TestPlan:
     def test_of_a_model_directory(self, model: Path) -> None:
         for name in (".env", ".lock", "training_state.st", "manifest.json", "optimizer.pt", "notes.txt"):
             (model / name).write_text("secret")
+        for name in ("credentials.json", "token.json", "params.json", "trainer_state.json"):
+            (model / name).write_text('{"token": "secret"}')
         (model / ".hidden.json").write_text("{}")
         (model / "onnx").mkdir()
         (model / "folder.json").mkdir()
@@ -115,14 +125,14 @@ class TestPlan:
         assert plan.total == sum(MODEL_SIZES.values())
         assert set(plan.left_out) == {
             *(".env", ".hidden.json", ".lock", "training_state.st", "manifest.json", "optimizer.pt", "notes.txt"),
-            *("onnx", "folder.json"),
+            *("onnx", "folder.json", "credentials.json", "token.json", "params.json", "trainer_state.json"),
         }
         assert (plan.repo_id, plan.private, plan.step, plan.warnings) == ("me/mine", True, None, ())
 
     def test_of_a_run_is_final_with_what_a_replay_needs(self, run: Path) -> None:
         plan = plan_push(run, "me/mine")
         assert (plan.directory, plan.step, plan.private, plan.warnings) == (run / "final", 4, False, ())
-        assert sizes(plan) == MODEL_SIZES | {
+        assert sizes(plan) == RUN_SIZES | {
             "model.safetensors": len(b"final weights"),
             "eggroll/config.toml": len(CONFIG),
             "eggroll/journal.jsonl": len(journal_bytes(run, 4)),
@@ -136,7 +146,7 @@ class TestPlan:
     def test_of_a_checkpoint_has_the_journal_up_to_it(self, run: Path, at: str) -> None:
         plan = plan_push(run, "me/mine", at=at)
         assert (plan.directory, plan.step) == (run / "checkpoints" / "step-000002", 2)
-        assert sizes(plan) == MODEL_SIZES | {
+        assert sizes(plan) == RUN_SIZES | {
             "eggroll/config.toml": len(CONFIG),
             "eggroll/journal.jsonl": len(journal_bytes(run, 2)),
         }
@@ -149,11 +159,14 @@ class TestPlan:
         log(run, {0: 0.1, 2: 0.5, 4: 0.5})
         assert plan_push(run, "me/mine", at="best").step == 2
 
-    def test_a_final_older_than_the_metrics_is_told(self, run: Path) -> None:
-        for file in (run / "final").iterdir():
-            os.utime(file, (1, 1))
-        (warning,) = plan_push(run, "me/mine").warnings
-        assert "final: older than metrics.jsonl" in warning
+    def test_a_run_that_went_on_after_its_final_model(self, run: Path) -> None:
+        """What is pushed is of one step throughout: weights, journal, and the step that the plan names."""
+        write_provenance(run / "final", step=3, base_model="b" * 16)
+        plan = plan_push(run, "me/mine")
+        assert plan.step == 3
+        assert sizes(plan)["eggroll/journal.jsonl"] == len(journal_bytes(run, 3))
+        (warning,) = plan.warnings
+        assert warning.startswith(f"{run}/final: is of step 3, and the run went on after it, to step 4.")
         assert "--at STEP" in warning
 
     def test_a_missing_card_is_told(self, model: Path) -> None:
@@ -188,13 +201,54 @@ class TestPlan:
         (run / "config.toml").write_text(f"{CONFIG}{line}\n")
         assert plan_push(run, "me/mine").warnings == ()
 
+    @pytest.mark.parametrize(
+        "line",
+        [
+            'api_key = "abc"',
+            "Secret_Word = 'abc'",
+            'login = {password = "abc"}',
+            'tokens = ["abc"]',
+            '"my token" = "abc"',
+        ],
+    )
+    def test_what_sounds_secret_is_told_without_its_value(self, run: Path, line: str) -> None:
+        (run / "config.toml").write_text(f"{CONFIG}{line}\n")
+        (run / "final" / "README.md").write_text(f"{README}```toml\n{CONFIG}{line}\n```\n")
+        (warning,) = plan_push(run, "me/mine").warnings
+        assert warning.startswith("README.md and eggroll/config.toml: ")
+        assert "looks like the name of a secret" in warning
+        assert "abc" not in warning
+
+    @pytest.mark.parametrize("line", ['api_key = ""', "max_tokens = 64", 'word = "token"'])
+    def test_what_does_not_sound_secret(self, run: Path, line: str) -> None:
+        (run / "config.toml").write_text(f"{CONFIG}{line}\n")
+        assert plan_push(run, "me/mine").warnings == ()
+
+    def test_a_report_is_looked_through_too(self, run: Path) -> None:
+        setting = 'task = "/home/me/sums.py:Sums"'
+        (run / "config.toml").write_text(f"{CONFIG}{setting}\n")
+        page = f"<ul><li>{run}/evaluations: gone</li></ul><pre>{html.escape(setting)}\nsecret = &quot;abc&quot;</pre>"
+        (run / "report.html").write_text(page.replace("</ul>", "</ul>\n"))
+        found = [warning.partition(", for all")[0] for warning in plan_push(run, "me/mine").warnings]
+        assert found == [
+            f"eggroll/config.toml and eggroll/report.html: {setting} is a path of this machine",
+            f"eggroll/report.html: {run} is a path of this machine",
+            "eggroll/report.html: secret looks like the name of a secret",
+        ]
+
+    def test_names_do_nothing_to_a_terminal(self, model: Path) -> None:
+        (model / "a\x1b[2J").write_text("")
+        text = "".join(plan_push(model, "me/mine").lines())
+        assert text.isprintable()
+        assert r"left out: a\x1b[2J" in text
+
     def test_is_printed_without_the_token(self, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("HF_TOKEN", TOKEN)
         plan = plan_push(run, "me/mine", at="best", private=True, revision="step-2")
         text = "\n".join(plan.lines())
         assert "repository: me/mine (private), branch step-2\n" in text
         assert f"{len(WEIGHTS):>15,}  model.safetensors\n" in text
-        assert f"{plan.total:>15,}  bytes in 7 files\n" in text
+        assert f"{plan.total:>15,}  bytes in 8 files\n" in text
         assert "left out: manifest.json, training_state.st\n" in text
         assert "token: found" in text
         assert TOKEN not in text + repr(plan)
@@ -284,13 +338,13 @@ class TestPlan:
             plan_push(run, "me/mine")
 
     def test_refuses_links_to_nothing(self, model: Path) -> None:
-        (model / "extra.json").symlink_to(model / "missing")
-        with pytest.raises(PushError, match=r"extra.json: not a file in"):
+        (model / "vocab.json").symlink_to(model / "missing")
+        with pytest.raises(PushError, match=r"vocab.json: not a file in"):
             plan_push(model, "me/mine")
 
     def test_links_within_the_directory_are_files(self, model: Path) -> None:
-        (model / "extra.json").symlink_to("config.json")
-        assert sizes(plan_push(model, "me/mine"))["extra.json"] == len(MODEL["config.json"])
+        (model / "vocab.json").symlink_to("config.json")
+        assert sizes(plan_push(model, "me/mine"))["vocab.json"] == len(MODEL["config.json"])
 
 
 class Hub(ThreadingHTTPServer):
@@ -409,6 +463,7 @@ def test_a_run_is_pushed_in_one_commit(hub: Hub, run: Path, capfd: pytest.Captur
     assert push(plan_push(run, "me/mine", at="best", private=True)) == f"{hub.url}/me/mine"
     assert hub.committed() == MODEL | {
         "README.md": README.encode(),
+        "eggroll.json": provenance(2),
         "eggroll/config.toml": CONFIG.encode(),
         "eggroll/journal.jsonl": journal_bytes(run, 2),
     }
@@ -501,8 +556,9 @@ INFO = ("GET", "/api/models/me/mine")
             "me/mine: the hub refuses. Correct what it names, or push again later (status 400: Files too large).",
         ),
         (
-            {COMMIT: (500, {}, {"error": "two\nlines"})},
-            "me/mine: the hub refuses. Correct what it names, or push again later (status 500: two lines).",
+            {COMMIT: (500, {}, {"error": "two\nlines \x1b[2J\u202e"})},
+            "me/mine: the hub refuses. Correct what it names, or push again later (status 500: two lines "
+            r"\x1b[2J\u202e).",
         ),
     ],
     ids=["401", "403", "404", "400", "500"],

@@ -84,19 +84,19 @@ def test_interrupting_a_grader_ends_the_run(error: BaseException) -> None:
 
 
 def test_the_first_step_stops_only_when_everything_failed() -> None:
-    scorer(raising(KeyError("answer"))).check_first_step()  # nothing was scored
+    scorer(raising(KeyError("answer"))).check(of=" of the first step")  # nothing was scored
     broken = scorer(raising(KeyError("answer")))
     broken.score(completion(), {})
     broken.score(completion(), {})
     with pytest.raises(TaskError, match=r"failed on all 2 completions of the first step") as info:
-        broken.check_first_step()
+        broken.check(of=" of the first step")
     assert "KeyError: 'answer'" in str(info.value)
     assert "test_scoring.py" in str(info.value)
 
     fussy = scorer(lambda text, problem, *, truncated: Score(float(text), True, ""))
     fussy.score(completion("no number"), {})
     fussy.score(completion("1"), {})
-    fussy.check_first_step()
+    fussy.check(of=" of the first step")
     assert (fussy.scored, fussy.failures) == (2, 1)
 
 

@@ -22,7 +22,7 @@ from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.llm_engine import LLMEngine
 
 from eggroll_llm.config import EngineConfig
-from eggroll_llm.engine.text import TextRules
+from eggroll_llm.engine.text import TextRules, before_stop
 from eggroll_llm.engine.worker import UpdateTimes
 from eggroll_llm.errors import ModelError
 from eggroll_llm.export import export_model
@@ -55,8 +55,8 @@ class Engine:
         """Start vLLM on a checked model directory.
 
         `slots` members are resident at once, of rank `rank`. Without `trainable` there are no float32 masters, and only
-        `generate` and `next_token_logprobs` may be called. `stock` leaves a CPU to vLLM's own adapter arithmetic, for
-        comparison. Raises ModelError when the model cannot be adapted.
+        `generate`, `stream` and `next_token_logprobs` may be called. `stock` leaves a CPU to vLLM's own adapter
+        arithmetic, for comparison. Raises ModelError when the model cannot be adapted.
         """
         if rank > VLLM_RANKS[-1]:
             raise ValueError(f"rank {rank}: the engine serves ranks up to {VLLM_RANKS[-1]}")
@@ -197,7 +197,7 @@ class Engine:
         return LoRARequest(name, member + 1, f"eggroll://{name}")
 
     def _sampling_params(self, decoding: Decoding) -> Callable[[Request], SamplingParams]:
-        stop_ids = self.text_rules.stop_token_ids(decoding.stop)
+        stop_ids = None if decoding.special_tokens else self.text_rules.stop_token_ids(decoding.stop)
         common: dict[str, Any] = {
             "max_tokens": decoding.max_tokens,
             "temperature": decoding.temperature,
@@ -206,7 +206,11 @@ class Engine:
             "ignore_eos": decoding.ignore_eos,
         }
         if stop_ids is None:
-            common["stop"] = list(decoding.stop)
+            common |= {
+                "stop": list(decoding.stop),
+                "skip_special_tokens": not decoding.special_tokens,
+                "spaces_between_special_tokens": False,
+            }
         else:
             common |= {"stop_token_ids": stop_ids, "detokenize": False}
         if decoding.temperature == 0:
@@ -216,8 +220,9 @@ class Engine:
 
     def _completion(self, output: RequestOutput, decoding: Decoding) -> Completion:
         (sample,) = output.outputs
+        text = sample.text if decoding.special_tokens else self.text_rules.text(sample.token_ids)
         return Completion(
-            text=self.text_rules.text(sample.token_ids, decoding.stop),
+            text=before_stop(text, decoding.stop),
             token_ids=tuple(sample.token_ids),
             truncated=sample.finish_reason == "length",
             prompt_tokens=len(output.prompt_token_ids or ()),

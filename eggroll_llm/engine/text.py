@@ -9,6 +9,11 @@ from functools import cache
 from typing import Any
 
 
+def before_stop(text: str, stop: Sequence[str]) -> str:
+    """Return the text before the first stop string."""
+    return text[: min((at for string in stop if (at := text.find(string)) >= 0), default=len(text))]
+
+
 class TextRules:
     """A tokenizer's view of stop strings and completions."""
 
@@ -22,10 +27,9 @@ class TextRules:
             return None
         return sorted({token_id for string in stop for token_id in self._ids_with(string)})
 
-    def text(self, token_ids: Sequence[int], stop: Sequence[str]) -> str:
-        """Return the text before the first stop string, without special tokens."""
-        text = self._tokenizer.decode(list(token_ids), skip_special_tokens=True)
-        return text[: min((at for string in stop if (at := text.find(string)) >= 0), default=len(text))]
+    def text(self, token_ids: Sequence[int]) -> str:
+        """Return the text without special tokens."""
+        return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=True))
 
     def _find_ids_with(self, character: str) -> list[int]:
         ids = range(len(self._tokenizer))

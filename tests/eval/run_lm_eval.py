@@ -22,7 +22,7 @@ def main() -> None:
         import lm_eval.models.vllm_causallms
     import lm_eval
 
-    engine = {"enforce_eager": True, "block_size": 32, "max_model_len": 4096, "kv_cache_memory_bytes": 2**29}
+    engine = {"enforce_eager": True, "block_size": 32, "max_model_len": job["context"], "kv_cache_memory_bytes": 2**29}
     results = lm_eval.simple_evaluate(
         model="vllm",
         model_args={"pretrained": job["model"], "dtype": "float32", **engine},

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,8 +15,9 @@ from typing import Any
 import pytest
 
 from eggroll_llm.config import EngineConfig, EsConfig, EvalConfig, RunConfig, SamplingConfig
-from eggroll_llm.errors import ConfigError, SamplesError
+from eggroll_llm.errors import ConfigError, SamplesError, TaskError
 from eggroll_llm.sampler import Completion, Decoding, Request
+from eggroll_llm.samples import read_samples
 from eval import evaluation, lm_eval
 from eval.evaluation import Settings, evaluate_subject, questions_for, settings_for
 from eval.questions import DEFAULT_MAX_TOKENS
@@ -171,6 +173,43 @@ def test_interrupted_anywhere_it_comes_to_the_same(
         with pytest.raises(SamplesError, match="is of another evaluation"):
             run(path, 99, **change)
     assert run(None, 99, seed=1) != whole
+
+
+def test_grades_are_those_of_todays_grader_and_gold(
+    data: Path, tiny_model: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A gold answer is corrected after half of the completions: all are graded by the new one, none is asked again."""
+    folder = shutil.copytree(data, tmp_path / "data")
+    subject = Subject(name="it", model_dir=tiny_model("llama"), config=None)
+    settings = settings_for(subject, [("task_options.data_dir", str(folder))], task="gsm8k", limit=4, shots=0)
+    parrot = Parrot(breaks_after=99)
+    monkeypatch.setattr(evaluation, "start_engine", lambda settings, context: parrot)
+    path = tmp_path / "samples.jsonl"
+    answers = [s.scores["robust"].answer for s in evaluate_subject(settings, folder, path).samples]
+    rows = [json.loads(line) for line in (folder / "test.jsonl").read_text().splitlines()]
+    rows[2]["answer"] = f"Corrected.\n#### {answers[2]}"
+    (folder / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    parrot.asked = 0
+    again = evaluate_subject(settings, folder, path).samples
+    assert parrot.asked == 0
+    assert again[2].scores["robust"].correct
+    assert sorted(read_samples(path)[1], key=lambda sample: sample.problem) == list(again)
+
+
+def test_a_grader_that_always_fails_ends_it_with_its_traceback(
+    tiny_model: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "mine.py").write_text(
+        "class Mine:\n"
+        "    def problems(self, split): return [{'n': 1}, {'n': 2}]\n"
+        "    def prompt(self, problem): return 'say it'\n"
+        "    def score(self, completion, problem): return problem['missing']\n"
+    )
+    subject = Subject(name="it", model_dir=tiny_model("llama"), config=None)
+    monkeypatch.setattr(evaluation, "start_engine", lambda settings, context: Parrot(breaks_after=99))
+    with pytest.raises(TaskError, match=r"score\(\) failed on all 2 completions; the first failure") as info:
+        evaluate_subject(settings_for(subject, [], task="mine.py:Mine"), tmp_path)
+    assert "KeyError: 'missing'" in str(info.value)
 
 
 @pytest.mark.vllm

@@ -1,5 +1,6 @@
 """Which model an evaluation is of."""
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from eggroll_llm.checkpoint import save_checkpoint
 from eggroll_llm.config import EsConfig, RunConfig, to_toml
 from eggroll_llm.errors import CheckpointError, ConfigError, ModelError
 from eggroll_llm.run_dir import RunDir
+from eggroll_llm.run_weights import final_step, weights_at, write_provenance
 from eval.subject import Subject, find_subject
 
 
@@ -52,8 +54,28 @@ def test_a_run_is_evaluated_at_its_end(run: tuple[Path, RunConfig], model: Path)
     path, config = run
     with pytest.raises(ModelError, match="has no final/ yet: finish it with --on-existing resume"):
         find_subject(str(path))
-    (path / "final").symlink_to(model)
-    assert find_subject(str(path)) == Subject(name=str(path), model_dir=model.resolve(), config=config)
+    copy_of(model)(path / "final")
+    write_provenance(path / "final", step=20, base_model="ab")
+    wanted = Subject(name=str(path), model_dir=path / "final", config=config)
+    assert find_subject(str(path)) == wanted
+    assert find_subject(str(path), "20") == dataclasses.replace(wanted, name=f"{path} (step 20)")
+
+
+def test_a_final_model_of_an_earlier_end_is_not_taken_for_a_later_step(
+    run: tuple[Path, RunConfig], model: Path
+) -> None:
+    """The run ended at 20, was resumed, evaluated best at 30, and was killed: final/ is still that of 20."""
+    path, _ = run
+    copy_of(model)(path / "final")
+    write_provenance(path / "final", step=20, base_model="ab")
+    with (path / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"step": 30, "eval/accuracy": 0.9}) + "\n")
+    assert weights_at(RunDir.open(path), "final") == (path / "final", 20)
+    for at in ("best", "30"):
+        with pytest.raises(ModelError, match="step 30 has no checkpoint"):
+            find_subject(str(path), at)
+    (path / "final" / "eggroll.json").write_text("{}")
+    assert final_step(RunDir.open(path)) is None
 
 
 @pytest.mark.parametrize("at", ["best", "10"])
@@ -61,7 +83,10 @@ def test_or_at_its_best_step_or_at_a_checkpoint(run: tuple[Path, RunConfig], at:
     path, config = run
     found = find_subject(str(path), at)
     directory = path / "checkpoints" / "step-000010"
-    assert found == Subject(name=f"{path} (step 10)", model_dir=directory, config=config)
+    # Chosen on the test problems that are then reported on.
+    selected_on = config.eval.problems if at == "best" else 0
+    wanted = Subject(name=f"{path} (step 10)", model_dir=directory, config=config, selected_on=selected_on)
+    assert found == wanted
     (directory / "model.safetensors").write_bytes(b"")
     with pytest.raises(CheckpointError, match="0 bytes, but"):
         find_subject(str(path), at)

@@ -1,5 +1,6 @@
 """Figures of graded samples by hand, and the table in lm-eval's form."""
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 
 from eggroll_llm.errors import ConfigError
 from eggroll_llm.samples import TASK, Graded, Sample
+from eggroll_llm.scoring import FAILED
 from eval.evaluation import Results, Settings
 from eval.questions import Questions
 from eval.subject import Subject
@@ -97,6 +99,42 @@ def test_several_answers_each() -> None:
 def test_a_task_of_ones_own_shows_its_reward_too() -> None:
     found = summarize(results([["r"], ["f"]], grader=TASK), [])["results"]["gsm8k"]
     assert (found["exact_match,task"], found["reward,task"]) == (0.5, 0.625)
+
+
+def test_a_task_that_does_not_say_its_answers_has_no_votes() -> None:
+    found = summarize(results([["r", "f"], ["r", "r"]], grader=TASK), [2])["results"]["gsm8k"]
+    assert "maj@2,task" in found
+    silent = results([["r", "f"], ["r", "r"]], grader=TASK)
+    samples = [
+        dataclasses.replace(s, scores={TASK: dataclasses.replace(s.scores[TASK], answer=None)}) for s in silent.samples
+    ]
+    found = summarize(dataclasses.replace(silent, samples=samples), [2])["results"]["gsm8k"]
+    assert {key for key in found if "stderr" not in key} == {"exact_match,task", "reward,task", "pass@2,task"}
+
+
+def test_what_limits_the_figures_is_said() -> None:
+    """One reward of four is NaN, one score failed; the step was selected on these problems."""
+    plain = results([["r"], ["f"], ["w"], ["w"]], grader=TASK, available=4)
+    grades = [
+        {"reward": 1.0},
+        {"reward": math.nan},
+        {"reward": 0.0, "detail": FAILED},
+        {"reward": 0.5},
+    ]
+    samples = [
+        dataclasses.replace(s, scores={TASK: dataclasses.replace(s.scores[TASK], **grade)})
+        for s, grade in zip(plain.samples, grades, strict=True)
+    ]
+    subject = dataclasses.replace(plain.settings.subject, selected_on=3)
+    settings = dataclasses.replace(plain.settings, subject=subject)
+    summary = summarize(dataclasses.replace(plain, samples=samples, settings=settings), [])
+    assert summary["results"]["gsm8k"]["reward,task"] == 0.5
+    assert (summary["rewards/failed"], summary["rewards/not_finite"], summary["selected_on"]) == (1, 1, 3)
+    assert table(summary).splitlines()[-3:] == [
+        "score() failed on 1 completions, which count as wrong",
+        "1 rewards were not finite and are left out of the mean reward",
+        "optimistic: this step was chosen as the best of its run on the first 3 of these problems",
+    ]
 
 
 def test_the_table(capsys: pytest.CaptureFixture[str]) -> None:
