@@ -1,29 +1,38 @@
 """Runs next to each other: paired tests on the same problems, accuracy at equal budgets, means over seeds.
 
-    difference      mean over common problems of (second right) - (first right), 95 % paired bootstrap, exact McNemar p
+    base -> final   each run against its own base model, on the problems that both answered
+    groups          each group of seeds against the first one, on the mean of each problem over the seeds of a group:
+                    at the end, and at equal budgets
+    difference      mean over common problems of (second right) - (first right), 95 % bootstrap over problems and seeds
+    p               exact sign-flip test over problems: of these very runs. It knows nothing of other seeds
     equal budget    the smallest total of any run; each run counts with its last evaluation at or before that
     seeds           mean over the runs of a group, ± sample standard deviation / sqrt(runs)
 
 "Final" is the last evaluation, "base" the one before the first update. The best evaluation of a run is chosen by its
-accuracy on the problems it is then quoted for, so it is optimistic; no test uses it.
+accuracy on the problems it is then quoted for, so it is optimistic; no test uses it. Runs whose accuracies are not of
+the same thing have neither groups nor equal budgets.
 """
 
+import contextlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
+from eggroll_llm.config import flat
 from eggroll_llm.errors import RunDirError, SamplesError
 from eggroll_llm.jsonl import to_json
 from eggroll_llm.samples import TASK, Sample
-from eval.runs import Budget, Group, Point, Run, group_seeds, read_runs
+from eval.runs import Budget, Group, Point, Run, group_seeds
 from eval.statistics import Paired, compare_paired, mean, stderr
 
 EXAMPLES = 3
 """Examples of wins, and of losses, in each test."""
 
-BUDGETS: tuple[Budget, ...] = ("completions", "tokens", "seconds")
+BUDGETS: dict[Budget, str] = {"completions": "same completions", "tokens": "same tokens", "seconds": "same time"}
+
+Side = Sequence[tuple[Run, Point]]
+"""One side of a test: a run or several seeds, each at one of its evaluations."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,7 +43,7 @@ class Summary:
     method: str
     seed: int
     finished: bool
-    """Whether the final model was written."""
+    """Whether the final model is that of the last step."""
     total: Point
     """The last step: what the run spent."""
     base: Point | None
@@ -47,7 +56,7 @@ class Summary:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Example:
-    """A problem that one of two models solves."""
+    """A problem that one of two models solves; of a group the answer of one of its runs."""
 
     id: str | int
     problem: Mapping[str, Any]
@@ -57,19 +66,21 @@ class Example:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PairedTest:
-    """Two models on the problems that both answered."""
+    """Two models, or groups of them, on the problems that all answered."""
 
     first: str
     second: str
+    at: str
+    """Where groups are compared: "final", "same tokens"...; empty for a run and its own base model."""
     available: int
-    """Problems in the larger of the two evaluations."""
+    """Problems in the largest of the evaluations."""
     accuracies: tuple[float, float]
-    """On the common problems."""
+    """On the common problems; means over seeds."""
     result: Paired
     won: tuple[Example, ...]
-    """Some problems that only the second solves."""
+    """Some problems that the second solves more often."""
     lost: tuple[Example, ...]
-    """Some problems that only the first solves."""
+    """Some problems that the first solves more often."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -78,9 +89,11 @@ class Cut:
 
     budget: Budget
     amount: float
-    """The smallest total of the runs; time in seconds."""
-    reached: tuple[Point | None, ...]
-    """Last evaluation within the budget, run by run; None before the first."""
+    """The smallest total of the runs that were trained and recorded theirs; time in seconds."""
+    set_by: str
+    """The run of which it is the total."""
+    reached: Mapping[str, Point | None]
+    """By run its last evaluation within the budget; None without one, and for runs that are left out."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -109,7 +122,10 @@ class Comparison:
     """What a report on runs says."""
 
     runs: tuple[Summary, ...]
+    comparable: bool
+    """Whether the accuracies of all runs are of the same thing."""
     groups: tuple[Seeds, ...]
+    """Of the runs with an evaluation after an update, if any; none unless comparable, like `cuts`."""
     tests: tuple[PairedTest, ...]
     cuts: tuple[Cut, ...]
     notes: tuple[str, ...]
@@ -120,30 +136,96 @@ class Comparison:
         return to_json(asdict(self)) + "\n"
 
 
-def compare(paths: Sequence[Path | str]) -> Comparison:
-    """Compare the runs in these directories; one is enough. Raises what `eval.runs.read_runs` raises."""
-    return compare_runs(read_runs(paths))
+class _Answers:
+    """The answers of evaluations, each read once. A number of them that is not the recorded one is noted."""
+
+    def __init__(self, notes: list[str]) -> None:
+        self._notes = notes
+        self._read: dict[tuple[str, int], Mapping[str, Sample]] = {}
+
+    def __call__(self, run: Run, point: Point) -> Mapping[str, Sample]:
+        """Raises what `Run.answers` raises."""
+        key = (run.name, point.step)
+        if key not in self._read:
+            self._read[key] = run.answers(point.step)
+            if (found := len(self._read[key])) != point.problems:
+                self._notes.append(
+                    f"{_model(run, point)}: {found} answers are recorded, its accuracy is of {point.problems} problems"
+                )
+        return self._read[key]
 
 
 def compare_runs(runs: Sequence[Run]) -> Comparison:
-    """Compare runs; the first is the one that the others are tested against."""
-    notes = [
-        f"{run.name} is not finished: its final accuracy is that of step {run.evaluations[-1].step}"
-        for run in runs
-        if not run.finished
+    """Compare runs; the first one's group is the one that others are tested against."""
+    notes = [_unfinished(run) for run in runs if not run.finished]
+    answers = _Answers(notes)
+    groups = groups_of(runs)
+    grouped = {run.name for group in groups for run in group.runs}
+    notes += [
+        f"{run.name} has no evaluation after an update: it is in no group" for run in runs if run.name not in grouped
     ]
-    groups = group_seeds(runs)
     for group in groups:
         if len({run.config.seed for run in group.runs}) < len(group.runs):
             notes.append(f"{group.label} holds runs of the same seed, which are not independent")
-    cuts = tuple(_cut(runs, budget) for budget in BUDGETS)
+    if obstacles := _obstacles(runs, answers):
+        notes.append(
+            f"accuracies of these runs are not comparable, so there are no means, equal budgets or ranking: "
+            f"they differ in {', '.join(obstacles)}"
+        )
+    if machines := _machines(runs):
+        notes.append(f"training times are not comparable: {', '.join(machines)} differ")
+    cuts = [] if obstacles else [cut for budget in BUDGETS if (cut := _cut(runs, budget, notes))]
+    tests = [*_own_tests(runs, answers, notes), *_group_tests(groups, cuts, answers, notes)]
     return Comparison(
         runs=tuple(map(_summary, runs)),
-        groups=tuple(_seeds(group, cuts) for group in groups),
-        tests=tuple(_tests(runs, notes)),
-        cuts=cuts,
+        comparable=not obstacles,
+        groups=() if obstacles else tuple(_seeds(group, cuts) for group in groups),
+        tests=tuple(tests),
+        cuts=tuple(cuts),
         notes=tuple(notes),
     )
+
+
+def groups_of(runs: Sequence[Run]) -> list[Group]:
+    """Return the groups of seeds among the runs with an evaluation after an update; of all when there are none."""
+    return group_seeds([run for run in runs if run.evaluations[-1].step] or runs)
+
+
+def _unfinished(run: Run) -> str:
+    return (
+        f"{run.name} is not finished, or has gone on since: it has no final model of step {run.points[-1].step}; its "
+        f"final accuracy is that of step {run.evaluations[-1].step}"
+    )
+
+
+def _obstacles(runs: Sequence[Run], answers: _Answers) -> list[str]:
+    """What differs between runs so that their accuracies are not of the same thing."""
+    known = all(run.base_model for run in runs)
+    kinds: dict[str, set[Any]] = {
+        "base model": {run.base_model if known else run.config.model for run in runs},
+        "task": {run.config.task for run in runs},
+        "eval.split": {run.config.eval.split for run in runs},
+        "eval.problems": {run.config.eval.problems for run in runs},
+        "eval.max_tokens": {run.config.eval.max_tokens or run.config.sampling.max_tokens for run in runs},
+        "held-out problems": set(),
+    }
+    for run in runs:
+        with contextlib.suppress(RunDirError, SamplesError):  # said where they are missed in a test
+            kinds["held-out problems"].add(frozenset(answers(run, run.evaluations[-1])))
+    return [name for name, found in kinds.items() if len(found) > 1]
+
+
+def _machines(runs: Sequence[Run]) -> list[str]:
+    """What differs of what training time depends on: settings of the engine, machines, versions."""
+    tables: list[dict[str, Any]] = [
+        {key: value for key, value in flat(run.config).items() if key.startswith("engine.")} for run in runs
+    ]
+    for start in (start for run in runs for start in run.starts):
+        packages = start.get("packages")
+        tables.append({key: start[key] for key in ("machine", "cpu_count") if key in start})
+        tables.append(dict(packages) if isinstance(packages, Mapping) else {})
+    keys = dict.fromkeys(key for table in tables for key in table)
+    return [key for key in keys if len({f"{table[key]}" for table in tables if key in table}) > 1]
 
 
 def _summary(run: Run) -> Summary:
@@ -155,13 +237,20 @@ def _summary(run: Run) -> Summary:
         total=run.points[-1],
         base=run.base,
         final=run.evaluations[-1],
-        best=max(run.evaluations, key=lambda point: point.accuracy),
+        best=run.best,
     )
 
 
-def _cut(runs: Sequence[Run], budget: Budget) -> Cut:
-    smallest = min(getattr(run.points[-1], budget) for run in runs)
-    return Cut(budget=budget, amount=smallest, reached=tuple(run.within(budget, smallest) for run in runs))
+def _cut(runs: Sequence[Run], budget: Budget, notes: list[str]) -> Cut | None:
+    totals = {run.name: getattr(run.points[-1], budget) for run in runs if run.evaluations[-1].step}
+    if missing := [name for name, total in totals.items() if not total]:
+        notes.append(f"{', '.join(missing)} recorded no {budget}: left out at the {BUDGETS[budget]}")
+    if not (measured := {name: total for name, total in totals.items() if total}):
+        return None
+    name = min(measured, key=lambda name: measured[name])
+    amount = measured[name]
+    reached = {run.name: run.within(budget, amount) if run.name in measured else None for run in runs}
+    return Cut(budget=budget, amount=amount, set_by=name, reached=reached)
 
 
 def _seeds(group: Group, cuts: Sequence[Cut]) -> Seeds:
@@ -170,7 +259,7 @@ def _seeds(group: Group, cuts: Sequence[Cut]) -> Seeds:
         runs=tuple(run.name for run in group.runs),
         base=_mean([run.base for run in group.runs]),
         final=_mean([run.evaluations[-1] for run in group.runs]),
-        within={cut.budget: _mean([run.within(cut.budget, cut.amount) for run in group.runs]) for cut in cuts},
+        within={cut.budget: _mean([cut.reached[run.name] for run in group.runs]) for cut in cuts},
     )
 
 
@@ -179,47 +268,78 @@ def _mean(reached: Sequence[Point | None]) -> Mean:
     return Mean(value=mean(values), stderr=stderr(values))
 
 
-def _tests(runs: Sequence[Run], notes: list[str]) -> list[PairedTest]:
-    """The tests that can be made; a sentence for each that cannot is added to `notes`."""
-    pairs = [((run, 0), (run, run.evaluations[-1].step)) for run in runs if run.base and len(run.evaluations) > 1]
-    final = [(run, run.evaluations[-1].step) for run in runs]
-    tests = []
-    for first, second in [*pairs, *((final[0], other) for other in final[1:])]:
-        try:
-            tests.append(_test(first, second))
-        except (RunDirError, SamplesError) as error:
-            notes.append(f"{_model(*first)} and {_model(*second)} are not tested in pairs: {error}")
-    return tests
+def _own_tests(runs: Sequence[Run], answers: _Answers, notes: list[str]) -> Iterator[PairedTest]:
+    for run in runs:
+        final = run.evaluations[-1]
+        if run.base and final.step:
+            names = (_model(run, run.base), _model(run, final))
+            yield from _test([(run, run.base)], [(run, final)], names, "", answers, notes)
 
 
-def _test(first: tuple[Run, int], second: tuple[Run, int]) -> PairedTest:
-    """Raises RunDirError when the two have no problem in common; what `Run.answers` raises."""
-    a, b = (run.answers(step) for run, step in (first, second))
-    common = [problem for problem in a if problem in b]
+def _group_tests(
+    groups: Sequence[Group], cuts: Sequence[Cut], answers: _Answers, notes: list[str]
+) -> Iterator[PairedTest]:
+    """Each group against the first: at the end, and where all have an evaluation at each equal budget."""
+    for second in groups[1:]:
+        runs = [*groups[0].runs, *second.runs]
+        found: dict[str, list[Point | None]] = {"final": [run.evaluations[-1] for run in runs]}
+        found |= {BUDGETS[cut.budget]: [cut.reached[run.name] for run in runs] for cut in cuts}
+        places: dict[tuple[int, ...], list[str]] = {}  # the same evaluations are tested once
+        for place, reached in found.items():
+            steps = tuple(point.step for point in reached if point)
+            if len(steps) == len(runs):
+                places.setdefault(steps, []).append(place)
+        for names in places.values():
+            pairs = [(run, point) for run, point in zip(runs, found[names[0]], strict=True) if point]
+            sides = pairs[: len(groups[0].runs)], pairs[len(groups[0].runs) :]
+            labels = [
+                _model(*side[0]) if len(side) == 1 else group.label
+                for group, side in zip((groups[0], second), sides, strict=True)
+            ]
+            yield from _test(*sides, (labels[0], labels[1]), ", ".join(names), answers, notes)
+
+
+def _test(
+    first: Side, second: Side, names: tuple[str, str], at: str, answers: _Answers, notes: list[str]
+) -> Iterator[PairedTest]:
+    """The test, or none: then a sentence is added to `notes`."""
+    try:
+        sides = [[answers(*each) for each in side] for side in (first, second)]
+    except (RunDirError, SamplesError) as error:
+        notes.append(f"{' and '.join(names)} are not tested in pairs: {error}")
+        return
+    all_of_them = [each for side in sides for each in side]
+    common = [problem for problem in all_of_them[0] if all(problem in each for each in all_of_them)]
     if not common:
-        raise RunDirError(
-            "they have no problem in common. Compare runs with the same task, task_options and eval.problems."
+        notes.append(
+            f"{' and '.join(names)} are not tested in pairs: they have no problem in common. Compare runs with the "
+            "same task, task_options and eval.problems."
         )
-    scores = [[float(answers[problem].scores[TASK].correct) for problem in common] for answers in (a, b)]
+        return
+    scores = [[[int(each[problem].scores[TASK].correct) for problem in common] for each in side] for side in sides]
     result = compare_paired(*scores)
 
-    def examples(indices: Sequence[int]) -> tuple[Example, ...]:
-        return tuple(_example(a[common[i]], b[common[i]]) for i in indices[:EXAMPLES])
+    def examples(indices: Sequence[int], *, won: bool) -> tuple[Example, ...]:
+        found = []
+        for problem in (common[i] for i in indices[:EXAMPLES] if "final" in at or not at):
+            a, b = (
+                next(each[problem] for each in side if each[problem].scores[TASK].correct == right)
+                for side, right in zip(sides, (not won, won), strict=True)
+            )
+            found.append(Example(id=a.id, problem=a.doc, first=a.completion, second=b.completion))
+        return tuple(found)
 
-    return PairedTest(
-        first=_model(*first),
-        second=_model(*second),
-        available=max(len(a), len(b)),
-        accuracies=(mean(scores[0]), mean(scores[1])),
+    yield PairedTest(
+        first=names[0],
+        second=names[1],
+        at=at,
+        available=max(map(len, all_of_them)),
+        accuracies=(mean([mean(each) for each in scores[0]]), mean([mean(each) for each in scores[1]])),
         result=result,
-        won=examples(result.wins),
-        lost=examples(result.losses),
+        won=examples(result.wins, won=True),
+        lost=examples(result.losses, won=False),
     )
 
 
-def _example(a: Sample, b: Sample) -> Example:
-    return Example(id=a.id, problem=a.doc, first=a.completion, second=b.completion)
-
-
-def _model(run: Run, step: int) -> str:
-    return f"{run.name}, {f'step {step}' if step else 'base model'}"
+def _model(run: Run, point: Point) -> str:
+    return f"{run.name}, {f'step {point.step}' if point.step else 'base model'}"

@@ -1,7 +1,8 @@
 """Learning curves: held-out accuracy and training reward against steps, generated tokens and training time.
 
 Several seeds of one experiment are drawn as their mean with a band from the lowest to the highest, over the range of
-the x axis that all of them cover, each interpolated linearly between its points, and each seed as a thin line as well.
+the x axis that all of them cover, each interpolated linearly between its points, and each seed as a thin line with a
+dot at each evaluation.
 A single run has a whisker of one standard error over problems at each evaluation.
 
 Everything goes through figure objects: no display, no global state. The same runs give the same bytes.
@@ -10,7 +11,7 @@ Everything goes through figure objects: no display, no global state. The same ru
 import contextlib
 import io
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -20,6 +21,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.font_manager import findfont, get_font
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
@@ -86,22 +88,27 @@ def overview_figure(groups: Sequence[Group], theme: Theme = PAPER) -> Figure:
 
 def caption(groups: Sequence[Group], *, reward: bool = False) -> str:
     """Return what the lines, bands and whiskers of a figure of these groups are."""
-    sizes = {len(group.runs) for group in groups}
+    seeds = max(len(group.runs) for group in groups) > 1
     parts = ["Accuracy on held-out problems, greedy decoding."]
-    if max(sizes) > 1:
+    if seeds:
         parts.append(
             "Thick lines: mean over the seeds of a group; bands: from the lowest to the highest seed, where all seeds "
-            "have values, interpolated between evaluations; thin lines: single seeds."
+            "have values, interpolated between evaluations; thin lines: single seeds, with a dot at each evaluation."
         )
     if _has_whiskers(groups):
         parts.append("Whiskers: ± one standard error over problems.")
     if _common_base(groups) is not None:
         parts.append("Dotted line: base model.")
-    if reward:
-        means = ", averaged over seeds" if max(sizes) > 1 else ""
+    rewards = {run.name: len(_rewards(run, "step", 1)[0]) for group in groups for run in group.runs}
+    if reward and any(rewards.values()):
+        strides, windows = ({f(n) for n in rewards.values() if n} for f in (_stride, _window))
+        thinned = f", of one step in {_range(strides)}" if max(strides) > 1 else ""
+        means = ", averaged over seeds" if seeds else ""
         parts.append(
-            f"Training reward: mean of each step (dots), running mean over a tenth of the steps{means} (lines)."
+            f"Training reward: mean of a step (dots{thinned}), running mean over {_range(windows)} steps{means} (lines)."
         )
+    if reward and (missing := [name for name, n in rewards.items() if not n]):
+        parts.append(f"No training reward is recorded of {', '.join(missing)}.")
     parts.append("Tokens are generated ones; time is that of training, evaluations not counted.")
     return " ".join(parts)
 
@@ -215,13 +222,13 @@ def _draw_reward(ax: Axes, groups: Sequence[Group], axis: Axis, theme: Theme) ->
         color, dash = _look(i, theme)
         smooth = []
         for run in group.runs:
-            x, y = _curve([point for point in run.points if point.step], axis, "reward", factor, 1)
+            x, y = _rewards(run, axis, factor)
             if not len(x):
                 continue
-            stride = -(-len(x) // RAW_POINTS)
+            stride = _stride(len(x))
             size, faint = 5 if len(groups) < 4 else 2, 0.45 / len(group.runs) ** 0.5
             ax.scatter(x[::stride], y[::stride], s=size, color=color, alpha=faint, linewidths=0)
-            smooth.append((x, running_mean(y, max(3, len(y) // 10) | 1)))
+            smooth.append((x, running_mean(y, _window(len(y)))))
         if smooth:
             x, values = on_common_grid(smooth)
             ax.plot(x, values.mean(axis=0), color=color, linestyle=dash, linewidth=1.6)
@@ -240,7 +247,7 @@ def _label(ax: Axes, axis: Axis, unit: str, groups: Sequence[Group]) -> None:
 
 def _draw_seeds(ax: Axes, curves: Sequence[tuple[Array, Array]], color: str, dash: Any) -> None:
     for x, y in curves:
-        ax.plot(x, y, color=color, linewidth=0.7, alpha=0.45)
+        ax.plot(x, y, color=color, linewidth=0.7, alpha=0.45, marker="o", markersize=2)
     grid, values = on_common_grid(curves)
     marker = "o" if len(grid) == 1 else None  # a line of one point is invisible
     ax.fill_between(grid, values.min(axis=0), values.max(axis=0), color=color, alpha=0.16, linewidth=0)
@@ -253,6 +260,24 @@ def _curve(points: Sequence[Point], axis: Axis, value: str, factor: float, scale
     pairs = {getattr(point, axis) / factor: scale * getattr(point, value) for point in points}
     x, y = (np.array(list(column), dtype=np.float64) for column in (pairs.keys(), pairs.values()))
     return x[np.isfinite(y)], y[np.isfinite(y)]
+
+
+def _rewards(run: Run, axis: Axis, factor: float) -> tuple[Array, Array]:
+    return _curve([point for point in run.points if point.step], axis, "reward", factor, 1)
+
+
+def _stride(rewards: int) -> int:
+    """Every how many of the rewards one is drawn."""
+    return -(-rewards // RAW_POINTS)
+
+
+def _window(rewards: int) -> int:
+    """Over how many rewards the running mean goes: a tenth of them, odd, at least 3."""
+    return max(3, rewards // 10) | 1
+
+
+def _range(numbers: Collection[int]) -> str:
+    return f"{min(numbers)}" if len(set(numbers)) == 1 else f"{min(numbers)} to {max(numbers)}"
 
 
 def _unit(groups: Sequence[Group], axis: Axis) -> tuple[float, str]:
@@ -289,7 +314,8 @@ def _legend(figure: Figure, groups: Sequence[Group], theme: Theme) -> None:
     looks = [_look(i, theme) for i in range(len(groups))]
     lines = [Line2D([], [], color=color, linestyle=dash, linewidth=2) for color, dash in looks]
     # Letters that the font lacks would be boxes, with a warning for each.
-    labels = [group.label.encode("ascii", "backslashreplace").decode() for group in groups]
+    letters = get_font(findfont("DejaVu Sans")).get_charmap()
+    labels = ["".join(c if ord(c) in letters else ascii(c)[1:-1] for c in group.label) for group in groups]
     widest = 0.55 + 0.066 * max(map(len, labels))  # inches
     columns = max(1, min(len(groups), int(figure.get_figwidth() / widest)))
     figure.legend(

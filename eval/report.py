@@ -22,12 +22,14 @@ from eggroll_llm.display import inert
 from eggroll_llm.errors import RunDirError
 from eggroll_llm.jsonl import read_rows
 from eval import plots
-from eval.compare import Comparison, Example, PairedTest, Summary, compare_runs
-from eval.runs import Group, Point, Run, group_seeds, number, read_runs
-from eval.tables import Grid, amount, grids, p_text, pair_text, percent, points, problem_text
+from eval.compare import BUDGETS, Comparison, Example, PairedTest, Seeds, Summary, compare_runs, groups_of
+from eval.runs import Budget, Group, Point, Run, number, read_runs
+from eval.statistics import LEAST_DISCORDANT
+from eval.tables import Grid, amount, grids, interval_text, p_text, pair_text, percent, points, problem_text
 
 _HERE = Path(__file__).parent
 MOST_TILES = 6  # groups that the head of a page shows; the tables show all
+TILE_BUDGET: Budget = "tokens"  # at which they are shown: the one that depends on no machine and on lengths of answers
 TEXT_LIMIT = 4000  # characters of one text; a completion can be a megabyte
 SETTINGS_LIMIT = 1_000_000
 
@@ -40,7 +42,7 @@ def write_run_report(run_path: Path | str) -> Path:
         ConfigError: its configuration cannot be read.
     """
     runs = read_runs([run_path])
-    run, comparison, groups = runs[0], compare_runs(runs), group_seeds(runs)
+    run, comparison, groups = runs[0], compare_runs(runs), groups_of(runs)
     test = comparison.tests[0] if comparison.tests else None
     body = [
         _notes(comparison),
@@ -61,24 +63,22 @@ def write_run_report(run_path: Path | str) -> Path:
     return _saved(folder, lambda: _write(folder, page, groups))
 
 
-def write_comparison(paths: Sequence[Path | str], out_dir: Path | str) -> Path:
+def write_comparison(runs: Sequence[Run], comparison: Comparison, out_dir: Path | str) -> Path:
     """Write report.html, comparison.json and figures/ into a directory, leaving all else; return the page's path.
 
-    Raises:
-        RunDirError: a directory is no run, has no evaluation yet, or is damaged; or `out_dir` cannot be written.
-        ConfigError: a configuration that cannot be read, or a run that is named twice.
+    `comparison` is `compare_runs(runs)`. Raises RunDirError when `out_dir` cannot be written.
     """
-    runs = read_runs(paths)
-    comparison, groups = compare_runs(runs), group_seeds(runs)
+    groups = groups_of(runs)
     details = (
         _details(f"{pair_text(test)}: {len(test.result.wins)} won, {len(test.result.losses)} lost", _examples(test))
         for test in comparison.tests
+        if test.won or test.lost
     )
     body = [
         _notes(comparison),
         _section("Learning curves", _overview(groups)),
         *(_section(grid.title, _table(grid)) for grid in grids(comparison)),
-        _section("Answers that changed", *details) if comparison.tests else "",
+        _section("Answers that changed", *details),
     ]
     title = "One run" if len(runs) == 1 else f"{len(runs)} runs compared"
     page = _page("Comparison", title, _comparison_headline(comparison), body)
@@ -187,14 +187,18 @@ def _run_headline(run: Summary, test: PairedTest | None) -> str:
     elif run.base is None:
         sentence = f"Accuracy is {percent(run.final.accuracy)} on {run.final.problems} held-out problems after {spent}."
     else:
-        gain = f"{points(run.final.accuracy - run.base.accuracy)} percentage points"
+        problems, base, final = run.final.problems, run.base.accuracy, run.final.accuracy
+        difference, tested = final - base, ""
         if test:
-            low, high = map(points, test.result.interval)
+            problems, difference, (base, final) = test.result.problems, test.result.difference, test.accuracies
             p = p_text(test.result.p_value)
-            gain += f" (95 % interval {low} to {high}, p {p if p.startswith('<') else f'= {p}'})"
+            interval = f"95 % interval {interval_text(test)}, " if test.result.interval else ""
+            tested = f" ({interval}p {p if p.startswith('<') else f'= {p}'})"
+            if not interval:
+                tested += f"; fewer than {LEAST_DISCORDANT} problems changed, too few for an interval"
         sentence = (
-            f"Accuracy on {run.final.problems} held-out problems went from {percent(run.base.accuracy)} to "
-            f"{percent(run.final.accuracy)} in {spent}: {gain}."
+            f"Accuracy on {problems} held-out problems went from {percent(base)} to {percent(final)} in {spent}: "
+            f"{points(difference)} percentage points{tested}."
         )
     tiles = [
         ("Base model", _tile(run.base)),
@@ -206,16 +210,38 @@ def _run_headline(run: Summary, test: PairedTest | None) -> str:
 
 
 def _comparison_headline(comparison: Comparison) -> str:
-    best = max(comparison.groups, key=lambda group: group.final.value)
-    reached = percent(best.final.value, best.final.stderr)
-    many = len(comparison.groups) > 1
-    sentence = f"Highest final accuracy: {best.label}, {reached}." if many else f"Final accuracy: {reached}."
-    sentence += " Means over seeds ± standard error over seeds." if math.isfinite(best.final.stderr) else ""
-    tiles = [
-        (group.label, (percent(group.final.value, group.final.stderr), f"base model {percent(group.base.value)}"))
-        for group in comparison.groups[:MOST_TILES]
-    ]
-    return f'<p class="lead">{_text(sentence)}</p>\n{_tiles(tiles)}'
+    if not comparison.comparable:
+        return '<p class="lead">The accuracies of these runs are not comparable: see the notes.</p>'
+    groups = comparison.groups
+    if len(groups) == 1:
+        sentence = f"Final accuracy: {percent(groups[0].final.value, groups[0].final.stderr)}."
+    elif places := _places(comparison):
+        sentence = f"Highest accuracy: {'; '.join(places)}."
+    else:
+        sentence = "No equal budget has two groups, so none is called better."
+    if any(math.isfinite(group.final.stderr) for group in groups):
+        sentence += " Means over seeds ± standard error over seeds."
+    return f'<p class="lead">{_text(sentence)}</p>\n{_tiles([_group_tile(group) for group in groups[:MOST_TILES]])}'
+
+
+def _places(comparison: Comparison) -> list[str]:
+    """Which groups are best at which equal budgets."""
+    found: dict[str, list[str]] = {}
+    for cut in comparison.cuts:
+        values = {group.label: group.within[cut.budget] for group in comparison.groups}
+        finite = [mean.value for mean in values.values() if math.isfinite(mean.value)]
+        if len(finite) > 1:
+            best = [f"{label}, {percent(m.value, m.stderr)}" for label, m in values.items() if m.value == max(finite)]
+            found.setdefault(" and ".join(best), []).append(BUDGETS[cut.budget])
+    return [f"{who} (at the {' and the '.join(where)})" for who, where in found.items()]
+
+
+def _group_tile(group: Seeds) -> tuple[str, tuple[str, str]]:
+    final, base = percent(group.final.value, group.final.stderr), f"base model {percent(group.base.value)}"
+    same = group.within.get(TILE_BUDGET)
+    if same is None or same.value == group.final.value or not math.isfinite(same.value):
+        return group.label, (final, base)
+    return group.label, (percent(same.value, same.stderr), f"at the {BUDGETS[TILE_BUDGET]}; final {final}; {base}")
 
 
 def _tiles(tiles: Sequence[tuple[str, tuple[str, str]]]) -> str:
@@ -229,7 +255,7 @@ def _tiles(tiles: Sequence[tuple[str, tuple[str, str]]]) -> str:
 def _tile(point: Point | None) -> tuple[str, str]:
     if point is None:
         return "–", "not evaluated"
-    return percent(point.accuracy), f"± {100 * point.stderr:.1f} at step {point.step}"
+    return percent(point.accuracy, point.stderr), f"at step {point.step}"
 
 
 def _evaluations_grid(run: Run) -> Grid:
@@ -237,7 +263,7 @@ def _evaluations_grid(run: Run) -> Grid:
         spent = [f"{point.seconds / 60:.1f}", amount(point.completions), amount(point.tokens)]
         return [f"{point.step}", percent(point.accuracy, point.stderr), percent(point.truncated), *spent]
 
-    best = max(run.evaluations, key=lambda point: point.accuracy)
+    best = run.best
     return Grid(
         title="Evaluations",
         columns=["step", "accuracy", "cut short", "minutes", "completions", "tokens"],
@@ -252,8 +278,8 @@ def _examples(test: PairedTest) -> str:
     result = test.result
     won, lost = len(result.wins), len(result.losses)
     text = (
-        f"Of {result.problems} problems, {won} are solved only by {test.second} and {lost} only by {test.first}: exact "
-        f"McNemar p {p_text(result.p_value)}. Some of them:"
+        f"Of {result.problems} problems, {test.second} solves {won} more often than {test.first}, and {lost} less "
+        f"often: p {p_text(result.p_value)}, of an exact sign-flip test. Some of them, with one answer of each side:"
     )
     shown = [("won", example) for example in test.won] + [("lost", example) for example in test.lost]
     return f"<p>{_text(text)}</p>\n" + "\n".join(_example(word, example, test) for word, example in shown)

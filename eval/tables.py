@@ -5,14 +5,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from rich import box
 from rich.table import Table
 from rich.text import Text
 
 from eggroll_llm.display import inert
-from eval.compare import Comparison, Cut, PairedTest, Seeds, Summary
+from eval.compare import BUDGETS, Comparison, Cut, PairedTest, Seeds, Summary
+from eval.statistics import LEAST_DISCORDANT, RESAMPLES
 
-CELL = 60  # characters of a table's cell on a terminal
-ANSWER = 160  # and of an answer
+CELL = 400  # characters of a table's cell on a terminal, where it is folded: all of a name
+ANSWER = 160  # and of an answer, which can be a megabyte
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,14 +37,14 @@ def tables(comparison: Comparison) -> list[Table]:
 
 def grids(comparison: Comparison) -> list[Grid]:
     """Return the tables without examples: runs, tests and, of several runs, groups and equal budgets."""
-    found = [_runs_grid(comparison)]
-    if len(comparison.runs) > 1:
-        found.append(_seeds_grid(comparison))
-    if comparison.tests:
-        found.append(_tests_grid(comparison))
-    if len(comparison.runs) > 1:
-        found.append(_cuts_grid(comparison))
-    return found
+    several = len(comparison.runs) > 1
+    return [
+        _accuracy_grid(comparison),
+        _spent_grid(comparison),
+        *([_seeds_grid(comparison)] if several and comparison.groups else []),
+        *([_cuts_grid(comparison)] if several and comparison.cuts else []),
+        *([_tests_grid(comparison)] if comparison.tests else []),
+    ]
 
 
 def example_grids(comparison: Comparison) -> list[Grid]:
@@ -64,21 +66,33 @@ def example_grids(comparison: Comparison) -> list[Grid]:
 
 
 def to_rich(grid: Grid) -> Table:
-    """Return the table for a terminal."""
+    """Return the table for a terminal or a pipe: what is too wide is folded, never cut."""
     table = Table(
-        title=Text(inert(grid.title)), caption=grid.note or None, title_justify="left", caption_justify="left"
+        title=Text(inert(grid.title, CELL), style="bold"),
+        caption=Text(grid.note, no_wrap=False, overflow="fold") if grid.note else None,
+        title_justify="left",
+        caption_justify="left",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
     )
     for i, column in enumerate(grid.columns):
-        table.add_column(column, justify="left" if i < grid.texts else "right")
+        table.add_column(column, justify="left" if i < grid.texts else "right", overflow="fold")
     for row in grid.rows:
         table.add_row(*(Text(inert(cell, ANSWER if grid.texts == len(row) else CELL)) for cell in row))
     return table
 
 
 def pair_text(test: PairedTest) -> str:
-    """Return the two models, a run's name once: "run, base model → step 50"."""
-    name, _, step = test.second.rpartition(", ")
-    return f"{test.first} → {step if test.first.startswith(f'{name}, ') else test.second}"
+    """Return what is tested, the name of a run with its own base model once: "run, base model → step 50"."""
+    if test.at:
+        return f"{test.first} → {test.second}: {test.at}"
+    return f"{test.first} → {test.second.rpartition(', ')[2]}"
+
+
+def interval_text(test: PairedTest) -> str:
+    """Return the 95 % interval of the difference in percentage points; a dash where there are too few to say."""
+    return " to ".join(map(points, test.result.interval)) if test.result.interval else "–"
 
 
 def problem_text(problem: Mapping[str, Any]) -> str:
@@ -112,70 +126,94 @@ def amount(value: float) -> str:
     return f"{value:.0f}"
 
 
-def _runs_grid(comparison: Comparison) -> Grid:
-    sizes = sorted({run.final.problems for run in comparison.runs})
+def _accuracy_grid(comparison: Comparison) -> Grid:
+    def cells(run: Summary) -> list[str]:
+        reached = [percent(p.accuracy, p.stderr) if p else "–" for p in (run.base, run.final, run.best)]
+        return [run.name, f"{run.final.problems}", *reached, f"{run.best.step}"]
+
     return Grid(
-        title="Runs",
-        columns=["run", "method", "seed", "steps", "minutes", "completions", "tokens", "base", "final", "best", "step"],
-        rows=[_run_cells(run) for run in comparison.runs],
-        note=f"Accuracy on {' or '.join(map(str, sizes))} held-out problems ± standard error over problems; minutes of "
-        "training, evaluations not counted; generated tokens; best: the highest of all evaluations, selected on these "
-        "very problems, so it is optimistic.",
+        title="Accuracy of each run",
+        columns=["run", "problems", "base", "final", "best", "step"],
+        rows=[cells(run) for run in comparison.runs],
+        note="On held-out problems, ± standard error over problems. Best: the highest of all evaluations, at that "
+        "step; it was selected on these very problems, so it is optimistic.",
+    )
+
+
+def _spent_grid(comparison: Comparison) -> Grid:
+    def cells(run: Summary) -> list[str]:
+        spent = [f"{run.total.seconds / 60:.1f}", amount(run.total.completions), amount(run.total.tokens)]
+        return [run.name, run.method, f"{run.seed}", f"{run.total.step}", *spent]
+
+    return Grid(
+        title="What each run spent",
+        columns=["run", "method", "seed", "steps", "minutes", "completions", "tokens"],
+        rows=[cells(run) for run in comparison.runs],
+        note="In training, evaluations not counted; tokens are generated ones.",
         texts=2,
     )
 
 
-def _run_cells(run: Summary) -> list[str]:
-    spent = [f"{run.total.seconds / 60:.1f}", amount(run.total.completions), amount(run.total.tokens)]
-    reached = [percent(p.accuracy, p.stderr) if p else "–" for p in (run.base, run.final, run.best)]
-    return [run.name, run.method, f"{run.seed}", f"{run.total.step}", *spent, *reached, f"{run.best.step}"]
-
-
 def _seeds_grid(comparison: Comparison) -> Grid:
     def cells(group: Seeds) -> list[str]:
-        means = (group.base, group.final, *group.within.values())
-        return [group.label, ", ".join(group.runs), *(percent(each.value, each.stderr) for each in means)]
+        means = [percent(each.value, each.stderr) for each in (group.base, group.final)]
+        return [group.label, ", ".join(group.runs), *means]
 
     return Grid(
         title="Same settings, different seeds",
-        columns=["group", "runs", "base", "final", "same completions", "same tokens", "same time"],
+        columns=["group", "runs", "base", "final"],
         rows=[cells(group) for group in comparison.groups],
-        note="Mean accuracy over the runs of a group ± standard error over them; the last three at the equal budgets.",
+        note="Mean accuracy over the runs of a group ± standard error over them, whatever they spent.",
+        texts=2,
+    )
+
+
+def _cuts_grid(comparison: Comparison) -> Grid:
+    def rows(cut: Cut) -> list[list[str]]:
+        reached = [(name, percent(p.accuracy, p.stderr), f"{p.step}") for name, p in cut.reached.items() if p]
+        left_out = [(name, "–", "") for name, p in cut.reached.items() if not p]
+        means = [(group.label, group.within[cut.budget]) for group in comparison.groups if len(group.runs) > 1]
+        seeds = [(f"mean of {label}", percent(mean.value, mean.stderr), "") for label, mean in means]
+        return [[budget_text(cut), *row] for row in (*reached, *left_out, *seeds)]
+
+    return Grid(
+        title="Accuracy at equal budgets",
+        columns=["budget", "run", "accuracy", "step"],
+        rows=[row for cut in comparison.cuts for row in rows(cut)],
+        note="The budget is the smallest total of a run with updates, the one that is named; each run counts with its "
+        "last evaluation within it. ± is a standard error over problems, of a mean over seeds.",
         texts=2,
     )
 
 
 def _tests_grid(comparison: Comparison) -> Grid:
     def cells(test: PairedTest) -> list[str]:
-        result, low, high = test.result, *map(points, test.result.interval)
+        result = test.result
         problems = f"{result.problems}" + (f" of {test.available}" if result.problems < test.available else "")
-        counts = [f"{len(result.wins)}", f"{len(result.losses)}"]
-        difference = [*map(percent, test.accuracies), points(result.difference), f"{low} to {high}"]
-        return [pair_text(test), problems, *difference, *counts, p_text(result.p_value)]
+        changed = [f"{len(result.wins)}", f"{len(result.losses)}"]
+        return [
+            pair_text(test),
+            problems,
+            points(result.difference),
+            interval_text(test),
+            *changed,
+            p_text(result.p_value),
+        ]
 
     return Grid(
         title="Paired tests on the same problems",
-        columns=["first → second", "problems", "first", "second", "difference", "95 % interval", "won", "lost", "p"],
+        columns=["first → second", "problems", "gain", "95 % interval", "won", "lost", "p"],
         rows=[cells(test) for test in comparison.tests],
-        note="Difference in percentage points with its paired bootstrap interval over problems (10,000 resamples, "
-        "seeded); won and lost: problems that only the second and only the first solves; p: exact McNemar test, "
-        "two-sided, not corrected for the number of tests.",
+        note="Gain of the second in percentage points, of a group on the mean of each problem over its seeds; won and "
+        "lost: problems on which it is higher and lower. Interval: bootstrap over problems and, in groups, seeds "
+        f"({RESAMPLES:,} resamples, seeded); with few seeds it is too narrow, and of a single run it holds for that "
+        f"seed. It is left out (–) where fewer than {LEAST_DISCORDANT} problems are won or lost: too few to resample. "
+        "p: exact sign-flip test over problems, McNemar's for single runs; two-sided, not corrected for the number of "
+        "tests. It is about these very runs on other problems of the kind, and says nothing of another seed.",
     )
 
 
-def _cuts_grid(comparison: Comparison) -> Grid:
-    def cells(i: int) -> list[str]:
-        reached = [cut.reached[i] for cut in comparison.cuts]
-        pairs = [(percent(p.accuracy, p.stderr), f"{p.step}") if p else ("–", "–") for p in reached]
-        return [comparison.runs[i].name, *(cell for pair in pairs for cell in pair)]
-
-    return Grid(
-        title="Accuracy at equal budgets",
-        columns=["run", *(text for cut in comparison.cuts for text in (_budget_text(cut), "at step"))],
-        rows=[cells(i) for i in range(len(comparison.runs))],
-        note="The budget is the smallest total of the runs; each run counts with its last evaluation within it.",
-    )
-
-
-def _budget_text(cut: Cut) -> str:
-    return f"{cut.amount / 60:.1f} minutes" if cut.budget == "seconds" else f"{amount(cut.amount)} {cut.budget}"
+def budget_text(cut: Cut) -> str:
+    """Return the budget, what it is in numbers, and whose it is."""
+    total = f"{cut.amount / 60:.1f} minutes" if cut.budget == "seconds" else amount(cut.amount)
+    return f"{BUDGETS[cut.budget]}, {total} ({cut.set_by})"
