@@ -76,10 +76,12 @@ def _report(run_path: Path, display: "Display") -> None:
 def run_compare(options: argparse.Namespace, settings: list[tuple[str, str]]) -> int:
     """Print the comparison of runs and write its report."""
     from eggroll_llm.display import ConsoleDisplay
-    from eval.compare import compare
+    from eval.compare import compare_runs
+    from eval.runs import read_runs
     from eval.tables import tables
 
-    comparison = compare(options.runs)
+    runs = read_runs(options.runs)
+    comparison = compare_runs(runs)
     display = ConsoleDisplay()
     for table in tables(comparison):
         display.table(table)
@@ -88,7 +90,7 @@ def run_compare(options: argparse.Namespace, settings: list[tuple[str, str]]) ->
 
     from eval.report import write_comparison
 
-    display.message(f"report: {write_comparison(options.runs, options.out)}")
+    display.message(f"report: {write_comparison(runs, comparison, options.out)}")
     return 0
 
 

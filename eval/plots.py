@@ -105,7 +105,8 @@ def caption(groups: Sequence[Group], *, reward: bool = False) -> str:
         thinned = f", of one step in {_range(strides)}" if max(strides) > 1 else ""
         means = ", averaged over seeds" if seeds else ""
         parts.append(
-            f"Training reward: mean of a step (dots{thinned}), running mean over {_range(windows)} steps{means} (lines)."
+            f"Training reward: dots are means of a step{thinned}, lines running means over {_range(windows)} "
+            f"steps{means}."
         )
     if reward and (missing := [name for name, n in rewards.items() if not n]):
         parts.append(f"No training reward is recorded of {', '.join(missing)}.")

@@ -221,7 +221,8 @@ def _comparison_headline(comparison: Comparison) -> str:
         sentence = "No equal budget has two groups, so none is called better."
     if any(math.isfinite(group.final.stderr) for group in groups):
         sentence += " Means over seeds ± standard error over seeds."
-    return f'<p class="lead">{_text(sentence)}</p>\n{_tiles([_group_tile(group) for group in groups[:MOST_TILES]])}'
+    tiles = [_group_tile(group, ranked=len(groups) > 1) for group in groups[:MOST_TILES]]
+    return f'<p class="lead">{_text(sentence)}</p>\n{_tiles(tiles)}'
 
 
 def _places(comparison: Comparison) -> list[str]:
@@ -231,15 +232,16 @@ def _places(comparison: Comparison) -> list[str]:
         values = {group.label: group.within[cut.budget] for group in comparison.groups}
         finite = [mean.value for mean in values.values() if math.isfinite(mean.value)]
         if len(finite) > 1:
-            best = [f"{label}, {percent(m.value, m.stderr)}" for label, m in values.items() if m.value == max(finite)]
-            found.setdefault(" and ".join(best), []).append(BUDGETS[cut.budget])
-    return [f"{who} (at the {' and the '.join(where)})" for who, where in found.items()]
+            best = {label: percent(m.value, m.stderr) for label, m in values.items() if m.value == max(finite)}
+            reached = " and ".join(dict.fromkeys(best.values()))
+            found.setdefault(" and ".join(best), []).append(f"{reached} at the {BUDGETS[cut.budget]}")
+    return [f"{who}, {', '.join(where)}" for who, where in found.items()]
 
 
-def _group_tile(group: Seeds) -> tuple[str, tuple[str, str]]:
+def _group_tile(group: Seeds, *, ranked: bool) -> tuple[str, tuple[str, str]]:
     final, base = percent(group.final.value, group.final.stderr), f"base model {percent(group.base.value)}"
-    same = group.within.get(TILE_BUDGET)
-    if same is None or same.value == group.final.value or not math.isfinite(same.value):
+    same = group.within.get(TILE_BUDGET) if ranked else None
+    if same is None or not math.isfinite(same.value):
         return group.label, (final, base)
     return group.label, (percent(same.value, same.stderr), f"at the {BUDGETS[TILE_BUDGET]}; final {final}; {base}")
 

@@ -42,8 +42,8 @@ def grids(comparison: Comparison) -> list[Grid]:
         _accuracy_grid(comparison),
         _spent_grid(comparison),
         *([_seeds_grid(comparison)] if several and comparison.groups else []),
-        *([_cuts_grid(comparison)] if several and comparison.cuts else []),
         *([_tests_grid(comparison)] if comparison.tests else []),
+        *(_cut_grid(cut, comparison.groups) for cut in comparison.cuts if several),
     ]
 
 
@@ -68,7 +68,7 @@ def example_grids(comparison: Comparison) -> list[Grid]:
 def to_rich(grid: Grid) -> Table:
     """Return the table for a terminal or a pipe: what is too wide is folded, never cut."""
     table = Table(
-        title=Text(inert(grid.title, CELL), style="bold"),
+        title=Text(f"\n{inert(grid.title, CELL)}", style="bold", no_wrap=False, overflow="fold"),
         caption=Text(grid.note, no_wrap=False, overflow="fold") if grid.note else None,
         title_justify="left",
         caption_justify="left",
@@ -168,21 +168,16 @@ def _seeds_grid(comparison: Comparison) -> Grid:
     )
 
 
-def _cuts_grid(comparison: Comparison) -> Grid:
-    def rows(cut: Cut) -> list[list[str]]:
-        reached = [(name, percent(p.accuracy, p.stderr), f"{p.step}") for name, p in cut.reached.items() if p]
-        left_out = [(name, "–", "") for name, p in cut.reached.items() if not p]
-        means = [(group.label, group.within[cut.budget]) for group in comparison.groups if len(group.runs) > 1]
-        seeds = [(f"mean of {label}", percent(mean.value, mean.stderr), "") for label, mean in means]
-        return [[budget_text(cut), *row] for row in (*reached, *left_out, *seeds)]
-
+def _cut_grid(cut: Cut, groups: Sequence[Seeds]) -> Grid:
+    total = f"{cut.amount / 60:.1f} minutes" if cut.budget == "seconds" else amount(cut.amount)
+    reached = [[name, percent(p.accuracy, p.stderr), f"{p.step}"] for name, p in cut.reached.items() if p]
+    means = [(group.label, group.within[cut.budget]) for group in groups if len(group.runs) > 1]
     return Grid(
-        title="Accuracy at equal budgets",
-        columns=["budget", "run", "accuracy", "step"],
-        rows=[row for cut in comparison.cuts for row in rows(cut)],
-        note="The budget is the smallest total of a run with updates, the one that is named; each run counts with its "
-        "last evaluation within it. ± is a standard error over problems, of a mean over seeds.",
-        texts=2,
+        title=f"Accuracy at the {BUDGETS[cut.budget]}: {total}",
+        columns=["run", "accuracy", "step"],
+        rows=[*reached, *([f"mean of {label}", percent(mean.value, mean.stderr), ""] for label, mean in means)],
+        note=f"All that {cut.set_by} spent, the least of the runs with updates; each run counts with its last "
+        "evaluation within that. ± standard error over problems, of a mean over seeds.",
     )
 
 
@@ -211,9 +206,3 @@ def _tests_grid(comparison: Comparison) -> Grid:
         "p: exact sign-flip test over problems, McNemar's for single runs; two-sided, not corrected for the number of "
         "tests. It is about these very runs on other problems of the kind, and says nothing of another seed.",
     )
-
-
-def budget_text(cut: Cut) -> str:
-    """Return the budget, what it is in numbers, and whose it is."""
-    total = f"{cut.amount / 60:.1f} minutes" if cut.budget == "seconds" else amount(cut.amount)
-    return f"{BUDGETS[cut.budget]}, {total} ({cut.set_by})"

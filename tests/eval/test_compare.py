@@ -5,17 +5,31 @@ import json
 import math
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from made_up_runs import PROBLEMS, make_config, write_run
 from rich.console import Console
 
+from eggroll_llm.config import EngineConfig, EvalConfig, SamplingConfig
 from eggroll_llm.errors import ConfigError
-from eval.compare import compare
-from eval.tables import amount, grids, p_text, pair_text, percent, points, tables
+from eval.compare import Comparison, compare_runs
+from eval.runs import read_runs
+from eval.statistics import bootstrap_interval, sign_flip_exact
+from eval.tables import Grid, amount, grids, interval_text, p_text, pair_text, percent, points, tables
 
 # Neither a package nor on the path: test modules are imported by their files.
+
+
+def compare(paths: Sequence[Path]) -> Comparison:
+    return compare_runs(read_runs(paths))
+
+
+def grid(comparison: Comparison, title: str) -> Grid:
+    (found,) = [grid for grid in grids(comparison) if grid.title == title]
+    return found
 
 
 def test_a_run_is_tested_against_its_own_base_model(tmp_path: Path) -> None:
@@ -27,8 +41,8 @@ def test_a_run_is_tested_against_its_own_base_model(tmp_path: Path) -> None:
     assert (test.result.wins, test.result.losses) == ((1, 2, 3, 6), (0,))
     assert test.result.difference == 0.375
     assert test.result.p_value == 2 * (1 + 5) / 2**5
-    low, high = test.result.interval
-    assert -0.25 <= low < 0.375 < high <= 1
+    assert test.result.interval is None  # of five problems
+    assert interval_text(test) == "–"
     assert [(example.id, example.first, example.second) for example in test.won] == [
         ("p1", "0:1:wrong", "4:1:right"),
         ("p2", "0:2:wrong", "4:2:right"),
@@ -41,16 +55,71 @@ def test_a_run_is_tested_against_its_own_base_model(tmp_path: Path) -> None:
     assert comparison.notes == ()
 
 
-def test_others_are_tested_against_the_first(tmp_path: Path) -> None:
+def test_single_runs_of_other_settings_are_tested_against_the_first(tmp_path: Path) -> None:
     rights = {"a": "1100", "b": "1111", "c": "0100"}
-    paths = [write_run(tmp_path / name, {0: "0000", 2: right}) for name, right in rights.items()]
+    paths = [
+        write_run(tmp_path / name, {0: "0000", 2: right}, config=make_config(sigma=sigma))
+        for sigma, (name, right) in enumerate(rights.items(), start=1)
+    ]
     tests = compare(paths).tests
+    where = "final, same completions, same tokens, same time"
     assert [(pair_text(test), test.result.difference) for test in tests] == [
         ("a, base model → step 2", 0.5),
         ("b, base model → step 2", 1.0),
         ("c, base model → step 2", 0.25),
-        ("a, step 2 → b, step 2", 0.5),
-        ("a, step 2 → c, step 2", -0.25),
+        (f"a, step 2 → b, step 2: {where}", 0.5),
+        (f"a, step 2 → c, step 2: {where}", -0.25),
+    ]
+    assert tests[3].result.p_value == 0.5  # McNemar, 2 against 0
+
+
+def test_groups_are_tested_on_the_mean_of_each_problem_over_seeds(tmp_path: Path) -> None:
+    """Twelve problems, three seeds against two; no test among the seeds of a group."""
+    rights = {
+        "a0": (0.01, 0, "110000000000"),
+        "a1": (0.01, 1, "111000000000"),
+        "b0": (0.02, 0, "001111111111"),
+        "a2": (0.01, 2, "110100000000"),
+        "b1": (0.02, 1, "101111111110"),
+    }
+    problems = [{"id": i, "target": i} for i in range(12)]
+    paths = [
+        write_run(
+            tmp_path / name, {0: "0" * 12, 2: right}, config=make_config(seed=seed, sigma=sigma), problems=problems
+        )
+        for name, (sigma, seed, right) in rights.items()
+    ]
+    comparison = compare(paths)
+    *own, test = comparison.tests
+    assert [pair_text(each) for each in own] == [f"{name}, base model → step 2" for name in rights]
+    assert (test.first, test.second) == ("es sigma=0.01 (3 seeds)", "es sigma=0.02 (2 seeds)")
+    assert test.at == "final, same completions, same tokens, same time"
+    scores = {name: [int(mark) for mark in right] for name, (_, _, right) in rights.items()}
+    firsts, seconds = ([scores[name] for name in names] for names in (("a0", "a1", "a2"), ("b0", "b1")))
+    # Sums over seeds, brought to a common denominator: 3, 3, 1, 1, 0... of 3 and 1, 0, 2, 2, 2... of 2.
+    sixths = [3 * (b0 + b1) - 2 * (a0 + a1 + a2) for a0, a1, a2, b0, b1 in zip(*firsts, *seconds, strict=True)]
+    assert sixths == [-3, -6, 4, 4, 6, 6, 6, 6, 6, 6, 6, 3]
+    assert test.result.difference == pytest.approx(sum(sixths) / 6 / 12)
+    assert test.accuracies == pytest.approx((8 / 36, 20 / 24))
+    assert test.result.p_value == sign_flip_exact(sixths)
+    assert test.result.interval == bootstrap_interval(firsts, seconds)
+    assert (test.result.losses, len(test.result.wins)) == ((0, 1), 10)
+    # An answer of each side on which they differ: the first wrong one of the seeds, the first right one.
+    assert [(each.id, each.first, each.second) for each in test.lost] == [
+        (0, "2:0:right", "2:0:wrong"),
+        (1, "2:1:right", "2:1:wrong"),
+    ]
+    assert (test.won[0].id, test.won[0].first, test.won[0].second) == (2, "2:2:wrong", "2:2:right")
+
+
+def test_groups_are_tested_at_equal_budgets(tmp_path: Path) -> None:
+    """The quick one has spent 300 tokens after 3 steps, the slow one 400 after 4: tested at 3 and 2 then."""
+    slow = write_run(tmp_path / "slow", {0: "00", 2: "10", 4: "11"}, spent=(10, 100, 60.0))
+    quick = write_run(tmp_path / "quick", {0: "00", 3: "01"}, config=make_config(sigma=0.5), spent=(20, 100, 120.0))
+    assert [(pair_text(test), test.result.difference, len(test.lost)) for test in compare([slow, quick]).tests[2:]] == [
+        ("slow, step 4 → quick, step 3: final", -0.5, 1),
+        ("slow, step 4 → quick, base model: same completions, same time", -1, 0),  # examples are of the end
+        ("slow, step 2 → quick, step 3: same tokens", 0, 0),
     ]
 
 
@@ -63,20 +132,22 @@ def test_pairs_are_the_problems_that_both_have(tmp_path: Path) -> None:
     """b has p1 to p4, the target of p2 changed: three in common, in another order."""
     other = [PROBLEMS[4], {**PROBLEMS[2], "target": -1}, PROBLEMS[3], PROBLEMS[1]]
     a = write_run(tmp_path / "a", {0: "00000000", 2: "11111000"})
-    b = write_run(tmp_path / "b", {0: "0000", 2: "0110"}, problems=other)
+    b = write_run(tmp_path / "b", {0: "0000", 2: "0110"}, problems=other, config=make_config(sigma=0.5))
     *_, test = compare([a, b]).tests
     assert (test.result.problems, test.available) == (3, 8)
     assert test.accuracies == (1.0, 1 / 3)
     assert [example.id for example in test.lost] == ["p1", "p4"]
-    assert [row[1] for row in grids(compare([a, b]))[2].rows] == ["8", "4", "3 of 8"]
+    assert [row[1] for row in grid(compare([a, b]), "Paired tests on the same problems").rows] == ["8", "4", "3 of 8"]
 
 
 def test_runs_without_a_common_problem_are_not_tested(tmp_path: Path) -> None:
     a = write_run(tmp_path / "a", {0: "00", 2: "11"})
-    b = write_run(tmp_path / "b", {0: "00", 2: "11"}, problems=PROBLEMS[2:4], config=make_config(seed=1))
+    b = write_run(tmp_path / "b", {0: "00", 2: "11"}, problems=PROBLEMS[2:4], config=make_config(sigma=0.5))
     comparison = compare([a, b])
     assert len(comparison.tests) == 2
     assert comparison.notes == (
+        "accuracies of these runs are not comparable, so there are no means, equal budgets or ranking: they differ in "
+        "held-out problems",
         "a, step 2 and b, step 2 are not tested in pairs: they have no problem in common. Compare runs with the same "
         "task, task_options and eval.problems.",
     )
@@ -84,14 +155,17 @@ def test_runs_without_a_common_problem_are_not_tested(tmp_path: Path) -> None:
 
 def test_runs_from_before_answers_were_recorded_are_compared_without_tests(tmp_path: Path) -> None:
     old = write_run(tmp_path / "old", {0: "0001", 2: "0011"}, finished=False)
-    new = write_run(tmp_path / "new", {0: "0001", 2: "0011"}, config=make_config(seed=1))
+    new = write_run(tmp_path / "new", {0: "0001", 2: "0011"}, config=make_config(sigma=0.5))
     for file in (old / "evaluations").iterdir():
         file.unlink()
     comparison = compare([old, new])
     assert [pair_text(test) for test in comparison.tests] == ["new, base model → step 2"]
     assert [run.final.accuracy for run in comparison.runs] == [0.5, 0.5]
     unfinished, *missing = comparison.notes
-    assert unfinished == "old is not finished: its final accuracy is that of step 2"
+    assert unfinished == (
+        "old is not finished, or has gone on since: it has no final model of step 2; its final accuracy is that of "
+        "step 2"
+    )
     assert [note.partition(": ")[0] for note in missing] == [
         "old, base model and old, step 2 are not tested in pairs",
         "old, step 2 and new, step 2 are not tested in pairs",
@@ -102,15 +176,46 @@ def test_equal_budgets(tmp_path: Path) -> None:
     """Totals: slow 40 completions, 400 tokens, 400 s; quick 48, 320 and 80. Step by step, quick takes 6, 40 and 10."""
     slow = write_run(tmp_path / "slow", {0: "0000", 2: "1000", 4: "1110"}, spent=(10, 100, 100.0))
     quick = write_run(tmp_path / "quick", {0: "0000", 3: "1100", 6: "1000", 8: "1111"}, spent=(6, 40, 10.0))
+    comparison = compare([slow, quick])
     reached = {
-        cut.budget: (cut.amount, [(point.step, point.accuracy) for point in cut.reached if point])
-        for cut in compare([slow, quick]).cuts
+        cut.budget: (cut.amount, cut.set_by, [(point.step, point.accuracy) for point in cut.reached.values() if point])
+        for cut in comparison.cuts
     }
     assert reached == {
-        "completions": (40, [(4, 0.75), (6, 0.25)]),
-        "tokens": (320, [(2, 0.25), (8, 1.0)]),
-        "seconds": (80.0, [(0, 0.0), (8, 1.0)]),
+        "completions": (40, "slow", [(4, 0.75), (6, 0.25)]),
+        "tokens": (320, "quick", [(2, 0.25), (8, 1.0)]),
+        "seconds": (80.0, "quick", [(0, 0.0), (8, 1.0)]),
     }
+    shown = grid(comparison, "Accuracy at the same time: 1.3 minutes")
+    assert shown.rows == [
+        ["slow", "0.0 ± 0.0 %", "0"],
+        ["quick", "100.0 ± 0.0 %", "8"],
+        ["mean of es (1 seed)", "50.0 ± 50.0 %", ""],
+    ]
+    assert "All that quick spent" in shown.note
+
+
+def test_runs_that_spent_or_recorded_nothing_set_no_budget(tmp_path: Path) -> None:
+    """One has only its base model, one recorded no tokens: the others are compared at what they spent."""
+    paths = [
+        write_run(tmp_path / "begun", {0: "0000"}, config=make_config(seed=1), finished=False),
+        write_run(tmp_path / "a", {0: "0000", 4: "1100"}),
+        write_run(tmp_path / "b", {0: "0000", 2: "1110"}, config=make_config(sigma=0.5)),
+        write_run(tmp_path / "silent", {0: "0000", 4: "1111"}, config=make_config(sigma=0.6), spent=(10, 0, 60.0)),
+    ]
+    comparison = compare(paths)
+    assert [(cut.budget, cut.amount, cut.set_by) for cut in comparison.cuts] == [
+        ("completions", 20, "b"),
+        ("tokens", 200, "b"),
+        ("seconds", 120.0, "b"),
+    ]
+    steps = [[point.step if point else None for point in cut.reached.values()] for cut in comparison.cuts]
+    assert steps == [[None, 0, 2, 0], [None, 0, 2, None], [None, 0, 2, 0]]
+    assert [group.runs for group in comparison.groups] == [("a",), ("b",), ("silent",)]
+    assert comparison.notes[1:] == (
+        "begun has no evaluation after an update: it is in no group",
+        "silent recorded no tokens: left out at the same tokens",
+    )
 
 
 def test_means_over_seeds(tmp_path: Path) -> None:
@@ -141,17 +246,73 @@ def test_a_run_with_nothing_but_its_base_model(tmp_path: Path) -> None:
     comparison = compare([write_run(tmp_path / "run", {0: "01"}, finished=False)])
     assert comparison.tests == ()
     assert comparison.runs[0].final == comparison.runs[0].base
-    assert [grid.title for grid in grids(comparison)] == ["Runs"]
+    assert [grid.title for grid in grids(comparison)] == ["Accuracy of each run", "What each run spent"]
+    assert (comparison.cuts, len(comparison.notes)) == ((), 1)
 
 
 def test_a_run_whose_base_model_was_not_evaluated(tmp_path: Path) -> None:
     comparison = compare(
-        [write_run(tmp_path / "run", {2: "01", 4: "11"}), write_run(tmp_path / "b", {0: "00", 4: "01"})]
+        [
+            write_run(tmp_path / "run", {2: "01", 4: "11"}),
+            write_run(tmp_path / "b", {0: "00", 4: "01"}, config=make_config(sigma=0.5)),
+        ]
     )
     assert comparison.runs[0].base is None
-    assert [pair_text(test) for test in comparison.tests] == ["b, base model → step 4", "run, step 4 → b, step 4"]
+    assert [test.second for test in comparison.tests] == ["b, step 4"] * 2
     assert math.isnan(comparison.groups[0].base.value)
-    assert grids(comparison)[0].rows[0][7] == "–"
+    assert grid(comparison, "Accuracy of each run").rows[0][2] == "–"
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"config": make_config(task="gsm8k")}, "task"),
+        ({"config": make_config(eval=EvalConfig(split="validation", problems=4))}, "eval.split, eval.problems"),
+        ({"config": make_config(eval=EvalConfig(max_tokens=9))}, "eval.max_tokens"),
+        ({"config": make_config(sampling=SamplingConfig(max_tokens=9))}, "eval.max_tokens"),
+        ({"base_model": "f" * 16}, "base model"),
+        ({"problems": PROBLEMS[1:]}, "held-out problems"),
+    ],
+)
+def test_what_cannot_be_compared_is_not_ranked(tmp_path: Path, options: dict[str, Any], said: str) -> None:
+    paths = [
+        write_run(tmp_path / "a", {0: "0000", 4: "1100"}),
+        write_run(tmp_path / "b", {0: "0000", 4: "1110"}, **{"config": make_config(seed=1), **options}),
+    ]
+    comparison = compare(paths)
+    assert comparison.notes[0] == (
+        "accuracies of these runs are not comparable, so there are no means, equal budgets or ranking: they differ in "
+        + said
+    )
+    assert (comparison.comparable, comparison.groups, comparison.cuts) == (False, (), ())
+    assert compare(paths[:1]).comparable
+
+
+def test_an_identity_of_the_base_model_counts_and_not_its_place(tmp_path: Path) -> None:
+    """The model's own limit of answers is that of sampling, spelled out or not."""
+    other = make_config(model="/elsewhere", eval=EvalConfig(max_tokens=256))
+    paths = [write_run(tmp_path / "a", {0: "01"}), write_run(tmp_path / "b", {0: "01"}, config=other)]
+    assert compare(paths).comparable
+    (paths[0] / "journal.jsonl").write_text("damaged")
+    assert compare(paths).notes[-1].endswith("they differ in base model")
+
+
+def test_training_times_of_other_machines_are_not_comparable(tmp_path: Path) -> None:
+    here = {"machine": "x86_64", "cpu_count": 2, "packages": {"torch": "2.13.0", "numpy": "2.3"}}
+    there = {**here, "cpu_count": 8, "packages": {"torch": "2.14.0", "numpy": "2.3"}}
+    a = write_run(tmp_path / "a", {0: "01", 2: "11"}, environment=here)
+    b = write_run(tmp_path / "b", {0: "01", 2: "11"}, config=make_config(seed=1), environment=here)
+    assert compare([a, b]).notes == ()
+    engine = EngineConfig(threads=4)
+    c = write_run(tmp_path / "c", {0: "01", 2: "11"}, config=make_config(seed=2, engine=engine), environment=there)
+    assert compare([a, b, c]).notes == ("training times are not comparable: engine.threads, cpu_count, torch differ",)
+
+
+def test_missing_answers_are_noted_once(tmp_path: Path) -> None:
+    path = write_run(tmp_path / "run", {0: "1000", 2: "1100"})
+    answers = path / "evaluations" / "step-000002.jsonl"
+    answers.write_text("".join(answers.read_text().splitlines(keepends=True)[:-1]))
+    assert compare([path]).notes == ("run, step 2: 3 answers are recorded, its accuracy is of 4 problems",)
 
 
 def test_json_is_strict(tmp_path: Path) -> None:
@@ -161,6 +322,7 @@ def test_json_is_strict(tmp_path: Path) -> None:
     assert values["tests"][0]["result"]["wins"] == [1, 2, 3]
     assert values["groups"][0]["final"] == {"value": 1.0, "stderr": None}
     assert values["cuts"][1]["budget"] == "tokens"
+    assert values["tests"][0]["result"]["interval"] is None
 
 
 def test_the_terminal_gets_inert_text(tmp_path: Path) -> None:
@@ -176,6 +338,33 @@ def test_the_terminal_gets_inert_text(tmp_path: Path) -> None:
     assert "numbers: [0, 1]\\ntarget: 1" in shown
     assert "secret" not in shown
     assert "selected on these very problems, so it is optimistic" in " ".join(shown.split())
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_a_terminal_of_any_width_gets_all_of_it(tmp_path: Path, width: int) -> None:
+    """As `eggroll-llm compare` prints into a pipe: nothing is cut, no line is wider."""
+    names = [f"countdown-smollm2-135m-a-long-name-{i}" for i in range(4)]
+    configs = [make_config(seed=i % 2, sigma=(0.012, 0.024)[i // 2]) for i in range(4)]
+    marks = "1100110011001100"
+    problems = [{"id": i, "target": i} for i in range(16)]
+    paths = [
+        write_run(tmp_path / name, {0: "0" * 16, 2: marks[i:] + marks[:i]}, config=config, problems=problems)
+        for i, (name, config) in enumerate(zip(names, configs, strict=True))
+    ]
+    comparison = compare(paths)
+    console = Console(width=width, file=io.StringIO(), soft_wrap=True, highlight=False)
+    for table in tables(comparison):
+        console.print(table)
+    shown = console.file.getvalue()  # type: ignore[attr-defined]
+    assert max(map(len, shown.splitlines())) <= width
+    assert "…" not in shown
+    first_columns = "".join(line[: line.find("  ", 1)].strip() for line in shown.splitlines())
+    assert all(name in first_columns for name in names)  # folded, but there
+    for found in grids(comparison):
+        for row in found.rows:
+            for cell in row[found.texts :]:
+                assert cell in shown
+        assert all(word in " ".join(shown.split()) for word in found.note.split()), found.note
 
 
 def test_numbers_in_words() -> None:

@@ -117,6 +117,11 @@ def test_names_are_drawn_as_they_are(tmp_path: Path) -> None:
     figure = plots.accuracy_figure(group_seeds(read_runs(paths)))
     texts = [text.get_text() for text in figure.legends[0].get_texts()]
     assert texts == ["es task=$\\frac$_{.py:T (1 seed)", "es task=_\\u6a21\\u202e\\x1b.py:T (1 seed)"]
+    configs = [make_config(task=f"é{'long' * 9}{i}.py:T") for i in range(2)]
+    paths = [write_run(tmp_path / f"cut{i}", {0: "01", 2: "11"}, config=config) for i, config in enumerate(configs)]
+    figure = plots.accuracy_figure(group_seeds(read_runs(paths)))
+    texts = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert texts == [f"es task=é{'long' * 5}lo… #{i} (1 seed)" for i in (1, 2)]
     assert plots.svg(figure).count("<svg") == 1
 
 
@@ -198,4 +203,30 @@ def test_the_caption_says_what_is_drawn(tmp_path: Path) -> None:
     one = plots.caption(group_seeds(read_runs([write_run(tmp_path / "one", {0: "01"}, config=other)])), reward=True)
     assert "Whiskers: ± one standard error over problems. Dotted line: base model." in one
     assert "bands" not in one
-    assert "running mean over a tenth of the steps (lines)" in one
+    assert "No training reward is recorded of one." in one
+
+
+@pytest.mark.parametrize(
+    ("steps", "said"),
+    [
+        ((4, 4), "dots are means of a step, lines running means over 3 steps, averaged over seeds."),
+        ((40, 90), "dots are means of a step, lines running means over 5 to 9 steps, averaged over seeds."),
+        ((350, 700), "dots are means of a step, of one step in 2 to 3, lines running means over 35 to 71 steps, avera"),
+    ],
+)
+def test_the_caption_says_how_the_reward_is_drawn(tmp_path: Path, steps: tuple[int, int], said: str) -> None:
+    paths = [
+        write_run(tmp_path / f"{seed}", {0: "01", n: "11"}, config=make_config(seed=seed))
+        for seed, n in enumerate(steps)
+    ]
+    groups = group_seeds(read_runs(paths))
+    assert f"Training reward: {said}" in plots.caption(groups, reward=True)
+    assert "Training reward" not in plots.caption(groups)
+    ax = plots.overview_figure(groups).axes[3]
+    for n, dots in zip(steps, ax.collections, strict=True):
+        assert len(dots.get_offsets()) == len(range(0, n, -(-n // 300)))
+
+
+def test_seeds_have_a_dot_at_each_evaluation(tmp_path: Path) -> None:
+    (ax,) = plots.accuracy_figure(seeds(tmp_path), axes=["step"]).axes
+    assert [line.get_marker() for line in ax.lines[1:]] == ["o", "o", "None"]

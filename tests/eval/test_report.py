@@ -15,7 +15,10 @@ from made_up_runs import PROBLEMS, make_config, write_run
 from matplotlib.image import imread
 
 from eggroll_llm.errors import RunDirError
-from eval.report import write_comparison, write_run_report
+from eval import report
+from eval.compare import compare_runs
+from eval.report import write_run_report
+from eval.runs import read_runs
 
 # Neither a package nor on the path: test modules are imported by their files.
 
@@ -27,6 +30,11 @@ SURROGATE = "SURROGATE"
 CHROMIUM = next(
     (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), ""
 )
+
+
+def write_comparison(paths: list[Path], out: Path) -> Path:
+    runs = read_runs(paths)
+    return report.write_comparison(runs, compare_runs(runs), out)
 
 
 class Page(HTMLParser):
@@ -89,8 +97,8 @@ def test_a_run_report_says_what_was_reached(tmp_path: Path) -> None:
     text = Page(path).text
     words = " ".join(text.split())
     assert "Accuracy on 8 held-out problems went from 25.0 % to 62.5 % in 4 steps and 4.0 minutes of training" in words
-    assert re.search(r"\+37\.5 percentage points \(95 % interval [+−]\d+\.\d to \+\d+\.\d, p = 0\.38\)", words)
-    assert "Of 8 problems, 4 are solved only by a, step 4 and 1 only by a, base model" in words
+    assert "+37.5 percentage points (p = 0.38); fewer than 10 problems changed, too few for an interval." in words
+    assert "Of 8 problems, a, step 4 solves 4 more often than a, base model, and 1 less often: p 0.38" in words
     assert "numbers: [1, 2]\ntarget: 3" in text
     assert "4:1:right" in text
     assert "said at 4" in text
@@ -101,8 +109,9 @@ def test_a_run_report_says_what_was_reached(tmp_path: Path) -> None:
     assert "both42810.7" in words  # 4 steps of 7 prompt and 100 generated tokens, 40 completions
     assert "learning_rate = 0.001" in text
     assert "eggroll-llm train a/config.toml --run-dir NEW_RUN\neggroll-llm replay a --out NEW_MODEL" in text
-    assert hashlib.sha256(b"journal\n").hexdigest() in text
-    assert "The journal has 8 B (the model in final/ 2.00 kB); its SHA-256 is" in words
+    journal = (run / "journal.jsonl").read_bytes()
+    assert hashlib.sha256(journal).hexdigest() in text
+    assert f"The journal has {len(journal)} B (the model in final/ 2.05 kB); its SHA-256 is" in words
     assert "torch2.13.0" in words
 
 
@@ -117,15 +126,65 @@ def test_a_comparison_says_what_the_tables_say(tmp_path: Path) -> None:
     ]
     words = " ".join(Page(path).text.split())
     assert "Final accuracy: 81.2 ± 18.8 %. Means over seeds ± standard error over seeds." in words
-    assert "a, step 4 → b, step 4: 3 won, 0 lost" in words
+    assert "b, base model → step 4: 6 won, 0 lost" in words
     for title in (
-        "Runs",
+        "Accuracy of each run",
+        "What each run spent",
         "Same settings, different seeds",
         "Paired tests on the same problems",
-        "Accuracy at equal budgets",
+        "Accuracy at the same completions: 40",
+        "Accuracy at the same tokens: 400",
+        "Accuracy at the same time: 4.0 minutes",
     ):
         assert title in words
     assert json.loads((out / "comparison.json").read_text())["groups"][0]["final"]["value"] == 0.8125
+
+
+def test_groups_are_ranked_at_equal_budgets_and_not_by_what_they_reached_in_the_end(tmp_path: Path) -> None:
+    """The long run is best in the end; with what the short one spent it is worse, but has fewer completions then."""
+    short = write_run(tmp_path / "short", {0: "0000", 2: "1100"}, config=make_config(steps=2))
+    long = write_run(tmp_path / "long", {0: "0000", 2: "1000", 4: "1110", 8: "1111"}, spent=(5, 100, 60.0))
+    words = " ".join(Page(write_comparison([short, long], tmp_path / "out")).text.split())
+    assert (
+        "Highest accuracy: es steps=4 (1 seed), 75.0 % at the same completions; es steps=2 (1 seed), 50.0 % at the "
+        "same tokens, 50.0 % at the same time." in words
+    )
+    assert "es steps=4 (1 seed)25.0 %at the same tokens; final 100.0 %; base model 0.0 %" in words
+    assert "es steps=2 (1 seed)50.0 %at the same tokens; final 50.0 %; base model 0.0 %" in words
+
+
+def test_runs_that_cannot_be_compared_are_not_ranked(tmp_path: Path) -> None:
+    paths = [
+        write_run(tmp_path / "a", {0: "00", 4: "10"}),
+        write_run(tmp_path / "b", {0: "00", 4: "11"}, base_model="f" * 16, config=make_config(seed=1)),
+    ]
+    words = " ".join(Page(write_comparison(paths, tmp_path / "out")).text.split())
+    assert "The accuracies of these runs are not comparable: see the notes." in words
+    assert "they differ in base model" in words
+    for absent in ("Highest accuracy", "Final accuracy", "Same settings, different seeds", "Accuracy at the"):
+        assert absent not in words
+
+
+def test_one_problem_has_no_standard_error(tmp_path: Path) -> None:
+    path = write_run(tmp_path / "run", {0: "00", 4: "11"})
+    rows = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    lines = [json.dumps(row | {"eval/stderr": None} if "eval/stderr" in row else row) for row in rows]
+    (path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    for page in (write_run_report(path), write_comparison([path], tmp_path / "out")):
+        text = Page(page).text
+        assert "100.0 %" in text
+        assert "nan" not in text.lower()
+
+
+def test_the_headline_is_what_the_test_found(tmp_path: Path) -> None:
+    """An answer of each evaluation was lost: three of four problems are compared."""
+    path = write_run(tmp_path / "run", {0: "1000", 2: "1101"})
+    for file in (path / "evaluations").iterdir():
+        file.write_text("".join(file.read_text().splitlines(keepends=True)[:-1]))
+    words = " ".join(Page(write_run_report(path)).text.split())
+    assert "Accuracy on 3 held-out problems went from 33.3 % to 66.7 % in 2 steps" in words
+    assert "+33.3 percentage points (p = 1)" in words
+    assert "run, step 2: 3 answers are recorded, its accuracy is of 4 problems" in words
 
 
 def test_only_our_own_names_are_replaced(tmp_path: Path) -> None:
@@ -148,7 +207,7 @@ def test_a_run_that_has_only_begun(tmp_path: Path) -> None:
     shutil.rmtree(path / "evaluations")
     words = " ".join(Page(write_run_report(path)).text.split())
     assert "Accuracy of the base model is 50.0 % on 2 held-out problems." in words
-    assert "run is not finished: its final accuracy is that of step 0" in words
+    assert "its final accuracy is that of step 0" in words
     for absent in ("Answers that changed", "Time and tokens", "Last completions", "final/"):
         assert absent not in words
 
@@ -157,6 +216,10 @@ def test_the_headline_is_of_the_last_evaluation(tmp_path: Path) -> None:
     path = write_run(tmp_path / "run", {0: "10", 4: "11"}, steps=6, finished=False)
     words = " ".join(Page(write_run_report(path)).text.split())
     assert "went from 50.0 % to 100.0 % in 4 steps and 4.0 minutes of training: +50.0 percentage points" in words
+    problems = [{"id": i} for i in range(12)]
+    path = write_run(tmp_path / "clear", {0: "0" * 12, 2: "1" * 11 + "0"}, problems=problems)
+    words = " ".join(Page(write_run_report(path)).text.split())
+    assert re.search(r"\+91\.7 percentage points \(95 % interval \+75\.0 to \+100\.0, p = 0\.00098\)\. ", words)
 
 
 def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Run directories read back: budgets summed, groups told apart, damage named."""
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -9,6 +10,7 @@ from made_up_runs import PROBLEMS, make_config, write_run
 
 from eggroll_llm.config import EngineConfig, LogConfig, SamplingConfig
 from eggroll_llm.errors import ConfigError, RunDirError, SamplesError
+from eggroll_llm.run_weights import write_provenance
 from eval.runs import group_seeds, read_runs
 
 
@@ -21,6 +23,28 @@ def test_a_row_is_what_all_steps_up_to_it_took(tmp_path: Path) -> None:
     assert run.points[2].reward == 0.2
     assert run.base == run.points[0]
     assert run.finished
+    assert run.base_model == "0123456789abcdef"
+
+
+def test_a_run_is_finished_when_its_final_model_is_of_its_last_step(tmp_path: Path) -> None:
+    path = write_run(tmp_path / "run", {0: "10", 4: "11"}, steps=6)
+    assert read_runs([path])[0].finished
+    write_provenance(path / "final", step=4, base_model="0")  # it has gone on since
+    assert not read_runs([path])[0].finished
+    (path / "final" / "eggroll.json").unlink()
+    assert not read_runs([path])[0].finished
+
+
+def test_the_best_evaluation_is_the_first_of_equals(tmp_path: Path) -> None:
+    (run,) = read_runs([write_run(tmp_path / "run", {0: "00", 1: "10", 3: "01", 4: "00"})])
+    assert run.best == run.points[1]
+
+
+def test_repeated_problems_stay_apart(tmp_path: Path) -> None:
+    problems = [PROBLEMS[0], PROBLEMS[1], PROBLEMS[0]]
+    a, b = read_runs([write_run(tmp_path / name, {0: "101"}, problems=problems) for name in "ab"])
+    assert [sample.completion for sample in a.answers(0).values()] == ["0:0:right", "0:1:wrong", "0:2:right"]
+    assert a.answers(0).keys() == b.answers(0).keys()
 
 
 def test_the_last_evaluation_within_a_budget_counts(tmp_path: Path) -> None:
@@ -99,6 +123,25 @@ def test_a_label_names_what_tells_groups_apart_first(tmp_path: Path) -> None:
         "es model=smollm2-135m-instruct minutes=0 task_options.seed=1 … (1 seed)",
         "es model=m minutes=2 task_options.seed=2 … (1 seed)",
         "es model=m minutes=2 task_options.seed=3 … (1 seed)",
+    ]
+
+
+def test_a_label_names_only_what_its_method_has(tmp_path: Path) -> None:
+    """Settings of evolution strategies tell its own groups apart; shared ones are named for every group."""
+    configs = [
+        *(make_config(sigma=sigma, steps=steps) for sigma, steps in ((0.01, 4), (0.02, 4))),
+        make_config(steps=8),
+        make_config(sigma=0.01, steps=8),
+    ]
+    runs = read_runs([write_run(tmp_path / f"{i}", {0: "10"}, config=config) for i, config in enumerate(configs)])
+    runs[2:] = [
+        dataclasses.replace(run, config=dataclasses.replace(run.config, method="grpo"))  # type: ignore[arg-type]
+        for run in runs[2:]
+    ]
+    assert [(group.label, [run.name for run in group.runs]) for group in group_seeds(runs)] == [
+        ("es steps=4 sigma=0.01 (1 seed)", ["0"]),
+        ("es steps=4 sigma=0.02 (1 seed)", ["1"]),
+        ("grpo steps=8 (1 seed)", ["2", "3"]),
     ]
 
 

@@ -8,9 +8,11 @@ from typing import Any
 
 from eggroll_llm.config import EsConfig, RunConfig, to_toml
 from eggroll_llm.jsonl import to_json
+from eggroll_llm.run_weights import write_provenance
 from eggroll_llm.samples import TASK, Graded, Sample, write_samples
 
 PROBLEMS = tuple({"id": f"p{i}", "numbers": [i, i + 1], "target": 2 * i + 1, "solution": "secret"} for i in range(8))
+ENVIRONMENT = {"time": "2026-01-02T03:04:05+00:00", "python": "3.11.7", "packages": {"torch": "2.13.0"}}
 
 
 def make_config(seed: int = 0, sigma: float = 0.012, **fields: Any) -> RunConfig:
@@ -29,6 +31,8 @@ def write_run(
     problems: Sequence[Mapping[str, Any]] = PROBLEMS,
     answer: Callable[[int, int, bool], str] = lambda step, i, correct: f"{step}:{i}:{'right' if correct else 'wrong'}",
     finished: bool = True,
+    base_model: str = "0123456789abcdef",
+    environment: Mapping[str, Any] = ENVIRONMENT,
 ) -> Path:
     """Write a run directory.
 
@@ -40,16 +44,15 @@ def write_run(
     path.mkdir(parents=True)
     (path / "evaluations").mkdir()
     (path / "config.toml").write_text(to_toml(config or make_config()), encoding="utf-8")
-    (path / "journal.jsonl").write_text("journal\n", encoding="utf-8")
-    environment = {
-        "starts": [{"time": "2026-01-02T03:04:05+00:00", "python": "3.11.7", "packages": {"torch": "2.13.0"}}]
-    }
-    (path / "environment.json").write_text(json.dumps(environment), encoding="utf-8")
+    (path / "journal.jsonl").write_text(json.dumps({"base_model": base_model}) + "\n", encoding="utf-8")
+    (path / "environment.json").write_text(json.dumps({"starts": [environment]}), encoding="utf-8")
+    last = max(right) if steps is None else steps
     if finished:
         (path / "final").mkdir()
         (path / "final" / "model.safetensors").write_bytes(bytes(2000))
+        write_provenance(path / "final", step=last, base_model=base_model)
     rows, completions = [], []
-    for step in range((max(right) if steps is None else steps) + 1):
+    for step in range(last + 1):
         row: dict[str, Any] = {"step": step, "wall_time": step * spent[2]}
         if step:
             row |= {"reward/mean": step / 10, "completions": spent[0], "tokens/prompt": 7, "tokens/generated": spent[1]}
