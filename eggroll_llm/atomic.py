@@ -5,9 +5,11 @@ Everything is written under a temporary name next to its target, fsynced, and re
 directory is atomic, and durable once the directory itself is fsynced.
 """
 
+import contextlib
 import os
 import shutil
 from collections.abc import Callable
+from io import FileIO
 from pathlib import Path
 
 _STAGING, _RETIRED = ".tmp-", ".old-"
@@ -34,6 +36,23 @@ def write_text(path: Path, text: str) -> None:
         fsync_directory(path.parent)
     except BaseException:
         staging.unlink(missing_ok=True)
+        raise
+
+
+def append(file: FileIO, data: bytes, *, durable: bool = False) -> None:
+    """Write all of `data` at the end of an unbuffered file, if `durable` to the disk; after an error nothing is there.
+
+    Raises OSError.
+    """
+    size, done = os.fstat(file.fileno()).st_size, 0
+    try:
+        while done < len(data):
+            done += file.write(data[done:])
+        if durable:
+            os.fsync(file.fileno())
+    except OSError:
+        with contextlib.suppress(OSError):
+            file.truncate(size)
         raise
 
 

@@ -18,10 +18,10 @@ import struct
 import zlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 from eggroll_llm.atomic import describe_failure, fsync_directory
+from eggroll_llm.closing import Closing
 from eggroll_llm.errors import JournalError
 
 FORMAT = 1
@@ -74,7 +74,7 @@ class JournalContents:
     """Byte position after each valid line, header included."""
 
 
-class Journal:
+class Journal(Closing):
     """An open journal, to append to. Use as a context manager or call `close`."""
 
     def __init__(self, path: Path, contents: JournalContents) -> None:
@@ -140,14 +140,6 @@ class Journal:
     def close(self) -> None:
         """Close the file; a second call does nothing."""
         self._file.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     @property
     def _end(self) -> int:

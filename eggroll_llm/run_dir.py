@@ -8,17 +8,16 @@ and journal.jsonl; nothing else is ever deleted.
 Raises `RunDirError`, naming the path and the remedy, whenever the directory cannot be used as asked.
 """
 
-import contextlib
 import json
 import os
 import shutil
 from collections.abc import Iterable, Mapping
 from datetime import datetime
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Literal, Self
 
-from eggroll_llm.atomic import describe_failure, fsync_directory, recover, write_text
+from eggroll_llm.atomic import append, describe_failure, fsync_directory, recover, write_text
+from eggroll_llm.closing import Closing
 from eggroll_llm.environment import describe_environment
 from eggroll_llm.errors import RunDirError
 from eggroll_llm.jsonl import cut_after_step, last_step, read_rows, to_json
@@ -41,7 +40,7 @@ def is_run_dir(path: Path) -> bool:
     return (path / LOCK).is_file() or ((path / "config.toml").is_file() and (path / "journal.jsonl").is_file())
 
 
-class RunDir:
+class RunDir(Closing):
     """Paths of a run; made by `create`, also its lock and logs. Use as a context manager or call `close`."""
 
     def __init__(self, path: Path) -> None:
@@ -146,14 +145,6 @@ class RunDir:
         if self._lock is not None:
             self._lock.close()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
     def _prepare(self, config_toml: str, on_existing: OnExisting) -> None:
         started = self.journal.exists() or any(_is_filled(folder) for folder in (self.checkpoints, self.final))
         if started and on_existing == "fail":
@@ -185,16 +176,7 @@ class RunDir:
         data = "".join(to_json(row) + "\n" for row in rows).encode()
         try:
             with path.open("ab", buffering=0) as file:
-                size, done = file.tell(), 0
-                try:
-                    while done < len(data):
-                        done += file.write(data[done:])
-                    if durable:
-                        os.fsync(file.fileno())
-                except OSError:
-                    with contextlib.suppress(OSError):
-                        file.truncate(size)
-                    raise
+                append(file, data, durable=durable)
         except OSError as error:
             raise RunDirError(describe_failure(path, error, f"{len(data)} bytes")) from error
 

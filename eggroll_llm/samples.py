@@ -14,10 +14,10 @@ import os
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
-from eggroll_llm.atomic import describe_failure, write_text
+from eggroll_llm.atomic import append, describe_failure, write_text
+from eggroll_llm.closing import Closing
 from eggroll_llm.errors import SamplesError
 from eggroll_llm.jsonl import to_json
 
@@ -65,7 +65,7 @@ class Sample:
     """Grade by the name of its grader."""
 
 
-class SampleFile:
+class SampleFile(Closing):
     """An open file of graded completions that grows by one line at a time. Use as a context manager."""
 
     def __init__(self, path: Path, settings: Mapping[str, Any], *, overwrite: bool = False) -> None:
@@ -119,14 +119,6 @@ class SampleFile:
             os.fsync(self._file.fileno())
             self._file.close()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
     def _take_over(self, overwrite: bool) -> None:
         settings = self.settings
         data = b"" if overwrite else self.path.read_bytes()
@@ -149,12 +141,9 @@ class SampleFile:
 
     def _write(self, line: str) -> None:
         data = line.encode() + b"\n"
-        size, done = os.fstat(self._file.fileno()).st_size, 0
         try:
-            while done < len(data):
-                done += self._file.write(data[done:])
+            append(self._file, data)
         except OSError as error:
-            self._file.truncate(size)
             raise SamplesError(describe_failure(self.path, error, f"{len(data)} bytes")) from error
 
 
