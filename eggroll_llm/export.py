@@ -41,6 +41,7 @@ def export_model(base_dir: Path, directory: Path, trained: "Mapping[str, Tensor]
             for name, tensor in tensors.items()
         }
         save_file(tensors, directory / file.name, metadata=metadata or {"format": "pt"})
+        shutil.copymode(directory / "config.json", directory / file.name)  # safetensors lets nobody else read it
     if missing:
         raise ModelError(f"{base_dir} does not hold {len(missing)} trained tensors, first {sorted(missing)[0]!r}")
     _set_dtype(directory / "config.json", str(dtype).removeprefix("torch."))

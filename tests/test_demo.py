@@ -74,7 +74,7 @@ def test_the_same_greedy_text_everywhere(run: tuple[Path, str]) -> None:
     """20 prompts: our engine after the last update, plain vLLM on its checkpoint, and transformers on `final/`.
 
     Each answers the first line up to its end. Where two of them differ, which bfloat16 allows, the first token that
-    does is a near tie: in transformers its logit is within one unit in the last place of bfloat16 of the other's.
+    does is a near tie: with the same weights in float32 its logit is no further from the other's than bfloat16 blurs.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -112,17 +112,23 @@ def test_the_same_greedy_text_everywhere(run: tuple[Path, str]) -> None:
         for name in ("engine", "vllm"):
             if texts[name] != texts["transformers"]:
                 other = tokenizer(texts[name] + "\n", add_special_tokens=False)["input_ids"]
-                assert near_tie(model, prompt, ids, other), texts
+                assert near_tie(path / "final", prompt, ids, other), texts
     assert same >= 17, f"{same} of 20 the same"
 
 
-def near_tie(model: Any, prompt: list[int], ids: list[int], other: list[int]) -> bool:
-    """Whether the first token in which two answers differ is as good as the other, as far as bfloat16 can tell."""
+def near_tie(model_dir: Path, prompt: list[int], ids: list[int], other: list[int]) -> bool:
+    """Whether the first token in which two answers differ is as good as the other, as far as bfloat16 can tell.
+
+    On this model the log-probabilities of transformers in bfloat16 are 0.15 off those in float32 in the root mean
+    square, and up to 0.8 (256 prompts, the five most probable tokens of each).
+    """
+    from transformers import AutoModelForCausalLM
+
     first = next(i for i, (a, b) in enumerate(zip(ids, other, strict=False)) if a != b)
+    exact = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
     with torch.no_grad():
-        logits = model(torch.tensor([prompt + ids[:first]])).logits[0, -1].float()
-    a, b = float(logits[ids[first]]), float(logits[other[first]])
-    return abs(a - b) <= 2.0**-7 * max(abs(a), abs(b))
+        logits = exact(torch.tensor([prompt + ids[:first]])).logits[0, -1]
+    return abs(float(logits[ids[first]] - logits[other[first]])) <= 0.6
 
 
 def test_replay_rebuilds_the_final_model(run: tuple[Path, str], tmp_path: Path) -> None:
