@@ -15,8 +15,8 @@ from eggroll_llm.errors import ConfigError, UserError
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from eggroll_llm.loop import Display
     from eggroll_llm.session import Outcome
-    from eggroll_llm.trainer import Display
 
 
 def run_train(options: argparse.Namespace, settings: list[tuple[str, str]]) -> int:

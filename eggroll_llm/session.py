@@ -18,13 +18,14 @@ from eggroll_llm.errors import CheckpointError, ConfigError, JournalError
 from eggroll_llm.evaluate import Evaluation
 from eggroll_llm.hardware import resolve_dtype, serves_on_cpu
 from eggroll_llm.journal import Journal, JournalHeader
+from eggroll_llm.loop import Display
 from eggroll_llm.models import model_identity, resolve_model
 from eggroll_llm.prompts import ProblemSet, Prompter, encode_all, needed_context
 from eggroll_llm.run_dir import OnExisting, RunDir
 from eggroll_llm.scoring import Scorer
 from eggroll_llm.tasks import PATH_OPTIONS, Problem, Task, load_task
 from eggroll_llm.trackers import Trackers
-from eggroll_llm.trainer import Display, EsTrainer
+from eggroll_llm.trainer import EsTrainer
 
 MAX_SLOTS = 64
 
