@@ -125,7 +125,7 @@ class GrpoConfig:
     """Whether the difference between the engine's probabilities and the trainer's is corrected for."""
     lora_rank: int = 0
     """Rank of adapters on the linear layers, trained instead of the weights; 0 trains all weights."""
-    lora_alpha: float = 32.0
+    lora_alpha: int = 32
     """Scale of the adapters, divided by their rank."""
     micro_batch: int = 8
     """Completions in a forward and backward pass; divides those of a step. A matter of memory and speed."""
