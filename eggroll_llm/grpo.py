@@ -6,11 +6,11 @@
     loss    = - mean_t min(ratio_t A, clip(ratio_t, 1 - epsilon, 1 + epsilon_high) A) + beta KL(theta, base)
     theta   <- AdamW(clip_norm(grad loss))
 
-Shao et al. 2024, DeepSeekMath (arXiv 2402.03300). Departures are TRL's defaults, each a setting in [grpo]: the mean is
-over all tokens of a step (`loss_type = "dapo"`), the paper's is over those of a completion and then over completions
-("grpo"); beta is 0, the paper's 0.04; with beta 0 there is no copy of the base model. Sampling is by the engine in its
-own number format, so that pi_old of the trainer is not quite what was sampled from: TRL weighs each completion with
-pi_old(completion) / pi_engine(completion), and drops it above 3 (`importance_sampling`).
+Shao et al. 2024, DeepSeekMath (arXiv 2402.03300). Departures, which are TRL's defaults: the mean is over all tokens of
+a step (`loss_type = "dapo"`), the paper's over those of a completion and then over completions ("grpo"); beta is 0, the
+paper's 0.04; the divergence is weighed with the ratio, which makes its gradient unbiased. Sampling is by the engine in
+its own number format, so that pi_old is not quite what was sampled from: TRL weighs each completion with
+pi_old(completion) / pi_engine(completion), and leaves it out above 3 (`importance_sampling`).
 
 The same as in ES: problems and their order, prompts in tokens, scores, sampling seeds, evaluation, what ends the run,
 and the files. A step is one batch of completions with all its optimizer steps, so that step n of both methods has seen

@@ -219,12 +219,13 @@ def sample_rows(
     completions_MP: Sequence[Sequence[Completion]],
     scores_MP: Sequence[Sequence[Score]],
 ) -> list[dict[str, Any]]:
-    """Return rows of completions for the log: a different M for each problem, going round; `who` is what M is."""
+    """Return a row of each completion for the log, neighbours of different M and problems; `who` is what M is."""
     members, prompts = len(completions_MP), len(problems_P)
+    together = math.lcm(members, prompts)  # after so many rows the same pairs would come again
     rows = []
     for i in range(members * prompts):
         p = i % prompts
-        m = (step + i + i // prompts) % members
+        m = (step + i + i // together) % members
         completion, score = completions_MP[m][p], scores_MP[m][p]
         rows.append(
             {
