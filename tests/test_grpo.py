@@ -363,6 +363,7 @@ class Comparison:
     """Largest differences found after each step, between logits of the engine and of the model in training."""
 
     trainer: Any = None
+    before: Any = None
     found: list[float] = dataclasses.field(default_factory=list)
     moved: list[float] = dataclasses.field(default_factory=list)
 
@@ -422,13 +423,13 @@ def test_the_engine_serves_the_model_in_training(
 ) -> None:
     """After each of four steps, logits of the engine are those of transformers with the trainer's weights, rounded."""
     recipe = write_recipe(tmp_path, tiny_model(kind), stop="e")
-    config = load_recipe(recipe, [("engine.dtype", dtype), *flags.items()])
+    config = load_recipe(recipe, [("engine.dtype", dtype), ("engine.max_model_len", "64"), *flags.items()])
     outcome = session.train(config, tmp_path, tmp_path / "run", "fail", Recorder())
     tolerance = 1e-4 if dtype == "float32" else 0.2
     assert len(compared.found) == 4
     assert max(compared.found) < tolerance
-    assert compared.moved == sorted(compared.moved)
-    assert compared.moved[0] > 5 * tolerance
+    assert min(compared.moved) > 5 * tolerance
+    assert len(set(compared.moved)) == 4
     for row in outcome.metrics[1:]:
         # Sampled with the weights that the trainer has: the probabilities are the same, but for rounding.
         exact = dtype == "float32"
