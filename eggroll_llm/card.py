@@ -61,12 +61,11 @@ def card_text(
         base_model: identity of the base model, 16 hex digits.
         step: updates applied to the weights; 0 is the base model.
         metrics: rows of metrics.jsonl; those of later steps are not looked at.
-        journal: journal.jsonl of the run.
+        journal: journal.jsonl of the run; only that of ES holds updates.
 
     Raises:
         JournalError: damaged, or without the updates up to `step`.
     """
-    digest, size = _journal_digest(journal, step)
     evaluated = [row for row in metrics if row["step"] <= step and row.get("eval/accuracy") is not None]
     parts = [
         f"---\n{_front_matter(config, step, evaluated)}\n---",
@@ -77,7 +76,7 @@ def card_text(
         "## Recipe",
         _fenced(to_toml(config), "toml"),
         "## How to get these weights again",
-        _reproduction(config, step, digest, size),
+        _reproduction(config, step, journal),
         "## How to load it",
         _LOADING,
         "## Limits",
@@ -194,9 +193,18 @@ def _accuracy(row: Mapping[str, Any]) -> str:
     return f"{row['eval/accuracy']:.3f}" + (f" ± {stderr:.3f}" if stderr is not None and stderr == stderr else "")
 
 
-def _reproduction(config: RunConfig, step: int, digest: str, size: int) -> str:
+def _reproduction(config: RunConfig, step: int, journal: Path) -> str:
     by_the_clock = " It ends by the clock, so perhaps at another step." if config.minutes else ""
     own_task = f" It needs the file of its task, {_task(config)}." if ":" in config.task else ""
+    if config.method != "es":
+        return f"""\
+With the recipe above as `config.toml`, this does the whole run again:
+
+    eggroll-llm train config.toml
+
+Problems and seeds are the same again. The weights are, bit for bit, only where sampling and training are reproducible:
+on a machine like the one that trained.{by_the_clock}{own_task}"""
+    digest, size = _journal_digest(journal, step)
     return f"""\
 Base model, recipe and journal rebuild them bit for bit, without sampling, on a machine like the one that trained (same
 kind of processor, torch and number of threads, C++ compiler or not):

@@ -15,8 +15,8 @@ from eggroll_llm.errors import ConfigError, UserError
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from eggroll_llm.loop import Display
     from eggroll_llm.session import Outcome
-    from eggroll_llm.trainer import Display
 
 
 def run_train(options: argparse.Namespace, settings: list[tuple[str, str]]) -> int:
@@ -125,7 +125,7 @@ def _outcome_table(outcome: "Outcome") -> "Table":
         overhead = sum(row.get(f"time/{part}", 0.0) for row in steps for part in ("noise", "update", "serve"))
         table.add_row("tokens/s while sampling (prompt + generated)", "", f"{tokens / seconds:,.0f}", "")
         table.add_row(
-            "noise, update and repacking, share of a step",
+            f"{'noise, update and repacking' if 'time/noise' in steps[0] else 'update and serving'}, share of a step",
             "",
             f"{overhead / sum(r['time/step'] for r in steps):.1%}",
             "",
@@ -208,6 +208,11 @@ def run_replay(options: argparse.Namespace, settings: list[tuple[str, str]]) -> 
     if options.out.exists():
         raise ConfigError(f"--out {options.out}: exists already: name a new directory")
     config = load_recipe(run.config)
+    if config.method != "es":
+        raise ConfigError(
+            f'{run.path}: trained with method "{config.method}", and only the updates of "es" are in a journal: take '
+            f"{run.final}, or a checkpoint from {run.checkpoints}"
+        )
     step = len(read_journal(run.journal).entries) if options.step is None else options.step
 
     from eggroll_llm.replay import replay
@@ -245,6 +250,10 @@ def run_bench(options: argparse.Namespace, settings: list[tuple[str, str]]) -> i
     from eggroll_llm.config import load_recipe
 
     config, folder = load_recipe(options.recipe, settings), options.recipe.resolve().parent
+    if config.method != "es":
+        raise ConfigError(
+            f'{options.recipe}: method = "{config.method}": only the populations of "es" are measured here'
+        )
     bench(config, folder, options.repeats, options.out, options.variants)
     return 0
 

@@ -26,9 +26,11 @@ __all__ = [
     "EsConfig",
     "EvalConfig",
     "FieldHelp",
+    "GrpoConfig",
     "LogConfig",
     "RunConfig",
     "SamplingConfig",
+    "applies",
     "check_resume",
     "differences",
     "field_docs",
@@ -43,6 +45,8 @@ __all__ = [
 ]
 
 Schedule = Literal["constant", "linear", "cosine"]
+METHOD_TABLES = ("es", "grpo")
+"""Tables of settings that only the method of that name has."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,9 +54,9 @@ class SamplingConfig:
     """How completions are sampled in training."""
 
     prompts_per_step: int = 8
-    """Problems that every member answers in a step; all members get the same ones."""
+    """Problems in a step; all members of a population get the same ones."""
     samples_per_prompt: int = 1
-    """Completions per member and problem; more than 1 needs a temperature above 0."""
+    """Completions per problem (and member), which with GRPO are a group; more than 1 needs a temperature above 0."""
     max_tokens: int = 256
     """Length limit of a completion in tokens."""
     temperature: float = 0.0
@@ -67,10 +71,10 @@ class EsConfig:
 
     population: int = 32
     """Models evaluated per step; even when antithetic."""
-    sigma: float
-    """Standard deviation of the perturbation of a weight."""
-    learning_rate: float
-    """Root-mean-square change of a weight in a step (with update_scale "rms")."""
+    sigma: float = 0.0
+    """Standard deviation of the perturbation of a weight; method "es" needs it."""
+    learning_rate: float = 0.0
+    """Root-mean-square change of a weight in a step (with update_scale "rms"); method "es" needs it."""
     rank: int = 1
     """Rank of the perturbation of each weight matrix."""
     antithetic: bool = True
@@ -100,11 +104,59 @@ class EsConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class GrpoConfig:
+    """Group relative policy optimization by TRL, with its defaults; the size of a group is in [sampling]."""
+
+    learning_rate: float = 0.0
+    """Learning rate of AdamW; method "grpo" needs it."""
+    beta: float = 0.0
+    """Weight of the divergence from the base model; 0 leaves it out, and the copy of the base model with it."""
+    epsilon: float = 0.2
+    """Clipping range of the probability ratio."""
+    epsilon_high: float = 0.0
+    """Upper clipping range where it differs; 0 takes epsilon."""
+    num_iterations: int = 1
+    """Optimizer steps on the same completions; all of them together are one step of the run."""
+    loss_type: Literal["dapo", "grpo", "dr_grpo", "bnpo"] = "dapo"
+    """What the loss of tokens is averaged over: all of the step, each completion, the length limit, a micro batch."""
+    scale_rewards: Literal["group", "batch", "none"] = "group"
+    """By which standard deviation advantages are divided: of the problem's rewards, of all, or by none."""
+    importance_sampling: bool = True
+    """Whether the difference between the engine's probabilities and the trainer's is corrected for."""
+    lora_rank: int = 0
+    """Rank of adapters on the linear layers, trained instead of the weights; 0 trains all weights."""
+    lora_alpha: int = 32
+    """Scale of the adapters, divided by their rank."""
+    micro_batch: int = 8
+    """Completions in a forward and backward pass; divides those of a step. A matter of memory and speed."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Number format of the trainer's arithmetic; its weights and the optimizer are float32 either way."""
+    gradient_checkpointing: bool = False
+    """Whether activations are computed again in the backward pass to save memory."""
+    weight_decay: float = 0.0
+    """Weight decay of AdamW."""
+    adam_beta1: float = 0.9
+    """Decay of the first moment."""
+    adam_beta2: float = 0.999
+    """Decay of the second moment."""
+    adam_eps: float = 1e-8
+    """Constant in the denominator of AdamW."""
+    max_grad_norm: float = 1.0
+    """Norm to which gradients are clipped; 0 clips none."""
+    learning_rate_schedule: Schedule = "constant"
+    """Course of the learning rate over the steps."""
+    schedule_end: float = 0.1
+    """Fraction of the starting value that a schedule reaches at the last step."""
+    warmup_steps: int = 0
+    """Steps over which the learning rate rises to its value."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class EngineConfig:
     """The inference engine and the memory that it takes."""
 
     slots: int = 0
-    """Members resident at once; 0 takes the population, at most 64."""
+    """Members resident at once; 0 takes the population, at most 64. GRPO has none."""
     max_sequences: int = 128
     """Sequences decoded at once."""
     max_model_len: int = 0
@@ -137,10 +189,10 @@ class EvalConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CheckpointConfig:
-    """Checkpoints of the weights; the journal is written at every step whatever this says."""
+    """Checkpoints; with method "es" the journal is written at every step whatever this says."""
 
     every: int = 10
-    """Steps between checkpoints; 0 writes none, as the journal rebuilds every step and `final/` holds the last."""
+    """Steps between checkpoints; 0 writes none, as the journal of "es" rebuilds every step; "grpo" resumes from one."""
     keep: int = 2
     """Newest checkpoints that are kept."""
     best: bool = True
@@ -169,8 +221,8 @@ class RunConfig:
     """Model to train: the embedded default, a local directory, or a name on the Hugging Face hub."""
     task: str
     """Task: "countdown", "gsm8k", or "file.py:NAME" next to the recipe."""
-    method: Literal["es"] = "es"
-    """Training method."""
+    method: Literal["es", "grpo"] = "es"
+    """Training method: evolution strategies, or GRPO (needs the extra "grpo")."""
     seed: int = 0
     """Seed of everything random in the run."""
     steps: int = 0
@@ -181,8 +233,10 @@ class RunConfig:
     """Options of the task, see its documentation."""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     """How completions are sampled in training."""
-    es: EsConfig
-    """The evolution strategy."""
+    es: EsConfig = field(default_factory=EsConfig)
+    """The evolution strategy, of method "es"."""
+    grpo: GrpoConfig = field(default_factory=GrpoConfig)
+    """Group relative policy optimization, of method "grpo"."""
     engine: EngineConfig = field(default_factory=EngineConfig)
     """The inference engine and the memory that it takes."""
     eval: EvalConfig = field(default_factory=EvalConfig)
@@ -233,10 +287,23 @@ def may_change(key: str) -> bool:
     return key in ("steps", "minutes", "eval.every") or key.startswith(("log.", "checkpoint."))
 
 
+def applies(key: str, config: RunConfig) -> bool:
+    """Whether a setting has a meaning for the run: those in the table of another method have none."""
+    table = key.partition(".")[0]
+    return table not in METHOD_TABLES or table == config.method
+
+
 def check_resume(saved: RunConfig, now: RunConfig, *, saved_in: str) -> None:
     """Raises ConfigError, showing each difference, when `now` cannot continue the run of `saved` (a file)."""
-    scheduled = {saved.es.sigma_schedule, saved.es.learning_rate_schedule} != {"constant"}
-    keys = [key for key in differences(saved, now) if not may_change(key) or (scheduled and key == "steps")]
+    if saved.method == "es":
+        scheduled = {saved.es.sigma_schedule, saved.es.learning_rate_schedule} != {"constant"}
+    else:
+        scheduled = saved.grpo.learning_rate_schedule != "constant"
+    keys = [
+        key
+        for key in differences(saved, now)
+        if applies(key, saved) and (not may_change(key) or (scheduled and key == "steps"))
+    ]
     if not keys:
         return
     old, new = flat(saved), flat(now)
@@ -249,7 +316,7 @@ def check_resume(saved: RunConfig, now: RunConfig, *, saved_in: str) -> None:
 
 def frozen_hash(config: RunConfig) -> str:
     """SHA-256 of the settings that may not change within a run."""
-    frozen = {key: value for key, value in flat(config).items() if not may_change(key)}
+    frozen = {key: value for key, value in flat(config).items() if applies(key, config) and not may_change(key)}
     return hashlib.sha256(json.dumps(frozen, sort_keys=True, default=str).encode()).hexdigest()
 
 

@@ -24,12 +24,26 @@ _AT_LEAST = {
     "sampling.max_tokens": 1,
     "sampling.temperature": 0,
     "es.population": 2,
+    "es.sigma": 0,
+    "es.learning_rate": 0,
     "es.rank": 1,
     "es.noise_reuse": 1,
     "es.momentum": 0,
     "es.adam_beta1": 0,
     "es.adam_beta2": 0,
     "es.schedule_end": 0,
+    "grpo.learning_rate": 0,
+    "grpo.beta": 0,
+    "grpo.epsilon_high": 0,
+    "grpo.num_iterations": 1,
+    "grpo.lora_rank": 0,
+    "grpo.micro_batch": 1,
+    "grpo.weight_decay": 0,
+    "grpo.adam_beta1": 0,
+    "grpo.adam_beta2": 0,
+    "grpo.max_grad_norm": 0,
+    "grpo.schedule_end": 0,
+    "grpo.warmup_steps": 0,
     "engine.slots": 0,
     "engine.max_sequences": 1,
     "engine.max_model_len": 0,
@@ -43,9 +57,10 @@ _AT_LEAST = {
     "log.completions": 0,
 }
 _POSITIVE = (
-    "es.sigma",
-    "es.learning_rate",
     "es.adam_eps",
+    "grpo.epsilon",
+    "grpo.lora_alpha",
+    "grpo.adam_eps",
     "sampling.top_p",
     "engine.kv_cache_gib",
     "engine.gpu_memory_utilization",
@@ -53,12 +68,22 @@ _POSITIVE = (
 _AT_MOST = {
     "sampling.top_p": 1,
     "es.schedule_end": 1,
+    "grpo.schedule_end": 1,
     "es.rank": 64,  # what the engine's kernels take
     "es.learning_rate": 1e6,  # a weight in one step; more could leave the range of float32
     "engine.gpu_memory_utilization": 1,
     "seed": 2**63 - 1,
 }
-_BELOW = {"es.momentum": 1, "es.adam_beta1": 1, "es.adam_beta2": 1}
+_BELOW = {
+    "es.momentum": 1,
+    "es.adam_beta1": 1,
+    "es.adam_beta2": 1,
+    "grpo.epsilon": 1,
+    "grpo.adam_beta1": 1,
+    "grpo.adam_beta2": 1,
+}
+_NEEDED = {"es": ("es.sigma", "es.learning_rate"), "grpo": ("grpo.learning_rate",)}
+"""Settings of a method that have no default: 0 means not given."""
 
 
 def validate(config: "RunConfig", origin: Origin | None = None) -> None:
@@ -94,6 +119,10 @@ class _Check:
                 convert(value, kind, key, self.origin)
 
     def ranges(self) -> None:
+        for key in _NEEDED[self.config.method]:
+            if self.number(key) <= 0:
+                method = self.config.method
+                self.fail(f'must be above 0 with method "{method}"', f"Set {key} to a positive number", key)
         for key, low in _AT_LEAST.items():
             if self.number(key) < low:
                 self.fail(f"must be at least {low}", f"Set {key} to {low} or more", key)
@@ -113,12 +142,44 @@ class _Check:
         return value
 
     def contradictions(self) -> None:
-        config, es, sampling = self.config, self.config.es, self.config.sampling
+        config, sampling = self.config, self.config.sampling
         for key, text in (("model", config.model), ("task", config.task)):
             if not text.strip() or "\0" in text:
                 self.fail("is not a name", f"Name a {key}", key)
         if config.steps == 0 and config.minutes == 0:
             self.fail("the run would never end", "Set steps or minutes (or both) above 0", "steps", "minutes")
+        if config.method == "es":
+            self.of_es()
+        else:
+            self.of_grpo()
+        if sampling.samples_per_prompt > 1 and sampling.temperature == 0:
+            self.fail(
+                "greedy decoding gives the same completion every time",
+                "Set sampling.temperature above 0, or sampling.samples_per_prompt to 1",
+                "sampling.samples_per_prompt",
+                "sampling.temperature",
+            )
+        for key in ("sampling.max_tokens", "eval.max_tokens"):
+            if 0 < config.engine.max_model_len <= self.number(key):
+                self.fail(
+                    "leaves no room for a prompt",
+                    f"Set engine.max_model_len to more than {key}, or to 0 (from the task)",
+                    "engine.max_model_len",
+                    key,
+                )
+
+    def schedules(self, *keys: str) -> None:
+        for key in keys:
+            if self.get(key) != "constant" and self.config.steps == 0:
+                self.fail(
+                    "a schedule needs to know the last step",
+                    f'Set steps above 0, or {key} to "constant"',
+                    key,
+                    "steps",
+                )
+
+    def of_es(self) -> None:
+        es = self.config.es
         if es.antithetic and es.population % 2:
             self.fail(
                 "pairs need an even population",
@@ -140,14 +201,7 @@ class _Check:
                 "es.optimizer",
                 "es.momentum",
             )
-        for key in ("es.sigma_schedule", "es.learning_rate_schedule"):
-            if self.get(key) != "constant" and config.steps == 0:
-                self.fail(
-                    "a schedule needs to know the last step",
-                    f'Set steps above 0, or {key} to "constant"',
-                    key,
-                    "steps",
-                )
+        self.schedules("es.sigma_schedule", "es.learning_rate_schedule")
         if es.sigma_schedule != "constant" and es.schedule_end == 0:
             self.fail(
                 "sigma must stay above 0",
@@ -155,18 +209,29 @@ class _Check:
                 "es.sigma_schedule",
                 "es.schedule_end",
             )
-        if sampling.samples_per_prompt > 1 and sampling.temperature == 0:
+
+    def of_grpo(self) -> None:
+        grpo, sampling = self.config.grpo, self.config.sampling
+        if sampling.samples_per_prompt < 2:
             self.fail(
-                "greedy decoding gives the same completion every time",
-                "Set sampling.temperature above 0, or sampling.samples_per_prompt to 1",
+                "GRPO compares the completions of a problem with each other",
+                "Set sampling.samples_per_prompt to 2 or more, such as 8",
                 "sampling.samples_per_prompt",
+            )
+        if sampling.temperature == 0:
+            self.fail(
+                "greedy completions of a problem are all the same",
+                "Set sampling.temperature above 0, such as 1.0",
                 "sampling.temperature",
             )
-        for key in ("sampling.max_tokens", "eval.max_tokens"):
-            if 0 < config.engine.max_model_len <= self.number(key):
-                self.fail(
-                    "leaves no room for a prompt",
-                    f"Set engine.max_model_len to more than {key}, or to 0 (from the task)",
-                    "engine.max_model_len",
-                    key,
-                )
+        completions = sampling.prompts_per_step * sampling.samples_per_prompt
+        if completions % grpo.micro_batch:
+            fits = max(size for size in range(1, grpo.micro_batch) if completions % size == 0)
+            self.fail(
+                f"does not divide the {completions} completions of a step",
+                f"Set grpo.micro_batch to {fits}, or to another divisor",
+                "grpo.micro_batch",
+                "sampling.prompts_per_step",
+                "sampling.samples_per_prompt",
+            )
+        self.schedules("grpo.learning_rate_schedule")

@@ -119,11 +119,13 @@ def plan_push(
     notes = []
     files, left_out = _model_files(directory)
     if run is not None and step is not None:
-        ends = read_journal(run.journal).line_ends
+        # Only ES has its updates in the journal.
+        ends = read_journal(run.journal).line_ends if run.has_updates_in_journal() else None
         files += _run_files(run, step, ends)
-        if directory == run.final and step < len(ends) - 1:
+        last = len(ends) - 1 if ends is not None else run.last_logged_step() or 0
+        if directory == run.final and step < last:
             notes.append(
-                f"{directory}: is of step {step}, and the run went on after it, to step {len(ends) - 1}. Step {step} "
+                f"{directory}: is of step {step}, and the run went on after it, to step {last}. Step {step} "
                 "is what is pushed; resume the run to its end, or use --at STEP, for a later one"
             )
     if not any(file.path == "README.md" for file in files):
@@ -208,14 +210,13 @@ def _is_model_file(name: str) -> bool:
     return not name.startswith(".") and any(fnmatch.fnmatchcase(name, pattern) for pattern in _MODEL_FILES)
 
 
-def _run_files(run: RunDir, step: int, line_ends: Sequence[int]) -> list[PushFile]:
-    """What of a run is uploaded: enough for `replay`, and the report."""
-    if step >= len(line_ends):
+def _run_files(run: RunDir, step: int, line_ends: Sequence[int] | None) -> list[PushFile]:
+    """What of a run is uploaded: enough for `replay`, where there is one, and the report."""
+    if line_ends is not None and step >= len(line_ends):
         raise PushError(f"{run.journal}: ends before step {step}. Restore it, or push the model's directory by itself.")
-    files = [
-        _push_file("eggroll/config.toml", run.config, run.path),
-        _push_file("eggroll/journal.jsonl", run.journal, run.path, line_ends[step]),
-    ]
+    files = [_push_file("eggroll/config.toml", run.config, run.path)]
+    if line_ends is not None:
+        files.append(_push_file("eggroll/journal.jsonl", run.journal, run.path, line_ends[step]))
     report = run.path / "report.html"
     return [*files, _push_file("eggroll/report.html", report, run.path)] if report.is_file() else files
 

@@ -11,6 +11,7 @@ Raises `RunDirError`, naming the path and the remedy, whenever the directory can
 import json
 import os
 import shutil
+import tomllib
 from collections.abc import Iterable, Mapping
 from datetime import datetime
 from pathlib import Path
@@ -124,6 +125,14 @@ class RunDir(Closing):
             write_samples(path, settings, samples)
         except OSError as error:
             raise RunDirError(describe_failure(path, error, "the answers of an evaluation")) from error
+
+    def has_updates_in_journal(self) -> bool:
+        """Whether its journal rebuilds the weights of every step, as that of method "es" does."""
+        try:
+            method = tomllib.loads(self.config.read_text(encoding="utf-8-sig")).get("method", "es")
+        except (OSError, ValueError):
+            return True
+        return bool(method == "es")
 
     def last_logged_step(self) -> int | None:
         """`step` of the last complete line of metrics.jsonl; None when there is none."""

@@ -44,6 +44,10 @@ def weights_at(run: RunDir, at: str) -> tuple[Path, int]:
         return verify_checkpoint(directory).path, step
     if step == finished:
         return run.final, step
+    if not run.has_updates_in_journal():
+        raise ModelError(
+            f"{directory}: step {step} has no checkpoint, and this run has no journal to rebuild it: take another step"
+        )
     raise ModelError(
         f"{directory}: step {step} has no checkpoint: rebuild it with eggroll-llm replay {run.path} "
         f"--step {step} --out DIR, and name DIR"

@@ -30,6 +30,8 @@ class Decoding:
     """Special tokens are part of the text, and stop strings match them; the end-of-text token is not."""
     ignore_eos: bool = False
     """Go on after the end-of-text token, for measurements."""
+    logprobs: bool = False
+    """Also return the log-probability of each generated token, in the distribution that it was drawn from."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,6 +58,8 @@ class Completion:
     """The length limit ended it."""
     prompt_tokens: int
     """Length of the prompt."""
+    logprobs: tuple[float, ...] = ()
+    """Of the generated tokens, temperature and nucleus included, when they were asked for; NaN where there is none."""
 
 
 Stream = GeneratorType[tuple[int, Completion], None, None]

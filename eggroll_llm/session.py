@@ -1,4 +1,4 @@
-"""A configuration -> a finished run: puts task, model, engine, journal and trainer together.
+"""A configuration -> a finished run: puts task, model, engine, journal and the trainer of its method together.
 
 Everything that can be known without the engine is checked before it starts.
 """
@@ -12,19 +12,21 @@ from typing import Any
 
 from eggroll_llm import embedded
 from eggroll_llm.atomic import replace_directory
-from eggroll_llm.checkpoint import clean, load_training_state, newest_valid
+from eggroll_llm.checkpoint import Checkpoint, clean, load_training_state, newest_valid
 from eggroll_llm.config import RunConfig, check_resume, flat, frozen_hash, load_recipe, to_toml
-from eggroll_llm.errors import CheckpointError, ConfigError, JournalError
+from eggroll_llm.errors import CheckpointError, ConfigError, JournalError, RunDirError
 from eggroll_llm.evaluate import Evaluation
+from eggroll_llm.grpo import GrpoTrainer, check_installed
 from eggroll_llm.hardware import resolve_dtype, serves_on_cpu
 from eggroll_llm.journal import Journal, JournalHeader
+from eggroll_llm.loop import Display
 from eggroll_llm.models import model_identity, resolve_model
 from eggroll_llm.prompts import ProblemSet, Prompter, encode_all, needed_context
 from eggroll_llm.run_dir import OnExisting, RunDir
 from eggroll_llm.scoring import Scorer
 from eggroll_llm.tasks import PATH_OPTIONS, Problem, Task, load_task
 from eggroll_llm.trackers import Trackers
-from eggroll_llm.trainer import Display, EsTrainer
+from eggroll_llm.trainer import EsTrainer
 
 MAX_SLOTS = 64
 
@@ -34,7 +36,7 @@ class Prepared:
     """What a run needs before its engine."""
 
     config: RunConfig
-    """With everything automatic settled: dtype, task file, context length, slots."""
+    """With everything automatic settled: dtype, task file, context length, slots (of GRPO one, which stays empty)."""
     task: Task
     model_dir: Path
     train: ProblemSet
@@ -80,7 +82,9 @@ def settle(config: RunConfig, recipe_dir: Path) -> RunConfig:
         task=task,
         task_options=options,
         engine=dataclasses.replace(
-            engine, dtype=resolve_dtype(engine.dtype), slots=engine.slots or min(es.population, MAX_SLOTS)
+            engine,
+            dtype=resolve_dtype(engine.dtype),
+            slots=engine.slots or (min(es.population, MAX_SLOTS) if config.method == "es" else 1),
         ),
     )
 
@@ -88,6 +92,8 @@ def settle(config: RunConfig, recipe_dir: Path) -> RunConfig:
 def prepare(config: RunConfig, recipe_dir: Path) -> Prepared:
     """Load task, model directory and tokenizer, and turn all prompts into tokens. Raises UserError."""
     config = settle(config, recipe_dir)
+    if config.method == "grpo":
+        check_installed(config)
     task = load_task(config.task, config.task_options, base_dir=recipe_dir)
     train, held_out = _splits(task, config)
     model_dir = resolve_model(config.model)
@@ -139,13 +145,11 @@ def start_engine(prepared: Prepared) -> Any:
     from eggroll_llm.specs import optimizer_settings
 
     config = prepared.config
+    common: dict[str, Any] = {"slots": config.engine.slots, "max_model_len": config.engine.max_model_len}
+    if config.method == "grpo":  # the weights come from outside, and there are no members
+        return Engine(prepared.model_dir, config.engine, rank=1, trainable=False, logprobs=True, **common)
     return Engine(
-        prepared.model_dir,
-        config.engine,
-        slots=config.engine.slots,
-        rank=config.es.rank,
-        max_model_len=config.engine.max_model_len,
-        optimizer=optimizer_settings(config),
+        prepared.model_dir, config.engine, rank=config.es.rank, optimizer=optimizer_settings(config), **common
     )
 
 
@@ -166,32 +170,50 @@ def train(config: RunConfig, recipe_dir: Path, run_path: Path, on_existing: OnEx
                 display.message(f"the last process to train here ended without closing the run: {run.stale_lock}")
             if journal.dropped_tail:
                 display.message(journal.dropped_tail)
-            _redo_unlogged(journal, run)
-            run.truncate_logs(journal.last_step or -1)
+            checkpoint = None
+            if config.method == "es":
+                _redo_unlogged(journal, run)
+                step = journal.last_step
+            else:
+                checkpoint = _newest(run, None, display)
+                step = checkpoint.step if checkpoint else 0
+                _check_logged(run, step)
+            run.truncate_logs(step or -1)
             display.message("starting the engine")
             engine = start_engine(prepared)
             trackers = Trackers(config.log, run.path, flat(config), display.message)
             try:
-                restore(engine, config, run, journal, display)
-                trainer = EsTrainer(
-                    config,
-                    engine,
-                    Scorer(prepared.task),
-                    prepared.train,
-                    prepared.held_out,
-                    tuple(prepared.task.stop),
-                    run,
-                    journal,
-                    display,
-                    metrics=run.read_metrics() if journal.last_step else (),
-                    trackers=trackers,
-                )
+                common: dict[str, Any] = {
+                    "config": config,
+                    "engine": engine,
+                    "scorer": Scorer(prepared.task),
+                    "train": prepared.train,
+                    "held_out": prepared.held_out,
+                    "stop": tuple(prepared.task.stop),
+                    "run": run,
+                    "journal": journal,
+                    "display": display,
+                    "metrics": run.read_metrics() if step else (),
+                    "trackers": trackers,
+                }
+                trainer: EsTrainer | GrpoTrainer
+                if config.method == "es":
+                    restore(engine, config, run, journal, display)
+                    trainer = EsTrainer(**common)
+                else:
+                    if run.resumed:
+                        display.message(f"resuming after step {step}: " + (_FROM if step else _FROM_START))
+                    trainer = GrpoTrainer(**common, model_dir=prepared.model_dir, checkpoint=checkpoint)
                 evaluation = trainer.run()
                 replace_directory(run.final, trainer.export)
             finally:
                 trackers.close()
                 engine.close()
         return outcome(run, evaluation)
+
+
+_FROM = "of its checkpoint; what came after it is done again"
+_FROM_START = "no checkpoint, everything is done again"
 
 
 def _redo_unlogged(journal: Journal, run: RunDir) -> None:
@@ -208,6 +230,24 @@ def _redo_unlogged(journal: Journal, run: RunDir) -> None:
     journal.truncate_after(logged)
 
 
+def _check_logged(run: RunDir, step: int) -> None:
+    """Raise RunDirError when the metrics end before the checkpoint that the run goes on from."""
+    logged = run.last_logged_step() or 0
+    if step > logged:
+        raise RunDirError(
+            f"{run.metrics}: ends at step {logged}, the newest checkpoint is of step {step}: restore it, or delete the "
+            "checkpoints after it"
+        )
+
+
+def _newest(run: RunDir, at_most: int | None, display: Display) -> Checkpoint | None:
+    """Return the newest valid checkpoint, and show why newer ones are not."""
+    newest = newest_valid(run.checkpoints, at_most=at_most)
+    for refusal in newest.refused:
+        display.message(refusal)
+    return newest.checkpoint
+
+
 def restore(engine: Any, config: RunConfig, run: RunDir, journal: Journal, display: Display) -> None:
     """Bring the engine to the last step of the journal: newest valid checkpoint, then replay of the rest."""
     from eggroll_llm.replay import check_weights
@@ -215,16 +255,14 @@ def restore(engine: Any, config: RunConfig, run: RunDir, journal: Journal, displ
 
     if not journal.last_step:
         return
-    newest = newest_valid(run.checkpoints, at_most=journal.last_step)
-    for refusal in newest.refused:
-        display.message(refusal)
+    checkpoint = _newest(run, journal.last_step, display)
     start = 0
-    if newest.checkpoint:
-        start = newest.checkpoint.step
-        engine.load_state(load_training_state(newest.checkpoint))
-        if newest.checkpoint.metadata["checksum"] != engine.checksum():
+    if checkpoint:
+        start = checkpoint.step
+        engine.load_state(load_training_state(checkpoint))
+        if checkpoint.metadata["checksum"] != engine.checksum():
             raise CheckpointError(
-                f"{newest.checkpoint.path}: its training state is not that of the weights it was saved with. "
+                f"{checkpoint.path}: its training state is not that of the weights it was saved with. "
                 "Delete that checkpoint: an earlier one and the journal take its place."
             )
     display.message(f"resuming after step {journal.last_step}: checkpoint of step {start}, then the journal")

@@ -350,7 +350,7 @@ def _reproduce(run: Run) -> list[str]:
     name = shlex.quote(run.directory.path.resolve().name)
     commands = [f"eggroll-llm train {name}/config.toml --run-dir NEW_RUN"]
     parts = []
-    if run.directory.journal.is_file():
+    if run.directory.journal.is_file() and run.config.method == "es":
         commands.append(f"eggroll-llm replay {name} --out NEW_MODEL")
         journal = run.directory.journal.read_bytes()
         parts.append(

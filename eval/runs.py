@@ -15,7 +15,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any, Literal
 
-from eggroll_llm.config import RunConfig, differences, flat, load_recipe, may_change
+from eggroll_llm.config import RunConfig, applies, differences, flat, load_recipe, may_change
 from eggroll_llm.display import inert
 from eggroll_llm.errors import ConfigError, RunDirError
 from eggroll_llm.jsonl import read_rows
@@ -27,8 +27,6 @@ from eggroll_llm.toml_text import format_value
 Budget = Literal["completions", "tokens", "seconds"]
 """What is spent, as `Point` names it."""
 
-METHOD_TABLES = ("es", "grpo")
-"""Tables of settings that only the method of that name has, or uses."""
 LABEL_SETTINGS = 3
 """Settings in the label of a group, unless more are needed to tell the groups apart."""
 LABEL_VALUE = 24
@@ -251,27 +249,22 @@ def _telling(a: RunConfig, b: RunConfig) -> list[str]:
 
     def tells(key: str) -> bool:
         kept = key in ("steps", "minutes") or (key != "seed" and not may_change(key))
-        return kept and _applies(key, a) and _applies(key, b)
+        return kept and applies(key, a) and applies(key, b)
 
     return [key for key in differences(a, b) if tells(key)]
-
-
-def _applies(key: str, config: RunConfig) -> bool:
-    table = key.partition(".")[0]
-    return table not in METHOD_TABLES or table == config.method
 
 
 def _labels(configs: Sequence[RunConfig]) -> list[str]:
     """Return a label for each: its method, with the settings in which it differs from others."""
     differing = {key for a, b in combinations(configs, 2) for key in _telling(a, b)} - {"method"}
     keys = [key for key in dict.fromkeys(key for config in configs for key in flat(config)) if key in differing]
-    tables = [{key: v for key, v in flat(config).items() if _applies(key, config)} for config in configs]
+    tables = [{key: v for key, v in flat(config).items() if applies(key, config)} for config in configs]
     needed = _needed(["method", *keys], tables)
     spare = [key for key in keys if key not in needed][: max(0, LABEL_SETTINGS - len(set(needed) - {"method"}))]
     chosen = [key for key in keys if key in needed + spare]
     labels = []
     for config, table in zip(configs, tables, strict=True):
-        shown = [f"{_short(key, config)}={_value(table, key)}" for key in chosen if _applies(key, config)]
+        shown = [f"{_short(key, config)}={_value(table, key)}" for key in chosen if applies(key, config)]
         labels.append(" ".join([config.method, *shown, *(["…"] if len(chosen) < len(keys) else [])]))
     # Long values are cut, and may then look the same.
     return [f"{label} #{i}" if labels.count(label) > 1 else label for i, label in enumerate(labels, start=1)]
@@ -291,7 +284,8 @@ def _needed(keys: Sequence[str], tables: Sequence[Mapping[str, Any]]) -> list[st
 def _short(key: str, config: RunConfig) -> str:
     """Return the key without its table, unless another setting has the same name."""
     last = key.rpartition(".")[2]
-    return last if sum(other.rpartition(".")[2] == last for other in flat(config)) == 1 else key
+    others = [other for other in flat(config) if applies(other, config)]
+    return last if sum(other.rpartition(".")[2] == last for other in others) == 1 else key
 
 
 def _value(table: Mapping[str, Any], key: str) -> str:

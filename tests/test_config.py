@@ -13,6 +13,7 @@ import pytest
 
 from eggroll_llm.config import (
     EsConfig,
+    GrpoConfig,
     RunConfig,
     SamplingConfig,
     check_resume,
@@ -95,7 +96,8 @@ def test_byte_order_mark_and_crlf_are_read(recipe: Path) -> None:
         ("sigma = 1.2e-2", f"sigma = {10**400}", "recipe.toml:9: es.sigma = " + "1" + "0" * 56
          + "... is an integer, but a number is expected. It is too large."),
         ("sigma = 1.2e-2", "sigmma = 1", "recipe.toml:9: unknown key es.sigmma. Did you mean es.sigma?"),
-        ("sigma = 1.2e-2", "", "recipe.toml:8: es.sigma is missing. Add sigma = <a number> in [es]."),
+        ("sigma = 1.2e-2", "", "recipe.toml:8: es.sigma = 0.0: must be above 0 with method \"es\". "
+         "Set es.sigma to a positive number."),
         ("steps = 30", "steps = 30.0", "recipe.toml:3: steps = 30.0 is a number, but an integer is expected. Write steps = 30."),
         ("steps = 30", "steps = 1979-05-27", "recipe.toml:3: steps = 1979-05-27 is a date, but an integer is expected. "
          "Write steps = <an integer>."),
@@ -103,7 +105,7 @@ def test_byte_order_mark_and_crlf_are_read(recipe: Path) -> None:
          "[sampling] with keys from: prompts_per_step, samples_per_prompt, max_tokens, temperature, top_p."),
         ("steps = 30", "sigma = 30", "recipe.toml:3: unknown key sigma. Did you mean es.sigma?"),
         ("steps = 30", "qqq = 30", "recipe.toml:3: unknown key qqq. Valid keys: model, task, method, seed, steps, minutes, "
-         "task_options, sampling, es, engine, eval, checkpoint, log."),
+         "task_options, sampling, es, grpo, engine, eval, checkpoint, log."),
         ("steps = 30", "engine.max_sequences = [1]", "recipe.toml:3: engine.max_sequences = [1] is an array, but an integer is "
          "expected. Write max_sequences = <an integer>."),
         ('task = "countdown"', "", "recipe.toml: task is missing. Add task = <a string in quotes>."),
@@ -143,9 +145,10 @@ def test_files_that_are_no_recipe(recipe: Path) -> None:
         ({"es.population": "0"}, "es.population = 0: must be at least 2. Set es.population to 2 or more."),
         ({"es.population": "1", "es.antithetic": "false"}, "es.population = 1: must be at least 2. "
          "Set es.population to 2 or more."),
-        ({"es.sigma": "0"}, "es.sigma = 0.0: must be above 0. Set es.sigma to a positive number."),
-        ({"es.sigma": "-1"}, "es.sigma = -1.0: must be above 0. Set es.sigma to a positive number."),
-        ({"es.learning_rate": "0"}, "es.learning_rate = 0.0: must be above 0. Set es.learning_rate to a positive number."),
+        ({"es.sigma": "0"}, 'es.sigma = 0.0: must be above 0 with method "es". Set es.sigma to a positive number.'),
+        ({"es.sigma": "-1"}, 'es.sigma = -1.0: must be above 0 with method "es". Set es.sigma to a positive number.'),
+        ({"es.learning_rate": "0"}, 'es.learning_rate = 0.0: must be above 0 with method "es". '
+         'Set es.learning_rate to a positive number.'),
         ({"es.rank": "0"}, "es.rank = 0: must be at least 1. Set es.rank to 1 or more."),
         ({"es.noise_reuse": "0"}, "es.noise_reuse = 0: must be at least 1. Set es.noise_reuse to 1 or more."),
         ({"es.adam_beta2": "1"}, "es.adam_beta2 = 1.0: must be below 1. Set es.adam_beta2 to less than 1."),
@@ -179,6 +182,66 @@ def test_settings_that_make_no_sense(recipe: Path, flags: dict[str, str], messag
     where, _, rest = found.partition(": ")
     assert where.startswith("recipe.toml")
     assert rest == message
+
+
+GRPO = """\
+task = "countdown"
+method = "grpo"
+steps = 5
+
+[sampling]
+samples_per_prompt = 8
+temperature = 1.0
+
+[grpo]
+learning_rate = 1e-6
+"""
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"grpo.learning_rate": "0"}, 'grpo.learning_rate = 0.0: must be above 0 with method "grpo". '
+         'Set grpo.learning_rate to a positive number.'),
+        ({"sampling.samples_per_prompt": "1"}, "sampling.samples_per_prompt = 1: GRPO compares the completions of a problem "
+         "with each other. Set sampling.samples_per_prompt to 2 or more, such as 8."),
+        ({"sampling.temperature": "0"}, "sampling.temperature = 0.0: greedy completions of a problem are all the same. "
+         "Set sampling.temperature above 0, such as 1.0."),
+        ({"grpo.micro_batch": "24"}, "grpo.micro_batch = 24, sampling.prompts_per_step = 8, sampling.samples_per_prompt = 8: does "
+         "not divide the 64 completions of a step. Set grpo.micro_batch to 16, or to another divisor."),
+        ({"grpo.epsilon": "0"}, "grpo.epsilon = 0.0: must be above 0. Set grpo.epsilon to a positive number."),
+        ({"grpo.learning_rate_schedule": "cosine", "steps": "0", "minutes": "1"}, 'grpo.learning_rate_schedule = "cosine", '
+         'steps = 0: a schedule needs to know the last step. Set steps above 0, or grpo.learning_rate_schedule to "constant".'),
+        ({"method": "es"}, 'es.sigma = 0.0: must be above 0 with method "es". Set es.sigma to a positive number.'),
+    ],
+)  # fmt: skip
+def test_settings_of_grpo_that_make_no_sense(recipe: Path, flags: dict[str, str], message: str) -> None:
+    recipe.write_text(GRPO)
+    assert load_recipe(recipe).grpo.learning_rate == 1e-6  # and nothing is asked of [es]
+    assert refusal(recipe, *flags.items()).partition(": ")[2] == message
+
+
+def test_the_table_of_another_method_means_nothing(recipe: Path) -> None:
+    """One recipe may hold both tables; a run is not another one for what only the other method reads."""
+    recipe.write_text(GRPO)
+    saved = load_recipe(recipe)
+    now = dataclasses.replace(saved, es=EsConfig(population=31, sigma=0.5))
+    validate(now)
+    check_resume(saved, now, saved_in="config.toml")
+    assert frozen_hash(saved) == frozen_hash(now)
+    other = dataclasses.replace(saved, grpo=GrpoConfig(learning_rate=2e-6))
+    assert frozen_hash(saved) != frozen_hash(other)
+    with pytest.raises(ConfigError, match=r"grpo\.learning_rate was 1e-06 and is now 2e-06"):
+        check_resume(saved, other, saved_in="config.toml")
+    es = config()
+    assert frozen_hash(es) == frozen_hash(dataclasses.replace(es, grpo=GrpoConfig(beta=0.5)))
+
+
+def test_steps_may_not_change_under_a_schedule_of_grpo(recipe: Path) -> None:
+    recipe.write_text(GRPO)
+    saved = load_recipe(recipe, [("grpo.learning_rate_schedule", "linear")])
+    with pytest.raises(ConfigError, match="steps was 5 and is now 6"):
+        check_resume(saved, dataclasses.replace(saved, steps=6), saved_in="config.toml")
 
 
 def test_every_number_has_a_lower_bound() -> None:
@@ -259,8 +322,8 @@ def test_every_setting_has_help() -> None:
     rows = {row.key: row for row in field_help(RunConfig)}
     assert all(row.doc.endswith(".") and "\n" not in row.doc for row in rows.values())
     assert (rows["es.fitness"].kind, rows["es.fitness"].default) == ("centered|rank|sign", '"centered"')
-    assert (rows["es.sigma"].kind, rows["es.sigma"].default) == ("number", "")
-    assert rows["es.sigma"].doc == "Standard deviation of the perturbation of a weight."
+    assert (rows["es.sigma"].kind, rows["es.sigma"].default) == ("number", "0.0")
+    assert rows["es.sigma"].doc == 'Standard deviation of the perturbation of a weight; method "es" needs it.'
 
 
 def test_configuration_imports_nothing_heavy() -> None:

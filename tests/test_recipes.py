@@ -11,6 +11,7 @@ from eggroll_llm.tasks.gsm8k import Gsm8kOptions
 
 FOLDER = Path(__file__).parents[1] / "recipes"
 RECIPES = sorted(FOLDER.glob("*.toml"))
+GRPO = [path for path in RECIPES if path.stem.endswith("_grpo")]
 QWEN = [path for path in RECIPES if "qwen" in path.stem]
 MOST_SLOTS = 64  # what engine.slots = 0 resolves to at most
 
@@ -29,7 +30,8 @@ def name(path: Path) -> str:
 
 def test_every_promised_recipe_is_there() -> None:
     models = ["qwen2.5_0.5b", "qwen2.5_1.5b", "qwen2.5_3b", "qwen3_4b", "smollm2"]
-    assert [path.stem for path in RECIPES] == [f"{task}_{model}" for task in ("countdown", "gsm8k") for model in models]
+    names = [f"{task}_{model}" for task in ("countdown", "gsm8k") for model in [*models, "smollm2_grpo"]]
+    assert [path.stem for path in RECIPES] == names
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=name)
@@ -43,8 +45,9 @@ def test_it_is_valid_and_its_resolved_form_reads_back_the_same(path: Path, tmp_p
 @pytest.mark.parametrize("path", RECIPES, ids=name)
 def test_its_name_says_what_it_trains(path: Path) -> None:
     config = load_recipe(path)
-    task, _, model = path.stem.partition("_")
+    task, _, model = path.stem.removesuffix("_grpo").partition("_")
     assert config.task == task
+    assert config.method == ("grpo" if path in GRPO else "es")
     assert model.replace("_", "-") in config.model.lower()
 
 
@@ -60,7 +63,17 @@ def test_its_task_options_exist_and_hold_out_enough_problems(path: Path) -> None
         assert config.eval.problems <= 1319  # the test set
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=name)
+@pytest.mark.parametrize("path", GRPO, ids=name)
+def test_it_differs_from_the_recipe_of_es_in_the_method_alone(path: Path) -> None:
+    """The same model, task, problems, lengths and evaluation; how many completions a step has is the method's."""
+    grpo, es = load_recipe(path), load_recipe(path.with_stem(path.stem.removesuffix("_grpo")))
+    for part in ("model", "task", "task_options", "seed", "minutes", "eval", "engine"):
+        assert getattr(grpo, part) == getattr(es, part), part
+    assert grpo.sampling.max_tokens == es.sampling.max_tokens
+    assert grpo.sampling.prompts_per_step == es.sampling.prompts_per_step
+
+
+@pytest.mark.parametrize("path", [path for path in RECIPES if path not in GRPO], ids=name)
 def test_its_population_fills_whole_pairs_slots_and_waves(path: Path) -> None:
     config = load_recipe(path)
     es, engine = config.es, config.engine
@@ -86,4 +99,4 @@ def test_the_table_of_recipes_lists_it(path: Path) -> None:
         line for line in (FOLDER / "README.md").read_text(encoding="utf-8").splitlines() if f"`{path.stem}`" in line
     ]
     assert len(lines) == 1
-    assert lines[0].rstrip(" |").endswith("no" if path in QWEN else "yes")
+    assert lines[0].rstrip(" |").endswith("no" if path in QWEN or path in GRPO else "yes")

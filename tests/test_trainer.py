@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from eggroll_llm import session, trainer
+from eggroll_llm import loop, session, trainer
 from eggroll_llm.checkpoint import verify_checkpoint
 from eggroll_llm.config import CheckpointConfig, EsConfig, EvalConfig, LogConfig, RunConfig, SamplingConfig
 from eggroll_llm.errors import TaskError
@@ -354,7 +354,7 @@ def test_killed_before_the_best_checkpoint_was_written(bench: Bench) -> None:
         raise Killed
 
     with bench.monkeypatch.context() as patch:
-        patch.setattr(trainer, "save_checkpoint", fail)
+        patch.setattr(loop, "save_checkpoint", fail)
         with pytest.raises(Killed):
             bench.train("run", task=Scripted(), **options)
     assert not list((bench.folder / "run" / "checkpoints").iterdir())

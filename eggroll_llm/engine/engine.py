@@ -51,12 +51,14 @@ class Engine:
         prefix_caching: bool = True,
         trainable: bool = True,
         stock: bool = False,
+        logprobs: bool = False,
     ) -> None:
         """Start vLLM on a checked model directory.
 
         `slots` members are resident at once, of rank `rank`. Without `trainable` there are no float32 masters, and only
-        `generate`, `stream` and `next_token_logprobs` may be called. `stock` leaves a CPU to vLLM's own adapter
-        arithmetic, for comparison. Raises ModelError when the model cannot be adapted.
+        `generate`, `stream`, `next_token_logprobs` and `load_weights` may be called. `stock` leaves a CPU to vLLM's own
+        adapter arithmetic, for comparison. With `logprobs` decoding may ask for them, which costs a softmax per token.
+        Raises ModelError when the model cannot be adapted.
         """
         if rank > VLLM_RANKS[-1]:
             raise ValueError(f"rank {rank}: the engine serves ranks up to {VLLM_RANKS[-1]}")
@@ -68,6 +70,8 @@ class Engine:
         self._version = "base"
         args = _engine_args(model_dir, config, self.dtype, slots=slots, rank=rank, max_model_len=max_model_len)
         args.enable_prefix_caching = prefix_caching
+        if logprobs:  # those of the distribution that is sampled from
+            args.logprobs_mode = "processed_logprobs"
         self._llm = LLMEngine.from_engine_args(args)
         self.text_rules = TextRules(self._llm.get_tokenizer())
         (shapes,) = self._llm.collective_rpc(
@@ -150,6 +154,15 @@ class Engine:
         self._call("load_state", state)
         self._forget_prefixes()
 
+    def load_weights(self, weights: Mapping[str, Tensor]) -> None:
+        """Serve other weights: all of the checkpoint's tensors by name, of any floating-point format.
+
+        Raises ModelError when names or shapes are not those that vLLM serves. Not for an engine with masters: an update
+        would come back to them.
+        """
+        self._call("load_weights", dict(weights))
+        self._forget_prefixes()
+
     def close(self) -> None:
         """Shut vLLM down and free its memory."""
         self._llm.engine_core.shutdown()
@@ -204,6 +217,7 @@ class Engine:
             "top_p": decoding.top_p,
             "output_kind": RequestOutputKind.FINAL_ONLY,
             "ignore_eos": decoding.ignore_eos,
+            "logprobs": 0 if decoding.logprobs else None,  # of the sampled token, and of no other
         }
         if stop_ids is None:
             common |= {
@@ -226,6 +240,10 @@ class Engine:
             token_ids=tuple(sample.token_ids),
             truncated=sample.finish_reason == "length",
             prompt_tokens=len(output.prompt_token_ids or ()),
+            logprobs=tuple(
+                at[token_id].logprob
+                for token_id, at in zip(sample.token_ids, sample.logprobs or (), strict=decoding.logprobs)
+            ),
         )
 
 

@@ -57,7 +57,7 @@ class ServedWeights:
     """Where the masters' roundings go (`update.Served`). A layer is served once the last of its slices is there."""
 
     def __init__(self, layers: Sequence[Layer], device: torch.device, dtype: torch.dtype) -> None:
-        self._dtype, self._packs = dtype, device.type == "cpu"
+        self.dtype, self._packs = dtype, device.type == "cpu"
         self._place = {name: (layer, begin, end) for layer in layers for name, begin, end in layer.slices()}
         self._last = {layer.parameters[-1] for layer in layers}
         self._memory = torch.empty(0, dtype=dtype)
@@ -74,7 +74,7 @@ class ServedWeights:
         if self._fused is None:
             rows, columns = sum(layer.sizes), layer.in_features
             if len(self._memory) < rows * columns:
-                self._memory = torch.empty(rows * columns, dtype=self._dtype)
+                self._memory = torch.empty(rows * columns, dtype=self.dtype)
             self._fused = self._memory[: rows * columns].view(rows, columns)
         return self._fused[begin:end]
 

@@ -27,6 +27,7 @@ from eggroll_llm.engine.layers import Layer, find_layers
 from eggroll_llm.engine.member_term import AddTerm, graph_operator, implementation
 from eggroll_llm.engine.members import FactorBank, MemberSlots, PaddedBuffers, RowBuffers
 from eggroll_llm.engine.served import ServedWeights, initial_weights, keep_linear_weights
+from eggroll_llm.engine.whole import WholeModel, count_ranks_uncompiled
 from eggroll_llm.hardware import cxx_compiler
 from eggroll_llm.noise import NoiseSpec
 from eggroll_llm.update import MasterWeights, OptimizerSettings, UpdateReport, UpdateSpec
@@ -35,6 +36,7 @@ log = logging.getLogger(__name__)
 
 if current_platform.is_cpu():
     keep_linear_weights()  # vLLM imports this module before it loads the model
+    count_ranks_uncompiled()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +74,7 @@ class Population:
         self._adapters = adapters = lora_manager._adapter_manager
         adapters.remove_all_adapters()
         self.device, self.dtype = model_runner.device, model_runner.model_config.dtype
+        self._model = model_runner.model
         self.layers = find_layers(adapters.modules, adapters.packed_modules_mapping)
         self.bank = FactorBank(self.layers, rank, self.dtype, self.device)
         ours = self.device.type == "cpu" and not stock
@@ -130,6 +133,10 @@ class Population:
         """Restore masters and optimizer state exactly, and serve them."""
         self.masters.load_state(state)
         self.serve()
+
+    def load_weights(self, weights: Mapping[str, Tensor]) -> None:
+        """Serve all of these weights, by their names in the checkpoint."""
+        WholeModel(self._model, self.layers).load(weights, ServedWeights(self.layers, self.device, self.dtype))
 
     def _place(self, requests: set[LoRARequest]) -> None:
         """Adapter ids are member + 1. Called by vLLM before each forward pass with the requests' adapters."""

@@ -1,0 +1,242 @@
+"""What a run does around its steps, whatever the method: limits, evaluations, metrics, checkpoints, model cards.
+
+A trainer makes a step, hands over its row of metrics and its completions, and asks whether the run goes on. So two
+methods end by the same rule, are evaluated on the same problems in the same way, and write the same files.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from eggroll_llm.card import write_card
+from eggroll_llm.checkpoint import checkpoint_path, prune, save_checkpoint
+from eggroll_llm.config import RunConfig
+from eggroll_llm.evaluate import Evaluation, evaluate
+from eggroll_llm.journal import Journal
+from eggroll_llm.prompts import ProblemSet, set_hash
+from eggroll_llm.run_dir import RunDir
+from eggroll_llm.run_weights import best_step, write_provenance
+from eggroll_llm.sampler import Completion, Decoding
+from eggroll_llm.scoring import Scorer
+from eggroll_llm.tasks import Problem, Score
+from eggroll_llm.trackers import Trackers
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+TIED_STEPS_WARNING = 3  # steps in a row without any difference between rewards before the user is told
+
+
+class Display(Protocol):
+    """Where progress is shown."""
+
+    def sampling(self, label: str, done: int, total: int) -> None:
+        """Show how far the sampling of a step or an evaluation is."""
+
+    def step(self, row: dict[str, Any], samples: Sequence[dict[str, Any]], *, seconds_left: float | None) -> None:
+        """Show a finished step."""
+
+    def evaluation(self, step: int, evaluation: Evaluation) -> None:
+        """Show an evaluation."""
+
+    def message(self, text: str) -> None:
+        """Show a sentence."""
+
+
+class Loop:
+    """The course of a run. `step` and `wall_time` are its trainer's to advance."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        engine: Any,
+        scorer: Scorer,
+        held_out: ProblemSet,
+        stop: tuple[str, ...],
+        run: RunDir,
+        journal: Journal,
+        display: Display,
+        *,
+        step: int = 0,
+        metrics: Sequence[Mapping[str, Any]] = (),
+        trackers: Trackers | None = None,
+    ) -> None:
+        """Continue after `step`, which `metrics` are the rows up to."""
+        self.config, self.engine, self.scorer, self.held_out = config, engine, scorer, held_out
+        self.run_dir, self.journal, self.display, self.trackers = run, journal, display, trackers
+        self.step, self.wall_time = step, float(metrics[-1]["wall_time"]) if metrics else 0.0
+        self.best = best_step(metrics)
+        self.greedy = Decoding(max_tokens=config.eval.max_tokens or config.sampling.max_tokens, stop=stop)
+        self._tied_in_a_row = 0
+
+    def finished(self) -> bool:
+        """Whether a limit of the configuration is reached."""
+        out_of_steps = bool(self.config.steps) and self.step >= self.config.steps
+        return out_of_steps or (bool(self.config.minutes) and self.wall_time >= 60 * self.config.minutes)
+
+    def start(self) -> Evaluation:
+        """Evaluate the base model, as step 0."""
+        evaluation = self._evaluate()
+        self._log({"step": 0, "wall_time": 0.0} | _evaluation_row(evaluation))
+        return evaluation
+
+    def end_step(self, row: dict[str, Any], samples: Sequence[dict[str, Any]], *, tied: str = "") -> Evaluation | None:
+        """Show and record a finished step; evaluate when it is due. `tied` says what to do if all rewards were tied."""
+        self.display.step(row, samples[: self.config.log.samples], seconds_left=self._seconds_left())
+        self._tied_in_a_row = self._tied_in_a_row + 1 if tied else 0
+        if self._tied_in_a_row == TIED_STEPS_WARNING:
+            self.display.message(tied)
+        evaluation = self._evaluate() if self._evaluation_due() else None
+        if evaluation:
+            row |= _evaluation_row(evaluation)
+        self.run_dir.append_completions(samples[: self.config.log.completions])
+        self._log(row)
+        return evaluation
+
+    def checkpoint_due(self) -> bool:
+        """Whether the current step gets a checkpoint."""
+        every = self.config.checkpoint.every
+        return (bool(every) and self.step % every == 0) or self.best_is_due()
+
+    def best_is_due(self) -> bool:
+        """Whether the best step so far is this one, and has no checkpoint yet. The base model needs none."""
+        return (
+            self.config.checkpoint.best
+            and self.best is not None
+            and 0 < self.best["step"] == self.step
+            and not checkpoint_path(self.run_dir.checkpoints, self.step).is_dir()
+        )
+
+    def save(
+        self, write_model: Callable[[Path], None], state: Mapping[str, "Tensor"], metadata: Mapping[str, Any]
+    ) -> None:
+        """Write a checkpoint of the current step and delete old ones."""
+        save_checkpoint(
+            self.run_dir.checkpoints, self.step, write_model, state, {"wall_time": self.wall_time, **metadata}
+        )
+        best = checkpoint_path(self.run_dir.checkpoints, self.best["step"] if self.best else 0)
+        prune(self.run_dir.checkpoints, self.config.checkpoint.keep, [best] if self.config.checkpoint.best else [])
+
+    def describe(self, directory: Path) -> None:
+        """Write model card and provenance beside a model of the current step."""
+        assert self.journal.header is not None
+        write_provenance(directory, step=self.step, base_model=self.journal.header.base_model)
+        write_card(
+            directory,
+            config=self.config,
+            base_model=self.journal.header.base_model,
+            step=self.step,
+            metrics=self.run_dir.read_metrics(),
+            journal=self.journal.path,
+        )
+
+    def _log(self, row: dict[str, Any]) -> None:
+        self.run_dir.append_metrics(row)
+        self.best = best_step([*([self.best] if self.best else []), row])
+        if self.trackers:
+            self.trackers.log(row)
+
+    def _evaluate(self) -> Evaluation:
+        evaluation = evaluate(
+            self.engine,
+            self.scorer,
+            self.held_out,
+            self.greedy,
+            lambda done, total: self.display.sampling("evaluation", done, total),
+        )
+        settings = {
+            "task": self.config.task,
+            "split": self.config.eval.split,
+            "step": self.step,
+            "prompts": set_hash(self.held_out.hashes),
+            "max_tokens": self.greedy.max_tokens,
+            "temperature": self.greedy.temperature,
+        }
+        self.run_dir.write_evaluation(self.step, settings, evaluation.samples)
+        self.display.evaluation(self.step, evaluation)
+        return evaluation
+
+    def _evaluation_due(self) -> bool:
+        every = self.config.eval.every
+        return self.finished() or (bool(every) and self.step % every == 0)
+
+    def _seconds_left(self) -> float | None:
+        """Estimate from the limit that will be reached first."""
+        estimates = []
+        if self.config.steps:
+            estimates.append(self.wall_time / self.step * (self.config.steps - self.step))
+        if self.config.minutes:
+            estimates.append(60 * self.config.minutes - self.wall_time)
+        return max(0.0, min(estimates)) if estimates else None
+
+
+def training_decoding(config: RunConfig, stop: tuple[str, ...]) -> Decoding:
+    """Return how completions are sampled in training."""
+    sampling = config.sampling
+    return Decoding(max_tokens=sampling.max_tokens, temperature=sampling.temperature, top_p=sampling.top_p, stop=stop)
+
+
+def reward_row(scores: Sequence[Score], rewards: "Tensor") -> dict[str, float]:
+    """Return mean of the finite rewards, and accuracy of the completions."""
+    finite = rewards[rewards.isfinite()]
+    return {
+        "reward/mean": float(finite.mean()) if len(finite) else math.nan,
+        "reward/accuracy": sum(score.correct for score in scores) / len(scores),
+    }
+
+
+def throughput_row(completions: Sequence[Completion], seconds: float) -> dict[str, float]:
+    """Return what was sampled, and how fast."""
+    generated = sum(len(completion.token_ids) for completion in completions)
+    prompt = sum(completion.prompt_tokens for completion in completions)
+    return {
+        "completions": len(completions),
+        "completions/truncated": sum(completion.truncated for completion in completions) / len(completions),
+        "tokens/prompt": prompt,
+        "tokens/generated": generated,
+        "throughput/tokens_per_second": (prompt + generated) / seconds,
+        "throughput/generated_per_second": generated / seconds,
+    }
+
+
+def _evaluation_row(evaluation: Evaluation) -> dict[str, float]:
+    return {
+        "eval/accuracy": evaluation.accuracy,
+        "eval/stderr": evaluation.stderr,
+        "eval/problems": evaluation.problems,
+        "eval/reward": evaluation.reward,
+        "eval/truncated": evaluation.truncated,
+        "time/eval": evaluation.seconds,
+    }
+
+
+def sample_rows(
+    step: int,
+    who: str,
+    problems_P: Sequence[Problem],
+    indices_P: Sequence[int],
+    completions_MP: Sequence[Sequence[Completion]],
+    scores_MP: Sequence[Sequence[Score]],
+) -> list[dict[str, Any]]:
+    """Return a row of each completion for the log, neighbours of different M and problems; `who` is what M is."""
+    members, prompts = len(completions_MP), len(problems_P)
+    together = math.lcm(members, prompts)  # after so many rows the same pairs would come again
+    rows = []
+    for i in range(members * prompts):
+        p = i % prompts
+        m = (step + i + i // together) % members
+        completion, score = completions_MP[m][p], scores_MP[m][p]
+        rows.append(
+            {
+                "step": step,
+                who: m,
+                "problem": problems_P[p].get("id", indices_P[p]),
+                "completion": completion.text,
+                "truncated": completion.truncated,
+                "reward": score.reward,
+                "correct": score.correct,
+                "detail": score.detail,
+            }
+        )
+    return rows

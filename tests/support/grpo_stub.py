@@ -1,0 +1,177 @@
+"""A task, a recipe and a stand-in for the engine: both methods run in a second, and nothing is left to chance."""
+
+import dataclasses
+import math
+import random
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from eggroll_llm.sampler import Completion, Decoding, Request
+
+TASK = """
+import math
+from rewards import Score
+
+class Letters:
+    stop = ("{stop}",) if "{stop}" else ()
+    notes = ()
+    def problems(self, split):
+        letters = "abcdefgh" if split == "train" else "ijkl"
+        return [{{"id": f"{{split}}-{{letter}}", "letter": letter}} for letter in letters]
+    def prompt(self, problem):
+        return "Question: how many are left? " + "Make 9 " * (ord(problem["letter"]) % 3) + problem["letter"]
+    def score(self, completion, problem, *, truncated=False):
+        values = [ord(c) % 17 for c in completion]
+        reward = sum(values) / (17 * max(1, len(values)))
+        return Score({reward}, len(values) > 8, "letters")
+    def answer(self, completion, *, truncated=False):
+        return None
+    def gold(self, problem):
+        return None
+
+TASK = Letters()
+"""
+RECIPE = """
+model = "{model}"
+task = "letters.py:TASK"
+method = "{method}"
+seed = 5
+steps = 4
+[sampling]
+prompts_per_step = 3
+samples_per_prompt = 4
+max_tokens = 12
+temperature = 0.8
+[es]
+population = 6
+sigma = 0.05
+learning_rate = 0.02
+[grpo]
+learning_rate = 1e-2
+micro_batch = 3
+[engine]
+dtype = "float32"
+kv_cache_gib = 0.05
+max_sequences = 16
+[eval]
+every = 2
+problems = 4
+[checkpoint]
+every = 3
+"""
+
+
+def write_recipe(
+    folder: Path, model: Path, method: str = "grpo", reward: str = "reward", stop: str = "", more: str = ""
+) -> Path:
+    """A recipe and its task's file in a folder."""
+    (folder / "letters.py").write_text(TASK.format(reward=reward, stop=stop))
+    path = folder / f"{method}.toml"
+    path.write_text(RECIPE.format(model=model, method=method) + more)
+    return path
+
+
+class StubEngine:
+    """Answers at random, as seed and prompt say, whatever the weights; says how likely they make the answer."""
+
+    dtype = torch.float32
+
+    def __init__(self, model_dir: Path) -> None:
+        self.model_dir = model_dir
+        self.model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
+        self.tokenizer = AutoTokenizer.from_pretrained(model_dir)
+        self.asked: list[tuple[tuple[Request, ...], Decoding]] = []
+        self.answers: list[list[Completion]] = []
+        self.loads = 0
+        self.added_logprob: Callable[[Request], float] = lambda request: 0.0
+        """By how much the engine's log-probability of each token differs from the trainer's."""
+        self.on_generate: Callable[[Decoding], None] = lambda decoding: None
+        self.closed = False
+
+    def load_weights(self, weights: Mapping[str, torch.Tensor]) -> None:
+        self.model.load_state_dict(weights)
+        self.loads += 1
+
+    def generate(
+        self, requests: Sequence[Request], decoding: Decoding, on_progress: Callable[[int, int], None] | None = None
+    ) -> list[Completion]:
+        self.asked.append((tuple(requests), decoding))
+        self.on_generate(decoding)
+        self.answers.append([self._answer(request, decoding) for request in requests])
+        if on_progress:
+            on_progress(len(requests), len(requests))
+        return self.answers[-1]
+
+    def stream(self, requests: Sequence[Request], decoding: Decoding) -> Any:
+        yield from reversed(list(enumerate(self.generate(requests, decoding))))
+
+    def _answer(self, request: Request, decoding: Decoding) -> Completion:
+        rng = random.Random(f"{request.seed} {request.prompt_ids}")
+        length = rng.randint(1, decoding.max_tokens)
+        ids = [rng.randrange(3, 300) for _ in range(length)]
+        truncated = length == decoding.max_tokens
+        if not truncated:
+            ids[-1] = self.tokenizer.eos_token_id
+        logprobs: tuple[float, ...] = ()
+        if decoding.logprobs:
+            with torch.no_grad():
+                of = token_logprobs(self.model, request.prompt_ids, ids, decoding.temperature)
+            logprobs = tuple((of + self.added_logprob(request)).tolist())
+        return Completion(
+            text=self.tokenizer.decode(ids, skip_special_tokens=True),
+            token_ids=tuple(ids),
+            truncated=truncated,
+            prompt_tokens=len(request.prompt_ids),
+            logprobs=logprobs,
+        )
+
+    # What ES asks for besides: nothing changes.
+    def begin(self, noise: Any, population: int, *, antithetic: bool) -> float:
+        return 0.0
+
+    def update(self, spec: Any) -> SimpleNamespace:
+        report = SimpleNamespace(finite=True, rms=0.0, changed=0.0)
+        return SimpleNamespace(report=report, update=0.0, serve=0.0)
+
+    def state(self) -> dict[str, torch.Tensor]:
+        return {}
+
+    def checksum(self) -> str:
+        return "0" * 16
+
+    def export(self, directory: Path) -> None:
+        directory.mkdir(parents=True, exist_ok=True)
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def token_logprobs(model: Any, prompt: Sequence[int], completion: Sequence[int], temperature: float) -> torch.Tensor:
+    """log pi(token) of each token of one completion, by itself: no padding, no mask."""
+    logits_TV = model(torch.tensor([[*prompt, *completion]])).logits[0, len(prompt) - 1 : -1] / temperature
+    return logits_TV.log_softmax(-1)[range(len(completion)), list(completion)]
+
+
+@dataclasses.dataclass
+class Recorder:
+    """A display that remembers."""
+
+    messages: list[str] = dataclasses.field(default_factory=list)
+    steps: list[int] = dataclasses.field(default_factory=list)
+
+    def sampling(self, label: str, done: int, total: int) -> None:
+        assert done <= total
+
+    def step(self, row: dict[str, Any], samples: Sequence[dict[str, Any]], *, seconds_left: float | None) -> None:
+        self.steps.append(row["step"])
+
+    def evaluation(self, step: int, evaluation: Any) -> None:
+        assert not math.isnan(evaluation.accuracy)
+
+    def message(self, text: str) -> None:
+        self.messages.append(text)
