@@ -112,7 +112,7 @@ class GrpoConfig:
     beta: float = 0.0
     """Weight of the divergence from the base model; 0 leaves it out, and the copy of the base model with it."""
     epsilon: float = 0.2
-    """Clipping range of the probability ratio."""
+    """Clipping range of the probability ratio, which moves away from 1 when num_iterations is above 1."""
     epsilon_high: float = 0.0
     """Upper clipping range where it differs; 0 takes epsilon."""
     num_iterations: int = 1
@@ -128,7 +128,7 @@ class GrpoConfig:
     lora_alpha: int = 32
     """Scale of the adapters, divided by their rank."""
     micro_batch: int = 8
-    """Completions in a forward and backward pass; divides those of a step. A matter of memory and speed."""
+    """Completions in a forward and backward pass; divides those of a step. For memory, but for "bnpo" the loss too."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Number format of the trainer's arithmetic; its weights and the optimizer are float32 either way."""
     gradient_checkpointing: bool = False

@@ -224,6 +224,12 @@ class _Check:
                 "Set sampling.temperature above 0, such as 1.0",
                 "sampling.temperature",
             )
+        if sampling.top_p < 1:
+            self.fail(
+                "the trainer's probabilities are of the whole vocabulary, not of a nucleus",
+                "Set sampling.top_p to 1",
+                "sampling.top_p",
+            )
         completions = sampling.prompts_per_step * sampling.samples_per_prompt
         if completions % grpo.micro_batch:
             fits = max(size for size in range(1, grpo.micro_batch) if completions % size == 0)

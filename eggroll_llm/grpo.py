@@ -27,7 +27,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from eggroll_llm.checkpoint import Checkpoint
+from eggroll_llm.checkpoint import Checkpoint, checkpoint_path
 from eggroll_llm.config import RunConfig
 from eggroll_llm.errors import ConfigError, ModelError, TaskError, TrainingError
 from eggroll_llm.evaluate import Evaluation
@@ -123,6 +123,9 @@ class GrpoTrainer:
             self._evaluation = self.loop.start()
         if not self.loop.finished():
             self.trl.train(resume_from_checkpoint=state)
+            # There is no journal to come back by: without it, a finished run that is resumed would be done again.
+            if not checkpoint_path(self.loop.run_dir.checkpoints, self.loop.step).is_dir():
+                self.save()
         elif state:
             self.trl._load_from_checkpoint(state)
         return self._evaluation
@@ -152,7 +155,7 @@ class GrpoTrainer:
         self.rollouts.sampling_seconds = self.rollouts.sync_seconds = 0.0
 
     def _reward(self, prompts: Sequence[str], completion_ids: Sequence[Sequence[int]], **_: Any) -> list[float | None]:
-        """Score what the engine answered, its text up to a stop string; None leaves a completion out of the step."""
+        """Score what the engine answered, its text up to a stop string; None gives a completion no advantage."""
         start = time.perf_counter()
         completions = self.rollouts.completions
         assert [list(completion.token_ids) for completion in completions] == [list(ids) for ids in completion_ids]

@@ -8,6 +8,8 @@ advantages, loss, micro batches, clipping, optimizer. What is replaced besides:
 * The sampler: each batch holds the problems of `problems_of_step`, each `samples_per_prompt` times in a row.
 * The tokens of the prompts: `Prompter`'s, which ES sees too. To TRL a prompt is the number of a problem.
 * The scheduler: `update.schedule`, the one of ES, times a linear warm-up.
+* Where the head is applied: to the tokens of completions alone, as TRL does on CUDA. Elsewhere it would score those of
+  the prompts as well, and drop the result: on CPU up to half of a pass, with a small model and a large vocabulary.
 * Model cards, telemetry and printing are switched off: ours are used.
 """
 
@@ -46,6 +48,9 @@ from transformers import (
     TrainerState,
 )
 from transformers.utils import logging as transformers_logging
+from trl.trainer import utils as trl_utils
+
+trl_utils._use_triton = lambda device: True  # in that module it means nothing but where the head is applied
 
 NO_LIMIT = 10**7  # steps of a run that ends by the clock
 _NUMPY_SEEDS = 2**32
@@ -230,7 +235,6 @@ def arguments(config: RunConfig, directory: Path, *, use_cpu: bool) -> GRPOConfi
         num_iterations=grpo.num_iterations,
         max_completion_length=sampling.max_tokens,
         temperature=sampling.temperature,
-        top_p=sampling.top_p,
         learning_rate=grpo.learning_rate,
         beta=grpo.beta,
         epsilon=grpo.epsilon,

@@ -246,11 +246,15 @@ def test_a_run_killed_anywhere_ends_like_one_that_was_not(bench: Bench, place: s
     same_run(bench.folder / "whole", bench.folder / "killed")
 
 
-def test_a_finished_run_resumed_keeps_its_weights(bench: Bench) -> None:
-    bench.train("run", steps=2, checkpoint__every=2)
+@pytest.mark.parametrize("flags", [{"every": 2}, {"every": 0}, {"every": 0, "best": "false"}])
+def test_a_finished_run_resumed_keeps_its_weights(bench: Bench, flags: dict[str, Any]) -> None:
+    changes = {f"checkpoint__{key}": value for key, value in flags.items()}
+    bench.train("run", steps=2, **changes)
     before = final(bench.folder / "run")
+    metrics = (bench.folder / "run" / "metrics.jsonl").read_text()
     shutil.rmtree(bench.folder / "run" / "final")
-    outcome = bench.train("run", "resume", steps=2, checkpoint__every=2)
+    outcome = bench.train("run", "resume", steps=2, **changes)
+    assert (bench.folder / "run" / "metrics.jsonl").read_text() == metrics
     assert outcome.evaluation is None
     assert all(torch.equal(tensor, before[name]) for name, tensor in final(bench.folder / "run").items())
 
@@ -263,12 +267,13 @@ def test_what_a_run_leaves_behind(bench: Bench, tiny_model: Callable[[str], Path
     run = RunDir.open(path)
     assert is_run_dir(path)
     best = max(outcome.metrics, key=lambda row: row.get("eval/accuracy", -1))["step"]
-    assert {3, best} - {0} == {int(entry.name[5:]) for entry in run.checkpoints.iterdir()}
+    assert {3, best, 4} - {0} == {int(entry.name[5:]) for entry in run.checkpoints.iterdir()}
     checkpoint = verify_checkpoint(run.checkpoints / "step-000003")
     assert (checkpoint.metadata["wall_time"], checkpoint.step) == (outcome.metrics[3]["wall_time"], 3)
     assert [entry.name for entry in (checkpoint.path / "trainer").iterdir()] == ["checkpoint-3"]
     assert not list(checkpoint.path.rglob("training_args.bin"))  # a pickle that nothing reads
-    for directory, step in ((checkpoint.path, 3), (run.final, 4)):
+    assert weights_at(run, "final") == (run.final, 4)
+    for directory, step in ((checkpoint.path, 3), (run.checkpoints / "step-000004", 4)):
         assert weights_at(run, str(step)) == (directory, step)
         model = AutoModelForCausalLM.from_pretrained(directory)
         assert str(model.dtype) == "torch.float32"

@@ -119,7 +119,7 @@ def test_task_option_flag_makes_the_tables_it_needs(recipe: Path) -> None:
             '--es.fitness: es.fitness = "ranks" is not a valid choice. Valid: "centered", "rank", "sign". '
             'Did you mean "rank"?',
         ),
-        ("method", "grpo", '--method: method = "grpo" is not a valid choice. Valid: "es".'),
+        ("method", "ppo", '--method: method = "ppo" is not a valid choice. Valid: "es", "grpo".'),
         (
             "task_options.numbers.x",
             "1",
