@@ -163,7 +163,7 @@ def _results(config: RunConfig, step: int, evaluated: Sequence[Mapping[str, Any]
     if not evaluated:
         return "These weights were not evaluated."
     first, last = evaluated[0], evaluated[-1]
-    accuracies = {row["step"]: _accuracy(row) for row in (first, last) if row["step"] in (0, last["step"])}
+    accuracies = {row["step"]: accuracy_text(row) for row in (first, last) if row["step"] in (0, last["step"])}
     lines = ["| updates | accuracy |", "|---|---|"]
     lines += [f"| {done or '0, the base model'} | {accuracy} |" for done, accuracy in accuracies.items()]
     source = "the test split" if config.eval.split == "test" else "the training split, where they were left out"
@@ -188,7 +188,8 @@ def _selected_of(evaluated: Sequence[Mapping[str, Any]]) -> int:
     return len(trained) if len(trained) > 1 and trained[-1] == max(trained) else 0
 
 
-def _accuracy(row: Mapping[str, Any]) -> str:
+def accuracy_text(row: Mapping[str, Any]) -> str:
+    """Return the held-out accuracy of a row of metrics with its standard error, where there is one."""
     stderr = row.get("eval/stderr")  # of a single problem there is none: NaN, or null in the file
     return f"{row['eval/accuracy']:.3f}" + (f" ± {stderr:.3f}" if stderr is not None and stderr == stderr else "")
 

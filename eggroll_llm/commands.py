@@ -5,10 +5,9 @@ A command gets the parsed arguments and the (key, text) pairs of settings, and r
 
 import argparse
 import os
-from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from eggroll_llm.errors import ConfigError, UserError
 
@@ -97,6 +96,7 @@ def run_compare(options: argparse.Namespace, settings: list[tuple[str, str]]) ->
 def _outcome_table(outcome: "Outcome") -> "Table":
     from rich.table import Table
 
+    from eggroll_llm.card import accuracy_text
     from eggroll_llm.run_weights import best_step
 
     first, last = outcome.first, outcome.last
@@ -106,8 +106,8 @@ def _outcome_table(outcome: "Outcome") -> "Table":
     gain = last["eval/accuracy"] - first["eval/accuracy"]
     table.add_row(
         f"accuracy on {last['eval/problems']} held-out problems",
-        _accuracy(first),
-        _accuracy(last),
+        accuracy_text(first),
+        accuracy_text(last),
         f"{gain:+.3f}",
     )
     best = best_step(outcome.metrics)
@@ -115,7 +115,7 @@ def _outcome_table(outcome: "Outcome") -> "Table":
         table.add_row(
             f"best of the evaluations, after step {best['step']} (optimistic)",
             "",
-            _accuracy(best),
+            accuracy_text(best),
             f"{best['eval/accuracy'] - first['eval/accuracy']:+.3f}",
         )
     steps = [row for row in outcome.metrics if "time/sample" in row]
@@ -131,11 +131,6 @@ def _outcome_table(outcome: "Outcome") -> "Table":
             "",
         )
     return table
-
-
-def _accuracy(row: Mapping[str, Any]) -> str:
-    error = row["eval/stderr"]  # NaN, in the file null, of a single problem
-    return f"{row['eval/accuracy']:.3f}" + (f" ± {error:.3f}" if error is not None and error == error else "")
 
 
 def run_eval(options: argparse.Namespace, settings: list[tuple[str, str]]) -> int:

@@ -56,22 +56,28 @@ class Prompter:
         The tokenizer adds its special tokens to plain text, and not to messages, as a chat template writes them itself.
         With `bos_by_text` it adds them to any text that does not start with one, which is lm-eval's rule.
         """
-        text, special = self.render(prompt), isinstance(prompt, str)
+        return self._tokens(self.render(prompt), plain=isinstance(prompt, str), bos_by_text=bos_by_text)
+
+    def encode_all(
+        self, problems: Sequence[Problem], prompts: Sequence[Prompt], *, bos_by_text: bool = False
+    ) -> ProblemSet:
+        """Return the problems with their prompts, which are given in the same order, in tokens."""
+        texts = [self.render(prompt) for prompt in prompts]
+        return ProblemSet(
+            problems=problems,
+            prompts=[
+                self._tokens(text, plain=isinstance(prompt, str), bos_by_text=bos_by_text)
+                for text, prompt in zip(texts, prompts, strict=True)
+            ],
+            hashes=[text_hash(text) for text in texts],
+        )
+
+    def _tokens(self, text: str, *, plain: bool, bos_by_text: bool) -> tuple[int, ...]:
+        special = plain
         if bos_by_text:
             bos = self.tokenizer.bos_token or self.tokenizer.eos_token
             special = bos is None or not text.startswith(bos)
         return tuple(self.tokenizer(text, add_special_tokens=special)["input_ids"])
-
-
-def encode_all(
-    prompter: Prompter, problems: Sequence[Problem], prompts: Sequence[Prompt], *, bos_by_text: bool = False
-) -> ProblemSet:
-    """Return the problems with their prompts, which are given in the same order, in tokens."""
-    return ProblemSet(
-        problems=problems,
-        prompts=[prompter.encode(prompt, bos_by_text=bos_by_text) for prompt in prompts],
-        hashes=[text_hash(prompter.render(prompt)) for prompt in prompts],
-    )
 
 
 def set_hash(hashes: Sequence[str]) -> str:

@@ -21,7 +21,7 @@ from eggroll_llm.hardware import resolve_dtype, serves_on_cpu
 from eggroll_llm.journal import Journal, JournalHeader
 from eggroll_llm.loop import Display
 from eggroll_llm.models import model_identity, resolve_model
-from eggroll_llm.prompts import ProblemSet, Prompter, encode_all, needed_context
+from eggroll_llm.prompts import ProblemSet, Prompter, needed_context
 from eggroll_llm.run_dir import OnExisting, RunDir
 from eggroll_llm.scoring import Scorer
 from eggroll_llm.tasks import PATH_OPTIONS, Problem, Task, load_task
@@ -130,7 +130,7 @@ def _splits(task: Task, config: RunConfig) -> tuple[Sequence[Problem], Sequence[
 
 def encode(prompter: Prompter, task: Task, problems: Sequence[Problem]) -> ProblemSet:
     """Return the problems with the task's prompts in tokens."""
-    return encode_all(prompter, problems, [task.prompt(problem) for problem in problems])
+    return prompter.encode_all(problems, [task.prompt(problem) for problem in problems])
 
 
 def context_limit(model_dir: Path) -> int:

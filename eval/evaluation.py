@@ -19,7 +19,7 @@ from eggroll_llm.hardware import resolve_dtype, serves_on_cpu
 from eggroll_llm.jsonl import to_json
 from eggroll_llm.models import model_identity
 from eggroll_llm.overrides import apply_overrides
-from eggroll_llm.prompts import ProblemSet, Prompter, encode_all, needed_context, set_hash
+from eggroll_llm.prompts import ProblemSet, Prompter, needed_context, set_hash
 from eggroll_llm.sampler import Decoding, Progress
 from eggroll_llm.samples import Sample, SampleFile
 from eggroll_llm.session import context_limit
@@ -162,7 +162,7 @@ def evaluate_subject(
     if settings.chat and not prompter.has_chat_template:
         raise ConfigError(f"--apply-chat-template: {model_dir} has no chat template: leave the flag out")
     published = settings.protocol == "lm-eval"
-    problems = encode_all(prompter, questions.problems, questions.prompts, bos_by_text=published)
+    problems = prompter.encode_all(questions.problems, questions.prompts, bos_by_text=published)
     eos = prompter.tokenizer.eos_token
     decoding = Decoding(
         max_tokens=settings.max_tokens or questions.max_tokens,

@@ -5,7 +5,7 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported, and inherited by child processes
 os.environ["TOKENIZERS_PARALLELISM"] = "false"  # or the tokenizer warns in every child process
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -111,3 +111,14 @@ def embedded_model() -> Path:
     from eggroll_llm.models import resolve_model
 
     return resolve_model("smollm2-135m-instruct")
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """For models too small for two threads; beside other work, threads that wait for each other take minutes."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

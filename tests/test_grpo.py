@@ -6,7 +6,7 @@ With the stand-in engine, but for the last part, which is the real one on tiny m
 import dataclasses
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -28,16 +28,9 @@ from eggroll_llm.run_dir import RunDir, is_run_dir
 from eggroll_llm.run_weights import weights_at
 from eggroll_llm.sampler import Decoding, Request
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 TIMES = ("time", "throughput", "wall_time")
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """These models are too small for two; beside other work threads that wait for each other take minutes."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 class Bench:

@@ -25,17 +25,10 @@ from eggroll_llm.run_dir import RunDir
 from eggroll_llm.sampler import Completion, Request
 from eggroll_llm.scoring import Scorer
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 GRPO: dict[str, Any] = {"max_grad_norm": 0.5, "adam_eps": 1e-2, "weight_decay": 0.1}
 """An epsilon with which AdamW's step is smooth in the gradient, so that rounding errors stay what they are."""
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """These models are too small for two; beside other work threads that wait for each other take minutes."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @dataclasses.dataclass
