@@ -34,9 +34,11 @@ def budget(prepared: Prepared) -> list[str]:
     parts = _es_memory(prepared) if config.method == "es" else _grpo_memory(prepared)
     parts["key-value cache"] = int(config.engine.kv_cache_gib * GIB)
     lines += [f"memory: {bytes_ / GIB:.2f} GiB for {name}" for name, bytes_ in parts.items()]
-    lines.append(
-        f"memory: {sum(parts.values()) / GIB:.2f} GiB for these together, besides Python, vLLM and the embeddings"
-    )
+    rest = "the embeddings"
+    if config.method == "grpo":
+        longest = max(map(len, prepared.train.prompts)) + sampling.max_tokens
+        rest = f"the activations of {config.grpo.micro_batch} completions of at most {longest} tokens"
+    lines.append(f"memory: {sum(parts.values()) / GIB:.2f} GiB for these together, besides Python, vLLM and {rest}")
     return lines
 
 

@@ -111,6 +111,17 @@ def _parser() -> argparse.ArgumentParser:
     replay.add_argument("--step", type=_not_negative, metavar="N", help="default: the last")
     replay.add_argument("--out", type=Path, required=True, metavar="DIR", help="new directory for the model")
 
+    sweep = _command(
+        subparsers,
+        "sweep",
+        commands.run_sweep,
+        "train several runs as a file says, and compare them",
+        takes_settings=True,
+    )
+    sweep.add_argument("sweep", type=Path, metavar="SWEEP.toml")
+    sweep.add_argument("--out", type=Path, metavar="DIR", help="for the runs; default: runs/<sweep>")
+    sweep.add_argument("--dry-run", action="store_true", help="list the runs, train nothing")
+
     compare = _command(subparsers, "compare", commands.run_compare, "accuracy of runs, paired tests and plots")
     compare.add_argument("runs", type=Path, nargs="+", metavar="RUN")
     compare.add_argument(

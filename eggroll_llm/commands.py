@@ -5,6 +5,7 @@ A command gets the parsed arguments and the (key, text) pairs of settings, and r
 
 import argparse
 import os
+from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -72,16 +73,39 @@ def _report(run_path: Path, display: "Display") -> None:
         display.message(f"no report was written: {error}")
 
 
+def run_sweep(options: argparse.Namespace, settings: list[tuple[str, str]]) -> int:
+    """Train the runs of a file, those that are not there yet, and compare all."""
+    from eggroll_llm.display import ConsoleDisplay
+    from eggroll_llm.sweep import read_sweep, run_sweep
+
+    planned = read_sweep(options.sweep, settings)
+    if options.dry_run:
+        for run in planned:
+            print(f"{run.name}: {run.recipe} {' '.join(f'--{key} {text}' for key, text in run.flags)}")
+        return 0
+    out = options.out or Path("runs") / options.sweep.stem
+    display = ConsoleDisplay()
+    finished = run_sweep(planned, out, display.message)
+    if finished:
+        _compare(finished, out / "comparison", display)
+    return 0 if len(finished) == len(planned) else 1
+
+
 def run_compare(options: argparse.Namespace, settings: list[tuple[str, str]]) -> int:
     """Print the comparison of runs and write its report."""
     from eggroll_llm.display import ConsoleDisplay
+
+    _compare(options.runs, options.out, ConsoleDisplay())
+    return 0
+
+
+def _compare(paths: Sequence[Path], out: Path, display: "Display") -> None:
     from eval.compare import compare_runs
     from eval.runs import read_runs
     from eval.tables import tables
 
-    runs = read_runs(options.runs)
+    runs = read_runs(paths)
     comparison = compare_runs(runs)
-    display = ConsoleDisplay()
     for table in tables(comparison):
         display.table(table)
     for note in comparison.notes:
@@ -89,8 +113,7 @@ def run_compare(options: argparse.Namespace, settings: list[tuple[str, str]]) ->
 
     from eval.report import write_comparison
 
-    display.message(f"report: {write_comparison(runs, comparison, options.out)}")
-    return 0
+    display.message(f"report: {write_comparison(runs, comparison, out)}")
 
 
 def _outcome_table(outcome: "Outcome") -> "Table":

@@ -45,6 +45,7 @@ __all__ = [
 ]
 
 Schedule = Literal["constant", "linear", "cosine"]
+_MAY_CHANGE = ("steps", "minutes", "eval.every", "grpo.gradient_checkpointing")
 METHOD_TABLES = ("es", "grpo")
 """Tables of settings that only the method of that name has."""
 
@@ -129,8 +130,8 @@ class GrpoConfig:
     """Scale of the adapters, divided by their rank."""
     micro_batch: int = 8
     """Completions in a forward and backward pass; divides those of a step. For memory, but for "bnpo" the loss too."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Number format of the trainer's arithmetic; its weights and the optimizer are float32 either way."""
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    """Number format of the trainer's arithmetic, "auto" as in [engine]; its weights and the optimizer stay float32."""
     gradient_checkpointing: bool = False
     """Whether activations are computed again in the backward pass to save memory."""
     weight_decay: float = 0.0
@@ -284,7 +285,7 @@ def may_change(key: str) -> bool:
     """
     if key.startswith("engine."):
         return key != "engine.dtype"
-    return key in ("steps", "minutes", "eval.every") or key.startswith(("log.", "checkpoint."))
+    return key in _MAY_CHANGE or key.startswith(("log.", "checkpoint."))
 
 
 def applies(key: str, config: RunConfig) -> bool:
@@ -310,7 +311,8 @@ def check_resume(saved: RunConfig, now: RunConfig, *, saved_in: str) -> None:
     shown = "; ".join(f"{key} was {_shown(old, key)} and is now {_shown(new, key)}" for key in keys)
     raise ConfigError(
         f"{saved_in}: cannot resume with other settings: {shown}. Restore them, or start a new run "
-        "directory. May change: steps, minutes, eval.every, [log], [checkpoint], [engine] except dtype."
+        "directory. May change: steps, minutes, eval.every, grpo.gradient_checkpointing, [log], [checkpoint], [engine] "
+        "except dtype."
     )
 
 

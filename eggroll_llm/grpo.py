@@ -32,24 +32,12 @@ from eggroll_llm.config import RunConfig
 from eggroll_llm.errors import ConfigError, ModelError, TaskError, TrainingError
 from eggroll_llm.evaluate import Evaluation
 from eggroll_llm.export import export_model
-from eggroll_llm.hardware import serves_on_cpu
-from eggroll_llm.journal import Journal
-from eggroll_llm.loop import (
-    TIED_STEPS_WARNING,
-    Display,
-    Loop,
-    reward_row,
-    sample_rows,
-    throughput_row,
-    training_decoding,
-)
+from eggroll_llm.hardware import keep_freed_memory, serves_on_cpu
+from eggroll_llm.loop import TIED_STEPS_WARNING, Loop, reward_row, sample_rows, throughput_row
 from eggroll_llm.model_files import tensor_shapes
 from eggroll_llm.problems import problems_of_step
 from eggroll_llm.prompts import ProblemSet
-from eggroll_llm.run_dir import RunDir
-from eggroll_llm.scoring import Scorer
 from eggroll_llm.tasks import Score
-from eggroll_llm.trackers import Trackers
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -72,34 +60,16 @@ def check_installed(config: RunConfig) -> None:
 class GrpoTrainer:
     """Trains until a limit of the configuration is reached."""
 
-    def __init__(
-        self,
-        config: RunConfig,
-        engine: Any,
-        scorer: Scorer,
-        train: ProblemSet,
-        held_out: ProblemSet,
-        stop: tuple[str, ...],
-        run: RunDir,
-        journal: Journal,
-        display: Display,
-        *,
-        model_dir: Path,
-        checkpoint: Checkpoint | None = None,
-        metrics: Sequence[Mapping[str, Any]] = (),
-        trackers: Trackers | None = None,
-    ) -> None:
-        """Continue after `checkpoint`, which `metrics` are the rows up to; `engine` may hold any weights."""
+    def __init__(self, loop: Loop, train: ProblemSet, *, model_dir: Path, checkpoint: Checkpoint | None = None) -> None:
+        """Continue after `checkpoint`, at whose step `loop` stands; the engine may hold any weights."""
         from eggroll_llm import grpo_trl
 
         grpo_trl.quiet()
-        self.config, self.engine, self.scorer, self.display = config, engine, scorer, display
-        self.train_set, self.model_dir, self.checkpoint = train, model_dir, checkpoint
-        step = checkpoint.step if checkpoint else 0
-        self.loop = Loop(
-            config, engine, scorer, held_out, stop, run, journal, display, step=step, metrics=metrics, trackers=trackers
-        )
-        self.rollouts = grpo_trl.Rollouts(engine, config, training_decoding(config, stop), self._show_progress)
+        keep_freed_memory()
+        config = loop.config
+        self.loop, self.train_set, self.model_dir, self.checkpoint = loop, train, model_dir, checkpoint
+        self.config, self.engine, self.scorer = config, loop.engine, loop.scorer
+        self.rollouts = grpo_trl.Rollouts(loop.engine, config, loop.decoding, self._show_progress)
         model, tokenizer = grpo_trl.load_model(model_dir)
         self.trl = grpo_trl.EngineGrpoTrainer(
             config,
@@ -109,7 +79,7 @@ class GrpoTrainer:
             self.rollouts,
             self._reward,
             grpo_trl.Hooks(config.grpo.num_iterations, self._begin_step, self._end_step),
-            run.checkpoints,
+            loop.run_dir.checkpoints,
             use_cpu=serves_on_cpu(),
         )
         self._evaluation: Evaluation | None = None
@@ -191,7 +161,7 @@ class GrpoTrainer:
         )
         problems_P = [self.train_set.problems[index] for index in indices_P]
         rewards_PS = torch.tensor([score.reward for score in self._scores], dtype=torch.float64).view(-1, samples)
-        tied = int((rewards_PS == rewards_PS[:, :1]).all(dim=1).sum())
+        tied = sum(len({reward for reward in row if math.isfinite(reward)}) <= 1 for row in rewards_PS.tolist())
         row = {
             "step": step,
             "wall_time": loop.wall_time,
@@ -237,7 +207,7 @@ class GrpoTrainer:
         return {name: tensors[name].detach().cpu() for name in stored}
 
     def _show_progress(self, done: int, total: int) -> None:
-        self.display.sampling(f"step {self.loop.step}", done, total)
+        self.loop.display.sampling(f"step {self.loop.step}", done, total)
 
 
 _TIED = (

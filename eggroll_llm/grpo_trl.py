@@ -8,6 +8,8 @@ advantages, loss, micro batches, clipping, optimizer. What is replaced besides:
 * The sampler: each batch holds the problems of `problems_of_step`, each `samples_per_prompt` times in a row.
 * The tokens of the prompts: `Prompter`'s, which ES sees too. To TRL a prompt is the number of a problem.
 * The scheduler: `update.schedule`, the one of ES, times a linear warm-up.
+* The pass over prompts: completions of a problem in a micro batch share one, forward and backward, as they share a
+  prefix in vLLM (`_score_completions`): 64 answers of a few tokens to 8 prompts of 84 take a third of the time.
 * Where the head is applied: to the tokens of completions alone, as TRL does on CUDA. Elsewhere it would score those of
   the prompts as well, and drop the result: on CPU up to half of a pass, with a small model and a large vocabulary.
 * Model cards, telemetry and printing are switched off: ours are used.
@@ -15,6 +17,7 @@ advantages, loss, micro batches, clipping, optimizer. What is replaced besides:
 
 import dataclasses
 import logging
+import math
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence, Sized
@@ -25,6 +28,7 @@ import torch
 
 import eggroll_llm.engine  # noqa: F401  # TRL imports vLLM, whose environment this sets
 from eggroll_llm.config import RunConfig
+from eggroll_llm.errors import TrainingError
 from eggroll_llm.grpo_weights import checkpoint_tensors
 from eggroll_llm.problems import problems_of_step
 from eggroll_llm.prompts import ProblemSet
@@ -72,9 +76,19 @@ class Rollouts:
         """Spent since they were set to 0."""
 
     def sync_weights(self) -> None:
-        """Serve the weights of the model in training, rounded to the engine's format."""
+        """Serve the weights of the model in training, rounded to the engine's format.
+
+        Raises TrainingError, with the old ones served on, when there is a weight that is not finite.
+        """
         start = time.perf_counter()
-        self._engine.load_weights(checkpoint_tensors(self.model))
+        weights = checkpoint_tensors(self.model)
+        sums = {name: float(tensor.sum(dtype=torch.float32)) for name, tensor in weights.items()}
+        if lost := [name for name, total in sums.items() if not math.isfinite(total)]:
+            raise TrainingError(
+                f"step {self.step}: {len(lost)} tensors are not finite any more, first {lost[0]}: start a new run with "
+                "a lower grpo.learning_rate"
+            )
+        self._engine.load_weights(weights)
         self.sync_seconds += time.perf_counter() - start
 
     def generate(
@@ -215,8 +229,49 @@ class EngineGrpoTrainer(GRPOTrainer):
         repeats = self.num_iterations * self.args.steps_per_generation
         return StepSampler(self._run_config, len(self._train_prompts), steps, repeats)
 
+    def _get_per_token_logps_and_entropies(
+        self,
+        model: Any,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        logits_to_keep: int,
+        batch_size: int | None = None,
+        compute_entropy: bool = False,
+        **options: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """Return log-probabilities and entropies of completions (B, T); TRL's own where nothing is shared."""
+        nothing_to_share = input_ids.size(1) == logits_to_keep + 1
+        if nothing_to_share or self.args.gradient_checkpointing:  # with which transformers keeps no cache
+            return super()._get_per_token_logps_and_entropies(
+                model, input_ids, attention_mask, logits_to_keep, batch_size, compute_entropy, **options
+            )
+        sizes = batch_size or len(input_ids)
+        with self.accelerator.autocast():
+            outputs = [
+                _score_completions(model, ids, mask, logits_to_keep)
+                for ids, mask in zip(input_ids.split(sizes), attention_mask.split(sizes), strict=True)
+            ]
+        logps = torch.cat([output.log_probs for output in outputs])
+        return logps, torch.cat([output.entropy for output in outputs]) if compute_entropy else None, None
+
     def _tokenize_prompts(self, prompts: list[str]) -> tuple[list[list[int]], None, dict[str, Any]]:
         return [list(self._train_prompts[int(prompt)]) for prompt in prompts], None, {}
+
+
+def _score_completions(model: Any, ids: torch.Tensor, mask: torch.Tensor, length: int) -> Any:
+    """Return TRL's scores (B, length) of the last `length` tokens, with one pass over each different prompt.
+
+    A prompt's keys and values are computed once and selected for each of its completions; gradients add up on the way
+    back. The last token of the prompt goes with the completion, as it predicts the first one.
+    """
+    head = ids.size(1) - length - 1
+    prompts, which = torch.unique(torch.stack([ids, mask], dim=-1)[:, :head], dim=0, return_inverse=True)
+    inner = model.get_base_model() if hasattr(model, "peft_config") else model
+    cache = inner.base_model(input_ids=prompts[..., 0], attention_mask=prompts[..., 1], use_cache=True).past_key_values
+    cache.batch_select_indices(which)
+    tail = ids[:, head:]
+    labels = tail.masked_fill(mask[:, head:] == 0, -100)
+    return model(input_ids=tail, attention_mask=mask, past_key_values=cache, labels=labels, fused_lm_head=True)
 
 
 def arguments(config: RunConfig, directory: Path, *, use_cpu: bool) -> GRPOConfig:

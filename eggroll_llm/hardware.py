@@ -1,13 +1,16 @@
 """What the machine can do, told without importing torch."""
 
+import ctypes
 import importlib.metadata
 import importlib.util
 import os
+import resource
 import shutil
 from functools import cache
 from pathlib import Path
 from typing import Literal
 
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3  # glibc's malloc.h
 NATIVE_BFLOAT16 = ("avx512_bf16", "amx_bf16", "bf16")  # x86 and Arm flags of processors that multiply it
 
 
@@ -46,3 +49,22 @@ def resolve_dtype(name: str) -> Literal["bfloat16", "float32"]:
     if name == "auto":
         return "float32" if serves_on_cpu() and cpu_flags().isdisjoint(NATIVE_BFLOAT16) else "bfloat16"
     return "float32" if name == "float32" else "bfloat16"
+
+
+def keep_freed_memory() -> None:
+    """Let the allocator keep what is freed, for the rest of the process; does nothing where it is not glibc's.
+
+    By default it returns large blocks to the system and gets them back zeroed, page by page. A pass with gradients
+    allocates the same tensors in every step: of a GRPO step on two cores that is a third (recipes/README.md).
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError):
+        return
+    for parameter, size in ((_M_MMAP_THRESHOLD, 2**30), (_M_TRIM_THRESHOLD, 2**31 - 1), (_M_TOP_PAD, 2**28)):
+        mallopt(parameter, size)
+
+
+def peak_memory() -> int:
+    """Return the most memory that this process has had resident, in bytes; that of a GPU does not count."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -13,6 +13,7 @@ from eggroll_llm.card import write_card
 from eggroll_llm.checkpoint import checkpoint_path, prune, save_checkpoint
 from eggroll_llm.config import RunConfig
 from eggroll_llm.evaluate import Evaluation, evaluate
+from eggroll_llm.hardware import peak_memory
 from eggroll_llm.journal import Journal
 from eggroll_llm.prompts import ProblemSet, set_hash
 from eggroll_llm.run_dir import RunDir
@@ -67,7 +68,12 @@ class Loop:
         self.run_dir, self.journal, self.display, self.trackers = run, journal, display, trackers
         self.step, self.wall_time = step, float(metrics[-1]["wall_time"]) if metrics else 0.0
         self.best = best_step(metrics)
-        self.greedy = Decoding(max_tokens=config.eval.max_tokens or config.sampling.max_tokens, stop=stop)
+        sampling = config.sampling
+        self.decoding = Decoding(
+            max_tokens=sampling.max_tokens, temperature=sampling.temperature, top_p=sampling.top_p, stop=stop
+        )
+        """How completions are sampled in training."""
+        self.greedy = Decoding(max_tokens=config.eval.max_tokens or sampling.max_tokens, stop=stop)
         self._tied_in_a_row = 0
 
     def finished(self) -> bool:
@@ -90,6 +96,7 @@ class Loop:
         evaluation = self._evaluate() if self._evaluation_due() else None
         if evaluation:
             row |= _evaluation_row(evaluation)
+        row["memory/peak_gib"] = peak_memory() / 2**30
         self.run_dir.append_completions(samples[: self.config.log.completions])
         self._log(row)
         return evaluation
@@ -169,12 +176,6 @@ class Loop:
         if self.config.minutes:
             estimates.append(60 * self.config.minutes - self.wall_time)
         return max(0.0, min(estimates)) if estimates else None
-
-
-def training_decoding(config: RunConfig, stop: tuple[str, ...]) -> Decoding:
-    """Return how completions are sampled in training."""
-    sampling = config.sampling
-    return Decoding(max_tokens=sampling.max_tokens, temperature=sampling.temperature, top_p=sampling.top_p, stop=stop)
 
 
 def reward_row(scores: Sequence[Score], rewards: "Tensor") -> dict[str, float]:

@@ -19,7 +19,7 @@ from eggroll_llm.evaluate import Evaluation
 from eggroll_llm.grpo import GrpoTrainer, check_installed
 from eggroll_llm.hardware import resolve_dtype, serves_on_cpu
 from eggroll_llm.journal import Journal, JournalHeader
-from eggroll_llm.loop import Display
+from eggroll_llm.loop import Display, Loop
 from eggroll_llm.models import model_identity, resolve_model
 from eggroll_llm.prompts import ProblemSet, Prompter, needed_context
 from eggroll_llm.run_dir import OnExisting, RunDir
@@ -74,13 +74,14 @@ def settle(config: RunConfig, recipe_dir: Path) -> RunConfig:
         raise ConfigError(
             'engine.dtype = "float32": vLLM\'s adapter kernels on CUDA serve bfloat16 only. Set it to "auto".'
         )
-    es, engine = config.es, config.engine
+    es, grpo, engine = config.es, config.grpo, config.engine
     model = Path(config.model).expanduser()
     return dataclasses.replace(
         config,
         model=str(model.resolve()) if model.is_dir() and config.model != embedded.NAME else config.model,
         task=task,
         task_options=options,
+        grpo=dataclasses.replace(grpo, dtype=resolve_dtype(grpo.dtype)),
         engine=dataclasses.replace(
             engine,
             dtype=resolve_dtype(engine.dtype),
@@ -183,27 +184,27 @@ def train(config: RunConfig, recipe_dir: Path, run_path: Path, on_existing: OnEx
             engine = start_engine(prepared)
             trackers = Trackers(config.log, run.path, flat(config), display.message)
             try:
-                common: dict[str, Any] = {
-                    "config": config,
-                    "engine": engine,
-                    "scorer": Scorer(prepared.task),
-                    "train": prepared.train,
-                    "held_out": prepared.held_out,
-                    "stop": tuple(prepared.task.stop),
-                    "run": run,
-                    "journal": journal,
-                    "display": display,
-                    "metrics": run.read_metrics() if step else (),
-                    "trackers": trackers,
-                }
+                loop = Loop(
+                    config,
+                    engine,
+                    Scorer(prepared.task),
+                    prepared.held_out,
+                    tuple(prepared.task.stop),
+                    run,
+                    journal,
+                    display,
+                    step=step,
+                    metrics=run.read_metrics() if step else (),
+                    trackers=trackers,
+                )
                 trainer: EsTrainer | GrpoTrainer
                 if config.method == "es":
                     restore(engine, config, run, journal, display)
-                    trainer = EsTrainer(**common)
+                    trainer = EsTrainer(loop, prepared.train)
                 else:
                     if run.resumed:
                         display.message(f"resuming after step {step}: " + (_FROM if step else _FROM_START))
-                    trainer = GrpoTrainer(**common, model_dir=prepared.model_dir, checkpoint=checkpoint)
+                    trainer = GrpoTrainer(loop, prepared.train, model_dir=prepared.model_dir, checkpoint=checkpoint)
                 evaluation = trainer.run()
                 replace_directory(run.final, trainer.export)
             finally:

@@ -13,9 +13,9 @@ Shapes: M member, K antithetic pair, P prompt, S sample.
 """
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -24,24 +24,12 @@ from eggroll_llm.config import RunConfig
 from eggroll_llm.errors import TaskError, TrainingError
 from eggroll_llm.evaluate import Evaluation
 from eggroll_llm.fitness import Fitness, shape_fitness
-from eggroll_llm.journal import Journal
-from eggroll_llm.loop import (
-    TIED_STEPS_WARNING,
-    Display,
-    Loop,
-    reward_row,
-    sample_rows,
-    throughput_row,
-    training_decoding,
-)
+from eggroll_llm.loop import TIED_STEPS_WARNING, Loop, reward_row, sample_rows, throughput_row
 from eggroll_llm.problems import problems_of_step
 from eggroll_llm.prompts import ProblemSet
-from eggroll_llm.run_dir import RunDir
 from eggroll_llm.sampler import sample_population
-from eggroll_llm.scoring import Scorer
 from eggroll_llm.specs import noise_of, step_entry, update_spec
 from eggroll_llm.tasks import Score
-from eggroll_llm.trackers import Trackers
 from eggroll_llm.update import NonFiniteUpdate, UpdateSpec, check_finite
 
 Item = TypeVar("Item")
@@ -51,38 +39,10 @@ CHECKSUM_EVERY = 10  # steps between checksums of the weights in the journal
 class EsTrainer:
     """Trains until a limit of the configuration is reached."""
 
-    def __init__(
-        self,
-        config: RunConfig,
-        engine: Any,
-        scorer: Scorer,
-        train: ProblemSet,
-        held_out: ProblemSet,
-        stop: tuple[str, ...],
-        run: RunDir,
-        journal: Journal,
-        display: Display,
-        *,
-        metrics: Sequence[Mapping[str, Any]] = (),
-        trackers: Trackers | None = None,
-    ) -> None:
-        """Continue after the last step of the journal, whose weights `engine` holds and `metrics` are the rows of."""
-        self.config, self.engine, self.scorer, self.display = config, engine, scorer, display
-        self.train_set, self.journal = train, journal
-        self.decoding = training_decoding(config, stop)
-        self.loop = Loop(
-            config,
-            engine,
-            scorer,
-            held_out,
-            stop,
-            run,
-            journal,
-            display,
-            step=journal.last_step,
-            metrics=metrics,
-            trackers=trackers,
-        )
+    def __init__(self, loop: Loop, train: ProblemSet) -> None:
+        """Continue after the last step of the journal, whose weights the engine holds."""
+        self.loop, self.train_set = loop, train
+        self.config, self.engine, self.scorer, self.journal = loop.config, loop.engine, loop.scorer, loop.journal
 
     def run(self) -> Evaluation | None:
         """Train to the limit and return the last evaluation; None when a resumed run had reached it already."""
@@ -111,10 +71,10 @@ class EsTrainer:
             [self.train_set.prompts[index] for index in indices_P],
             config.es.population,
             config.sampling.samples_per_prompt,
-            self.decoding,
+            self.loop.decoding,
             seed=config.seed,
             step=step,
-            on_progress=lambda done, total: self.display.sampling(f"step {step}", done, total),
+            on_progress=lambda done, total: self.loop.display.sampling(f"step {step}", done, total),
         )
         sampling_seconds = time.perf_counter() - sampling_start
 

@@ -55,6 +55,8 @@ class Point:
     """Number of held-out problems."""
     truncated: float
     """Fraction of the held-out answers that the length limit ended."""
+    memory: float
+    """Most GiB resident in the training process so far."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -191,12 +193,13 @@ def _read_run(directory: RunDir, name: str) -> Run:
 
 
 def _points(rows: Sequence[Mapping[str, Any]]) -> list[Point]:
-    points, completions, tokens, seconds = [], 0, 0, 0.0
+    points, completions, tokens, seconds, memory = [], 0, 0, 0.0, math.nan
     for row in rows:
         completions += _whole(row, "completions")
         tokens += _whole(row, "tokens/generated")
         # Time cannot run back: a value that is missing is that of the step before.
         seconds = max(seconds, number(row, "wall_time"))
+        memory = max(number(row, "memory/peak_gib"), memory)  # NaN first: the second then stays unless greater
         point = Point(
             step=row["step"],
             seconds=seconds,
@@ -207,6 +210,7 @@ def _points(rows: Sequence[Mapping[str, Any]]) -> list[Point]:
             stderr=number(row, "eval/stderr"),
             problems=_whole(row, "eval/problems"),
             truncated=number(row, "eval/truncated"),
+            memory=memory,
         )
         points.append(point)
     return points

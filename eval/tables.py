@@ -142,14 +142,16 @@ def _accuracy_grid(comparison: Comparison) -> Grid:
 
 def _spent_grid(comparison: Comparison) -> Grid:
     def cells(run: Summary) -> list[str]:
-        spent = [f"{run.total.seconds / 60:.1f}", amount(run.total.completions), amount(run.total.tokens)]
+        memory = f"{run.total.memory:.1f} GiB" if math.isfinite(run.total.memory) else "–"
+        spent = [f"{run.total.seconds / 60:.1f}", amount(run.total.completions), amount(run.total.tokens), memory]
         return [run.name, run.method, f"{run.seed}", f"{run.total.step}", *spent]
 
     return Grid(
         title="What each run spent",
-        columns=["run", "method", "seed", "steps", "minutes", "completions", "tokens"],
+        columns=["run", "method", "seed", "steps", "minutes", "completions", "tokens", "memory"],
         rows=[cells(run) for run in comparison.runs],
-        note="In training, evaluations not counted; tokens are generated ones.",
+        note="In training, evaluations not counted; tokens are generated ones. Memory: the most that the process had "
+        "resident, engine included.",
         texts=2,
     )
 

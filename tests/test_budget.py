@@ -1,6 +1,7 @@
 """What a configuration will cost, against numbers worked out by hand for a tiny model."""
 
 import dataclasses
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,8 @@ from typing import Any
 import pytest
 
 from eggroll_llm.budget import GIB, budget
-from eggroll_llm.config import EngineConfig, EsConfig, RunConfig, SamplingConfig
+from eggroll_llm.config import EngineConfig, EsConfig, GrpoConfig, RunConfig, SamplingConfig
+from eggroll_llm.model_files import tensor_shapes
 from eggroll_llm.prompts import ProblemSet
 from eggroll_llm.session import Prepared
 
@@ -83,3 +85,24 @@ def test_memory(
 def test_a_gib_is_one(model: Path) -> None:
     assert GIB == 1024**3
     assert "memory: 0.50 GiB for key-value cache" in lines(model)
+
+
+def test_memory_of_grpo(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All weights, embeddings too, and what grows with the micro batch is named: it cannot be told beforehand."""
+    monkeypatch.setattr("eggroll_llm.budget.GIB", 1024)
+    weights = sum(math.prod(shape) for shape in tensor_shapes(model).values())
+    memory = [
+        line.removeprefix("memory: ")
+        for line in lines(model, method="grpo", grpo=GrpoConfig(learning_rate=1e-5, micro_batch=2))
+        if line.startswith("memory: ")
+    ]
+    parts = {
+        "weights in training (float32)": 4 * weights,
+        "gradients": 4 * weights,
+        "optimizer": 8 * weights,
+        "served weights (bfloat16)": 2 * weights,
+        "key-value cache": 512,
+    }
+    assert memory[:-1] == [f"{amount / 1024:.2f} GiB for {name}" for name, amount in parts.items()]
+    assert memory[-1].startswith(f"{sum(parts.values()) / 1024:.2f} GiB for these together, besides")
+    assert memory[-1].endswith("the activations of 2 completions of at most 90 tokens")

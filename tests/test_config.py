@@ -297,7 +297,7 @@ def test_differences_name_every_changed_key() -> None:
 def test_keys_that_may_change_on_resume() -> None:
     keys = {row.key for row in field_help(RunConfig)}
     assert {key for key in keys if may_change(key)} == {
-        "steps", "minutes", "eval.every", "checkpoint.every", "checkpoint.keep", "checkpoint.best", "log.samples", "log.completions",
+        "steps", "minutes", "eval.every", "grpo.gradient_checkpointing", "checkpoint.every", "checkpoint.keep", "checkpoint.best", "log.samples", "log.completions",
         "log.tensorboard", "log.wandb", "engine.slots", "engine.max_sequences", "engine.max_model_len",
         "engine.kv_cache_gib", "engine.enforce_eager", "engine.gpu_memory_utilization", "engine.threads",
     }  # fmt: skip

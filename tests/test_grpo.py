@@ -30,7 +30,7 @@ from eggroll_llm.sampler import Decoding, Request
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-TIMES = ("time", "throughput", "wall_time")
+TIMES = ("time", "throughput", "wall_time", "memory")
 
 
 class Bench:
@@ -309,6 +309,8 @@ def test_rewards_that_are_not_finite_are_left_out_and_counted(bench: Bench) -> N
     outcome = bench.train("more", steps=1, reward="math.inf if len(values) % 3 == 0 else reward")
     assert outcome.metrics[1]["completions/dropped"] == row["completions/dropped"]
     assert outcome.metrics[1]["loss"] == row["loss"]
+    outcome = bench.train("tied", steps=1, reward="math.nan if len(values) % 3 == 0 else 0.25")
+    assert (outcome.metrics[1]["prompts/tied"], outcome.metrics[1]["loss"]) == (3, 0)
     with pytest.raises(TaskError, match=r"step 1: \d+ of 12 completions were dropped for a NaN or infinite reward"):
         bench.train("all", steps=1, reward="math.nan")
 
@@ -328,11 +330,16 @@ def test_tied_rewards_change_nothing_and_say_so_after_three_steps(bench: Bench) 
     assert len(said) == 1
 
 
-def test_a_run_whose_weights_are_lost_stops(bench: Bench) -> None:
-    with pytest.raises(
-        TrainingError, match=r"step 2: (loss|grad_norm) is nan, so that the weights are lost.* grpo\.learning_rate"
-    ):
-        bench.train("run", grpo__learning_rate=1e30, grpo__max_grad_norm=0)
+@pytest.mark.parametrize(
+    ("learning_rate", "message"),
+    [
+        (1e30, r"step 2: (loss|grad_norm) is nan, so that the weights are lost.* grpo\.learning_rate"),
+        (1e38, r"step 1: \d+ tensors are not finite any more, first .* grpo\.learning_rate"),
+    ],
+)
+def test_a_run_whose_weights_are_lost_stops(bench: Bench, learning_rate: float, message: str) -> None:
+    with pytest.raises(TrainingError, match=message):
+        bench.train("run", grpo__learning_rate=learning_rate, grpo__max_grad_norm=0)
 
 
 def test_without_trl_one_line_says_what_to_install(

@@ -21,6 +21,7 @@ from eggroll_llm.config import RunConfig, load_recipe
 from eggroll_llm.grpo import GrpoTrainer
 from eggroll_llm.grpo_weights import checkpoint_tensors
 from eggroll_llm.journal import Journal, JournalHeader
+from eggroll_llm.loop import Loop
 from eggroll_llm.run_dir import RunDir
 from eggroll_llm.sampler import Completion, Request
 from eggroll_llm.scoring import Scorer
@@ -75,18 +76,9 @@ def step_of(tmp_path: Path, tiny_model: Callable[[str], Path]) -> Iterator[Calla
         run = opened.enter_context(RunDir.create(tmp_path / "run", "", "overwrite"))
         header = JournalHeader(frozen_hash="a" * 64, base_model="0" * 16)
         journal = opened.enter_context(Journal.open(run.journal, header))
-        trainer = GrpoTrainer(
-            prepared.config,
-            engine,
-            Scorer(prepared.task),
-            prepared.train,
-            prepared.held_out,
-            (),
-            run,
-            journal,
-            Recorder(),
-            model_dir=prepared.model_dir,
-        )
+        scorer = Scorer(prepared.task)
+        loop = Loop(prepared.config, engine, scorer, prepared.held_out, (), run, journal, Recorder())
+        trainer = GrpoTrainer(loop, prepared.train, model_dir=prepared.model_dir)
         return Step(trainer, engine, prepared)
 
     with opened:
@@ -173,6 +165,7 @@ def some_noise(request: Request) -> float:
         {"micro_batch": 12},
         {"micro_batch": 1},
         {"gradient_checkpointing": True},
+        {"num_iterations": 3, "adam_beta1": 0.5, "adam_beta2": 0.7, "learning_rate": 0.05},
     ],
     ids=str,
 )
@@ -191,6 +184,32 @@ def test_a_step_is_that_of_the_formula(step_of: Callable[..., Step], grpo: dict[
         assert row["clip_ratio/region_mean"] > 0
     if grpo.get("beta"):
         assert row["kl"] > 0
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_completions_of_a_problem_share_the_pass_over_its_prompt(
+    step_of: Callable[..., Step], *, checkpointing: bool
+) -> None:
+    """Every token goes through the embeddings; transformers keeps no keys and values where it computes them twice."""
+    step = step_of(micro_batch=12, importance_sampling=False, gradient_checkpointing=checkpointing)
+    model, tokens = step.trainer.trl.model, []
+    assert model.is_gradient_checkpointing == checkpointing
+    model.get_input_embeddings().register_forward_pre_hook(lambda module, inputs: tokens.append(inputs[0].numel()))
+    step.make()
+    requests, completions = step.rollouts
+    longest = max(len(request.prompt_ids) for request in requests), max(len(c.token_ids) for c in completions)
+    if checkpointing:
+        assert tokens == [12 * sum(longest)]
+    else:
+        assert tokens == [3 * (longest[0] - 1), 12 * (1 + longest[1])]
+
+
+def test_bfloat16_is_that_of_the_arithmetic_and_not_of_the_weights(step_of: Callable[..., Step]) -> None:
+    rounded = step_of(dtype="bfloat16").make()
+    exact = step_of().make()
+    base = checkpoint_tensors(AutoModelForCausalLM.from_pretrained(step_of().prepared.model_dir, dtype=torch.float32))
+    assert all(tensor.dtype == torch.float32 for tensor in rounded.values())
+    assert 1e-5 < largest_difference(rounded, exact) < 0.5 * largest_difference(exact, base)
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen3"])

@@ -60,7 +60,7 @@ problems = 4
 [checkpoint]
 every = 3
 """
-TIMES = ("time", "throughput", "wall_time")
+TIMES = ("time", "throughput", "wall_time", "memory")
 
 
 @pytest.fixture(params=["float32", "bfloat16"])

@@ -1,245 +1,42 @@
-"""The loop around the mathematics: what is written when, what stops a run, and that resuming changes nothing.
-
-The engine is a stand-in with the real arithmetic: members are W + sign sigma E of two small matrices, and a
-completion is a number that depends on them.
-"""
+"""The loop around the mathematics: what is written when, what stops a run, and that resuming changes nothing."""
 
 import dataclasses
-import json
 import math
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from fake_engine import (
+    CONFIG,
+    MEMBERS,
+    PROMPTS,
+    SHAPES,
+    Bench,
+    Constant,
+    FakeEngine,
+    Near,
+    NotFinite,
+    rows,
+    same_run,
+)
+from safetensors.torch import load_file
 
 from eggroll_llm import loop, session, trainer
 from eggroll_llm.checkpoint import verify_checkpoint
-from eggroll_llm.config import CheckpointConfig, EsConfig, EvalConfig, LogConfig, RunConfig, SamplingConfig
+from eggroll_llm.config import CheckpointConfig, EvalConfig, LogConfig, SamplingConfig
 from eggroll_llm.errors import TaskError
 from eggroll_llm.journal import read_journal
-from eggroll_llm.noise import NoiseSpec, served_factors
-from eggroll_llm.prompts import ProblemSet
-from eggroll_llm.sampler import Completion, Decoding, Request
+from eggroll_llm.sampler import Decoding, Request
 from eggroll_llm.samples import TASK, read_samples
-from eggroll_llm.specs import optimizer_settings
 from eggroll_llm.tasks import Score
-from eggroll_llm.update import MasterWeights, UpdateSpec
-
-SHAPES = {"a.weight": (6, 4), "b.weight": (3, 6)}
-MEMBERS, PROMPTS = 8, 3
-TIMES = ("time", "throughput", "wall_time")
-CONFIG = RunConfig(
-    task="fake.py:TASK",
-    seed=7,
-    steps=4,
-    sampling=SamplingConfig(prompts_per_step=PROMPTS, max_tokens=9),
-    es=EsConfig(population=MEMBERS, sigma=0.05, learning_rate=0.02, rank=2),
-    eval=EvalConfig(every=2, problems=5, max_tokens=7),
-    checkpoint=CheckpointConfig(every=0, keep=2),
-    log=LogConfig(samples=2, completions=4),
-)
-
-
-class FakeEngine:
-    """Serves "member value": value = sum b tanh(a x), x the prompt."""
-
-    def __init__(self, config: RunConfig, journal: Path) -> None:
-        generator = torch.Generator().manual_seed(0)
-        weights = {name: torch.randn(shape, generator=generator) for name, shape in SHAPES.items()}
-        self.masters = MasterWeights(weights, optimizer_settings(config), torch.float32)
-        self.journal = journal
-        self.decodings: list[Decoding] = []
-        self.seen: list[tuple[int, str]] = []
-        """At each update: entries in the journal on disk, and the checksum of the weights that it starts from."""
-        self.closed = False
-        self.on_generate: Callable[[Sequence[Request]], None] = lambda requests: None
-
-    def begin(self, noise: NoiseSpec, population: int, *, antithetic: bool) -> float:
-        self.noise, self.population, self.antithetic = noise, population, antithetic
-        return 0.5
-
-    def generate(
-        self, requests: Sequence[Request], decoding: Decoding, on_progress: Callable[[int, int], None] | None = None
-    ) -> list[Completion]:
-        self.decodings.append(decoding)
-        self.on_generate(requests)
-        members = {request.member for request in requests}
-        weights = {member: [self._weight(name, member) for name in SHAPES] for member in members}
-        completions = [self._answer(request, *weights[request.member]) for request in requests]
-        if on_progress:
-            on_progress(len(requests), len(requests))
-        return completions
-
-    def stream(self, requests: Sequence[Request], decoding: Decoding) -> Generator[tuple[int, Completion], None, None]:
-        """Last things first: nobody may count on the order."""
-        yield from reversed(list(enumerate(self.generate(requests, decoding))))
-
-    def _answer(self, request: Request, a: torch.Tensor, b: torch.Tensor) -> Completion:
-        x = torch.tensor(request.prompt_ids, dtype=torch.float32) / 10
-        member = -1 if request.member is None else request.member
-        return Completion(
-            text=f"{member} {float((b @ (a @ x).tanh()).sum()):.9g}",
-            token_ids=(1, 2, 3),
-            truncated=False,
-            prompt_tokens=len(request.prompt_ids),
-        )
-
-    def _weight(self, name: str, member: int | None) -> torch.Tensor:
-        weight = self.masters.served(name)
-        if member is None:
-            return weight
-        pair, sign = (member // 2, 1 - 2 * (member % 2)) if self.antithetic else (member, 1)
-        A_KOR, B_KIR = served_factors(self.noise, torch.tensor([pair]), name, *weight.shape, torch.float32, "cpu")
-        return weight + sign * A_KOR[0] @ B_KIR[0].T
-
-    def update(self, spec: UpdateSpec) -> SimpleNamespace:
-        entries = read_journal(self.journal).entries
-        assert entries[-1].fitness == spec.fitness_M
-        self.seen.append((len(entries), self.checksum()))
-        return SimpleNamespace(report=self.masters.apply(spec), update=0.25, serve=0.125)
-
-    def replay(self, specs: Sequence[UpdateSpec]) -> None:
-        for spec in specs:
-            self.masters.apply(spec)
-
-    def checksum(self) -> str:
-        return self.masters.checksum()
-
-    def state(self) -> dict[str, torch.Tensor]:
-        return self.masters.state()
-
-    def load_state(self, state: Mapping[str, torch.Tensor]) -> None:
-        self.masters.load_state(state)
-
-    def export(self, directory: Path) -> None:
-        directory.mkdir(parents=True, exist_ok=True)
-        save_file({name: self.masters.served(name) for name in SHAPES}, directory / "model.safetensors")
-
-    def close(self) -> None:
-        self.closed = True
-
-
-class Near:
-    """The nearer to the target, the better."""
-
-    stop = ("\n",)
-    notes = ()
-
-    def problems(self, split: str) -> list[dict[str, Any]]:
-        count = 10 if split == "train" else 5
-        return [{"id": f"{split}-{n}", "x": [n, 7 - n, 3, 5], "target": 2 + 0.3 * n} for n in range(count)]
-
-    def reward(self, member: int, value: float, problem: Mapping[str, Any]) -> float:
-        return -abs(value - problem["target"])
-
-    def score(self, completion: str, problem: Mapping[str, Any], *, truncated: bool = False) -> Score:
-        member, value = completion.split()
-        reward = self.reward(int(member), float(value), problem)
-        return Score(reward, reward > -0.5, "near")
-
-
-class Constant(Near):
-    def reward(self, member: int, value: float, problem: Mapping[str, Any]) -> float:
-        return 0.25
-
-
-class NotFinite(Near):
-    def __init__(self, *members: int) -> None:
-        self.members = members
-
-    def reward(self, member: int, value: float, problem: Mapping[str, Any]) -> float:
-        bad = member in self.members and problem["x"][0] % 4 == 0  # one of the first step's three
-        return math.nan if bad else super().reward(member, value, problem)
-
-
-class Recorder:
-    """A display that remembers."""
-
-    def __init__(self) -> None:
-        self.messages: list[str] = []
-        self.steps: list[tuple[int, list[dict[str, Any]], float | None]] = []
-        self.evaluations: list[tuple[int, float]] = []
-
-    def sampling(self, label: str, done: int, total: int) -> None:
-        self.progress = (label, done, total)
-
-    def step(self, row: dict[str, Any], samples: Sequence[dict[str, Any]], *, seconds_left: float | None) -> None:
-        self.steps.append((row["step"], list(samples), seconds_left))
-
-    def evaluation(self, step: int, evaluation: Any) -> None:
-        self.evaluations.append((step, evaluation.accuracy))
-
-    def message(self, text: str) -> None:
-        self.messages.append(text)
-
-
-class Bench:
-    """Runs the real session with the stand-in engine."""
-
-    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.folder, self.monkeypatch = folder, monkeypatch
-        self.display = Recorder()
-        self.prepare_engine: Callable[[FakeEngine], None] = lambda engine: None
-
-    def train(self, name: str, on_existing: Any = "fail", *, task: Any = None, **changes: Any) -> session.Outcome:
-        config = dataclasses.replace(CONFIG, **changes)
-        task = task or Near()
-        prepared = session.Prepared(
-            config=config,
-            task=task,
-            model_dir=self.folder,
-            train=problem_set(task, "train"),
-            held_out=problem_set(task, "test"),
-        )
-
-        def start(prepared: session.Prepared) -> FakeEngine:
-            self.engine = FakeEngine(config, self.folder / name / "journal.jsonl")
-            self.prepare_engine(self.engine)
-            return self.engine
-
-        with self.monkeypatch.context() as patch:
-            patch.setattr(session, "prepare", lambda *_: prepared)
-            patch.setattr(session, "model_identity", lambda _: "fake")
-            patch.setattr(session, "start_engine", start)
-            return session.train(config, self.folder, self.folder / name, on_existing, self.display)
-
-
-def problem_set(task: Any, split: str) -> ProblemSet:
-    problems = task.problems(split)
-    return ProblemSet(
-        problems=problems,
-        prompts=[tuple(problem["x"]) for problem in problems],
-        hashes=[problem["id"] for problem in problems],
-    )
 
 
 @pytest.fixture
 def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
     return Bench(tmp_path, monkeypatch)
-
-
-def rows(path: Path, file: str = "metrics.jsonl") -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (path / file).read_text().splitlines()]
-
-
-def timeless(path: Path) -> list[dict[str, Any]]:
-    return [{key: value for key, value in row.items() if not key.startswith(TIMES)} for row in rows(path)]
-
-
-def same_run(one: Path, other: Path) -> None:
-    """Weights, journal, completions equal bit for bit, and metrics apart from times."""
-    assert (one / "journal.jsonl").read_text() == (other / "journal.jsonl").read_text()
-    assert (one / "completions.jsonl").read_text() == (other / "completions.jsonl").read_text()
-    assert timeless(one) == timeless(other)
-    weights = [load_file(path / "final" / "model.safetensors") for path in (one, other)]
-    for name in SHAPES:
-        assert torch.equal(weights[0][name], weights[1][name]), name
-    answers = [{file.name: file.read_text() for file in (path / "evaluations").iterdir()} for path in (one, other)]
-    assert answers[0] == answers[1]
 
 
 def test_it_learns(bench: Bench) -> None:
@@ -378,10 +175,10 @@ def test_a_run_killed_anywhere_ends_like_one_that_was_not(bench: Bench, place: s
     with bench.monkeypatch.context() as patch:
         owner = {
             "generate": FakeEngine,
-            "append": trainer.Journal,
+            "append": loop.Journal,
             "update": FakeEngine,
-            "append_completions": trainer.RunDir,
-            "append_metrics": trainer.RunDir,
+            "append_completions": loop.RunDir,
+            "append_metrics": loop.RunDir,
             "save": trainer.EsTrainer,
         }[place]
         real, calls = getattr(owner, place), [0]

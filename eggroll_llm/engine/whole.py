@@ -19,6 +19,7 @@ from eggroll_llm.engine.served import ServedWeights
 from eggroll_llm.errors import ModelError
 
 HEAD = "lm_head.weight"
+_PADDED = (HEAD, "model.embed_tokens.weight")  # of which vLLM has more rows than the checkpoint
 
 
 class WholeModel:
@@ -36,9 +37,13 @@ class WholeModel:
             elif kind != "weight":  # a fused layer's bias has the rows of its slices
                 for weight, begin, end in slices[module]:
                     self.rest[f"{weight.removesuffix('weight')}{kind}"] = parameter[begin:end]
+        self._shapes = {name: tuple(parameter.shape) for name, parameter in self.rest.items()}
+        for layer in layers:
+            for name, begin, end in layer.slices():
+                self._shapes[name] = (end - begin, layer.in_features)
 
     def load(self, weights: Mapping[str, Tensor], served: ServedWeights) -> None:
-        """Serve these weights. Raises ModelError, with nothing changed, for a name that is missing or too many."""
+        """Serve these weights. Raises ModelError, with nothing changed, for a name or shape that is not served."""
         linear = {name for layer in self._layers for name in layer.parameters}
         # A tied head is not a parameter of its own, and a checkpoint may hold it all the same.
         found, wanted = weights.keys() - {HEAD}, (linear | self.rest.keys()) - {HEAD}
@@ -48,6 +53,12 @@ class WholeModel:
                 f"{len(names)} tensors are in the trained model or in vLLM's but not in both, first {names[0]!r}: this "
                 "architecture cannot be trained with GRPO yet; use a Llama- or Qwen-shaped model"
             )
+        for name, shape in self._shapes.items():
+            if name in weights and not _fits(weights[name].shape, shape, padded=name in _PADDED):
+                raise ModelError(
+                    f"{name} has shape {[*weights[name].shape]} in the trained model and {[*shape]} in vLLM's, which "
+                    "is of another architecture then: use a Llama- or Qwen-shaped model"
+                )
         with torch.inference_mode():
             for layer in self._layers:
                 for name in layer.parameters:
@@ -63,6 +74,11 @@ class WholeModel:
         head = getattr(self._model, "lm_head", None)
         if hasattr(head, "cpu_linear"):
             vllm_layer_utils.dispatch_cpu_unquantized_gemm(head, remove_weight=False)
+
+
+def _fits(shape: Sequence[int], served: Sequence[int], *, padded: bool) -> bool:
+    same_rows = shape[0] <= served[0] if padded else shape[0] == served[0]
+    return same_rows and [*shape[1:]] == [*served[1:]]
 
 
 def count_ranks_uncompiled() -> None:

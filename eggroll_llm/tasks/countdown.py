@@ -223,7 +223,10 @@ def _draw_shots(options: CountdownOptions, space: Space, taken: set[Key]) -> lis
 def _generated(options: CountdownOptions, space: Space, taken: set[Key]) -> tuple[_Rows, _Rows]:
     rng = random.Random(f"countdown problems {options.seed}")
     test = draw_problems(space, rng, options.test_size, taken)
-    return list(draw_problems(space, rng, options.train_size, taken)), list(test)
+    train = draw_problems(space, rng, options.train_size, taken)
+    # Where there are few problems the likely ones are drawn first, and a validation split is cut off at the end.
+    random.Random(f"countdown order {options.seed}").shuffle(train)
+    return list(train), list(test)
 
 
 def _loaded(options: CountdownOptions, base_dir: Path, taken: set[Key]) -> tuple[_Rows, _Rows, int]:

@@ -121,6 +121,20 @@ def test_weights_of_another_model_are_refused(served: Served) -> None:
     assert torch.equal(ours(served.engine), before)
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["model.layers.1.mlp.down_proj.weight", "model.layers.0.self_attn.k_proj.weight", "model.norm.weight"],
+)
+def test_weights_of_another_shape_are_refused(served: Served, name: str) -> None:
+    """Before any is written: a copy of fewer rows would go through."""
+    state = {name: tensor + 1 for name, tensor in model_of(served.model_dir).state_dict().items()}
+    before = ours(served.engine)
+    state[name] = state[name][:-1]
+    with pytest.raises(ModelError, match=rf"{name} has shape \[.*\] in the trained model and \[.*\] in vLLM's"):
+        served.engine.load_weights(state)
+    assert torch.equal(ours(served.engine), before)
+
+
 @pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.7, 1.0), (1.5, 0.8), (0.0, 1.0)])
 def test_logprobs_are_those_of_the_distribution_that_was_sampled(
     served: Served, temperature: float, top_p: float

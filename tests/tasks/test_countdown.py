@@ -76,6 +76,14 @@ def test_the_test_split_does_not_depend_on_the_size_of_train(tmp_path):
     assert len(load(tmp_path, **SMALL, train_size=5).train) == 5
 
 
+def test_the_end_of_train_is_like_its_beginning(tmp_path):
+    """A validation split is cut off there. Where nearly all problems are drawn, the last ones are the unlikely ones."""
+    train = load(tmp_path, count=[2, 2], number_range=[1, 50], target_range=[1, 100], operators="+-*").problems("train")
+    assert 2000 < len(train) < 2500  # all there are
+    sums = [sum("+" in problem["solution"] for problem in part) / 700 for part in (train[:700], train[-700:])]
+    assert abs(sums[0] - sums[1]) < 0.08
+
+
 def test_too_small_a_space(tmp_path):
     with pytest.raises(TaskError, match="only 514 different problems, too few for test_size = 514"):
         load(tmp_path, **SMALL, test_size=514)

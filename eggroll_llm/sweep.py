@@ -1,0 +1,145 @@
+"""Several runs from one file: trials of a sweep, or methods and seeds to compare.
+
+    seeds = [0, 1, 2]               # each trial with each; without it, with the seed of its recipe
+    recipe = "../countdown_smollm2.toml"
+    [settings]                      # of every trial, over its recipe
+    minutes = 3.0
+    [[trials]]
+    name = "es-small-sigma"
+    es = { sigma = 0.006 }          # over [settings]
+    [[trials]]
+    name = "grpo"
+    recipe = "../countdown_smollm2_grpo.toml"
+
+Each run is a process of its own, so that memory is that of one run and none finds the engine of another warm, and they
+come one after the other, so that each has the whole machine: seed by seed, every trial of it. A run that is there and
+finished is left alone, one that was interrupted goes on, one that fails (a learning rate under which training diverges)
+is told and does not stop the others.
+"""
+
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from eggroll_llm.atomic import describe_failure
+from eggroll_llm.config import load_recipe
+from eggroll_llm.errors import ConfigError, RunDirError
+from eggroll_llm.run_dir import RunDir
+from eggroll_llm.run_weights import final_step
+from eggroll_llm.toml_table import parse_table
+from eggroll_llm.toml_text import format_value, read_toml
+
+Flags = list[tuple[str, str]]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SweepFile:
+    """A sweep as it is written."""
+
+    trials: tuple[Mapping[str, Any], ...]
+    """Name, settings and, unless it is the one of all, recipe of each."""
+    recipe: str = ""
+    """Recipe of the trials, relative to the file."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """Settings of every trial."""
+    seeds: tuple[int, ...] = ()
+    """Seeds that each trial is run with."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Planned:
+    """A run to be made."""
+
+    name: str
+    """Of its directory."""
+    recipe: Path
+    flags: Flags
+    """Dotted key and text of every setting over those of the recipe."""
+
+
+def read_sweep(path: Path, overrides: Sequence[tuple[str, str]] = ()) -> list[Planned]:
+    """Return the runs of a file in order, `overrides` laid over each.
+
+    Raises:
+        ConfigError: the file, a recipe or a setting is wrong; names are missing or come twice.
+    """
+    table, origin = read_toml(path)
+    sweep = parse_table(SweepFile, table, where="", source=origin.name, text=origin.text)
+    more = [(key.removeprefix("--"), text) for key, text in overrides]
+    planned = [_plan(path, sweep, trial, seed, more) for seed in sweep.seeds or (None,) for trial in sweep.trials]
+    names = [run.name for run in planned]
+    if not names:
+        raise ConfigError(f"{path}: trials is empty: add a table [[trials]] with a name and settings")
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ConfigError(f'{path}: two runs would be named "{twice[0]}": give each trial a name and each seed once')
+    return planned
+
+
+def _plan(path: Path, sweep: SweepFile, trial: Mapping[str, Any], seed: int | None, more: Flags) -> Planned:
+    own = dict(trial)
+    name, recipe = own.pop("name", ""), own.pop("recipe", sweep.recipe)
+    if not isinstance(name, str) or not name or {*name} & {*"/\\\0"} or name[0] == ".":
+        raise ConfigError(f'{path}: the name of a trial is {name!r}: it names a folder, such as "es-1"')
+    if not isinstance(recipe, str) or not recipe:
+        raise ConfigError(f'{path}: trial "{name}" has no recipe: set recipe = "FILE.toml" for it or for all')
+    flags = [*_flags(sweep.settings), *_flags(own), *([("seed", f"{seed}")] if seed is not None else []), *more]
+    where = path.parent / recipe
+    try:
+        load_recipe(where, flags)
+    except ConfigError as error:
+        raise ConfigError(f'{path}: trial "{name}": {error}') from error
+    return Planned(name=name if seed is None else f"{name}-seed{seed}", recipe=where, flags=flags)
+
+
+def _flags(settings: Mapping[str, Any], prefix: str = "") -> Flags:
+    flags: Flags = []
+    for key, value in settings.items():
+        if isinstance(value, Mapping):
+            flags += _flags(value, f"{prefix}{key}.")
+        else:
+            flags.append((f"{prefix}{key}", value if isinstance(value, str) else format_value(value, key)))
+    return flags
+
+
+def run_sweep(planned: Sequence[Planned], out: Path, show: Callable[[str], None]) -> list[Path]:
+    """Make all runs in folders of `out`, and return those that are finished."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunDirError(describe_failure(out, error, "the folder of the runs")) from error
+    finished = []
+    for i, run in enumerate(planned, start=1):
+        directory, which = out / run.name, f"run {i} of {len(planned)}, {run.name}"
+        if _is_finished(directory):
+            show(f"{which}: is there")
+        else:
+            show(f"{which}: {' '.join(f'--{key} {text}' for key, text in run.flags)}")
+            if (status := _train(run, directory)) != 0:
+                show(f"{which}: failed with exit status {status}, see above")
+                continue
+        finished.append(directory)
+    return finished
+
+
+def _is_finished(directory: Path) -> bool:
+    try:
+        run = RunDir.open(directory)
+        metrics = run.read_metrics()
+    except RunDirError:
+        return False
+    return bool(metrics) and final_step(run) == metrics[-1]["step"]
+
+
+def _train(run: Planned, directory: Path) -> int:
+    flags = [word for key, text in run.flags for word in (f"--{key}", text)]
+    place = ["--run-dir", str(directory), "--on-existing", "resume"]
+    command = [sys.executable, "-m", "eggroll_llm.cli", "train", str(run.recipe), *place, *flags]
+    with subprocess.Popen(command) as process:
+        try:
+            return process.wait()
+        except BaseException:  # the signal that ends us may have reached us alone
+            process.terminate()
+            raise
