@@ -315,8 +315,8 @@ def test_resume_with_other_settings_shows_each_difference() -> None:
         check_resume(saved, other, saved_in="runs/x/config.toml")
     assert str(info.value) == (
         "runs/x/config.toml: cannot resume with other settings: es.sigma was 0.01 and is now 0.5; task_options.n was not set "
-        "and is now 3. Restore them, or start a new run directory. May change: steps, minutes, eval.every, [log], "
-        "[checkpoint], [engine] except dtype."
+        "and is now 3. Restore them, or start a new run directory. May change: steps, minutes, eval.every, "
+        "grpo.gradient_checkpointing, [log], [checkpoint], [engine] except dtype."
     )
 
 
