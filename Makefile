@@ -5,7 +5,7 @@ BIN := .venv/bin
 RECIPE := recipes/countdown_smollm2.toml
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check bench clean
+.PHONY: help install demo compare test check bench clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -15,6 +15,10 @@ install:  ## create or complete .venv; does nothing when it is up to date
 
 demo: install  ## train the embedded model on Countdown (twelve minutes on two cores), accuracy before and after
 	$(BIN)/eggroll-llm train $(RECIPE)
+
+compare: install  ## ES next to GRPO: two tasks, three seeds of each (three quarters of an hour on two cores)
+	$(BIN)/eggroll-llm sweep recipes/sweeps/compare_two_numbers.toml
+	$(BIN)/eggroll-llm sweep recipes/sweeps/compare_three_numbers.toml
 
 test: install  ## all tests, the ones with the real model and vLLM included
 	$(BIN)/pytest

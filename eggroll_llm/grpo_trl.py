@@ -240,8 +240,8 @@ class EngineGrpoTrainer(GRPOTrainer):
         **options: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         """Return log-probabilities and entropies of completions (B, T); TRL's own where nothing is shared."""
-        nothing_to_share = input_ids.size(1) == logits_to_keep + 1
-        if nothing_to_share or self.args.gradient_checkpointing:  # with which transformers keeps no cache
+        shares = input_ids.size(1) > logits_to_keep + 1 and not options.get("compute_aux_loss")
+        if not shares or self.args.gradient_checkpointing:  # with which transformers keeps no cache
             return super()._get_per_token_logps_and_entropies(
                 model, input_ids, attention_mask, logits_to_keep, batch_size, compute_entropy, **options
             )

@@ -2,6 +2,9 @@
 
 import importlib.metadata
 import importlib.util
+import platform
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -76,3 +79,28 @@ def test_auto_is_what_runs_fast(monkeypatch: pytest.MonkeyPatch, name: str, flag
     assert hardware.resolve_dtype("auto") == dtype
     # What the user says is taken.
     assert [hardware.resolve_dtype(said) for said in ("float32", "bfloat16")] == ["float32", "bfloat16"]
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the allocator is another one")
+def test_freed_memory_is_kept() -> None:
+    """Pages that the process has had are there when the next large block is taken: no fault for any of them."""
+    code = """
+import ctypes, resource
+from eggroll_llm.hardware import keep_freed_memory
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(10):
+        block = ctypes.create_string_buffer(50_000_000)  # zeroed, so every page is touched
+        ctypes.memset(block, 1, len(block))
+        del block
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+default = faults()
+keep_freed_memory()
+faults()
+print(default, faults())
+"""
+    default, kept = map(int, subprocess.check_output([sys.executable, "-c", code], text=True).split())
+    assert default > 10_000
+    assert kept < default / 10

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from eggroll_llm.config import load_recipe, parse_table, to_toml
+from eggroll_llm.config import RunConfig, differences, load_recipe, parse_table, to_toml
+from eggroll_llm.sweep import read_sweep
 from eggroll_llm.tasks.countdown import CountdownOptions
 from eggroll_llm.tasks.gsm8k import Gsm8kOptions
 
@@ -65,12 +66,40 @@ def test_its_task_options_exist_and_hold_out_enough_problems(path: Path) -> None
 
 @pytest.mark.parametrize("path", GRPO, ids=name)
 def test_it_differs_from_the_recipe_of_es_in_the_method_alone(path: Path) -> None:
-    """The same model, task, problems, lengths and evaluation; how many completions a step has is the method's."""
+    """Model, task, problems, lengths and evaluation are the same; a step, and how many make a run, is the method's."""
     grpo, es = load_recipe(path), load_recipe(path.with_stem(path.stem.removesuffix("_grpo")))
-    for part in ("model", "task", "task_options", "seed", "minutes", "eval", "engine"):
-        assert getattr(grpo, part) == getattr(es, part), part
-    assert grpo.sampling.max_tokens == es.sampling.max_tokens
-    assert grpo.sampling.prompts_per_step == es.sampling.prompts_per_step
+    assert not unlike(es, grpo) - {"steps"}
+
+
+COMPARISONS = sorted((FOLDER / "sweeps").glob("compare_*.toml"))
+
+
+@pytest.mark.parametrize("path", COMPARISONS, ids=name)
+def test_a_comparison_is_of_methods_alone(path: Path) -> None:
+    """Three seeds of each; nothing else differs, the limits included, and time is the one that ends them."""
+    runs = [load_recipe(run.recipe, run.flags) for run in read_sweep(path)]
+    assert [(run.seed, run.method) for run in runs] == [(seed, m) for seed in (0, 1, 2) for m in ("es", "grpo")]
+    for run in runs:
+        assert not unlike(runs[0], run) - {"seed"}
+        assert (run.steps, run.eval.split, run.eval.problems) == (0, "test", 512)
+        assert run.minutes > 0
+
+
+def test_both_methods_are_tuned_alike() -> None:
+    """As many trials, each as long, on the same problems, which are not those of the comparison."""
+    sweeps = [read_sweep(FOLDER / "sweeps" / f"countdown_{method}.toml") for method in ("es", "grpo")]
+    assert len(sweeps[0]) == len(sweeps[1])
+    runs = [load_recipe(run.recipe, run.flags) for sweep in sweeps for run in sweep]
+    for run in runs:
+        assert not unlike(runs[0], run)
+        assert (run.steps, run.eval.split, run.seed) == (0, "validation", 100)
+        assert run.minutes > 0
+
+
+def unlike(a: RunConfig, b: RunConfig) -> set[str]:
+    """Settings that differ and are not the method's own."""
+    own = ("method", "sampling.prompts_per_step", "sampling.samples_per_prompt", "sampling.temperature")
+    return {key for key in differences(a, b) if key not in own and not key.startswith(("es.", "grpo.", "checkpoint."))}
 
 
 @pytest.mark.parametrize("path", [path for path in RECIPES if path not in GRPO], ids=name)
