@@ -16,7 +16,7 @@ install:  ## create or complete .venv; does nothing when it is up to date
 demo: install  ## train the embedded model on Countdown (twelve minutes on two cores), accuracy before and after
 	$(BIN)/eggroll-llm train $(RECIPE)
 
-compare: install  ## ES next to GRPO: two tasks, three seeds of each (three quarters of an hour on two cores)
+compare: install  ## ES next to GRPO: two tasks, three seeds of each (forty minutes on two cores)
 	$(BIN)/eggroll-llm sweep recipes/sweeps/compare_two_numbers.toml
 	$(BIN)/eggroll-llm sweep recipes/sweeps/compare_three_numbers.toml
 
