@@ -218,7 +218,12 @@ def _obstacles(runs: Sequence[Run], answers: _Answers) -> list[str]:
 def _machines(runs: Sequence[Run]) -> list[str]:
     """What differs of what training time depends on: settings of the engine, machines, versions."""
     tables: list[dict[str, Any]] = [
-        {key: value for key, value in flat(run.config).items() if key.startswith("engine.")} for run in runs
+        {
+            key: value
+            for key, value in flat(run.config).items()
+            if key.startswith("engine.") and not (key == "engine.slots" and run.config.method == "grpo")  # it has none
+        }
+        for run in runs
     ]
     for start in (start for run in runs for start in run.starts):
         packages = start.get("packages")

@@ -27,6 +27,8 @@ from eggroll_llm.toml_text import format_value
 Budget = Literal["completions", "tokens", "seconds"]
 """What is spent, as `Point` names it."""
 
+OF_THE_METHOD = ("sampling.prompts_per_step", "sampling.samples_per_prompt", "sampling.temperature")
+"""Settings that two methods need not share: how a step samples."""
 LABEL_SETTINGS = 3
 """Settings in the label of a group, unless more are needed to tell the groups apart."""
 LABEL_VALUE = 24
@@ -260,7 +262,12 @@ def _telling(a: RunConfig, b: RunConfig) -> list[str]:
 
 def _labels(configs: Sequence[RunConfig]) -> list[str]:
     """Return a label for each: its method, with the settings in which it differs from others."""
-    differing = {key for a, b in combinations(configs, 2) for key in _telling(a, b)} - {"method"}
+    differing = {
+        key
+        for a, b in combinations(configs, 2)
+        for key in _telling(a, b)
+        if key != "method" and (a.method == b.method or key not in OF_THE_METHOD)
+    }
     keys = [key for key in dict.fromkeys(key for config in configs for key in flat(config)) if key in differing]
     tables = [{key: v for key, v in flat(config).items() if applies(key, config)} for config in configs]
     needed = _needed(["method", *keys], tables)

@@ -9,6 +9,7 @@ from eggroll_llm.config import RunConfig, differences, load_recipe, parse_table,
 from eggroll_llm.sweep import read_sweep
 from eggroll_llm.tasks.countdown import CountdownOptions
 from eggroll_llm.tasks.gsm8k import Gsm8kOptions
+from eval.runs import OF_THE_METHOD
 
 FOLDER = Path(__file__).parents[1] / "recipes"
 RECIPES = sorted(FOLDER.glob("*.toml"))
@@ -98,7 +99,7 @@ def test_both_methods_are_tuned_alike() -> None:
 
 def unlike(a: RunConfig, b: RunConfig) -> set[str]:
     """Settings that differ and are not the method's own."""
-    own = ("method", "sampling.prompts_per_step", "sampling.samples_per_prompt", "sampling.temperature")
+    own = ("method", *OF_THE_METHOD)
     return {key for key in differences(a, b) if key not in own and not key.startswith(("es.", "grpo.", "checkpoint."))}
 
 
@@ -128,4 +129,4 @@ def test_the_table_of_recipes_lists_it(path: Path) -> None:
         line for line in (FOLDER / "README.md").read_text(encoding="utf-8").splitlines() if f"`{path.stem}`" in line
     ]
     assert len(lines) == 1
-    assert lines[0].rstrip(" |").endswith("no" if path in QWEN or path in GRPO else "yes")
+    assert lines[0].rstrip(" |").endswith("no" if path in QWEN else "yes")

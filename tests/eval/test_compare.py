@@ -1,5 +1,6 @@
 """Comparisons against numbers computed by hand."""
 
+import dataclasses
 import io
 import json
 import math
@@ -13,7 +14,7 @@ import pytest
 from made_up_runs import PROBLEMS, make_config, write_run
 from rich.console import Console
 
-from eggroll_llm.config import EngineConfig, EvalConfig, SamplingConfig
+from eggroll_llm.config import EngineConfig, EvalConfig, GrpoConfig, SamplingConfig
 from eggroll_llm.errors import ConfigError
 from eval.compare import Comparison, compare_runs
 from eval.runs import read_runs
@@ -306,6 +307,20 @@ def test_training_times_of_other_machines_are_not_comparable(tmp_path: Path) -> 
     engine = EngineConfig(threads=4)
     c = write_run(tmp_path / "c", {0: "01", 2: "11"}, config=make_config(seed=2, engine=engine), environment=there)
     assert compare([a, b, c]).notes == ("training times are not comparable: engine.threads, cpu_count, torch differ",)
+
+
+def test_slots_are_no_difference_between_methods(tmp_path: Path) -> None:
+    """GRPO has none, so that it does not matter how many its engine is said to have."""
+    es = make_config(engine=EngineConfig(slots=32))
+    grpo = dataclasses.replace(
+        make_config(engine=EngineConfig(slots=1), sampling=SamplingConfig(samples_per_prompt=8, temperature=1.0)),
+        method="grpo",
+        grpo=GrpoConfig(learning_rate=1e-5),
+    )
+    paths = [write_run(tmp_path / config.method, {0: "01", 2: "11"}, config=config) for config in (es, grpo)]
+    assert compare(paths).notes == ()
+    other = write_run(tmp_path / "b", {0: "01", 2: "11"}, config=make_config(seed=1, engine=EngineConfig(slots=8)))
+    assert compare([*paths, other]).notes == ("training times are not comparable: engine.slots differ",)
 
 
 def test_missing_answers_are_noted_once(tmp_path: Path) -> None:

@@ -145,6 +145,23 @@ def test_a_label_names_only_what_its_method_has(tmp_path: Path) -> None:
     ]
 
 
+def test_methods_are_told_apart_by_their_name_however_they_sample(tmp_path: Path) -> None:
+    """Of two groups of one method it is said how."""
+    members = SamplingConfig(prompts_per_step=8, max_tokens=9)
+    group = SamplingConfig(prompts_per_step=2, samples_per_prompt=8, temperature=1.0, max_tokens=9)
+    configs = [make_config(sampling=members), make_config(sampling=group), make_config(sampling=members)]
+    runs = read_runs([write_run(tmp_path / f"{i}", {0: "10"}, config=config) for i, config in enumerate(configs)])
+    runs[1] = dataclasses.replace(runs[1], config=dataclasses.replace(runs[1].config, method="grpo"))
+    assert [group.label for group in group_seeds(runs[:2])] == ["es (1 seed)", "grpo (1 seed)"]
+    less = dataclasses.replace(runs[2].config, sampling=dataclasses.replace(members, prompts_per_step=4))
+    runs[2] = dataclasses.replace(runs[2], config=less)
+    labels = [group.label for group in group_seeds(runs)]
+    assert [label.partition(" samples")[0] for label in labels[::2]] == [
+        "es prompts_per_step=8 (1 seed)",
+        "es prompts_per_step=4 (1 seed)",
+    ]
+
+
 def test_labels_differ_although_long_values_are_cut(tmp_path: Path) -> None:
     configs = [make_config(task=f"{'long' * 10}{i}.py:TASK") for i in range(2)]
     runs = read_runs([write_run(tmp_path / f"{i}", {0: "10"}, config=config) for i, config in enumerate(configs)])
