@@ -15,6 +15,7 @@ from eggroll_llm.errors import ConfigError, UserError
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from eggroll_llm.display import ConsoleDisplay
     from eggroll_llm.loop import Display
     from eggroll_llm.session import Outcome
 
@@ -99,7 +100,7 @@ def run_compare(options: argparse.Namespace, settings: list[tuple[str, str]]) ->
     return 0
 
 
-def _compare(paths: Sequence[Path], out: Path, display: "Display") -> None:
+def _compare(paths: Sequence[Path], out: Path, display: "ConsoleDisplay") -> None:
     from eval.compare import compare_runs
     from eval.runs import read_runs
     from eval.tables import tables
