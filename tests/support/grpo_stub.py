@@ -53,6 +53,7 @@ sigma = 0.05
 learning_rate = 0.02
 [grpo]
 learning_rate = 1e-2
+dtype = "float32"
 micro_batch = 3
 [engine]
 dtype = "float32"
