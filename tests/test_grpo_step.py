@@ -6,6 +6,7 @@ The rollouts are those of the stand-in engine, of different lengths, so that pad
 import contextlib
 import dataclasses
 import random
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -73,7 +74,7 @@ def step_of(tmp_path: Path, tiny_model: Callable[[str], Path]) -> Iterator[Calla
         )
         prepared = session.prepare(config, tmp_path)
         engine = StubEngine(tiny_model(kind))
-        run = opened.enter_context(RunDir.create(tmp_path / "run", "", "overwrite"))
+        run = opened.enter_context(RunDir.create(Path(tempfile.mkdtemp(dir=tmp_path)) / "run", ""))
         header = JournalHeader(frozen_hash="a" * 64, base_model="0" * 16)
         journal = opened.enter_context(Journal.open(run.journal, header))
         scorer = Scorer(prepared.task)
@@ -190,18 +191,23 @@ def test_a_step_is_that_of_the_formula(step_of: Callable[..., Step], grpo: dict[
 def test_completions_of_a_problem_share_the_pass_over_its_prompt(
     step_of: Callable[..., Step], *, checkpointing: bool
 ) -> None:
-    """Every token goes through the embeddings; transformers keeps no keys and values where it computes them twice."""
+    """Every token goes through the embeddings; transformers keeps no keys and values where it computes them twice.
+
+    Two of the three prompts here are the same but for the last token, which goes with the completion.
+    """
     step = step_of(micro_batch=12, importance_sampling=False, gradient_checkpointing=checkpointing)
     model, tokens = step.trainer.trl.model, []
-    assert model.is_gradient_checkpointing == checkpointing
     model.get_input_embeddings().register_forward_pre_hook(lambda module, inputs: tokens.append(inputs[0].numel()))
     step.make()
+    assert model.is_gradient_checkpointing == checkpointing
     requests, completions = step.rollouts
+    different = {request.prompt_ids[:-1] for request in requests}
+    assert len(different) == 2
     longest = max(len(request.prompt_ids) for request in requests), max(len(c.token_ids) for c in completions)
     if checkpointing:
         assert tokens == [12 * sum(longest)]
     else:
-        assert tokens == [3 * (longest[0] - 1), 12 * (1 + longest[1])]
+        assert tokens == [len(different) * (longest[0] - 1), 12 * (1 + longest[1])]
 
 
 def test_bfloat16_is_that_of_the_arithmetic_and_not_of_the_weights(step_of: Callable[..., Step]) -> None:
