@@ -7,6 +7,7 @@ directory is atomic, and durable once the directory itself is fsynced.
 
 import contextlib
 import os
+import re
 import shutil
 from collections.abc import Callable
 from io import FileIO
@@ -60,7 +61,8 @@ def replace_directory(target: Path, write: Callable[[Path], None]) -> None:
     """Call `write` on an empty directory and name that `target`; an error leaves the old `target` as it was.
 
     Raises:
-        OSError: from writing; whatever else `write` raises.
+        OSError: from writing, also where a library made it an error of its own, with the bytes that it came after.
+        Whatever else `write` raises.
     """
     staging = target.parent / f"{_STAGING}{target.name}-{os.getpid()}"
     retired = target.parent / f"{_RETIRED}{target.name}"
@@ -75,12 +77,29 @@ def replace_directory(target: Path, write: Callable[[Path], None]) -> None:
             target.rename(retired)
         staging.rename(target)
         fsync_directory(target.parent)
-    except BaseException:
+    except BaseException as error:
+        written = sum(path.stat().st_size for path in staging.rglob("*") if path.is_file())
         shutil.rmtree(staging, ignore_errors=True)
         if retired.exists() and not target.exists():
             retired.rename(target)
+        if cause := _of_the_system(error):
+            reason = f"{cause.strerror or cause} after {written} bytes, which were removed again"
+            raise OSError(cause.errno, reason) from error
         raise
     shutil.rmtree(retired, ignore_errors=True)
+
+
+def _of_the_system(error: BaseException) -> OSError | None:
+    """The operating system's error that this is, or that safetensors or `torch.save` made it of; None for others."""
+    if isinstance(error, OSError):
+        return error
+    text = str(error).partition("\n")[0]
+    if type(error).__name__ == "SafetensorError" and (code := re.search(r"\(os error (\d+)\)", text)):
+        return OSError(int(code[1]), os.strerror(int(code[1])))
+    # Where torch writes its files, small and large ones; it does not say why it cannot.
+    if isinstance(error, RuntimeError) and re.search("iostream error|inline_container", text):
+        return OSError(f"torch.save failed: {text}")
+    return None
 
 
 def remove_directory(target: Path) -> None:

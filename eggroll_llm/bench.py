@@ -142,7 +142,7 @@ def bench(config: RunConfig, recipe_dir: Path, repeats: int, out: Path | None, w
     if not groups:
         names = "\n  ".join(variant.name for _, variants in GROUPS for variant in variants)
         raise UserError(f"--variants {wanted!r} is in none of these names:\n  {names}")
-    prepared = prepare(config, recipe_dir)
+    prepared = prepare(config, recipe_dir, memory=False)
     job = _job(prepared, alive=2 + max(len(variants) for _, variants in groups))
     console, measured = Console(width=None if sys.stdout.isatty() else PIPE_WIDTH), []
     references: list[Worker] = []

@@ -2,16 +2,22 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
+from eggroll_llm.errors import ConfigError
+from eggroll_llm.hardware import available_memory, serves_on_cpu
 from eggroll_llm.model_files import tensor_shapes
 from eggroll_llm.noise import KEPT_BYTES, Shape
-from eggroll_llm.session import Prepared
 from eggroll_llm.targets import trained_parameters
+
+if TYPE_CHECKING:
+    from eggroll_llm.session import Prepared
 
 GIB = 2**30
 
 
-def budget(prepared: Prepared) -> list[str]:
+def budget(prepared: "Prepared") -> list[str]:
     """Return one sentence per quantity."""
     config = prepared.config
     es, sampling = config.es, config.sampling
@@ -31,8 +37,7 @@ def budget(prepared: Prepared) -> list[str]:
     if config.minutes:
         lines.append(f"in all: at most {config.minutes:g} minutes of training")
 
-    parts = _es_memory(prepared) if config.method == "es" else _grpo_memory(prepared)
-    parts["key-value cache"] = int(config.engine.kv_cache_gib * GIB)
+    parts = _memory(prepared)
     lines += [f"memory: {bytes_ / GIB:.2f} GiB for {name}" for name, bytes_ in parts.items()]
     rest = "the embeddings"
     if config.method == "grpo":
@@ -42,7 +47,96 @@ def budget(prepared: Prepared) -> list[str]:
     return lines
 
 
-def _es_memory(prepared: Prepared) -> dict[str, int]:
+def check_memory(prepared: "Prepared") -> None:
+    """Raise ConfigError when a run needs more memory than there is, with the settings to lower and how far.
+
+    Of a GPU, which no test has seen, only what lies beside vLLM's share is counted.
+    """
+    parts = _memory(prepared)
+    if not serves_on_cpu():
+        _check_gpu(prepared, sum(size for name, size in parts.items() if not name.startswith(_VLLM_SHARE)))
+        return
+    available, needed = available_memory(), sum(parts.values())
+    if available is None or needed <= available:
+        return
+    missing = needed - available
+    listed = ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts.items())
+    remedy = _how_to_save(_knobs(prepared), missing)
+    if prepared.config.method == "grpo":
+        listed += "; and what passes over grpo.micro_batch completions take"
+        if not prepared.config.grpo.lora_rank:
+            remedy += ", or train adapters, such as with grpo.lora_rank = 16"
+    raise ConfigError(
+        f"the run needs {needed / GIB:.2f} GiB of memory ({listed}) besides Python and vLLM, and {available / GIB:.2f} "
+        f"GiB are available: {remedy}"
+    )
+
+
+_VLLM_SHARE = ("served weights", "slots", "key-value cache")
+
+
+def _check_gpu(prepared: "Prepared", beside: int) -> None:
+    import torch
+
+    if not torch.cuda.is_available():
+        return  # vLLM says what is wrong
+    free, total = torch.cuda.mem_get_info()
+    share = prepared.config.engine.gpu_memory_utilization
+    if share * total + beside > free:
+        raise ConfigError(
+            f"engine.gpu_memory_utilization = {share:g}: {share * total / GIB:.2f} GiB, and {beside / GIB:.2f} GiB for "
+            f"weights and noise in training beside it, but {free / GIB:.2f} GiB of the GPU are free: lower it to "
+            f"{max(0.0, math.floor(100 * (free - beside) / total) / 100):g}, or use a smaller model"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Knob:
+    """A setting that saves memory when it is lowered, in steps."""
+
+    key: str
+    value: float
+    least: float
+    step: float
+    saved: int
+    """Bytes, of each step."""
+
+    def lowered(self, missing: int) -> float:
+        """Return the value that saves `missing` bytes, which may be below the least."""
+        return round(self.value - math.ceil(missing / self.saved) * self.step, 2)
+
+
+def _knobs(prepared: "Prepared") -> list[_Knob]:
+    config = prepared.config
+    es, grpo, engine = config.es, config.grpo, config.engine
+    knobs = [_Knob(key="engine.kv_cache_gib", value=engine.kv_cache_gib, least=0.05, step=0.01, saved=GIB // 100)]
+    if config.method == "es":
+        member = member_bytes(trained_parameters(prepared.model_dir), es.rank, 4 if engine.dtype == "float32" else 2)
+        knobs.append(_Knob(key="engine.slots", value=engine.slots, least=1, step=1, saved=member))
+        each = 2 if es.antithetic else 1
+        if kept_bytes(member, es.population // each):
+            knobs.append(_Knob(key="es.population", value=es.population, least=2, step=each, saved=member))
+    elif grpo.beta and not grpo.lora_rank:
+        copy = _grpo_memory(prepared)["copy of the base model"]
+        knobs.append(_Knob(key="grpo.beta", value=grpo.beta, least=0, step=grpo.beta, saved=copy))
+    return knobs
+
+
+def _how_to_save(knobs: Sequence[_Knob], missing: int) -> str:
+    alone = [knob for knob in knobs if knob.lowered(missing) >= knob.least]
+    if alone:
+        return "lower " + ", or ".join(f"{k.key} from {k.value:g} to {k.lowered(missing):g}" for k in alone)
+    each = ", ".join(f"{k.key} = {k.value:g} (each {k.step:g} is {k.saved / GIB:.2g} GiB)" for k in knobs)
+    return f"{missing / GIB:.2f} GiB too much, which none of these saves alone: {each}; or use a smaller model"
+
+
+def _memory(prepared: "Prepared") -> dict[str, int]:
+    config = prepared.config
+    parts = _es_memory(prepared) if config.method == "es" else _grpo_memory(prepared)
+    return {**parts, "key-value cache": int(config.engine.kv_cache_gib * GIB)}
+
+
+def _es_memory(prepared: "Prepared") -> dict[str, int]:
     es, engine = prepared.config.es, prepared.config.engine
     shapes = trained_parameters(prepared.model_dir)
     weights = sum(out * inside for _, out, inside in shapes)
@@ -59,7 +153,7 @@ def _es_memory(prepared: Prepared) -> dict[str, int]:
     return parts
 
 
-def _grpo_memory(prepared: Prepared) -> dict[str, int]:
+def _grpo_memory(prepared: "Prepared") -> dict[str, int]:
     grpo, engine = prepared.config.grpo, prepared.config.engine
     weights = sum(math.prod(shape) for shape in tensor_shapes(prepared.model_dir).values())
     trained = weights

@@ -69,30 +69,23 @@ def save_checkpoint(
     Raises:
         CheckpointError: it could not be written; nothing half-written is left, what was there still is.
     """
+    from safetensors.torch import save_file
+
     target = checkpoint_path(root, step)
-    written = 0
 
     def write(folder: Path) -> None:
-        nonlocal written
-        try:
-            write_model(folder)
-            _save_tensors(training_state, folder / TRAINING_STATE)
-            fsync_tree(folder)
-            (folder / MANIFEST).write_text(_manifest(folder, step, metadata), encoding="utf-8")
-        except BaseException:
-            written = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-            raise
+        write_model(folder)
+        save_file({name: tensor.contiguous() for name, tensor in training_state.items()}, folder / TRAINING_STATE)
+        fsync_tree(folder)
+        (folder / MANIFEST).write_text(_manifest(folder, step, metadata), encoding="utf-8")
 
     try:
         root.mkdir(exist_ok=True)
         replace_directory(target, write)
     except OSError as error:
         state = sum(tensor.numel() * tensor.element_size() for tensor in training_state.values())
-        what = f"the checkpoint, whose training state alone takes {state} bytes"
-        raise CheckpointError(
-            f"{describe_failure(target, error, what)} The {written} bytes written were removed again; "
-            "earlier checkpoints are untouched."
-        ) from error
+        what = f"the checkpoint, whose training state alone takes {state} bytes" if state else "the checkpoint"
+        raise CheckpointError(f"{describe_failure(target, error, what)} Earlier checkpoints are untouched.") from error
     return target
 
 
@@ -102,7 +95,7 @@ def checkpoint_path(root: Path, step: int) -> Path:
 
 
 def verify_checkpoint(path: Path) -> Checkpoint:
-    """The checkpoint in a directory. Raises CheckpointError naming the file that is missing or changed."""
+    """The checkpoint in a directory. Raises CheckpointError naming the file that is missing, changed or unreadable."""
     manifest = _read_manifest(path)
     for name, expected in manifest["files"].items():
         file = path / name
@@ -111,7 +104,11 @@ def verify_checkpoint(path: Path) -> Checkpoint:
         size = file.stat().st_size
         if size != expected["size"]:
             raise CheckpointError(f"{file}: {size} bytes, but {expected['size']} were written. Use another checkpoint.")
-        if _sha256(file) != expected["sha256"]:
+        try:
+            found = _sha256(file)
+        except OSError as error:
+            raise CheckpointError(f"{file}: cannot be read ({error.strerror}). Use another checkpoint.") from error
+        if found != expected["sha256"]:
             raise CheckpointError(
                 f"{file}: content changed since it was written (SHA-256 differs). Use another checkpoint."
             )
@@ -150,37 +147,49 @@ def list_checkpoints(root: Path) -> list[tuple[int, Path]]:
     return sorted((int(match[1]), path) for match, path in matches if match)
 
 
-def prune(root: Path, keep: int, protect: Collection[Path] = ()) -> list[Path]:
-    """Delete all but the `keep` newest checkpoints; never a protected one, and never the newest valid one.
+def is_valid(path: Path) -> bool:
+    """Whether there is a checkpoint in a directory, and it is what its manifest says."""
+    try:
+        verify_checkpoint(path)
+    except CheckpointError:
+        return False
+    return True
+
+
+def prune(root: Path, step: int, keep: int, protect: Collection[Path] = ()) -> list[Path]:
+    """Delete the checkpoints before the `keep` newest, of which that of `step` was just written; never a protected one.
+
+    A damaged one does not count among those that are kept, nor does one of a later step, which is left alone.
 
     Returns:
         The directories deleted.
     """
-    old = [path for _, path in list_checkpoints(root)][: -keep or None]
-    if not old:
+    older = [path for of, path in reversed(list_checkpoints(root)) if of < step]
+    if len(older) < keep:
         return []
-    newest = newest_valid(root).checkpoint
-    kept = {path.resolve() for path in protect} | ({newest.path.resolve()} if newest else set())
-    doomed = [path for path in old if path.resolve() not in kept]
+    left, doomed = keep - 1, []
+    protected = {path.resolve() for path in protect}
+    for path in older:
+        if left:
+            left -= is_valid(path)
+        elif path.resolve() not in protected:
+            doomed.append(path)
     for path in doomed:
         remove_directory(path)
     return doomed
 
 
+def remove_after(root: Path, step: int) -> list[Path]:
+    """Delete the checkpoints of steps after `step`; the directories deleted."""
+    later = [path for of, path in list_checkpoints(root) if of > step]
+    for path in later:
+        remove_directory(path)
+    return later
+
+
 def clean(root: Path) -> list[str]:
     """Remove or restore what a killed process left unfinished; the names concerned. Call before resuming."""
     return recover(root) if root.is_dir() else []
-
-
-def _save_tensors(tensors: Mapping[str, "Tensor"], path: Path) -> None:
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
-    try:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
-    except SafetensorError as error:
-        # The library wraps the operating system's errors, a full disk for one.
-        raise OSError(f"writing {path.name}: {error}") from error
 
 
 def _manifest(folder: Path, step: int, metadata: Mapping[str, Any]) -> str:

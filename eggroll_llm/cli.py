@@ -2,41 +2,59 @@
 
 import argparse
 import logging
-import os
 import signal
 import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from types import FrameType
 from typing import NoReturn
 
-from eggroll_llm import commands
+from eggroll_llm import commands, interruption
 from eggroll_llm.errors import ConfigError, UserError
+from eggroll_llm.inert import inert
 
 EXIT_MISTAKE = 2
+ERROR_CHARACTERS = 4000  # of a line
+INTERRUPTED = (
+    "interrupted; a run continues with --on-existing resume, a sweep or an evaluation that has --out with the same "
+    "command"
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; return the exit status. A user's mistake is one line on standard error and status 2."""
     parser = _parser()
-    signal.signal(signal.SIGTERM, _terminate)
     _set_up_messages()
     try:
-        options, rest = parser.parse_known_args(arguments)
-        if rest and not options.takes_settings:
-            parser.error(f"unrecognized arguments: {' '.join(rest)}")
-        return int(options.command(options, _settings(rest)))
+        with interruption.handled():
+            options, rest = parser.parse_known_args(arguments)
+            if rest and not options.takes_settings:
+                parser.error(f"unrecognized arguments: {' '.join(rest)}")
+            status = int(options.command(options, _settings(rest)))
+            if sys.stdout is not None:
+                sys.stdout.flush()
+            return status
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        _complain(f"error: {error}")
         return EXIT_MISTAKE
-    except KeyboardInterrupt:
-        again = "a run continues with --on-existing resume, an evaluation that has --out with the same command"
-        print(f"interrupted; {again}", file=sys.stderr)
-        return 128 + signal.SIGINT
+    except KeyboardInterrupt as error:
+        _complain(INTERRUPTED)
+        return error.status if isinstance(error, interruption.Interrupted) else 128 + signal.SIGINT
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        from eggroll_llm.display import give_up
+
+        give_up(sys.stdout)
         return 128 + signal.SIGPIPE
+
+
+def _complain(text: str) -> None:
+    """Print to standard error; text of models, which a grader's traceback may hold, is inert."""
+    from eggroll_llm.display import give_up
+
+    try:
+        print(*(inert(line, ERROR_CHARACTERS) for line in text.split("\n")), sep="\n", file=sys.stderr)
+    except OSError:  # nobody reads it, and the status says it too
+        give_up(sys.stderr)
 
 
 def _set_up_messages() -> None:
@@ -206,10 +224,6 @@ def _not_negative(text: str) -> int:
     if value < 0:
         raise argparse.ArgumentTypeError(f"{text}: must not be negative")
     return value
-
-
-def _terminate(number: int, frame: FrameType | None) -> NoReturn:
-    raise SystemExit(128 + number)
 
 
 if __name__ == "__main__":

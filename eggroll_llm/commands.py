@@ -41,7 +41,7 @@ def run_train(options: argparse.Namespace, settings: list[tuple[str, str]]) -> i
     if options.dry_run:
         from eggroll_llm.budget import budget
 
-        prepared = prepare(config, recipe_dir)
+        prepared = prepare(config, recipe_dir, memory=False)
         print(to_toml(prepared.config))
         for line in budget(prepared):
             print(f"# {line}")
@@ -52,7 +52,8 @@ def run_train(options: argparse.Namespace, settings: list[tuple[str, str]]) -> i
     run_path = options.run_dir or default_run_dir(options.recipe, datetime.now())
     display = ConsoleDisplay()
     display.message(f"run directory: {run_path}")
-    outcome = train(config, recipe_dir, run_path, options.on_existing, display)
+    with display:
+        outcome = train(config, recipe_dir, run_path, options.on_existing, display)
     display.table(_outcome_table(outcome))
     _report(run_path, display)
     display.message(f"model: {outcome.final} (loads in transformers and vLLM)")
@@ -77,12 +78,13 @@ def _report(run_path: Path, display: "Display") -> None:
 def run_sweep(options: argparse.Namespace, settings: list[tuple[str, str]]) -> int:
     """Train the runs of a file, those that are not there yet, and compare all."""
     from eggroll_llm.display import ConsoleDisplay
+    from eggroll_llm.inert import inert
     from eggroll_llm.sweep import read_sweep, run_sweep
 
     planned = read_sweep(options.sweep, settings)
     if options.dry_run:
         for run in planned:
-            print(f"{run.name}: {run.recipe} {' '.join(f'--{key} {text}' for key, text in run.flags)}")
+            print(inert(f"{run.name}: {run.recipe} {run.shown}", 4000))
         return 0
     out = options.out or Path("runs") / options.sweep.stem
     display = ConsoleDisplay()
@@ -184,18 +186,19 @@ def run_eval(options: argparse.Namespace, settings: list[tuple[str, str]]) -> in
     ks = [k for k in (options.k or [options.samples]) if k > 1]
     if max(ks, default=0) > options.samples:
         raise ConfigError(f"--k {max(ks)}: there are only {options.samples} completions per problem: raise --samples")
-    display = ConsoleDisplay()
-    results = evaluate_subject(
-        how,
-        Path.cwd(),
-        samples_file,
-        overwrite=options.on_existing == "overwrite",
-        on_progress=lambda done, total: display.sampling("eval", done, total),
-    )
+    with ConsoleDisplay() as display:
+        results = evaluate_subject(
+            how,
+            Path.cwd(),
+            samples_file,
+            overwrite=options.on_existing == "overwrite",
+            on_progress=lambda done, total: display.sampling("eval", done, total),
+            say=display.message,
+        )
     summary = summarize(results, ks)
-    print(table(summary))
     if options.out:
         write_summary(options.out, summary)
+    print(table(summary))
     return 0
 
 
@@ -216,6 +219,7 @@ def _absolute_task(task: str) -> str:
 
 def run_replay(options: argparse.Namespace, settings: list[tuple[str, str]]) -> int:
     """Rebuild the weights of a step."""
+    from eggroll_llm.atomic import describe_failure, replace_directory
     from eggroll_llm.card import write_card
     from eggroll_llm.config import load_recipe
     from eggroll_llm.journal import read_journal
@@ -237,17 +241,20 @@ def run_replay(options: argparse.Namespace, settings: list[tuple[str, str]]) -> 
     from eggroll_llm.replay import replay
 
     base = resolve_model(config.model)
-    checksum = replay(config, base, run.journal, step, options.out)
-    identity = model_identity(base)
-    write_provenance(options.out, step=step, base_model=identity)
-    write_card(
-        options.out,
-        config=config,
-        base_model=identity,
-        step=step,
-        metrics=run.read_metrics(),
-        journal=run.journal,
-    )
+    identity, metrics = model_identity(base), run.read_metrics()
+    checksum = ""
+
+    def write(directory: Path) -> None:
+        nonlocal checksum
+        checksum = replay(config, base, run.journal, step, directory)
+        write_provenance(directory, step=step, base_model=identity)
+        write_card(directory, config=config, base_model=identity, step=step, metrics=metrics, journal=run.journal)
+
+    try:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        replace_directory(options.out, write)
+    except OSError as error:
+        raise ConfigError(f"--out {describe_failure(options.out, error, 'the model')}") from error
     print(f"step {step}: {options.out}, weights {checksum}")
     return 0
 

@@ -18,7 +18,7 @@ from eggroll_llm.errors import ConfigError
 from eggroll_llm.field_docs import FieldHelp, field_docs, field_help
 from eggroll_llm.overrides import apply_overrides
 from eggroll_llm.toml_table import parse_table
-from eggroll_llm.toml_text import format_value, read_toml, write_toml
+from eggroll_llm.toml_text import Origin, Sourced, format_value, read_toml, write_toml
 
 __all__ = [
     "CheckpointConfig",
@@ -28,6 +28,7 @@ __all__ = [
     "FieldHelp",
     "GrpoConfig",
     "LogConfig",
+    "RewardConfig",
     "RunConfig",
     "SamplingConfig",
     "applies",
@@ -40,6 +41,7 @@ __all__ = [
     "load_recipe",
     "may_change",
     "parse_table",
+    "sourced",
     "to_toml",
     "validate",
 ]
@@ -64,6 +66,16 @@ class SamplingConfig:
     """Sampling temperature; 0 decodes greedily, the population being the exploration."""
     top_p: float = 1.0
     """Probability mass that nucleus sampling keeps; 1 keeps all."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RewardConfig:
+    """Limits of a user's own score, which runs in a process of its own; built-in graders need none."""
+
+    timeout_seconds: float = 10.0
+    """Seconds that the score of one completion may take; then its process is killed, and the completion counts as 0."""
+    memory_gib: float = 4.0
+    """Memory in GiB that the process may take, with what it imports and loads."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -170,6 +182,8 @@ class EngineConfig:
     """Whether the model runs without compilation; compiling starts slowly and gains little on CPU."""
     gpu_memory_utilization: float = 0.85
     """Fraction of the GPU's memory that the engine may use."""
+    timeout_seconds: float = 1800.0
+    """Seconds without any progress of the engine after which the process ends with status 124; 0 sets no limit."""
     threads: int = 0
     """CPU threads; 0 takes all cores. Without a C++ compiler the last bits of an update depend on it."""
 
@@ -234,6 +248,8 @@ class RunConfig:
     """Options of the task, see its documentation."""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     """How completions are sampled in training."""
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    """Limits of a user's own score."""
     es: EsConfig = field(default_factory=EsConfig)
     """The evolution strategy, of method "es"."""
     grpo: GrpoConfig = field(default_factory=GrpoConfig)
@@ -258,7 +274,16 @@ def load_recipe(path: Path | str, overrides: Sequence[tuple[str, str]] = ()) -> 
     table = apply_overrides(RunConfig, table, overrides)
     config = parse_table(RunConfig, table, where="", source=origin.name, text=origin.text)
     validate(config, origin)
-    return config
+    return dataclasses.replace(config, task_options=sourced(config.task_options, origin, overrides))
+
+
+def sourced(options: Mapping[str, Any], origin: Origin, overrides: Sequence[tuple[str, str]]) -> Sourced:
+    """Task options that know which of them are of a file and which of a flag, such as --task_options.seed."""
+    result = Sourced(options)
+    parts = [flag.removeprefix("--").split(".") for flag, _ in overrides]
+    result.origin = origin
+    result.flags = frozenset(part[1] for part in parts if part[0].replace("-", "_") == "task_options")
+    return result
 
 
 def to_toml(config: RunConfig) -> str:
@@ -281,11 +306,12 @@ def differences(a: RunConfig, b: RunConfig) -> list[str]:
 def may_change(key: str) -> bool:
     """Whether a resumed run may have another value: true of settings that the updates do not depend on.
 
-    Not of the problems of the evaluation: one run would then report accuracies that cannot be compared.
+    Not of the problems of the evaluation: one run would then report accuracies that cannot be compared. The limits of
+    [reward] may, as those of the engine: they protect the machine, and may have been too tight for it.
     """
     if key.startswith("engine."):
         return key != "engine.dtype"
-    return key in _MAY_CHANGE or key.startswith(("log.", "checkpoint."))
+    return key in _MAY_CHANGE or key.startswith(("log.", "checkpoint.", "reward."))
 
 
 def applies(key: str, config: RunConfig) -> bool:
@@ -311,8 +337,8 @@ def check_resume(saved: RunConfig, now: RunConfig, *, saved_in: str) -> None:
     shown = "; ".join(f"{key} was {_shown(old, key)} and is now {_shown(new, key)}" for key in keys)
     raise ConfigError(
         f"{saved_in}: cannot resume with other settings: {shown}. Restore them, or start a new run "
-        "directory. May change: steps, minutes, eval.every, grpo.gradient_checkpointing, [log], [checkpoint], [engine] "
-        "except dtype."
+        "directory. May change: steps, minutes, eval.every, grpo.gradient_checkpointing, [log], [checkpoint], "
+        "[reward], [engine] except dtype."
     )
 
 

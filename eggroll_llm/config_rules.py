@@ -47,6 +47,7 @@ _AT_LEAST = {
     "engine.slots": 0,
     "engine.max_sequences": 1,
     "engine.max_model_len": 0,
+    "engine.timeout_seconds": 0,
     "engine.threads": 0,
     "eval.every": 0,
     "eval.problems": 2,
@@ -62,6 +63,8 @@ _POSITIVE = (
     "grpo.lora_alpha",
     "grpo.adam_eps",
     "sampling.top_p",
+    "reward.timeout_seconds",
+    "reward.memory_gib",
     "engine.kv_cache_gib",
     "engine.gpu_memory_utilization",
 )
@@ -72,6 +75,8 @@ _AT_MOST = {
     "es.rank": 64,  # what the engine's kernels take
     "es.learning_rate": 1e6,  # a weight in one step; more could leave the range of float32
     "engine.gpu_memory_utilization": 1,
+    "engine.timeout_seconds": 1e9,  # a timer takes little more
+    "reward.timeout_seconds": 86_400,
     "seed": 2**63 - 1,
 }
 _BELOW = {

@@ -7,22 +7,16 @@ import contextlib
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import IO, Any
 
 from rich.console import Console
 from rich.status import Status
 from rich.table import Table
 from rich.text import Text
 
+from eggroll_llm.closing import Closing
 from eggroll_llm.evaluate import Evaluation
-
-SAMPLE_CHARACTERS = 160
-
-
-def inert(text: str, limit: int = SAMPLE_CHARACTERS) -> str:
-    """Return text in which nothing acts on a terminal: control and direction characters are escaped, the rest cut."""
-    shown = "".join(character if character.isprintable() else repr(character)[1:-1] for character in text[: limit + 1])
-    return shown if len(shown) <= limit else shown[: limit - 1] + "…"
+from eggroll_llm.inert import inert
 
 
 def duration(seconds: float) -> str:
@@ -32,17 +26,22 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
+def give_up(file: IO[str]) -> None:
+    """Send nowhere what is written, and what is still buffered: it would fail once more when the interpreter exits."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # it may be closed, no file, or None
+        os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())
+
+
 class _Console(Console):
     """A console whose reader may go away: rich would end the process."""
 
     def on_broken_pipe(self) -> None:
         self.quiet = True
-        # What is still buffered would fail once more when the interpreter exits.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())
+        give_up(self.file)
 
 
-class ConsoleDisplay:
-    """Shows a run on standard output."""
+class ConsoleDisplay(Closing):
+    """Shows a run on standard output. As a context manager it leaves the terminal as it was, whatever happened."""
 
     def __init__(self, console: Console | None = None) -> None:
         # There is no sys.stdout at all when the process was started with it closed.
@@ -62,14 +61,17 @@ class ConsoleDisplay:
             if done == total:
                 self._stop_status()
 
-    def step(self, row: dict[str, Any], samples: Sequence[dict[str, Any]], *, seconds_left: float | None) -> None:
+    def step(
+        self, row: dict[str, Any], samples: Sequence[dict[str, Any]], *, seconds_left: float | None, note: str = ""
+    ) -> None:
         """Show one line for the step and a few of its completions."""
         left = "" if seconds_left is None else f"  left {duration(seconds_left)}"
+        said = f"  {note}" if note else ""
         with self._surviving():
             self._stop_status()
             self.console.print(
                 f"step {row['step']:>4}  reward {row['reward/mean']:.3f}  accuracy {row['reward/accuracy']:.3f}  "
-                f"{row['throughput/tokens_per_second']:,.0f} tokens/s  {row['time/step']:.1f} s{left}"
+                f"{row['throughput/tokens_per_second']:,.0f} tokens/s  {row['time/step']:.1f} s{left}{said}"
             )
             for sample in samples:
                 mark = "right" if sample["correct"] else "wrong"
@@ -93,6 +95,11 @@ class ConsoleDisplay:
         with self._surviving():
             self._stop_status()
             self.console.print(table)
+
+    def close(self) -> None:
+        """Remove what still moves."""
+        with self._surviving():
+            self._stop_status()
 
     def _print(self, text: str, style: str) -> None:
         with self._surviving():

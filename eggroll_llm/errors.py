@@ -33,6 +33,10 @@ class SamplesError(UserError):
     """A file of graded completions is damaged, of another evaluation, or cannot be written."""
 
 
+class EngineError(UserError):
+    """The inference engine does not start, or failed; what vLLM raised is the cause."""
+
+
 class TrainingError(UserError):
     """Training cannot go on; what was reached is on disk."""
 

@@ -12,6 +12,10 @@ paper's 0.04; the divergence is weighed with the ratio, which makes its gradient
 its own number format, so that pi_old is not quite what was sampled from: TRL weighs each completion with
 pi_old(completion) / pi_engine(completion), and leaves it out above 3 (`importance_sampling`).
 
+When all completions of every problem got the same reward, A is 0 and a step learns nothing, but its weights may move:
+by AdamW's moments of earlier steps, by weight decay, and by the divergence where beta is above 0. So it is in TRL, and
+in ours: the baseline is not to be another one. (ES changes nothing then.)
+
 The same as in ES: problems and their order, prompts in tokens, scores, sampling seeds, evaluation, what ends the run,
 and the files. A step is one batch of completions with all its optimizer steps, so that step n of both methods has seen
 the same problems. There is no journal: a run goes on from its last checkpoint, whose folder `trainer/` is transformers'
@@ -27,7 +31,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from eggroll_llm.checkpoint import Checkpoint, checkpoint_path
+from eggroll_llm.checkpoint import Checkpoint, checkpoint_path, is_valid
 from eggroll_llm.config import RunConfig
 from eggroll_llm.errors import ConfigError, ModelError, TaskError, TrainingError
 from eggroll_llm.evaluate import Evaluation
@@ -94,7 +98,7 @@ class GrpoTrainer:
         if not self.loop.finished():
             self.trl.train(resume_from_checkpoint=state)
             # There is no journal to come back by: without it, a finished run that is resumed would be done again.
-            if not checkpoint_path(self.loop.run_dir.checkpoints, self.loop.step).is_dir():
+            if not is_valid(checkpoint_path(self.loop.run_dir.checkpoints, self.loop.step)):
                 self.save()
         elif state:
             self.trl._load_from_checkpoint(state)
@@ -130,17 +134,15 @@ class GrpoTrainer:
         completions = self.rollouts.completions
         assert [list(completion.token_ids) for completion in completions] == [list(ids) for ids in completion_ids]
         self.scorer.start_counting()
-        self._scores = [
-            self.scorer.score(completion, self.train_set.problems[int(prompt)])
-            for prompt, completion in zip(prompts, completions, strict=True)
-        ]
+        problems = [self.train_set.problems[int(prompt)] for prompt in prompts]
+        self._scores = self.scorer.score_all(list(zip(completions, problems, strict=True)))
         if self.loop.step == 1:
             self.scorer.check(of=" of the first step")
         rewards = [score.reward if math.isfinite(score.reward) else None for score in self._scores]
         if 2 * rewards.count(None) > len(rewards):
             raise TaskError(
                 f"step {self.loop.step}: {rewards.count(None)} of {len(rewards)} completions were dropped for a NaN or "
-                "infinite reward: make score() return finite rewards"
+                f"infinite reward: make score() return finite rewards; the first: {self.scorer.first_dropped}"
             )
         self._reward_seconds = time.perf_counter() - start
         return rewards
@@ -207,7 +209,7 @@ class GrpoTrainer:
         return {name: tensors[name].detach().cpu() for name in stored}
 
     def _show_progress(self, done: int, total: int) -> None:
-        self.loop.display.sampling(f"step {self.loop.step}", done, total)
+        self.loop.sampling(f"step {self.loop.step}", done, total)
 
 
 _TIED = (

@@ -1,5 +1,6 @@
 """What the machine can do, told without importing torch."""
 
+import contextlib
 import ctypes
 import importlib.metadata
 import importlib.util
@@ -63,6 +64,40 @@ def keep_freed_memory() -> None:
         return
     for parameter, size in ((_M_MMAP_THRESHOLD, 2**30), (_M_TRIM_THRESHOLD, 2**31 - 1), (_M_TOP_PAD, 2**28)):
         mallopt(parameter, size)
+
+
+def available_memory(root: Path = Path("/")) -> int | None:
+    """Return the bytes of memory that can still be had without swapping; None where the system does not tell.
+
+    That is what the machine has available, or less where a control group (container, batch job) sets a limit.
+    """
+    try:
+        meminfo = _numbers(root / "proc/meminfo")
+        free = [meminfo["MemAvailable:"] * 1024]
+        groups = [line.split(":", 2) for line in (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines()]
+    except (OSError, ValueError, KeyError):
+        return None
+    for _, controllers, group in groups:
+        if not controllers:
+            mount, limit, usage = root / "sys/fs/cgroup", "memory.max", "memory.current"
+        elif "memory" in controllers.split(","):
+            mount, limit, usage = root / "sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
+        else:
+            continue
+        folder = mount / group.lstrip("/")
+        for here in (folder, *folder.parents[: len(folder.parts) - len(mount.parts)]):
+            # A container does not see the path of its group, and "max" is no limit.
+            with contextlib.suppress(OSError, ValueError):
+                bytes_ = int((here / limit).read_text()) - int((here / usage).read_text())
+                stat = _numbers(here / "memory.stat")
+                free.append(bytes_ + stat.get("inactive_file", 0) + stat.get("active_file", 0))  # dropped when needed
+    return min(free)
+
+
+def _numbers(path: Path) -> dict[str, int]:
+    """Return the number after each line's first word."""
+    rows = (line.split() for line in path.read_text(encoding="utf-8").splitlines())
+    return {row[0]: int(row[1]) for row in rows if len(row) > 1}
 
 
 def peak_memory() -> int:

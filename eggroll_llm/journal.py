@@ -38,6 +38,10 @@ class JournalHeader:
     """Hash of the settings that may not change within a run."""
     base_model: str
     """Identity of the base model."""
+    train: str = ""
+    """Hash of the problems to train on and their prompts; empty in journals that do not say."""
+    held_out: str = ""
+    """Hash of the problems to evaluate on and their prompts; empty in journals that do not say."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -97,18 +101,19 @@ class Journal(Closing):
         try:
             path.touch()
             fsync_directory(path.parent)
-            journal = cls(path, read_journal(path))
+            contents = read_journal(path)
+            if contents.header is not None:
+                _check_same_run(path, contents.header, header)
+            journal = cls(path, contents)
         except OSError as error:
             raise JournalError(describe_failure(path, error, "the journal")) from error
-        try:
-            if not journal._line_ends:
+        if journal.header is None:
+            try:
                 journal._write({"format": FORMAT, **asdict(header)})
-                journal.header = header
-            else:
-                _check_same_run(path, journal.header, header)
-        except BaseException:
-            journal.close()
-            raise
+            except BaseException:
+                journal.close()
+                raise
+            journal.header = header
         return journal
 
     @property
@@ -231,7 +236,12 @@ def _parse_header(path: Path, fields: dict[str, Any]) -> JournalHeader:
             f"{path}:1: journal format {fields['format']}, but this version reads format {FORMAT}. "
             "Use the version that wrote it."
         )
-    return JournalHeader(frozen_hash=fields["frozen_hash"], base_model=fields["base_model"])
+    return JournalHeader(
+        frozen_hash=fields["frozen_hash"],
+        base_model=fields["base_model"],
+        train=fields.get("train", ""),
+        held_out=fields.get("held_out", ""),
+    )
 
 
 def _parse_entry(path: Path, number: int, fields: dict[str, Any], *, expected_step: int) -> JournalEntry:
@@ -249,8 +259,7 @@ def _parse_entry(path: Path, number: int, fields: dict[str, Any], *, expected_st
     return JournalEntry(**{**fields, "fitness": tuple(fields["fitness"]), "dropped": tuple(fields["dropped"])})
 
 
-def _check_same_run(path: Path, found: JournalHeader | None, header: JournalHeader) -> None:
-    assert found is not None
+def _check_same_run(path: Path, found: JournalHeader, header: JournalHeader) -> None:
     if found.base_model != header.base_model:
         raise JournalError(
             f"{path}:1: the run's base model is {found.base_model}, now it is {header.base_model}. "
@@ -260,4 +269,10 @@ def _check_same_run(path: Path, found: JournalHeader | None, header: JournalHead
         raise JournalError(
             f"{path}:1: the run has other settings (hash {found.frozen_hash[:12]}, now "
             f"{header.frozen_hash[:12]}). Compare the recipe with config.toml, or start a new run directory."
+        )
+    splits = {"to train on": (found.train, header.train), "to evaluate on": (found.held_out, header.held_out)}
+    if changed := [split for split, (before, now) in splits.items() if before and now and before != now]:
+        raise JournalError(
+            f"{path}:1: the problems {' and '.join(changed)}, or their prompts, are others than the run began with: "
+            "restore the data or the task's file, or start a new run directory."
         )

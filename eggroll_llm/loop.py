@@ -9,8 +9,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from eggroll_llm import interruption
 from eggroll_llm.card import write_card
-from eggroll_llm.checkpoint import checkpoint_path, prune, save_checkpoint
+from eggroll_llm.checkpoint import checkpoint_path, is_valid, list_checkpoints, prune, save_checkpoint
 from eggroll_llm.config import RunConfig
 from eggroll_llm.evaluate import Evaluation, evaluate
 from eggroll_llm.hardware import peak_memory
@@ -19,14 +20,15 @@ from eggroll_llm.prompts import ProblemSet, set_hash
 from eggroll_llm.run_dir import RunDir
 from eggroll_llm.run_weights import best_step, write_provenance
 from eggroll_llm.sampler import Completion, Decoding
-from eggroll_llm.scoring import Scorer
+from eggroll_llm.scoring import Scorer, unusable
 from eggroll_llm.tasks import Problem, Score
 from eggroll_llm.trackers import Trackers
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-TIED_STEPS_WARNING = 3  # steps in a row without any difference between rewards before the user is told
+TIED_STEPS_WARNING = 3  # steps in a row without any difference between rewards before the user is told what to do
+TIED = "rewards tied, nothing learned"
 
 
 class Display(Protocol):
@@ -35,8 +37,10 @@ class Display(Protocol):
     def sampling(self, label: str, done: int, total: int) -> None:
         """Show how far the sampling of a step or an evaluation is."""
 
-    def step(self, row: dict[str, Any], samples: Sequence[dict[str, Any]], *, seconds_left: float | None) -> None:
-        """Show a finished step."""
+    def step(
+        self, row: dict[str, Any], samples: Sequence[dict[str, Any]], *, seconds_left: float | None, note: str = ""
+    ) -> None:
+        """Show a finished step, and a few words about it."""
 
     def evaluation(self, step: int, evaluation: Evaluation) -> None:
         """Show an evaluation."""
@@ -68,6 +72,8 @@ class Loop:
         self.run_dir, self.journal, self.display, self.trackers = run, journal, display, trackers
         self.step, self.wall_time = step, float(metrics[-1]["wall_time"]) if metrics else 0.0
         self.best = best_step(metrics)
+        self.resumed_from: Path | None = None
+        """Checkpoint that this process went on from; it is kept."""
         sampling = config.sampling
         self.decoding = Decoding(
             max_tokens=sampling.max_tokens, temperature=sampling.temperature, top_p=sampling.top_p, stop=stop
@@ -78,8 +84,14 @@ class Loop:
 
     def finished(self) -> bool:
         """Whether a limit of the configuration is reached."""
+        interruption.check()
         out_of_steps = bool(self.config.steps) and self.step >= self.config.steps
         return out_of_steps or (bool(self.config.minutes) and self.wall_time >= 60 * self.config.minutes)
+
+    def sampling(self, label: str, done: int, total: int) -> None:
+        """Show how far the sampling of a step or an evaluation is."""
+        interruption.check()
+        self.display.sampling(label, done, total)
 
     def start(self) -> Evaluation:
         """Evaluate the base model, as step 0."""
@@ -89,7 +101,8 @@ class Loop:
 
     def end_step(self, row: dict[str, Any], samples: Sequence[dict[str, Any]], *, tied: str = "") -> Evaluation | None:
         """Show and record a finished step; evaluate when it is due. `tied` says what to do if all rewards were tied."""
-        self.display.step(row, samples[: self.config.log.samples], seconds_left=self._seconds_left())
+        shown = samples[: self.config.log.samples]
+        self.display.step(row, shown, seconds_left=self._seconds_left(), note=TIED if tied else "")
         self._tied_in_a_row = self._tied_in_a_row + 1 if tied else 0
         if self._tied_in_a_row == TIED_STEPS_WARNING:
             self.display.message(tied)
@@ -97,7 +110,7 @@ class Loop:
         if evaluation:
             row |= _evaluation_row(evaluation)
         row["memory/peak_gib"] = peak_memory() / 2**30
-        self.run_dir.append_completions(samples[: self.config.log.completions])
+        self.run_dir.append_completions(self._recorded(samples))
         self._log(row)
         return evaluation
 
@@ -107,23 +120,24 @@ class Loop:
         return (bool(every) and self.step % every == 0) or self.best_is_due()
 
     def best_is_due(self) -> bool:
-        """Whether the best step so far is this one, and has no checkpoint yet. The base model needs none."""
+        """Whether the best step so far is this one, and has no valid checkpoint yet. The base model needs none."""
         return (
             self.config.checkpoint.best
             and self.best is not None
             and 0 < self.best["step"] == self.step
-            and not checkpoint_path(self.run_dir.checkpoints, self.step).is_dir()
+            and not is_valid(checkpoint_path(self.run_dir.checkpoints, self.step))
         )
 
     def save(
         self, write_model: Callable[[Path], None], state: Mapping[str, "Tensor"], metadata: Mapping[str, Any]
     ) -> None:
         """Write a checkpoint of the current step and delete old ones."""
-        save_checkpoint(
-            self.run_dir.checkpoints, self.step, write_model, state, {"wall_time": self.wall_time, **metadata}
-        )
-        best = checkpoint_path(self.run_dir.checkpoints, self.best["step"] if self.best else 0)
-        prune(self.run_dir.checkpoints, self.config.checkpoint.keep, [best] if self.config.checkpoint.best else [])
+        root, settings = self.run_dir.checkpoints, self.config.checkpoint
+        save_checkpoint(root, self.step, write_model, state, {"wall_time": self.wall_time, **metadata})
+        protected = [self.resumed_from] if self.resumed_from else []
+        if settings.best and self.best:
+            protected.append(checkpoint_path(root, self.best["step"]))
+        prune(root, self.step, settings.keep, protected)
 
     def describe(self, directory: Path) -> None:
         """Write model card and provenance beside a model of the current step."""
@@ -138,6 +152,30 @@ class Loop:
             journal=self.journal.path,
         )
 
+    def stopped_by(self, problem: str) -> str:
+        """Complete what ended the run with the step, with what is on disk, and with how to go on."""
+        run = self.run_dir
+        if self.config.method == "es":
+            kept = f"The journal is on disk up to step {run.last_logged_step() or 0}"
+        elif saved := list_checkpoints(run.checkpoints):
+            kept = f"The checkpoint of step {saved[-1][0]} is on disk"
+        else:
+            kept = "There is no checkpoint yet, so that the run starts anew"
+        again = f"eggroll-llm train {run.config} --run-dir {run.path} --on-existing resume"
+        return f"step {self.step}: {problem.rstrip('.')}. {kept}; go on with: {again}"
+
+    def _recorded(self, samples: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Return the first completions, among them the first of the step that could not be scored."""
+        recorded, wanted = list(samples[: self.config.log.completions]), self.scorer.unusable
+        found = (
+            i
+            for i, row in enumerate(samples)
+            if wanted and row["completion"] == wanted.text and unusable(row["reward"], row["detail"])
+        )
+        if recorded and (first := next(found, 0)) >= len(recorded):
+            recorded[-1] = samples[first]
+        return recorded
+
     def _log(self, row: dict[str, Any]) -> None:
         self.run_dir.append_metrics(row)
         self.best = best_step([*([self.best] if self.best else []), row])
@@ -150,7 +188,7 @@ class Loop:
             self.scorer,
             self.held_out,
             self.greedy,
-            lambda done, total: self.display.sampling("evaluation", done, total),
+            lambda done, total: self.sampling("evaluation", done, total),
         )
         settings = {
             "task": self.config.task,

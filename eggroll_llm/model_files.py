@@ -45,8 +45,7 @@ def check_model(directory: Path) -> str:
             f"{where}: the weights are quantized ('quantization_config'), an update cannot be written into "
             f"them: use the unquantized checkpoint"
         )
-    architectures = config.get("architectures")
-    architecture = str(architectures[0]) if isinstance(architectures, list) and architectures else ""
+    architecture = _architecture(config)
     if not architecture.endswith("ForCausalLM"):
         raise ModelError(
             f"{where}: architecture {architecture!r} is not a causal language model: "
@@ -57,6 +56,16 @@ def check_model(directory: Path) -> str:
     for weights in weight_files(directory):
         _check_complete(weights)
     return architecture
+
+
+def architecture_of(directory: Path) -> str:
+    """The first architecture that config.json names; empty when it names none. Raises `ModelError`."""
+    return _architecture(_read_config(directory))
+
+
+def _architecture(config: dict[str, Any]) -> str:
+    architectures = config.get("architectures")
+    return str(architectures[0]) if isinstance(architectures, list) and architectures else ""
 
 
 def model_identity(directory: Path) -> str:

@@ -15,6 +15,7 @@ import tempfile
 from pathlib import Path
 
 from eggroll_llm import embedded
+from eggroll_llm.checkpoint import MANIFEST, TRAINING_STATE, verify_checkpoint
 from eggroll_llm.errors import ModelError
 from eggroll_llm.model_files import check_model, model_identity
 
@@ -29,13 +30,16 @@ _HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "merges.txt", "vo
 def resolve_model(name: str) -> Path:
     """The checked directory of the model called `name`: the embedded default, a local directory, or a hub id.
 
-    The embedded model is converted on first use (about 20 s), a hub model downloaded. Raises `ModelError`.
+    The embedded model is converted on first use (about 20 s), a hub model downloaded. Raises `ModelError`, and
+    `CheckpointError` for a checkpoint of a run whose files are not those that were written.
     """
     local = os.path.expanduser(name)
     if name == embedded.NAME:
         directory = _embedded_directory()
     elif os.path.isdir(local):
         directory = Path(local).resolve()
+        if (directory / MANIFEST).is_file() and (directory / TRAINING_STATE).is_file():  # a checkpoint of ours
+            verify_checkpoint(directory)
     elif re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", name) and not os.path.exists(local):
         directory = _download(name)
     else:

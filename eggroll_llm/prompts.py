@@ -1,6 +1,7 @@
 """Prompts in tokens. Loads the tokenizer, not the model, so that lengths are known before the engine starts."""
 
 import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,14 +25,37 @@ class ProblemSet:
     """SHA-256 of the prompts' texts."""
 
 
+_VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "tekken.json", "*.model")
+"""Files of which a tokenizer has one at least; transformers makes an empty tokenizer where there is none."""
+
+
 class Prompter:
     """Turns prompts into tokens with a model's tokenizer and chat template."""
 
     def __init__(self, model_dir: Path) -> None:
+        """Raises ModelError when there is no tokenizer, or it is damaged or needs code of its own."""
         from transformers import AutoTokenizer
 
         self.model_dir = model_dir
-        self.tokenizer: Any = AutoTokenizer.from_pretrained(model_dir, trust_remote_code=False)
+        if not any(found for pattern in _VOCABULARIES for found in model_dir.glob(pattern)):
+            raise ModelError(
+                f"{model_dir} has no tokenizer (none of {', '.join(_VOCABULARIES)}): copy it from the original model"
+            )
+        try:
+            if "auto_map" in _read_object(model_dir / "tokenizer_config.json"):
+                # Not left to transformers, which takes another tokenizer in its place for some models.
+                raise ModelError(
+                    f"{model_dir / 'tokenizer_config.json'}: 'auto_map' asks to run Python code shipped with the model"
+                    ", which is never done here: use a model whose tokenizer transformers implements"
+                )
+            self.tokenizer: Any = AutoTokenizer.from_pretrained(model_dir, trust_remote_code=False)
+        except ModelError:
+            raise
+        except Exception as error:  # transformers and tokenizers raise whatever the file makes them stumble over
+            raise ModelError(
+                f"{model_dir}: the tokenizer cannot be loaded ({type(error).__name__}: {_shown(error, 200)}): restore "
+                "it from the original model"
+            ) from error
 
     @property
     def has_chat_template(self) -> bool:
@@ -39,7 +63,10 @@ class Prompter:
         return self.tokenizer.chat_template is not None
 
     def render(self, prompt: Prompt) -> str:
-        """Return the prompt's text, chat template applied. Raises ModelError when it takes one and there is none."""
+        """Return the prompt's text, chat template applied.
+
+        Raises ModelError when it takes one and there is none, or that raises an exception.
+        """
         if isinstance(prompt, str):
             return prompt
         if not self.has_chat_template:
@@ -48,7 +75,13 @@ class Prompter:
                 'use prompt_style = "few_shot" in [task_options], or an instruct model'
             )
         messages = [dict(message) for message in prompt]
-        return str(self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
+        try:
+            return str(self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
+        except Exception as error:
+            raise ModelError(
+                f"{self.model_dir}: the chat template does not take the task's messages ({type(error).__name__}: "
+                f"{_shown(error, 200)}): change the task's prompt, or use another model"
+            ) from error
 
     def encode(self, prompt: Prompt, *, bos_by_text: bool = False) -> tuple[int, ...]:
         """Return the prompt's tokens. Raises ModelError like `render`.
@@ -85,13 +118,19 @@ def set_hash(hashes: Sequence[str]) -> str:
     return text_hash("\n".join(hashes))
 
 
+def problems_hash(problems: ProblemSet) -> str:
+    """Return one hash of the problems and their prompts, in order; what JSON cannot say counts by its type."""
+    rows = [(text, dict(problem)) for text, problem in zip(problems.hashes, problems.problems, strict=True)]
+    return set_hash([json.dumps(row, skipkeys=True, default=lambda value: type(value).__name__) for row in rows])
+
+
 def text_hash(text: str) -> str:
     """Return SHA-256 of a text as hex digits, lm-evaluation-harness's `prompt_hash`."""
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def needed_context(
-    longest_prompt: int,
+    problem_sets: Sequence[ProblemSet],
     max_tokens: int,
     limit: int,
     model_limit: int,
@@ -99,18 +138,38 @@ def needed_context(
 ) -> int:
     """Return the context length to serve: `limit` when set, else just what is needed, in whole blocks of 32 tokens.
 
-    Raises ConfigError when the longest prompt and completion do not fit, instead of truncating them.
+    Raises ConfigError, with how many there are, when prompts with their completions do not fit: none is truncated.
     """
     if limit > model_limit:
         raise ConfigError(
             f"engine.max_model_len = {limit}: the model takes {model_limit} tokens: set it to that or less, or to 0"
         )
-    needed = longest_prompt + max_tokens
+    lengths = [
+        (len(prompt), problem.get("id", number))
+        for problems in problem_sets
+        for number, (prompt, problem) in enumerate(zip(problems.prompts, problems.problems, strict=True))
+    ]
+    longest = max(tokens for tokens, _ in lengths)
     allowed = limit or model_limit
-    if needed > allowed:
+    if too_long := [each for each in lengths if each[0] + max_tokens > allowed]:
         key = f"engine.max_model_len = {limit}" if limit else f"the model's context of {model_limit} tokens"
+        (tokens, name), are = too_long[0], "is" if len(too_long) == 1 else "are"
         raise ConfigError(
-            f"the longest prompt has {longest_prompt} tokens and completions up to {max_tokens}, together {needed}, "
-            f"but {key} allows {allowed}: {remedy}"
+            f"{len(too_long):,} of {len(lengths):,} prompts {are} too long, first {_shown(name, 60)} with {tokens} "
+            f"tokens; the longest prompt has {longest} tokens and completions up to {max_tokens}, together "
+            f"{longest + max_tokens}, but {key} allows {allowed}: {remedy}"
         )
-    return limit or min(model_limit, -(-needed // 32) * 32)
+    return limit or min(model_limit, -(-(longest + max_tokens) // 32) * 32)
+
+
+def _shown(value: object, limit: int) -> str:
+    """Return the text of something from a file, on one line, cut, and without anything that acts on a terminal."""
+    return repr(" ".join(str(value).split())[:limit])[1:-1]
+
+
+def _read_object(path: Path) -> Mapping[str, Any]:
+    """Return what a JSON file holds; nothing where there is none."""
+    content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if not isinstance(content, dict):
+        raise ValueError(f"{path.name} does not hold a JSON object")
+    return content

@@ -15,8 +15,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from eggroll_llm.display import inert
 from eggroll_llm.errors import UserError
+from eggroll_llm.inert import inert
 from eggroll_llm.journal import read_journal
 from eggroll_llm.model_files import weight_files
 from eggroll_llm.run_dir import RunDir, is_run_dir

@@ -11,19 +11,20 @@ Raises `RunDirError`, naming the path and the remedy, whenever the directory can
 import json
 import os
 import shutil
+import stat
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from eggroll_llm.atomic import append, describe_failure, fsync_directory, recover, write_text
+from eggroll_llm.atomic import append, describe_failure, fsync_directory, recover, replace_directory, write_text
 from eggroll_llm.closing import Closing
 from eggroll_llm.environment import describe_environment
 from eggroll_llm.errors import RunDirError
 from eggroll_llm.jsonl import cut_after_step, last_step, read_rows, to_json
 from eggroll_llm.run_lock import RunLock
-from eggroll_llm.samples import Sample, write_samples
+from eggroll_llm.samples import Sample, samples_text
 
 OnExisting = Literal["fail", "resume", "overwrite"]
 
@@ -72,20 +73,29 @@ class RunDir(Closing):
         return cls(path)
 
     @classmethod
+    def check(cls, path: Path | str, on_existing: OnExisting) -> None:
+        """Raise the RunDirError that `create` would now raise, but for a run in use; nothing is made or changed."""
+        path = _check_path(path)
+        try:
+            _check_directory(path)
+            cls(path)._check_existing(on_existing)
+        except OSError as error:
+            raise RunDirError(describe_failure(path, error, "the run directory")) from error
+
+    @classmethod
     def create(cls, path: Path | str, config_toml: str, on_existing: OnExisting = "fail") -> Self:
         """Make or reopen the directory and lock it.
 
-        A run without a journal has nothing to lose and counts as new. Resuming leaves config.toml as it is:
-        compare it with the new configuration before `write_config` replaces it.
+        A run without journal, metrics, checkpoint and model has nothing to lose and counts as new. Resuming leaves
+        config.toml as it is: compare it with the new configuration before `write_config` replaces it.
 
         Raises:
             RunDirError: not usable, in use, or holding a run although `on_existing` is "fail".
         """
         path = _check_path(path)
-        if ".." in path.parts:
-            raise RunDirError(f'{path}: contains "..". Write the directory out: {os.path.abspath(path)}.')
         run = cls(path)
         try:
+            _check_directory(path)
             _make_directory(path)
             run._lock = RunLock(path / LOCK)
             run.stale_lock = run._lock.stale
@@ -119,12 +129,17 @@ class RunDir(Closing):
 
     def write_evaluation(self, step: int, settings: Mapping[str, Any], samples: Iterable[Sample]) -> None:
         """Write the graded answers of an evaluation to evaluations/, whole or not at all."""
-        path = self.evaluations / f"step-{step:06d}.jsonl"
+        self._write_text(self.evaluations / f"step-{step:06d}.jsonl", samples_text(settings, samples))
+
+    def write_final(self, write: Callable[[Path], None]) -> None:
+        """Put the model that `write` writes into a new directory in the place of final/, whole or not at all."""
         try:
-            self.evaluations.mkdir(exist_ok=True)
-            write_samples(path, settings, samples)
+            replace_directory(self.final, write)
         except OSError as error:
-            raise RunDirError(describe_failure(path, error, "the answers of an evaluation")) from error
+            raise RunDirError(
+                f"{describe_failure(self.final, error, 'the final model')} Nothing else is lost: resume the run, which "
+                "writes it again."
+            ) from error
 
     def has_updates_in_journal(self) -> bool:
         """Whether its journal rebuilds the weights of every step, as that of method "es" does."""
@@ -154,8 +169,10 @@ class RunDir(Closing):
         if self._lock is not None:
             self._lock.close()
 
-    def _prepare(self, config_toml: str, on_existing: OnExisting) -> None:
-        started = self.journal.exists() or any(_is_filled(folder) for folder in (self.checkpoints, self.final))
+    def _check_existing(self, on_existing: OnExisting) -> bool:
+        """Whether there is something of an earlier run. Raises RunDirError when that cannot be treated as asked."""
+        files, folders = (self.journal, self.metrics), (self.checkpoints, self.final)
+        started = any(file.exists() for file in files) or any(_is_filled(folder) for folder in folders)
         if started and on_existing == "fail":
             raise RunDirError(
                 f"{self.path}: already holds a run. Use --on-existing resume to continue it, "
@@ -165,6 +182,11 @@ class RunDir(Closing):
             for file in (self.config, self.journal):
                 if not file.is_file():
                     raise RunDirError(f"{file}: missing, no way to resume. Restore it, or use --on-existing overwrite.")
+        return started
+
+    def _prepare(self, config_toml: str, on_existing: OnExisting) -> None:
+        started = self._check_existing(on_existing)
+        if started and on_existing == "resume":
             self.resumed = True
         elif on_existing == "overwrite":
             # The configuration goes first: what a kill leaves behind is then no run to resume.
@@ -191,6 +213,7 @@ class RunDir(Closing):
 
     def _write_text(self, path: Path, text: str) -> None:
         try:
+            path.parent.mkdir(exist_ok=True)
             write_text(path, text)
         except OSError as error:
             raise RunDirError(describe_failure(path, error, f"{len(text.encode())} bytes")) from error
@@ -210,30 +233,47 @@ def _check_path(path: Path | str) -> Path:
     return Path(path)
 
 
-def _make_directory(path: Path) -> None:
-    """The directory exists afterwards, and is empty or a run's. Of its parents only `runs` is created."""
-    if path.parent == Path("runs"):
-        path.parent.mkdir(exist_ok=True)
+def _check_directory(path: Path) -> None:
+    """Raise RunDirError unless the directory is there, and empty or a run's, or can be made. Changes nothing.
+
+    Raises OSError where the system does not even say that.
+    """
+    if ".." in path.parts:
+        raise RunDirError(f'{path}: contains "..". Write the directory out: {os.path.abspath(path)}.')
     try:
-        path.mkdir()
-        fsync_directory(path.parent)
-    except FileExistsError:
-        if not path.is_dir():
-            raise RunDirError(f"{path}: is a file. Choose another --run-dir.") from None
-        if not is_run_dir(path) and any(path.iterdir()):
-            raise RunDirError(
-                f"{path}: is neither empty nor a run directory: left alone. Choose another --run-dir."
-            ) from None
+        found = path.stat()
     except FileNotFoundError:
-        if path.parent.is_dir():
-            raise
-        raise RunDirError(
-            f"{path}: the folder {path.parent} does not exist. Create it, or choose another --run-dir."
-        ) from None
+        _check_parent(path)
+        return
     except NotADirectoryError:
         raise RunDirError(f"{path}: {path.parent} is not a folder. Choose another --run-dir.") from None
+    if not stat.S_ISDIR(found.st_mode):
+        raise RunDirError(f"{path}: is a file. Choose another --run-dir.")
+    if not is_run_dir(path) and any(path.iterdir()):
+        raise RunDirError(f"{path}: is neither empty nor a run directory: left alone. Choose another --run-dir.")
     if not os.access(path, os.W_OK | os.X_OK):
         raise RunDirError(f"{path}: is not writable. Change its permissions, or choose another --run-dir.")
+
+
+def _check_parent(path: Path) -> None:
+    parent = path.parent
+    if parent == Path("runs") and not parent.exists():
+        parent = Path()  # the only one that is created
+    if not parent.is_dir():
+        raise RunDirError(f"{path}: the folder {parent} does not exist. Create it, or choose another --run-dir.")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise RunDirError(
+            f"{path}: the folder {parent} is not writable. Change its permissions, or choose another --run-dir."
+        )
+
+
+def _make_directory(path: Path) -> None:
+    """The directory exists afterwards. Of its parents only `runs` is created. Raises OSError."""
+    if path.parent == Path("runs"):
+        path.parent.mkdir(exist_ok=True)
+    if not path.is_dir():
+        path.mkdir()
+        fsync_directory(path.parent)
 
 
 def _remove(entry: Path, *, keep: Path) -> None:

@@ -13,6 +13,8 @@ from collections.abc import Generator as GeneratorType
 from dataclasses import dataclass
 from typing import Protocol
 
+from eggroll_llm.errors import EngineError
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Decoding:
@@ -92,14 +94,17 @@ def sample_population(
     step: int,
     on_progress: Progress | None = None,
 ) -> list[list[list[Completion]]]:
-    """Return completions_MPS of every member on every prompt."""
+    """Return completions_MPS of every member on every prompt. Raises EngineError when there are fewer or more."""
     requests = [
         Request(prompt_ids=prompt, member=member, seed=sampling_seed(seed, step, p, s))
         for member in range(population)
         for p, prompt in enumerate(prompts_P)
         for s in range(samples)
     ]
-    flat = iter(engine.generate(requests, decoding, on_progress))
+    completions = engine.generate(requests, decoding, on_progress)
+    if len(completions) != len(requests):
+        raise EngineError(f"the inference engine returned {len(completions)} completions for {len(requests)} requests")
+    flat = iter(completions)
     return [[[next(flat) for _ in range(samples)] for _ in prompts_P] for _ in range(population)]
 
 

@@ -161,8 +161,13 @@ def read_samples(path: Path) -> tuple[dict[str, Any], list[Sample]]:
 
 def write_samples(path: Path, settings: Mapping[str, Any], samples: Iterable[Sample]) -> None:
     """Write a whole file at once, or leave what is there. Raises OSError."""
+    write_text(path, samples_text(settings, samples))
+
+
+def samples_text(settings: Mapping[str, Any], samples: Iterable[Sample]) -> str:
+    """Return what a whole file holds."""
     lines = [to_json({"format": FORMAT, "settings": settings}), *(to_json(asdict(sample)) for sample in samples)]
-    write_text(path, "\n".join(lines) + "\n")
+    return "\n".join(lines) + "\n"
 
 
 def _parse(path: Path, data: bytes) -> tuple[dict[str, Any], list[Sample]]:

@@ -3,6 +3,7 @@
 Everything that can be known without the engine is checked before it starts.
 """
 
+import copy
 import dataclasses
 import json
 from collections.abc import Sequence
@@ -11,19 +12,29 @@ from pathlib import Path
 from typing import Any
 
 from eggroll_llm import embedded
-from eggroll_llm.atomic import replace_directory
-from eggroll_llm.checkpoint import Checkpoint, clean, load_training_state, newest_valid
+from eggroll_llm.budget import check_memory
+from eggroll_llm.checkpoint import Checkpoint, clean, load_training_state, newest_valid, remove_after
 from eggroll_llm.config import RunConfig, check_resume, flat, frozen_hash, load_recipe, to_toml
-from eggroll_llm.errors import CheckpointError, ConfigError, JournalError, RunDirError
+from eggroll_llm.errors import (
+    CheckpointError,
+    ConfigError,
+    EngineError,
+    JournalError,
+    RunDirError,
+    TaskError,
+    TrainingError,
+)
 from eggroll_llm.evaluate import Evaluation
 from eggroll_llm.grpo import GrpoTrainer, check_installed
 from eggroll_llm.hardware import resolve_dtype, serves_on_cpu
 from eggroll_llm.journal import Journal, JournalHeader
+from eggroll_llm.jsonl import to_json
 from eggroll_llm.loop import Display, Loop
 from eggroll_llm.models import model_identity, resolve_model
-from eggroll_llm.prompts import ProblemSet, Prompter, needed_context
+from eggroll_llm.prompts import ProblemSet, Prompter, needed_context, problems_hash
 from eggroll_llm.run_dir import OnExisting, RunDir
 from eggroll_llm.scoring import Scorer
+from eggroll_llm.targets import check_rank
 from eggroll_llm.tasks import PATH_OPTIONS, Problem, Task, load_task
 from eggroll_llm.trackers import Trackers
 from eggroll_llm.trainer import EsTrainer
@@ -41,6 +52,8 @@ class Prepared:
     model_dir: Path
     train: ProblemSet
     held_out: ProblemSet
+    notes: tuple[str, ...] = ()
+    """What else the user should know, as `task.notes`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +79,7 @@ def settle(config: RunConfig, recipe_dir: Path) -> RunConfig:
     path, separator, name = task.rpartition(":")
     if separator and path.endswith(".py"):
         task = f"{(recipe_dir / path).resolve()}:{name}"
-    options = dict(config.task_options)
+    options: Any = copy.copy(config.task_options)
     for key in PATH_OPTIONS.get(task, ()):
         if options.get(key) and isinstance(options[key], str):
             options[key] = str((recipe_dir / options[key]).resolve())
@@ -90,25 +103,38 @@ def settle(config: RunConfig, recipe_dir: Path) -> RunConfig:
     )
 
 
-def prepare(config: RunConfig, recipe_dir: Path) -> Prepared:
-    """Load task, model directory and tokenizer, and turn all prompts into tokens. Raises UserError."""
+def prepare(config: RunConfig, recipe_dir: Path, *, memory: bool = True) -> Prepared:
+    """Load task, model directory and tokenizer, and turn all prompts into tokens. Raises UserError.
+
+    With `memory` a run that needs more of it than there is, is refused.
+    """
     config = settle(config, recipe_dir)
     if config.method == "grpo":
         check_installed(config)
-    task = load_task(config.task, config.task_options, base_dir=recipe_dir)
+    task = load_task(config.task, config.task_options, base_dir=recipe_dir, limits=config.reward)
     train, held_out = _splits(task, config)
+    train, notes = _without_held_out(task, train, held_out)
     model_dir = resolve_model(config.model)
+    if config.method == "es":
+        check_rank(model_dir, "es.rank", config.es.rank)
+    else:
+        check_rank(model_dir, "grpo.lora_rank", config.grpo.lora_rank)
     prompter = Prompter(model_dir)
     train_set = encode(prompter, task, train)
     held_out_set = encode(prompter, task, held_out)
     context = needed_context(
-        max(len(prompt) for prompt in (*train_set.prompts, *held_out_set.prompts)),
+        [train_set, held_out_set],
         max(config.sampling.max_tokens, config.eval.max_tokens),
         config.engine.max_model_len,
         context_limit(model_dir),
     )
     config = dataclasses.replace(config, engine=dataclasses.replace(config.engine, max_model_len=context))
-    return Prepared(config=config, task=task, model_dir=model_dir, train=train_set, held_out=held_out_set)
+    prepared = Prepared(
+        config=config, task=task, model_dir=model_dir, train=train_set, held_out=held_out_set, notes=notes
+    )
+    if memory:
+        check_memory(prepared)
+    return prepared
 
 
 def _splits(task: Task, config: RunConfig) -> tuple[Sequence[Problem], Sequence[Problem]]:
@@ -127,6 +153,26 @@ def _splits(task: Task, config: RunConfig) -> tuple[Sequence[Problem], Sequence[
             '"test"'
         )
     return train[:-wanted], train[-wanted:]
+
+
+def _without_held_out(
+    task: Task, train: Sequence[Problem], held_out: Sequence[Problem]
+) -> tuple[Sequence[Problem], tuple[str, ...]]:
+    """Return the training problems that are asked otherwise than any held-out or test problem, and a note of the rest.
+
+    The built-in tasks compare problems, which is more, when they load them.
+    """
+
+    def asked(problem: Problem) -> str:
+        return to_json(task.prompt(problem))
+
+    taken = {asked(problem) for problem in (*held_out, *task.problems("test"))}
+    kept = [problem for problem in train if asked(problem) not in taken]
+    if not kept:
+        raise TaskError("every training problem has the prompt of a held-out one: give train problems of its own")
+    if len(kept) == len(train):
+        return train, ()
+    return kept, (f"{len(train) - len(kept)} training problems were left out: they have the prompt of a held-out one.",)
 
 
 def encode(prompter: Prompter, task: Task, problems: Sequence[Problem]) -> ProblemSet:
@@ -156,17 +202,27 @@ def start_engine(prepared: Prepared) -> Any:
 
 def train(config: RunConfig, recipe_dir: Path, run_path: Path, on_existing: OnExisting, display: Display) -> Outcome:
     """Train to the limit, write `final/` and return what came out. Raises UserError."""
+    RunDir.check(run_path, on_existing)
     prepared = prepare(config, recipe_dir)
     config = prepared.config
-    for note in prepared.task.notes:
+    for note in (*prepared.task.notes, *prepared.notes):
         display.message(note)
-    header = JournalHeader(frozen_hash=frozen_hash(config), base_model=model_identity(prepared.model_dir))
+    header = JournalHeader(
+        frozen_hash=frozen_hash(config),
+        base_model=model_identity(prepared.model_dir),
+        train=problems_hash(prepared.train),
+        held_out=problems_hash(prepared.held_out),
+    )
     with RunDir.create(run_path, to_toml(config), on_existing) as run:
         if run.resumed:
             check_resume(load_recipe(run.config), config, saved_in=str(run.config))
-            run.write_config(to_toml(config))
         clean(run.checkpoints)
-        with Journal.open(run.journal, header) as journal:
+        with (
+            Journal.open(run.journal, header) as journal,
+            Scorer(prepared.task, config.reward, display.message) as scorer,
+        ):
+            if run.resumed:
+                run.write_config(to_toml(config))
             if run.stale_lock:
                 display.message(f"the last process to train here ended without closing the run: {run.stale_lock}")
             if journal.dropped_tail:
@@ -175,6 +231,7 @@ def train(config: RunConfig, recipe_dir: Path, run_path: Path, on_existing: OnEx
             if config.method == "es":
                 _redo_unlogged(journal, run)
                 step = journal.last_step
+                _forget_later(run, step, display)
             else:
                 checkpoint = _newest(run, None, display)
                 step = checkpoint.step if checkpoint else 0
@@ -187,7 +244,7 @@ def train(config: RunConfig, recipe_dir: Path, run_path: Path, on_existing: OnEx
                 loop = Loop(
                     config,
                     engine,
-                    Scorer(prepared.task),
+                    scorer,
                     prepared.held_out,
                     tuple(prepared.task.stop),
                     run,
@@ -197,16 +254,20 @@ def train(config: RunConfig, recipe_dir: Path, run_path: Path, on_existing: OnEx
                     metrics=run.read_metrics() if step else (),
                     trackers=trackers,
                 )
+                engine.watchdog.describe = loop.stopped_by
                 trainer: EsTrainer | GrpoTrainer
                 if config.method == "es":
-                    restore(engine, config, run, journal, display)
+                    checkpoint = restore(engine, config, run, journal, display)
                     trainer = EsTrainer(loop, prepared.train)
                 else:
                     if run.resumed:
                         display.message(f"resuming after step {step}: " + (_FROM if step else _FROM_START))
                     trainer = GrpoTrainer(loop, prepared.train, model_dir=prepared.model_dir, checkpoint=checkpoint)
+                loop.resumed_from = checkpoint.path if checkpoint else None
                 evaluation = trainer.run()
-                replace_directory(run.final, trainer.export)
+                run.write_final(trainer.export)
+            except EngineError as error:
+                raise TrainingError(loop.stopped_by(str(error))) from error
             finally:
                 trackers.close()
                 engine.close()
@@ -231,6 +292,13 @@ def _redo_unlogged(journal: Journal, run: RunDir) -> None:
     journal.truncate_after(logged)
 
 
+def _forget_later(run: RunDir, step: int, display: Display) -> None:
+    """Remove checkpoints of updates that the journal no longer holds: once it is as long again, it holds others."""
+    if removed := remove_after(run.checkpoints, step):
+        names = ", ".join(path.name for path in removed)
+        display.message(f"{run.checkpoints}: {names} removed: the journal ends at step {step}")
+
+
 def _check_logged(run: RunDir, step: int) -> None:
     """Raise RunDirError when the metrics end before the checkpoint that the run goes on from."""
     logged = run.last_logged_step() or 0
@@ -249,13 +317,18 @@ def _newest(run: RunDir, at_most: int | None, display: Display) -> Checkpoint | 
     return newest.checkpoint
 
 
-def restore(engine: Any, config: RunConfig, run: RunDir, journal: Journal, display: Display) -> None:
-    """Bring the engine to the last step of the journal: newest valid checkpoint, then replay of the rest."""
+def restore(engine: Any, config: RunConfig, run: RunDir, journal: Journal, display: Display) -> Checkpoint | None:
+    """Bring the engine to the last step of the journal: newest valid checkpoint, which is returned, then replay.
+
+    Raises:
+        CheckpointError: the state in it is not that of its weights.
+        JournalError: the replay comes to other weights than were recorded.
+    """
     from eggroll_llm.replay import check_weights
     from eggroll_llm.specs import update_spec
 
     if not journal.last_step:
-        return
+        return None
     checkpoint = _newest(run, journal.last_step, display)
     start = 0
     if checkpoint:
@@ -276,6 +349,7 @@ def restore(engine: Any, config: RunConfig, run: RunDir, journal: Journal, displ
         pending.append(update_spec(config, entry))
     if pending:
         engine.replay(pending)
+    return checkpoint
 
 
 def outcome(run: RunDir, evaluation: Evaluation | None = None) -> Outcome:

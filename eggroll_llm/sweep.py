@@ -13,10 +13,11 @@
 
 Each run is a process of its own, so that memory is that of one run and none finds the engine of another warm, and they
 come one after the other, so that each has the whole machine: seed by seed, every trial of it. A run that is there and
-finished is left alone, one that was interrupted goes on, one that fails (a learning rate under which training diverges)
-is told and does not stop the others.
+finished with these settings is left alone, one that was interrupted goes on, one that fails (a learning rate under
+which training diverges) is told and does not stop the others.
 """
 
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -25,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from eggroll_llm.atomic import describe_failure
-from eggroll_llm.config import load_recipe
+from eggroll_llm.config import RunConfig, applies, flat, load_recipe, may_change
 from eggroll_llm.errors import ConfigError, RunDirError
 from eggroll_llm.run_dir import RunDir
 from eggroll_llm.run_weights import final_step
@@ -33,6 +34,7 @@ from eggroll_llm.toml_table import parse_table
 from eggroll_llm.toml_text import format_value, read_toml
 
 Flags = list[tuple[str, str]]
+NAME_BYTES = 200  # of a trial; a folder's may have 255
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,6 +61,11 @@ class Planned:
     flags: Flags
     """Dotted key and text of every setting over those of the recipe."""
 
+    @property
+    def shown(self) -> str:
+        """Return the flags as they are typed."""
+        return " ".join(f"--{key} {text}" for key, text in self.flags)
+
 
 def read_sweep(path: Path, overrides: Sequence[tuple[str, str]] = ()) -> list[Planned]:
     """Return the runs of a file in order, `overrides` laid over each.
@@ -81,8 +88,8 @@ def read_sweep(path: Path, overrides: Sequence[tuple[str, str]] = ()) -> list[Pl
 def _plan(path: Path, sweep: SweepFile, trial: Mapping[str, Any], seed: int | None, more: Flags) -> Planned:
     own = dict(trial)
     name, recipe = own.pop("name", ""), own.pop("recipe", sweep.recipe)
-    if not isinstance(name, str) or not name or {*name} & {*"/\\\0"} or name[0] == ".":
-        raise ConfigError(f'{path}: the name of a trial is {name!r}: it names a folder, such as "es-1"')
+    if not isinstance(name, str) or not _names_a_folder(name):
+        raise ConfigError(f'{path}: the name of a trial is {name!r:.80}: it names a folder, such as "es-1"')
     if not isinstance(recipe, str) or not recipe:
         raise ConfigError(f'{path}: trial "{name}" has no recipe: set recipe = "FILE.toml" for it or for all')
     flags = [*_flags(sweep.settings), *_flags(own), *([("seed", f"{seed}")] if seed is not None else []), *more]
@@ -92,6 +99,11 @@ def _plan(path: Path, sweep: SweepFile, trial: Mapping[str, Any], seed: int | No
     except ConfigError as error:
         raise ConfigError(f'{path}: trial "{name}": {error}') from error
     return Planned(name=name if seed is None else f"{name}-seed{seed}", recipe=where, flags=flags)
+
+
+def _names_a_folder(name: str) -> bool:
+    fits = 0 < len(name.encode()) <= NAME_BYTES
+    return fits and name.isprintable() and name[0] != "." and not {*name} & {*"/\\"}
 
 
 def _flags(settings: Mapping[str, Any], prefix: str = "") -> Flags:
@@ -113,33 +125,59 @@ def run_sweep(planned: Sequence[Planned], out: Path, show: Callable[[str], None]
     finished = []
     for i, run in enumerate(planned, start=1):
         directory, which = out / run.name, f"run {i} of {len(planned)}, {run.name}"
-        if _is_finished(directory):
+        if _is_finished(run, directory):
             show(f"{which}: is there")
         else:
-            show(f"{which}: {' '.join(f'--{key} {text}' for key, text in run.flags)}")
+            show(f"{which}: {run.shown}")
             if (status := _train(run, directory)) != 0:
-                show(f"{which}: failed with exit status {status}, see above")
+                how = f"failed with exit status {status}" if status > 0 else f"was killed by signal {-status}"
+                show(f"{which}: {how}, see above")
                 continue
         finished.append(directory)
     return finished
 
 
-def _is_finished(directory: Path) -> bool:
+def _is_finished(run: Planned, directory: Path) -> bool:
     try:
-        run = RunDir.open(directory)
-        metrics = run.read_metrics()
-    except RunDirError:
+        found = RunDir.open(directory)
+        metrics, saved, asked = found.read_metrics(), load_recipe(found.config), load_recipe(run.recipe, run.flags)
+    except (RunDirError, ConfigError):  # the run will say so itself
         return False
-    return bool(metrics) and final_step(run) == metrics[-1]["step"]
+    ended = bool(metrics) and final_step(found) == metrics[-1].get("step", -1)
+    return ended and _is_as_asked(saved, asked)
+
+
+def _is_as_asked(saved: RunConfig, asked: RunConfig) -> bool:
+    """Whether a run has the settings that are asked for, as far as what comes out depends on them.
+
+    Its own are settled: paths are absolute, and what was automatic has a value.
+    """
+    was, now = flat(saved), flat(asked)
+    return all(
+        was.get(key) == now.get(key) or now.get(key) == "auto" or _is_path_of(was.get(key), now.get(key))
+        for key in was | now
+        if applies(key, asked) and (key in ("steps", "minutes") or not may_change(key))
+    )
+
+
+def _is_path_of(was: object, now: object) -> bool:
+    paths = isinstance(was, str) and isinstance(now, str) and Path(was).is_absolute()
+    return paths and Path(str(was)).name == Path(str(now)).name
 
 
 def _train(run: Planned, directory: Path) -> int:
     flags = [word for key, text in run.flags for word in (f"--{key}", text)]
     place = ["--run-dir", str(directory), "--on-existing", "resume"]
     command = [sys.executable, "-m", "eggroll_llm.cli", "train", str(run.recipe), *place, *flags]
-    with subprocess.Popen(command) as process:
+    with subprocess.Popen(command, preexec_fn=_leave_ctrl_c_to_us) as process:
         try:
             return process.wait()
-        except BaseException:  # the signal that ends us may have reached us alone
+        except BaseException:
             process.terminate()
+            process.wait()
             raise
+
+
+def _leave_ctrl_c_to_us() -> None:
+    """A terminal sends it to both, and with our own signal the run would get a second one, and stop at once."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from eggroll_llm.errors import ModelError
+from eggroll_llm.errors import ConfigError, ModelError
 from eggroll_llm.model_files import tensor_shapes
 from eggroll_llm.noise import Shape
 
@@ -36,3 +36,13 @@ def trained_parameters(model_dir: Path) -> list[Shape]:
             "use a Llama- or Qwen-shaped model"
         )
     return shapes
+
+
+def check_rank(model_dir: Path, key: str, rank: int) -> None:
+    """Raise ConfigError for a rank, set by `key`, above that of a trained weight; ModelError when none is trained."""
+    name, out, inside = min(trained_parameters(model_dir), key=lambda shape: min(shape[1:]))
+    if rank > min(out, inside):
+        raise ConfigError(
+            f"{key} = {rank}: {name!r} of the model is {out} x {inside}, of rank {min(out, inside)} at most: set {key} "
+            "to that or less"
+        )

@@ -40,6 +40,18 @@ class Origin:
         return f"{self.name}:{line}" if line else self.name
 
 
+class Sourced(dict[str, Any]):
+    """A table of free keys that knows where each was written, to say so when somebody else makes sense of them."""
+
+    origin = Origin(name="task_options")
+    flags: frozenset[str] = frozenset()
+    """Keys that the command line has set."""
+
+    def origin_of(self, key: str) -> Origin:
+        """File or flag that has set a key."""
+        return Origin(name=f"--task_options.{key}") if key in self.flags else self.origin
+
+
 def read_toml(path: Path) -> tuple[dict[str, Any], Origin]:
     """Table and origin of the file.
 
@@ -63,10 +75,13 @@ def read_toml(path: Path) -> tuple[dict[str, Any], Origin]:
     except RecursionError:
         raise ConfigError(f"{path}: values are nested too deeply. Flatten them.") from None
     except ValueError as error:
-        match = re.fullmatch(r"(.*) \(at line (\d+), column (\d+)\)", str(error), re.DOTALL)
-        problem, where = (match[1], f"{path}:{match[2]}") if match else (str(error), str(path))
-        line = text.splitlines()[int(match[2]) - 1].strip() if match and text.splitlines() else ""
-        raise ConfigError(f"{where}: TOML syntax error: {problem}{f', in: {line}' if line else ''}") from None
+        match = re.fullmatch(r"(.*) \(at (?:line (\d+), column \d+|end of document)\)", str(error), re.DOTALL)
+        if not match:
+            raise ConfigError(f"{path}: TOML syntax error: {error}") from None
+        lines = text.rstrip().split("\n")
+        number = int(match[2] or len(lines))
+        line = lines[number - 1].strip() if number <= len(lines) else ""
+        raise ConfigError(f"{path}:{number}: TOML syntax error: {match[1]}{f', in: {line}' if line else ''}") from None
 
 
 def key_line(text: str, key: str) -> int:
@@ -77,7 +92,7 @@ def key_line(text: str, key: str) -> int:
     wanted = tuple(key.split("."))
     table: tuple[str, ...] = ()
     best_length, best_line, inside = 0, 0, ""
-    for number, line in enumerate(text.splitlines(), start=1):
+    for number, line in enumerate(text.split("\n"), start=1):
         if inside:
             inside = "" if inside in line else inside
             continue

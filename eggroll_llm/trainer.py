@@ -27,7 +27,8 @@ from eggroll_llm.fitness import Fitness, shape_fitness
 from eggroll_llm.loop import TIED_STEPS_WARNING, Loop, reward_row, sample_rows, throughput_row
 from eggroll_llm.problems import problems_of_step
 from eggroll_llm.prompts import ProblemSet
-from eggroll_llm.sampler import sample_population
+from eggroll_llm.sampler import Completion, sample_population
+from eggroll_llm.scoring import unusable
 from eggroll_llm.specs import noise_of, step_entry, update_spec
 from eggroll_llm.tasks import Score
 from eggroll_llm.update import NonFiniteUpdate, UpdateSpec, check_finite
@@ -74,21 +75,25 @@ class EsTrainer:
             self.loop.decoding,
             seed=config.seed,
             step=step,
-            on_progress=lambda done, total: self.loop.display.sampling(f"step {step}", done, total),
+            on_progress=lambda done, total: self.loop.sampling(f"step {step}", done, total),
         )
         sampling_seconds = time.perf_counter() - sampling_start
 
         reward_start = time.perf_counter()
         self.scorer.start_counting()
-        scores_MPS = [
-            [[self.scorer.score(c, problem) for c in row_S] for row_S, problem in zip(row_PS, problems_P, strict=True)]
+        pairs = [
+            (completion, problem)
             for row_PS in completions_MPS
+            for row_S, problem in zip(row_PS, problems_P, strict=True)
+            for completion in row_S
         ]
+        scores = iter(self.scorer.score_all(pairs))
+        scores_MPS = [[[next(scores) for _ in row_S] for row_S in row_PS] for row_PS in completions_MPS]
         if step == 1:
             self.scorer.check(of=" of the first step")
         rewards_MP = _rewards(scores_MPS)
         fitness = shape_fitness(rewards_MP, config.es.fitness, antithetic=config.es.antithetic)
-        _check_dropped(fitness, step)
+        _check_dropped(fitness, step, self.scorer.first_dropped)
         reward_seconds = time.perf_counter() - reward_start
 
         entry = step_entry(config, step, fitness, checksum=self._due_checksum())
@@ -101,9 +106,9 @@ class EsTrainer:
         step_seconds = time.perf_counter() - start
         self.loop.wall_time += step_seconds
 
-        # Of several samples per prompt the log shows the first.
-        completions_MP = [[row_S[0] for row_S in row_PS] for row_PS in completions_MPS]
-        scores_MP = [[row_S[0] for row_S in row_PS] for row_PS in scores_MPS]
+        graded_MP = [list(map(_shown, *rows)) for rows in zip(completions_MPS, scores_MPS, strict=True)]
+        completions_MP = [[completion for completion, _ in row_P] for row_P in graded_MP]
+        scores_MP = [[score for _, score in row_P] for row_P in graded_MP]
         samples = sample_rows(step, "member", problems_P, indices_P, completions_MP, scores_MP)
         row = {
             "step": step,
@@ -157,6 +162,12 @@ def _flat(items_MPS: Sequence[Sequence[Sequence[Item]]]) -> list[Item]:
     return [item for row_PS in items_MPS for row_S in row_PS for item in row_S]
 
 
+def _shown(completions_S: Sequence[Completion], scores_S: Sequence[Score]) -> tuple[Completion, Score]:
+    """Return what the log shows of several samples: the first that could not be scored, or the first."""
+    graded_S = list(zip(completions_S, scores_S, strict=True))
+    return next((pair for pair in graded_S if unusable(pair[1].reward, pair[1].detail)), graded_S[0])
+
+
 def _rewards(scores_MPS: Sequence[Sequence[Sequence[Score]]]) -> Tensor:
     """Return rewards_MP, float64: the mean over samples."""
     rewards_MPS = [[[score.reward for score in row_S] for row_S in row_PS] for row_PS in scores_MPS]
@@ -171,10 +182,10 @@ def _check_update(update: UpdateSpec) -> None:
         raise TrainingError(f"{error}: start a new run with a lower es.learning_rate or a larger es.sigma") from error
 
 
-def _check_dropped(fitness: Fitness, step: int) -> None:
+def _check_dropped(fitness: Fitness, step: int, first: str) -> None:
     members = len(fitness.fitness_M)
     if 2 * len(fitness.dropped) > members:
         raise TaskError(
             f"step {step}: {len(fitness.dropped)} of {members} members were dropped for a NaN or infinite reward: "
-            "make score() return finite rewards"
+            f"make score() return finite rewards; the first: {first}"
         )

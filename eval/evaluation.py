@@ -6,12 +6,13 @@ continues from it: settings, problems and seeds being the same, it comes to the 
 
 import contextlib
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from eggroll_llm.config import EngineConfig, EsConfig, RunConfig, parse_table, validate
+from eggroll_llm import interruption
+from eggroll_llm.config import EngineConfig, EsConfig, RewardConfig, RunConfig, parse_table, sourced, validate
 from eggroll_llm.environment import package_versions
 from eggroll_llm.errors import ConfigError
 from eggroll_llm.evaluate import answer, grade_again
@@ -24,6 +25,7 @@ from eggroll_llm.sampler import Decoding, Progress
 from eggroll_llm.samples import Sample, SampleFile
 from eggroll_llm.session import context_limit
 from eggroll_llm.tasks import PATH_OPTIONS
+from eggroll_llm.toml_text import Sourced
 from eval import lm_eval
 from eval.questions import DEFAULT_MAX_TOKENS, Protocol, Questions, lm_eval_questions, task_questions
 from eval.subject import Subject
@@ -55,6 +57,7 @@ class Settings:
     seed: int = 0
     """Seed of sampling."""
     engine: EngineConfig = field(default_factory=EngineConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +80,8 @@ class Changeable:
     """Options of the task."""
     engine: EngineConfig = field(default_factory=EngineConfig)
     """The engine."""
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    """Limits of a user's own score."""
 
 
 def settings_for(
@@ -106,18 +111,20 @@ def settings_for(
         options = dict(config.task_options) if same_data else {}
         if protocol == "lm-eval":
             options = {key: value for key, value in options.items() if key == "data_dir"}
-        base = {"task_options": options, "engine": dataclasses.asdict(config.engine) | {"max_model_len": 0}}
+        engine = dataclasses.asdict(config.engine) | {"max_model_len": 0}
+        base = {"task_options": options, "engine": engine, "reward": dataclasses.asdict(config.reward)}
         if protocol == "task" and name == config.task and not how.get("max_tokens"):
             how["max_tokens"] = config.eval.max_tokens or config.sampling.max_tokens
     changed = parse_table(Changeable, apply_overrides(Changeable, base, flags), where="", source="flags")
     step = EsConfig(sigma=1.0, learning_rate=1.0)
-    validate(RunConfig(task="countdown", steps=1, es=step, engine=changed.engine))  # ranges of the engine's settings
+    validate(RunConfig(task="countdown", steps=1, es=step, engine=changed.engine, reward=changed.reward))  # ranges
     settings = Settings(
         subject=subject,
         task=name,
         protocol=protocol,
-        task_options=changed.task_options,
+        task_options=sourced(changed.task_options, Sourced.origin, flags),
         engine=changed.engine,
+        reward=changed.reward,
         **how,
     )
     if settings.samples > 1 and settings.temperature == 0:
@@ -144,6 +151,7 @@ def questions_for(settings: Settings, base_dir: Path) -> Questions:
         base_dir,
         limit=settings.limit,
         max_tokens=settings.max_tokens or DEFAULT_MAX_TOKENS,
+        limits=settings.reward,
     )
 
 
@@ -154,8 +162,12 @@ def evaluate_subject(
     *,
     overwrite: bool = False,
     on_progress: Progress = lambda done, total: None,
+    say: Callable[[str], None] = lambda text: None,
 ) -> Results:
-    """Put the questions to the model and grade the answers; continue what `path` holds already. Raises UserError."""
+    """Put the questions to the model and grade the answers; continue what `path` holds already. Raises UserError.
+
+    `say` gets a sentence when the task's grader fails for the first time.
+    """
     questions = questions_for(settings, base_dir)
     model_dir = settings.subject.model_dir
     prompter = Prompter(model_dir)
@@ -173,7 +185,7 @@ def evaluate_subject(
     )
     facts = _facts(settings, questions, problems, decoding)
     context = needed_context(
-        max(map(len, problems.prompts)),
+        [problems],
         decoding.max_tokens,
         settings.engine.max_model_len,
         context_limit(model_dir),
@@ -183,12 +195,16 @@ def evaluate_subject(
     )
     total = len(problems.problems) * settings.samples
     with contextlib.ExitStack() as stack:
+        if questions.scorer:
+            questions.scorer.say = say
+            stack.enter_context(questions.scorer)
         file = stack.enter_context(SampleFile(path, facts, overwrite=overwrite)) if path else None
         if file:
             _grade_again(file, questions)
         samples: dict[tuple[int, int], Sample] = file.samples if file else {}
 
         def keep(sample: Sample) -> None:
+            interruption.check()
             if file:
                 file.append(sample)
             else:

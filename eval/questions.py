@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from eggroll_llm.config import RewardConfig
 from eggroll_llm.errors import ConfigError
 from eggroll_llm.evaluate import Grader
 from eggroll_llm.prompts import Prompt
@@ -38,7 +39,7 @@ class Questions:
     """Length limit of an answer that the protocol sets."""
     graders: Mapping[str, Grader]
     scorer: Scorer | None = None
-    """The task's own grader among them, which counts its failures."""
+    """The task's own grader among them, which counts its failures; to be closed."""
 
 
 def lm_eval_questions(
@@ -72,12 +73,14 @@ def lm_eval_questions(
     )
 
 
-def task_questions(name: str, options: Mapping[str, Any], base_dir: Path, *, limit: int, max_tokens: int) -> Questions:
+def task_questions(
+    name: str, options: Mapping[str, Any], base_dir: Path, *, limit: int, max_tokens: int, limits: RewardConfig
+) -> Questions:
     """Return a task's test split with the prompts of training; `limit` problems, all for 0. Raises UserError."""
-    task = load_task(name, options, base_dir=base_dir)
+    task = load_task(name, options, base_dir=base_dir, limits=limits)
     test = task.problems("test")
     problems = test[: limit or None]
-    scorer = Scorer(task)
+    scorer = Scorer(task, limits)
     own: dict[str, Grader] = {TASK: scorer.grade}
     return Questions(
         task=name if ":" not in name else Path(name.rpartition(":")[0]).name + ":" + name.rpartition(":")[2],

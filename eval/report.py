@@ -18,8 +18,8 @@ from matplotlib.figure import Figure
 
 from eggroll_llm.atomic import describe_failure, write_text
 from eggroll_llm.config import to_toml
-from eggroll_llm.display import inert
 from eggroll_llm.errors import RunDirError
+from eggroll_llm.inert import inert
 from eggroll_llm.jsonl import read_rows
 from eval import plots
 from eval.compare import BUDGETS, Comparison, Example, PairedTest, Seeds, Summary, compare_runs, groups_of

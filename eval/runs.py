@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from eggroll_llm.config import RunConfig, applies, differences, flat, load_recipe, may_change
-from eggroll_llm.display import inert
 from eggroll_llm.errors import ConfigError, RunDirError
+from eggroll_llm.inert import inert
 from eggroll_llm.jsonl import read_rows
 from eggroll_llm.run_dir import RunDir
 from eggroll_llm.run_weights import best_step, final_step

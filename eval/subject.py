@@ -5,7 +5,7 @@ from pathlib import Path
 
 from eggroll_llm.config import RunConfig, load_recipe
 from eggroll_llm.errors import ConfigError
-from eggroll_llm.models import resolve_model
+from eggroll_llm.models import check_model, resolve_model
 from eggroll_llm.run_dir import RunDir, is_run_dir
 from eggroll_llm.run_weights import weights_at
 
@@ -32,7 +32,8 @@ def find_subject(name: str, at: str = "final") -> Subject:
         return Subject(name=name, model_dir=resolve_model(name), config=None)
     run = RunDir.open(path)
     directory, step = weights_at(run, at)
+    check_model(directory)
     shown = name if at == "final" else f"{name} (step {step})"
     config = load_recipe(run.config)
     selected_on = config.eval.problems if at == "best" and config.eval.split == "test" else 0
-    return Subject(name=shown, model_dir=resolve_model(str(directory)), config=config, selected_on=selected_on)
+    return Subject(name=shown, model_dir=directory.resolve(), config=config, selected_on=selected_on)

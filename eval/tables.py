@@ -9,7 +9,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from eggroll_llm.display import inert
+from eggroll_llm.inert import inert
 from eval.compare import BUDGETS, Comparison, Cut, PairedTest, Seeds, Summary
 from eval.statistics import LEAST_DISCORDANT, RESAMPLES
 

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from eggroll_llm.budget import GIB, budget
+from eggroll_llm.budget import GIB, budget, check_memory
 from eggroll_llm.config import EngineConfig, EsConfig, GrpoConfig, RunConfig, SamplingConfig
+from eggroll_llm.errors import ConfigError
 from eggroll_llm.model_files import tensor_shapes
 from eggroll_llm.prompts import ProblemSet
 from eggroll_llm.session import Prepared
@@ -20,7 +21,7 @@ WIDTH = 2 * (2 * (128 + 128) + 2 * (64 + 128) + 3 * (256 + 128))
 ES = EsConfig(population=6, sigma=0.01, learning_rate=0.01, rank=4)
 
 
-def lines(model_dir: Path, **changes: Any) -> list[str]:
+def prepared(model_dir: Path, **changes: Any) -> Prepared:
     config = RunConfig(
         task="countdown",
         steps=10,
@@ -29,15 +30,17 @@ def lines(model_dir: Path, **changes: Any) -> list[str]:
         engine=EngineConfig(slots=5, kv_cache_gib=0.5, dtype="bfloat16"),
     )
     none: Any = None
-    return budget(
-        Prepared(
-            config=dataclasses.replace(config, **changes),
-            task=none,
-            model_dir=model_dir,
-            train=ProblemSet(problems=[{}] * 4, hashes=[""] * 4, prompts=[(1,) * 10, (1,) * 20, (1,) * 30, (1,) * 40]),
-            held_out=ProblemSet(problems=[{}] * 3, hashes=[""] * 3, prompts=[(1,)] * 3),
-        )
+    return Prepared(
+        config=dataclasses.replace(config, **changes),
+        task=none,
+        model_dir=model_dir,
+        train=ProblemSet(problems=[{}] * 4, hashes=[""] * 4, prompts=[(1,) * 10, (1,) * 20, (1,) * 30, (1,) * 40]),
+        held_out=ProblemSet(problems=[{}] * 3, hashes=[""] * 3, prompts=[(1,)] * 3),
     )
+
+
+def lines(model_dir: Path, **changes: Any) -> list[str]:
+    return budget(prepared(model_dir, **changes))
 
 
 @pytest.fixture
@@ -106,3 +109,98 @@ def test_memory_of_grpo(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert memory[:-1] == [f"{amount / 1024:.2f} GiB for {name}" for name, amount in parts.items()]
     assert memory[-1].startswith(f"{sum(parts.values()) / 1024:.2f} GiB for these together, besides")
     assert memory[-1].endswith("the activations of 2 completions of at most 90 tokens")
+
+
+MEMBER = 2 * 4 * WIDTH  # bytes, in bfloat16 at rank 4
+NEEDED = (4 + 2) * WEIGHTS + (5 + 3) * MEMBER + GIB // 2  # masters, served, five slots, noise of three pairs, cache
+
+
+def refused(monkeypatch: pytest.MonkeyPatch, run: Prepared, available: int | None) -> str:
+    """What is said where this much memory is available; empty when nothing is."""
+    monkeypatch.setattr("eggroll_llm.budget.available_memory", lambda: available)
+    monkeypatch.setattr("eggroll_llm.budget.serves_on_cpu", lambda: True)
+    try:
+        check_memory(run)
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
+def test_a_run_that_fits_or_may_fit_is_not_refused(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert refused(monkeypatch, prepared(model), NEEDED) == ""
+    assert refused(monkeypatch, prepared(model), None) == ""
+    assert refused(monkeypatch, prepared(model), NEEDED - 1) != ""
+
+
+def test_when_the_cache_is_too_large_it_is_said_how_far_to_lower_it(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A quarter of a GiB too much, which slots and population of a tiny model cannot save."""
+    run = prepared(model)
+    said = refused(monkeypatch, run, NEEDED - GIB // 4)
+    assert said.startswith("the run needs 0.50 GiB of memory (masters (float32) 0.00, served weights (bfloat16) 0.00, ")
+    assert "key-value cache 0.50) besides Python and vLLM, and 0.25 GiB are available: " in said
+    assert said.endswith("lower engine.kv_cache_gib from 0.5 to 0.24")
+    lower = dataclasses.replace(run.config.engine, kv_cache_gib=0.24)
+    assert refused(monkeypatch, prepared(model, engine=lower), NEEDED - GIB // 4) == ""
+
+
+@pytest.mark.parametrize(("key", "value"), [("engine.kv_cache_gib", 0.49), ("engine.slots", 3), ("es.population", 2)])
+def test_each_setting_is_lowered_by_what_it_saves(
+    model: Path, monkeypatch: pytest.MonkeyPatch, key: str, value: Any
+) -> None:
+    """Two slots' worth too much, and a byte less than that is not; each remedy alone is enough."""
+    run = prepared(model)
+    available = NEEDED - 2 * MEMBER
+    said = refused(monkeypatch, run, available)
+    assert said.endswith(
+        "lower engine.kv_cache_gib from 0.5 to 0.49, or engine.slots from 5 to 3, or es.population from 6 to 2"
+    )
+    table, _, name = key.partition(".")
+    changed = dataclasses.replace(getattr(run.config, table), **{name: value})
+    assert refused(monkeypatch, prepared(model, **{table: changed}), available) == ""
+    one_more = {"engine.kv_cache_gib": 0.5, "engine.slots": 4, "es.population": 4}[key]
+    changed = dataclasses.replace(getattr(run.config, table), **{name: one_more})
+    assert refused(monkeypatch, prepared(model, **{table: changed}), available) != ""
+
+
+def test_when_no_setting_alone_is_enough_all_are_named(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said = refused(monkeypatch, prepared(model), 0)
+    assert "0 GiB are available: 0.50 GiB too much, which none of these saves alone: engine.kv_cache_gib = 0.5 " in said
+    assert "engine.slots = 5 (each 1 is " in said
+    assert "es.population = 6 (each 2 is " in said
+    assert said.endswith("; or use a smaller model")
+
+
+def test_noise_that_is_not_kept_is_no_reason_to_lower_the_population(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("eggroll_llm.budget.KEPT_BYTES", 0)
+    assert refused(monkeypatch, prepared(model), NEEDED - 3 * MEMBER) == ""
+    assert "es.population" not in refused(monkeypatch, prepared(model), NEEDED - 4 * MEMBER)
+
+
+def test_memory_that_grpo_lacks(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = sum(math.prod(shape) for shape in tensor_shapes(model).values())
+    needed = (4 + 4 + 8 + 2 + 4) * weights + GIB // 2  # weights, gradients, optimizer, served, the base model's copy
+    run = prepared(model, method="grpo", grpo=GrpoConfig(learning_rate=1e-5, beta=0.04, micro_batch=2))
+    assert refused(monkeypatch, run, needed) == ""
+    said = refused(monkeypatch, run, needed - 4 * weights)
+    assert "; and what passes over grpo.micro_batch completions take) besides" in said
+    assert said.endswith(", or grpo.beta from 0.04 to 0, or train adapters, such as with grpo.lora_rank = 16")
+    without = prepared(model, method="grpo", grpo=GrpoConfig(learning_rate=1e-5, micro_batch=2))
+    assert refused(monkeypatch, without, needed - 4 * weights) == ""
+
+
+def test_of_a_gpu_what_lies_beside_vllms_share_must_be_free(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Masters and noise; the share holds the rest. No GPU has been asked."""
+    beside = 4 * WEIGHTS + 3 * MEMBER
+    monkeypatch.setattr("eggroll_llm.budget.serves_on_cpu", lambda: False)
+    free = {"bytes": GIB // 2 + beside}
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda: (free["bytes"], GIB))
+    engine = EngineConfig(slots=5, dtype="bfloat16", gpu_memory_utilization=0.5)
+    check_memory(prepared(model, engine=engine))
+    free["bytes"] -= 1
+    with pytest.raises(ConfigError, match=r"^engine\.gpu_memory_utilization = 0\.5: 0\.50 GiB.* lower it to 0\.49, or"):
+        check_memory(prepared(model, engine=engine))

@@ -3,19 +3,21 @@
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import tomllib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from eggroll_llm import session
-from eggroll_llm.cli import main
+from eggroll_llm.cli import INTERRUPTED, main
 from eggroll_llm.commands import _samples_file
 from eggroll_llm.config import RunConfig, field_help, load_recipe
+from eggroll_llm.errors import TaskError
 from eggroll_llm.run_dir import RunDir
 from eggroll_llm.session import Outcome
 
@@ -43,14 +45,6 @@ class Words:
     def score(self, completion, problem):
         return float(completion == problem["word"][::-1])
 """
-
-
-@pytest.fixture(autouse=True)
-def _signal() -> Iterator[None]:
-    """The command line sets a handler of its own."""
-    handler = signal.getsignal(signal.SIGTERM)
-    yield
-    signal.signal(signal.SIGTERM, handler)
 
 
 @pytest.fixture
@@ -138,6 +132,54 @@ def test_mistakes_in_flags(refused: Callable[..., str], recipe: Path, flags: lis
     assert said in message or ("--" in flags and "'x' is neither" in message)
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "flags", "said"),
+    [
+        ("words.py:Words", "countdown", [], ":15: unknown key task_options.coun. Did you mean task_options.count?"),
+        ("coun = 3", "count = [3, 2]", ["--task", "countdown"], ":15: Countdown: count = [3, 2] is not a range. Write"),
+        (
+            "coun = 3",
+            "count = 3",
+            ["--task", "countdown"],
+            ":15: task_options.count = 3 is an integer, but an array is",
+        ),
+        ("", "", [], ":15: {folder}/words.py: Words does not accept task_options {{'coun': 3}}: got an unexpected"),
+        ("coun = 3", 'seed = "', ["--task", "countdown"], ":15: TOML syntax error: "),
+        ("coun = 3", "seed = [1,", ["--task", "countdown"], ":15: TOML syntax error: "),
+    ],
+)
+def test_mistakes_in_task_options_have_a_line(
+    refused: Callable[..., str], recipe: Path, old: str, new: str, flags: list[str], said: str
+) -> None:
+    recipe.write_text(f"{recipe.read_text()}\n[task_options]\ncoun = 3\n".replace(old, new))
+    assert refused("train", recipe, *flags).startswith(f"{recipe}{said.format(folder=recipe.parent)}")
+
+
+def test_mistakes_in_task_options_that_are_flags(refused: Callable[..., str], recipe: Path) -> None:
+    flags = ["--task", "countdown", "--task_options.count", "[3, 2]"]
+    assert refused("train", recipe, *flags).startswith("--task_options.count: Countdown: count = [3, 2] is not a range")
+    model = load_recipe(recipe).model
+    message = refused("eval", model, "--task", "countdown", "--task_options.sede", "1")
+    assert message == "--task_options.sede: unknown key task_options.sede. Did you mean task_options.seed?"
+
+
+def test_an_error_that_quotes_an_answer_does_nothing_to_the_terminal(
+    recipe: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A user's grader that fails on its gold answer, and has it in its message; its traceback keeps its lines."""
+    hostile = "    def gold(self, problem):\n        return '\\x1b[2J\\x9b31m\\u202e\\ud800 five'\n"
+    task = TASK.replace("return float(", "raise ValueError(completion)\n        return float(") + hostile
+    (recipe.parent / "words.py").write_text(task)
+    capsys.readouterr()
+    assert main(["train", str(recipe)]) == 2
+    error = capsys.readouterr().err
+    lines = error.removesuffix("\n").split("\n")
+    assert lines[0].startswith("error: Problem 'train-1' (train): score() failed on its own gold answer")
+    assert "    raise ValueError(completion)" in lines
+    assert lines[-1] == "ValueError: \\x1b[2J\\x9b31m\\u202e\\ud800 five"
+    assert all(line.isprintable() for line in lines)
+
+
 def test_a_missing_model(refused: Callable[..., str], recipe: Path, tmp_path: Path) -> None:
     message = refused("train", recipe, "--model", "no/such/model", "--run-dir", tmp_path / "run")
     assert message.startswith("model 'no/such/model' is neither an existing directory, nor a hub id")
@@ -155,6 +197,24 @@ def test_an_existing_run_directory(refused: Callable[..., str], recipe: Path, tm
     assert "is neither empty nor a run directory" in refused("train", recipe, "--run-dir", tmp_path)
     missing = tmp_path / "no" / "run"
     assert f"the folder {missing.parent} does not exist" in refused("train", recipe, "--run-dir", missing)
+
+
+def test_a_run_directory_in_use(refused: Callable[..., str], recipe: Path, tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    code = (
+        "import sys; from eggroll_llm.run_dir import RunDir; run = RunDir.create(sys.argv[1], 'x = 1'); "
+        "print('locked', flush=True); sys.stdin.read()"
+    )
+    words = [sys.executable, "-c", code, str(path)]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "locked\n"
+        for mode in ("fail", "resume", "overwrite"):
+            assert refused("train", recipe, "--run-dir", path, "--on-existing", mode) == (
+                f"{path}: in use by process {holder.pid} on {socket.gethostname()}. Wait for it, stop it, or choose "
+                "another --run-dir."
+            )
+        holder.kill()
 
 
 def test_a_prompt_that_does_not_fit(refused: Callable[..., str], recipe: Path) -> None:
@@ -317,36 +377,41 @@ def test_the_default_run_directory_is_named_after_recipe_and_time(
     assert re.fullmatch(r"runs/recipe-\d{8}-\d{6}", str(paths[0]))
 
 
-@pytest.mark.parametrize(
-    ("error", "status", "said"),
-    [
-        (
-            KeyboardInterrupt(),
-            130,
-            "interrupted; a run continues with --on-existing resume, "
-            "an evaluation that has --out with the same command\n",
-        ),
-        (SystemExit(143), 143, ""),
-    ],
-)
-def test_interrupted(
-    recipe: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-    error: BaseException,
-    status: int,
-    said: str,
-) -> None:
+def test_interrupted(recipe: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a signal, as by code of the user's; with one: test_signals.py."""
+
     def train(*_: Any) -> Outcome:
-        raise error
+        raise KeyboardInterrupt
 
     monkeypatch.setattr(session, "train", train)
-    try:
-        code: Any = main(["train", str(recipe)])
-    except SystemExit as exit_:
-        code = exit_.code
-    assert code == status
-    assert capsys.readouterr().err == said
+    before = signal.getsignal(signal.SIGTERM)
+    assert main(["train", str(recipe)]) == 130
+    assert capsys.readouterr().err == f"{INTERRUPTED}\n"
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_text_of_a_model_in_an_error_is_inert(
+    recipe: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such as in the traceback of a grader, whose lines stay lines."""
+
+    def train(*_: Any) -> Outcome:
+        raise TaskError("score() failed:\n  ValueError: \x1b[2J\u202e\r!")
+
+    monkeypatch.setattr(session, "train", train)
+    assert main(["train", str(recipe)]) == 2
+    assert capsys.readouterr().err == "error: score() failed:\n  ValueError: \\x1b[2J\\u202e\\r!\n"
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_an_error_that_nobody_reads(unbuffered: str) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    result = command(
+        "train", "no.toml", stdout=writing, stderr=writing, env=os.environ | {"PYTHONUNBUFFERED": unbuffered}
+    )
+    os.close(writing)
+    assert result.returncode == 2
 
 
 def test_a_fault_of_ours_keeps_its_traceback(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:

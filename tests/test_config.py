@@ -105,7 +105,7 @@ def test_byte_order_mark_and_crlf_are_read(recipe: Path) -> None:
          "[sampling] with keys from: prompts_per_step, samples_per_prompt, max_tokens, temperature, top_p."),
         ("steps = 30", "sigma = 30", "recipe.toml:3: unknown key sigma. Did you mean es.sigma?"),
         ("steps = 30", "qqq = 30", "recipe.toml:3: unknown key qqq. Valid keys: model, task, method, seed, steps, minutes, "
-         "task_options, sampling, es, grpo, engine, eval, checkpoint, log."),
+         "task_options, sampling, reward, es, grpo, engine, eval, checkpoint, log."),
         ("steps = 30", "engine.max_sequences = [1]", "recipe.toml:3: engine.max_sequences = [1] is an array, but an integer is "
          "expected. Write max_sequences = <an integer>."),
         ('task = "countdown"', "", "recipe.toml: task is missing. Add task = <a string in quotes>."),
@@ -126,7 +126,12 @@ def test_files_that_are_no_recipe(recipe: Path) -> None:
     assert refusal(recipe, text="a = 1\nb = 2\na = 3\n") == (
         "recipe.toml:3: TOML syntax error: Cannot overwrite a value, in: a = 3"
     )
-    assert refusal(recipe, text='a = "x').startswith("recipe.toml: TOML syntax error: Unterminated string")
+    assert refusal(recipe, text='a = 1\nb = "x\\') == (
+        "recipe.toml:2: TOML syntax error: Unescaped '\\' in a string, in: b = \"x\\"
+    )
+    assert refusal(recipe, text="a = 1\nb = [\n  2,\n\n") == "recipe.toml:3: TOML syntax error: Invalid value, in: 2,"
+    digits = refusal(recipe, text=f"# no line is known\na = {'9' * 5000}")
+    assert digits.startswith("recipe.toml: TOML syntax error: Exceeds the limit")
     assert refusal(recipe, text="a = " + "[" * 100_000) == "recipe.toml: values are nested too deeply. Flatten them."
     recipe.write_bytes(b'task = "\xff"')
     assert refusal(recipe) == "recipe.toml: byte 8 is not UTF-8. Save the file as UTF-8."
@@ -299,7 +304,8 @@ def test_keys_that_may_change_on_resume() -> None:
     assert {key for key in keys if may_change(key)} == {
         "steps", "minutes", "eval.every", "grpo.gradient_checkpointing", "checkpoint.every", "checkpoint.keep", "checkpoint.best", "log.samples", "log.completions",
         "log.tensorboard", "log.wandb", "engine.slots", "engine.max_sequences", "engine.max_model_len",
-        "engine.kv_cache_gib", "engine.enforce_eager", "engine.gpu_memory_utilization", "engine.threads",
+        "engine.kv_cache_gib", "engine.enforce_eager", "engine.gpu_memory_utilization",
+        "engine.timeout_seconds", "engine.threads", "reward.timeout_seconds", "reward.memory_gib",
     }  # fmt: skip
     assert not may_change("task_options.data_dir")
 
@@ -316,7 +322,7 @@ def test_resume_with_other_settings_shows_each_difference() -> None:
     assert str(info.value) == (
         "runs/x/config.toml: cannot resume with other settings: es.sigma was 0.01 and is now 0.5; task_options.n was not set "
         "and is now 3. Restore them, or start a new run directory. May change: steps, minutes, eval.every, "
-        "grpo.gradient_checkpointing, [log], [checkpoint], [engine] except dtype."
+        "grpo.gradient_checkpointing, [log], [checkpoint], [reward], [engine] except dtype."
     )
 
 

@@ -1,5 +1,6 @@
 """What is shown acts on nothing, and showing it stops nothing."""
 
+import contextlib
 import io
 import os
 import subprocess
@@ -12,8 +13,9 @@ import pytest
 from rich.console import Console
 from rich.table import Table
 
-from eggroll_llm.display import SAMPLE_CHARACTERS, ConsoleDisplay, duration, inert
+from eggroll_llm.display import ConsoleDisplay, duration
 from eggroll_llm.evaluate import Evaluation
+from eggroll_llm.inert import SAMPLE_CHARACTERS, inert
 from eggroll_llm.samples import TASK, Graded, Sample
 
 ROOT = Path(__file__).parents[1]
@@ -77,6 +79,24 @@ def test_a_step_is_one_line_and_one_a_sample_when_not_on_a_terminal() -> None:
     assert lines[2].endswith("x…  [wrong]")
     assert len(lines) == 3
     assert shown(width=20) == "step    7  reward 0.250  accuracy 0.125  1,234 tokens/s  3.1 s\n"
+
+
+def test_a_few_words_about_a_step_stand_at_its_end() -> None:
+    output = io.StringIO()
+    display = ConsoleDisplay(Console(file=output, width=80, soft_wrap=True, highlight=False))
+    display.step(ROW, [], seconds_left=75, note="rewards tied, nothing learned")
+    assert output.getvalue().endswith("  3.1 s  left 1:15  rewards tied, nothing learned\n")
+
+
+def test_a_terminal_is_left_as_it_was() -> None:
+    output = io.StringIO()
+    console = Console(file=output, force_terminal=True, width=60, _environ={"TERM": "xterm"})
+    with contextlib.suppress(KeyboardInterrupt), ConsoleDisplay(console) as display:
+        display.sampling("step 1", 3, 10)
+        raise KeyboardInterrupt
+    hidden, shown = "\x1b[?25l", "\x1b[?25h"  # the cursor
+    assert output.getvalue().rindex(shown) > output.getvalue().rindex(hidden)
+    assert display._status is None
 
 
 def test_completions_are_inert() -> None:
@@ -173,4 +193,4 @@ def test_no_standard_output_at_all() -> None:
 def test_a_full_disk_behind_standard_output() -> None:
     with Path("/dev/full").open("w") as full:
         result = chatter(stdout=full)
-    assert "survived\n" in result.stderr
+    assert (result.returncode, result.stderr) == (0, "survived\n")

@@ -4,7 +4,7 @@ With the stand-in engine, but for the last part, which is the real one on tiny m
 """
 
 import dataclasses
-import json
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,14 +13,14 @@ from typing import Any
 
 import pytest
 import torch
-from grpo_stub import Recorder, StubEngine, write_recipe
+from grpo_stub import Bench, Recorder, StubEngine, final, rows, same_run, write_recipe
 from safetensors.torch import load_file
 from torch import Tensor
 
-from eggroll_llm import grpo, session, trainer
+from eggroll_llm import grpo, interruption, session, trainer
 from eggroll_llm.checkpoint import verify_checkpoint
 from eggroll_llm.config import load_recipe
-from eggroll_llm.errors import ConfigError, ModelError, TaskError, TrainingError
+from eggroll_llm.errors import ConfigError, EngineError, ModelError, TaskError, TrainingError
 from eggroll_llm.grpo_weights import checkpoint_tensors
 from eggroll_llm.loop import Loop
 from eggroll_llm.push import plan_push
@@ -30,62 +30,10 @@ from eggroll_llm.sampler import Decoding, Request
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-TIMES = ("time", "throughput", "wall_time", "memory")
-
-
-class Bench:
-    """Runs the real session with the stand-in engine."""
-
-    def __init__(self, folder: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.folder, self.model, self.monkeypatch = folder, model, monkeypatch
-        self.display = Recorder()
-        self.prepare_engine: Callable[[StubEngine], None] = lambda engine: None
-
-    def train(
-        self, name: str, on_existing: Any = "fail", *, method: str = "grpo", reward: str = "reward", **flags: Any
-    ) -> session.Outcome:
-        recipe = write_recipe(self.folder, self.model, method, reward)
-        config = load_recipe(recipe, [(key.replace("__", "."), str(value)) for key, value in flags.items()])
-        if method == "es":
-            config = dataclasses.replace(config, sampling=dataclasses.replace(config.sampling, samples_per_prompt=1))
-
-        def start(prepared: session.Prepared) -> StubEngine:
-            self.engine = StubEngine(prepared.model_dir)
-            self.prepare_engine(self.engine)
-            return self.engine
-
-        with self.monkeypatch.context() as patch:
-            patch.setattr(session, "start_engine", start)
-            return session.train(config, self.folder, self.folder / name, on_existing, self.display)
-
 
 @pytest.fixture
 def bench(tmp_path: Path, tiny_model: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> Bench:
     return Bench(tmp_path, tiny_model("llama"), monkeypatch)
-
-
-def rows(path: Path, file: str = "metrics.jsonl") -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (path / file).read_text().splitlines()]
-
-
-def timeless(path: Path) -> list[dict[str, Any]]:
-    return [{key: value for key, value in row.items() if not key.startswith(TIMES)} for row in rows(path)]
-
-
-def final(path: Path) -> dict[str, Tensor]:
-    return load_file(path / "final" / "model.safetensors")
-
-
-def same_run(one: Path, other: Path) -> None:
-    """Weights and completions equal bit for bit, and metrics and evaluations but for times."""
-    weights = [final(path) for path in (one, other)]
-    assert weights[0].keys() == weights[1].keys()
-    for name, tensor in weights[0].items():
-        assert torch.equal(tensor, weights[1][name]), name
-    assert (one / "completions.jsonl").read_text() == (other / "completions.jsonl").read_text()
-    assert timeless(one) == timeless(other)
-    answers = [{file.name: file.read_text() for file in (path / "evaluations").iterdir()} for path in (one, other)]
-    assert answers[0] == answers[1]
 
 
 def steps_of(engine: StubEngine, per_step: int) -> list[list[tuple[int, ...]]]:
@@ -239,6 +187,18 @@ def test_a_run_killed_anywhere_ends_like_one_that_was_not(bench: Bench, place: s
     same_run(bench.folder / "whole", bench.folder / "killed")
 
 
+def test_a_signal_that_was_swallowed_while_sampling_ends_the_run(bench: Bench) -> None:
+    def swallow(decoding: Decoding) -> None:
+        if decoding.logprobs:
+            bench.monkeypatch.setattr(interruption, "_number", 15)
+
+    bench.prepare_engine = lambda engine: setattr(engine, "on_generate", swallow)
+    with pytest.raises(interruption.Interrupted) as info:
+        bench.train("run")
+    assert info.value.status == 143
+    assert (len(bench.engine.asked), bench.engine.loads, bench.engine.closed) == (2, 1, True)
+
+
 @pytest.mark.parametrize("flags", [{"every": 2}, {"every": 0}, {"every": 0, "best": "false"}])
 def test_a_finished_run_resumed_keeps_its_weights(bench: Bench, flags: dict[str, Any]) -> None:
     changes = {f"checkpoint__{key}": value for key, value in flags.items()}
@@ -320,14 +280,38 @@ def test_a_grader_that_always_fails_stops_the_run_with_its_traceback(bench: Benc
         bench.train("run", reward="1 / 0", steps=1)
 
 
+def test_a_score_that_exits_costs_its_own_completions(bench: Bench) -> None:
+    outcome = bench.train("exits", steps=1, reward="__import__('os')._exit(1) if len(values) % 5 == 0 else reward")
+    assert 0 < outcome.metrics[1]["rewards/failed"] < 12
+    bench.train("raises", steps=1, reward="1 / 0 if len(values) % 5 == 0 else reward")
+    same_run(bench.folder / "exits", bench.folder / "raises")
+    failed = [row for row in rows(bench.folder / "exits", "completions.jsonl") if row["detail"] == "reward_failed"]
+    assert failed
+    (said, _) = [text for text in bench.display.messages if "score() has failed" in text]
+    assert "score() ended its process with status 1; problem " in said
+
+
 def test_tied_rewards_change_nothing_and_say_so_after_three_steps(bench: Bench) -> None:
     outcome = bench.train("run", reward="0.25", checkpoint__every=0)
     base = load_file(bench.model / "model.safetensors")
     assert all(torch.equal(tensor, base[name].float()) for name, tensor in final(bench.folder / "run").items())
     for row in outcome.metrics[1:]:
         assert (row["prompts/tied"], row["reward/mean"], row["grad_norm"]) == (3, 0.25, 0)
+    assert bench.display.notes == ["rewards tied, nothing learned"] * 4
     said = [text for text in bench.display.messages if "got the same reward in 3 steps" in text]
     assert len(said) == 1
+
+
+def test_a_tied_step_is_logged_and_said_although_the_moments_move_the_weights(bench: Bench) -> None:
+    """As in TRL. The rewards differ in the first evaluation, of 4 problems, and in the first step of 12 completions."""
+    counted = "self.__dict__.update(n=self.__dict__.get('n', 0) + 1) or (reward if self.n <= 16 else 0.25)"
+    outcome = bench.train("run", reward=counted, steps=2, eval__every=0, checkpoint__every=1)
+    assert bench.display.notes == ["", "rewards tied, nothing learned"]
+    first, tied = outcome.metrics[1:]
+    assert (first["prompts/tied"], tied["prompts/tied"]) == (0, 3)
+    assert first["grad_norm"] > tied["grad_norm"] == 0
+    after = [load_file(bench.folder / "run" / "checkpoints" / f"step-00000{n}" / "model.safetensors") for n in (1, 2)]
+    assert any(not torch.equal(tensor, after[1][name]) for name, tensor in after[0].items())
 
 
 @pytest.mark.parametrize(
@@ -340,6 +324,62 @@ def test_tied_rewards_change_nothing_and_say_so_after_three_steps(bench: Bench) 
 def test_a_run_whose_weights_are_lost_stops(bench: Bench, learning_rate: float, message: str) -> None:
     with pytest.raises(TrainingError, match=message):
         bench.train("run", grpo__learning_rate=learning_rate, grpo__max_grad_norm=0)
+
+
+@pytest.mark.parametrize(
+    ("step", "kept"),
+    [(2, "There is no checkpoint yet, so that the run starts anew"), (4, "The checkpoint of step 3 is")],
+)
+def test_when_the_engine_fails_the_run_goes_on_from_the_newest_checkpoint(bench: Bench, step: int, kept: str) -> None:
+    def prepare(engine: StubEngine) -> None:
+        sampled = 0
+
+        def fail(decoding: Decoding) -> None:
+            nonlocal sampled
+            sampled += decoding.temperature > 0
+            if sampled == step:
+                raise EngineError("the inference engine failed in sampling: RuntimeError")
+
+        engine.on_generate = fail
+
+    flags = {"checkpoint__best": "false"}
+    bench.prepare_engine = prepare
+    with pytest.raises(TrainingError) as info:
+        bench.train("run", **flags)
+    run = bench.folder / "run"
+    assert str(info.value).startswith(f"step {step}: the inference engine failed in sampling: RuntimeError. {kept}")
+    assert str(info.value).endswith(f"eggroll-llm train {run}/config.toml --run-dir {run} --on-existing resume")
+    assert bench.engine.closed
+    bench.prepare_engine = lambda engine: None
+    bench.train("run", "resume", **flags)
+    bench.train("whole", **flags)
+    same_run(run, bench.folder / "whole")
+
+
+def test_lost_weights_are_not_served_and_the_last_checkpoint_goes_on(bench: Bench) -> None:
+    """Lost in the optimizer step of step 3, as in a fault that loss and gradient do not show."""
+    from eggroll_llm.grpo_trl import Rollouts
+
+    flags = {"checkpoint__every": 1, "checkpoint__best": "false"}
+    bench.train("whole", **flags)
+    real = Rollouts.sync_weights
+
+    def lose(self: Rollouts) -> None:
+        if self.step == 3:
+            with torch.no_grad():
+                next(self.model.parameters())[0, 0] = math.inf
+        real(self)
+
+    with bench.monkeypatch.context() as patch:
+        patch.setattr(Rollouts, "sync_weights", lose)
+        with pytest.raises(TrainingError, match=r"step 3: \d+ tensors are not finite any more, first .*embed_tokens"):
+            bench.train("lost", **flags)
+    assert all(tensor.isfinite().all() for tensor in bench.engine.model.state_dict().values())
+    run = RunDir.open(bench.folder / "lost")
+    assert [row["step"] for row in run.read_metrics()] == [0, 1, 2]
+    assert sorted(path.name for path in run.checkpoints.iterdir())[-1] == "step-000002"
+    bench.train("lost", "resume", **flags)
+    same_run(bench.folder / "whole", bench.folder / "lost")
 
 
 def test_without_trl_one_line_says_what_to_install(

@@ -77,7 +77,7 @@ def step_of(tmp_path: Path, tiny_model: Callable[[str], Path]) -> Iterator[Calla
         run = opened.enter_context(RunDir.create(Path(tempfile.mkdtemp(dir=tmp_path)) / "run", ""))
         header = JournalHeader(frozen_hash="a" * 64, base_model="0" * 16)
         journal = opened.enter_context(Journal.open(run.journal, header))
-        scorer = Scorer(prepared.task)
+        scorer = opened.enter_context(Scorer(prepared.task))
         loop = Loop(prepared.config, engine, scorer, prepared.held_out, (), run, journal, Recorder())
         trainer = GrpoTrainer(loop, prepared.train, model_dir=prepared.model_dir)
         return Step(trainer, engine, prepared)

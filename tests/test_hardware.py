@@ -104,3 +104,44 @@ print(default, faults())
     default, kept = map(int, subprocess.check_output([sys.executable, "-c", code], text=True).split())
     assert default > 10_000
     assert kept < default / 10
+
+
+GIB = 2**30
+V1, V2 = ("memory.limit_in_bytes", "memory.usage_in_bytes"), ("memory.max", "memory.current")
+
+
+def machine(root: Path, cgroup: str, groups: dict[str, Any]) -> Path:
+    """A /proc and /sys: 10 GiB available, and groups of (file names, limit, usage, cached)."""
+    (root / "proc/self").mkdir(parents=True)
+    meminfo = f"MemTotal: {16 * 2**20} kB\nMemAvailable:   {10 * 2**20} kB\nHugePages_Total: 0\n"
+    (root / "proc/meminfo").write_text(meminfo)
+    (root / "proc/self/cgroup").write_text(cgroup)
+    for path, ((limit_file, usage_file), limit, usage, cached) in groups.items():
+        folder = root / "sys/fs/cgroup" / path
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / limit_file).write_text(f"{limit}\n")
+        (folder / usage_file).write_text(f"{usage}\n")
+        (folder / "memory.stat").write_text(f"anon 1\ninactive_file {cached}\nactive_file {cached}\n")
+    return root
+
+
+@pytest.mark.parametrize(
+    ("cgroup", "groups", "gib"),
+    [
+        ("0::/\n", {}, 10),
+        ("0::/\n", {".": (V2, "max", 3 * GIB, 0)}, 10),
+        ("0::/\n", {".": (V2, 4 * GIB, 3 * GIB, 0)}, 1),
+        ("0::/\n", {".": (V2, 4 * GIB, 3 * GIB, GIB // 2)}, 2),  # cached files are dropped when memory is needed
+        ("0::/job/step\n", {"job": (V2, 6 * GIB, 0, 0), "job/step": (V2, 8 * GIB, 0, 0)}, 6),
+        ("0::/not/seen/here\n", {".": (V2, 5 * GIB, 0, 0)}, 5),
+        ("3:cpu,memory:/a\n1:cpu:/\n0::/\n", {"memory": (V1, 7 * GIB, 0, 0)}, 7),
+        ("4:memory:/\n", {"memory": (V1, 2**63 - 4096, 0, 0)}, 10),
+        ("4:cpu:/\n", {"memory": (V1, GIB, 0, 0)}, 10),
+    ],
+)
+def test_memory_that_can_be_had(tmp_path: Path, cgroup: str, groups: dict[str, Any], gib: int) -> None:
+    assert hardware.available_memory(machine(tmp_path, cgroup, groups)) == gib * GIB
+
+
+def test_where_the_system_does_not_tell_its_memory_is_not_known(tmp_path: Path) -> None:
+    assert hardware.available_memory(tmp_path) is None

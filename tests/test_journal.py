@@ -1,5 +1,6 @@
 """What was appended is read back to the bit; what a crash or damage does to the file is dropped or named."""
 
+import dataclasses
 import errno
 import json
 import os
@@ -174,10 +175,46 @@ def test_journal_of_another_run_is_refused(path: Path) -> None:
         Journal.open(path, JournalHeader(frozen_hash="b" * 64, base_model="smollm2@123"))
 
 
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"train": "x"}, "to train on, or their"),
+        ({"held_out": "x"}, "to evaluate on, or their"),
+        ({"train": "x", "held_out": "x"}, "to train on and to evaluate on, or their"),
+    ],
+)
+def test_journal_of_other_problems_is_refused_and_left_alone(
+    tmp_path: Path, changes: dict[str, str], said: str
+) -> None:
+    file, header = tmp_path / "journal.jsonl", dataclasses.replace(HEADER, train="a", held_out="b")
+    Journal.open(file, header).close()
+    with file.open("ab") as journal:
+        journal.write(b'{"step"')  # an update that a crash cut short
+    before = file.read_bytes()
+    with pytest.raises(JournalError, match=rf"journal\.jsonl:1: the problems {said} .* restore the data"):
+        Journal.open(file, dataclasses.replace(header, **changes))
+    assert file.read_bytes() == before
+    with Journal.open(file, header) as reopened:
+        assert (reopened.header, bool(reopened.dropped_tail)) == (header, True)
+
+
+def test_a_journal_that_does_not_know_its_problems_goes_on(path: Path) -> None:
+    """As those of the version before: what is not known is not compared."""
+    header, rest = path.read_bytes().split(b"\n", 1)
+    fields = json.loads(header)
+    for key in ("train", "held_out", "crc"):
+        del fields[key]
+    from eggroll_llm.journal import _encode
+
+    path.write_bytes(_encode(fields) + rest)
+    with Journal.open(path, dataclasses.replace(HEADER, train="a", held_out="b")) as journal:
+        assert journal.last_step == 3
+
+
 def test_journal_of_another_format_is_refused(path: Path) -> None:
     data = path.read_bytes()
     fields = json.loads(data.splitlines()[0])
-    assert list(fields) == ["format", "frozen_hash", "base_model", "crc"]
+    assert list(fields) == ["format", "frozen_hash", "base_model", "train", "held_out", "crc"]
     from eggroll_llm.journal import _encode
 
     del fields["crc"]

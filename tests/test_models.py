@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from eggroll_llm import embedded
-from eggroll_llm.errors import ModelError
+from eggroll_llm.checkpoint import save_checkpoint
+from eggroll_llm.errors import CheckpointError, ModelError
 from eggroll_llm.models import cache_root, check_model, embedded_path, model_identity, resolve_model
 
 TinyModel = Callable[[str], Path]
@@ -48,6 +49,35 @@ def test_names_that_mean_nothing(name: str) -> None:
         resolve_model(name)
     assert repr(name) in str(caught.value)
     assert "correct `model`" in str(caught.value)
+
+
+@pytest.fixture
+def checkpoint(tiny_model: TinyModel, tmp_path: Path) -> Path:
+    def write(folder: Path) -> None:
+        shutil.copytree(tiny_model("llama"), folder, dirs_exist_ok=True)
+
+    return save_checkpoint(tmp_path, 7, write, {}, {})
+
+
+def test_a_checkpoint_is_a_model(checkpoint: Path) -> None:
+    assert resolve_model(str(checkpoint)) == checkpoint
+    assert resolve_model(str(checkpoint.rename(checkpoint.parent / "mine"))) == checkpoint.parent / "mine"
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "config.json", "tokenizer.json", "training_state.st"])
+def test_a_checkpoint_that_is_not_what_was_written_is_no_model(checkpoint: Path, file: str) -> None:
+    """One bit of a weight, which no other check would see."""
+    content = bytearray((checkpoint / file).read_bytes())
+    content[-1] ^= 1
+    (checkpoint / file).write_bytes(content)
+    with pytest.raises(CheckpointError, match="content changed since it was written") as caught:
+        resolve_model(str(checkpoint))
+    assert str(checkpoint / file) in str(caught.value)
+
+
+def test_a_manifest_of_something_else_means_nothing(copied: Path) -> None:
+    (copied / "manifest.json").write_text('{"name": "an app"}')
+    assert resolve_model(str(copied)) == copied
 
 
 def test_a_file_is_not_a_model(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ import pytest
 from tokenizers.processors import TemplateProcessing
 
 from eggroll_llm.errors import ConfigError, ModelError
-from eggroll_llm.prompts import Prompter, needed_context
+from eggroll_llm.prompts import ProblemSet, Prompter, needed_context, problems_hash
 
 TEXT = "Make 9 from 4 and 5:"
 MESSAGES = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": TEXT}]
@@ -76,7 +76,15 @@ def test_a_model_without_chat_template_says_what_to_do(tiny_model: Callable[[str
     ],
 )
 def test_context_is_what_is_needed(longest: int, max_tokens: int, limit: int, model_limit: int, context: int) -> None:
-    assert needed_context(longest, max_tokens, limit, model_limit) == context
+    assert needed_context([prompts(1, longest), prompts(7)], max_tokens, limit, model_limit) == context
+
+
+def prompts(*lengths: int, name: str = "train") -> ProblemSet:
+    return ProblemSet(
+        problems=[{"id": f"{name}-{number}"} for number in range(len(lengths))],
+        prompts=[(1,) * length for length in lengths],
+        hashes=[""] * len(lengths),
+    )
 
 
 @pytest.mark.parametrize(
@@ -88,7 +96,109 @@ def test_context_is_what_is_needed(longest: int, max_tokens: int, limit: int, mo
 )
 def test_a_prompt_that_does_not_fit_is_refused(limit: int, model_limit: int, said: str) -> None:
     with pytest.raises(ConfigError) as info:
-        needed_context(500, 12, limit, model_limit)
+        needed_context([prompts(500)], 12, limit, model_limit)
+    assert str(info.value).startswith("1 of 1 prompts is too long, first train-0 with 500 tokens; ")
     assert said in str(info.value)
     assert "the longest prompt has 500 tokens and completions up to 12, together 512" in str(info.value)
     assert "lower sampling.max_tokens" in str(info.value)
+
+
+def test_the_hash_of_problems_is_of_their_content_and_order() -> None:
+    """Of an object that is no JSON only the type counts: its text may be another in every process."""
+
+    def of(*problems: dict[object, object], prompts: str = "ab") -> str:
+        return problems_hash(ProblemSet(problems=problems, prompts=[(1,)] * len(problems), hashes=list(prompts)))
+
+    one, two = {"id": 1, "x": [1, 2]}, {"id": 2, "f": object(), (1, 2): "no key of JSON"}
+    assert of(one, two) == of(dict(one), two | {"f": object()})
+    others = [of(two, one), of(one | {"x": [1, 3]}, two), of(one, two, prompts="ac"), of(one, two | {"f": len})]
+    assert len({of(one, two), *others}) == 5
+
+
+def test_all_prompts_that_do_not_fit_are_counted_and_the_first_is_named() -> None:
+    """To the token: with 12 more, 500 fit into 512 and 501 do not."""
+    train, test = prompts(*[500] * 1201, 501, 700, 20), prompts(500, 501, name="test")
+    with pytest.raises(ConfigError, match="the longest prompt has 700 tokens and completions up to 12, together 712"):
+        needed_context([train, test], 12, 0, 512)
+    with pytest.raises(ConfigError, match=r"^3 of 1,206 prompts are too long, first train-1201 with 501 tokens; "):
+        needed_context([train, test], 12, 0, 512)
+    with pytest.raises(ConfigError, match=r"^1 of 2 prompts is too long, first test-1 with 501 tokens; "):
+        needed_context([test], 12, 512, 4096)
+    assert needed_context([prompts(*[500] * 3)], 12, 0, 512) == 512
+
+
+def test_a_problems_name_does_not_act_on_a_terminal() -> None:
+    named = ProblemSet(problems=[{"id": "a\x1b[2J\n\u202eb" + 99 * "c"}], prompts=[(1,) * 9], hashes=[""])
+    with pytest.raises(ConfigError) as info:
+        needed_context([named], 9, 0, 10)
+    assert r"first a\x1b[2J \u202ebccc" in str(info.value)
+    assert str(info.value).isprintable()
+    assert len(str(info.value)) < 400
+
+
+@pytest.fixture
+def copied(tiny_model: Callable[[str], Path], tmp_path: Path) -> Path:
+    return Path(shutil.copytree(tiny_model("llama"), tmp_path / "model"))
+
+
+def test_a_model_without_tokenizer_is_refused(copied: Path) -> None:
+    """transformers would go on with one that knows no words."""
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        (copied / file).unlink()
+    with pytest.raises(ModelError, match=rf"^{copied} has no tokenizer \(none of tokenizer\.json.*copy it from the"):
+        Prompter(copied)
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        *[
+            (file, text)
+            for file in ("tokenizer.json", "tokenizer_config.json")
+            for text in (b"", b"{", b"[]", b"\xff\xfe")
+        ],
+        ("tokenizer.json", b'{"model": {"type": "\\u001b[2J"}}'),
+        ("tokenizer_config.json", b'{"added_tokens_decoder": {"0": "\\u001b[2J"}}'),
+    ],
+)
+def test_a_damaged_tokenizer_is_refused(copied: Path, file: str, content: bytes) -> None:
+    (copied / file).write_bytes(content)
+    with pytest.raises(ModelError, match=r"the tokenizer cannot be loaded .*: restore it from the original") as info:
+        Prompter(copied)
+    assert str(copied) in str(info.value)
+    assert str(info.value).isprintable()
+    assert info.value.__cause__ is not None
+
+
+def test_half_a_tokenizer_is_refused(copied: Path) -> None:
+    whole = (copied / "tokenizer.json").read_bytes()
+    (copied / "tokenizer.json").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ModelError, match="the tokenizer cannot be loaded"):
+        Prompter(copied)
+
+
+@pytest.mark.parametrize("auto_map", [{"AutoTokenizer": ["own.Own", None]}, ["own.Own", None]])
+def test_a_tokenizer_with_code_of_its_own_is_refused_and_not_replaced(copied: Path, auto_map: object) -> None:
+    """transformers knows a tokenizer for Llama models and would take it, whatever the model was made with."""
+    ran = copied.parent / "ran"
+    (copied / "own.py").write_text(f"open({str(ran)!r}, 'w')\nclass Own: pass\n")
+    path = copied / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"auto_map": auto_map, "tokenizer_class": "Own"}))
+    with pytest.raises(ModelError, match="'auto_map' asks to run Python code shipped with the model") as info:
+        Prompter(copied)
+    assert str(path) in str(info.value)
+    assert not ran.exists()
+
+
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        ("{{ raise_exception('System role not supported') }}", "System role not supported"),
+        ("{% for message in messages %}", "unexpected|Unexpected"),
+        ("{{ messages.__class__.__mro__[1].__subclasses__() }}", "unsafe|undefined|has no attribute"),
+    ],
+)
+def test_a_chat_template_that_fails_says_so(prompter: Prompter, template: str, said: str) -> None:
+    prompter.tokenizer.chat_template = template
+    with pytest.raises(ModelError, match=f"the chat template does not take the task's messages .*({said})"):
+        prompter.encode(MESSAGES)

@@ -1,8 +1,10 @@
 """Who may use a directory, what is deleted and what never is, and logs that stay valid."""
 
+import contextlib
 import errno
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -39,9 +41,13 @@ def names(path: Path) -> set[str]:
     return {entry.name for entry in path.iterdir()}
 
 
-def refusal(path: Path | str, on_existing: OnExisting = "fail") -> str:
+def refusal(path: Path | str, on_existing: OnExisting = "fail", *, foreseen: bool = True) -> str:
+    """Of `create`, which `check` foresees in the same words."""
+    with pytest.raises(RunDirError) if foreseen else contextlib.nullcontext() as first:
+        RunDir.check(path, on_existing)
     with pytest.raises(RunDirError) as info:
         RunDir.create(path, CONFIG, on_existing)
+    assert not first or str(first.value) == str(info.value)
     return str(info.value)
 
 
@@ -95,6 +101,26 @@ def test_resume_without_an_essential_file_is_refused(path: Path, name: str) -> N
     message = f"{path / name}: missing, no way to resume. Restore it, or use --on-existing overwrite."
     assert refusal(path, "resume") == message
     assert (path / "final" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("mode", "said"),
+    [
+        ("fail", "{path}: already holds a run. Use --on-existing resume to continue it, "),
+        ("resume", "{path}/journal.jsonl: missing, no way to resume. Restore it, or use --on-existing overwrite."),
+    ],
+)
+def test_a_lost_journal_costs_no_logs(path: Path, mode: OnExisting, said: str) -> None:
+    """Without a checkpoint or a model, the metrics show that there was a run."""
+    with RunDir.create(path, CONFIG) as run:
+        run.append_metrics({"step": 0})
+        run.append_completions([{"step": 1}])
+        run.write_evaluation(0, {}, [])
+    before = {file: file.read_bytes() for file in path.rglob("*") if file.is_file()}
+    assert refusal(path, mode).startswith(said.format(path=path))
+    assert {file: file.read_bytes() for file in path.rglob("*") if file.is_file()} == before
+    RunDir.create(path, CONFIG, "overwrite").close()
+    assert names(path) == {LOCK, "config.toml", "environment.json", "checkpoints"}
 
 
 def test_overwrite_keeps_nothing_and_follows_no_links(path: Path, tmp_path: Path) -> None:
@@ -169,7 +195,7 @@ def test_second_process_is_refused(path: Path) -> None:
         assert holder.stdout is not None
         assert holder.stdout.readline() == "locked\n"
         for mode in MODES:
-            assert refusal(path, mode) == (
+            assert refusal(path, mode, foreseen=False) == (
                 f"{path}: in use by process {holder.pid} on {socket.gethostname()}. Wait for it, stop it, "
                 "or choose another --run-dir."
             )
@@ -191,12 +217,13 @@ def test_lock_held_by_a_child_that_outlived_its_parent_is_named(path: Path) -> N
         assert holder.stdout is not None
         holder.stdout.readline()
         holder.wait()
-        assert f"in use by a child of process {holder.pid} on {socket.gethostname()} (which has ended)" in refusal(path)
+        message = refusal(path, foreseen=False)
+        assert f"in use by a child of process {holder.pid} on {socket.gethostname()} (which has ended)" in message
 
 
 def test_lock_is_released_on_close_and_after_a_refusal(path: Path) -> None:
     first = RunDir.create(path, CONFIG)
-    assert f"in use by process {os.getpid()} on" in refusal(path)
+    assert f"in use by process {os.getpid()} on" in refusal(path, foreseen=False)
     first.close()
     first.close()
     finished_run(path)
@@ -226,6 +253,10 @@ def test_paths_that_cannot_be_run_directories(tmp_path: Path, monkeypatch: pytes
     assert refusal(tmp_path / "readonly") == (
         f"{tmp_path}/readonly: is not writable. Change its permissions, or choose another --run-dir."
     )
+    assert refusal(tmp_path / "new") == (
+        f"{tmp_path}/new: the folder {tmp_path} is not writable. Change its permissions, or choose another --run-dir."
+    )
+    assert not (tmp_path / "new").exists()
 
 
 def test_read_only_parent_names_the_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -233,7 +264,7 @@ def test_read_only_parent_names_the_path(tmp_path: Path, monkeypatch: pytest.Mon
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))
 
     monkeypatch.setattr(Path, "mkdir", fail)
-    message = refusal(tmp_path / "run")
+    message = refusal(tmp_path / "run", foreseen=False)
     assert message.startswith(f"{tmp_path}/run: cannot write the run directory (Read-only file system; ")
 
 
@@ -241,6 +272,8 @@ def test_default_directory_is_made_with_its_parent(tmp_path: Path, monkeypatch: 
     path = default_run_dir("recipes/countdown_smollm2.toml", datetime(2026, 1, 2, 3, 4, 5))
     assert path == Path("runs/countdown_smollm2-20260102-030405")
     monkeypatch.chdir(tmp_path)
+    RunDir.check(path, "fail")
+    assert not list(tmp_path.iterdir())
     RunDir.create(path, CONFIG).close()
     assert is_run_dir(tmp_path / path)
 
@@ -297,6 +330,31 @@ def test_full_disk_names_path_and_bytes(path: Path) -> None:
         run.metrics.symlink_to("/dev/full")
         with pytest.raises(RunDirError, match=r"metrics\.jsonl: cannot write 12 bytes \(No space left on device"):
             run.append_metrics({"step": 1})
+
+
+def test_full_disk_leaves_no_half_evaluation_and_the_old_model(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def fail(*_: object) -> None:
+        raise full
+
+    def write(folder: Path) -> None:
+        (folder / "model").write_text("newer")
+        raise full
+
+    with RunDir.create(path, CONFIG) as run:
+        run.write_final(lambda folder: (folder / "model").write_text("old"))
+        with pytest.raises(RunDirError) as info:
+            run.write_final(write)
+        said = re.escape(f"{path}/final: cannot write the final model (No space left on device after 5 bytes, which ")
+        assert re.match(rf"{said}were removed again; \d+ bytes are free\)\. .* resume the run", str(info.value))
+        assert (run.final / "model").read_text() == "old"
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fsync", fail)
+            with pytest.raises(RunDirError, match=r"evaluations/step-000003\.jsonl: cannot write 30 bytes \(No space "):
+                run.write_evaluation(3, {}, [])
+        assert not list(run.evaluations.iterdir())
+    assert not [name for name in names(path) if name.startswith((".tmp-", ".old-"))]
 
 
 def test_line_cut_short_by_a_full_disk_is_taken_back(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

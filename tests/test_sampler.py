@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 
 import pytest
 
+from eggroll_llm.errors import EngineError
 from eggroll_llm.sampler import Completion, Decoding, Request, sample_population, sampling_seed
 
 PROMPTS = [(1, 2, 3), (4,)]
@@ -76,10 +77,12 @@ def test_progress_is_passed_on() -> None:
     assert seen == [(1, 8)]
 
 
-def test_an_engine_that_answers_too_little_is_noticed() -> None:
-    class Silent(Echo):
+@pytest.mark.parametrize(("start", "extra", "count"), [(1, 0, 3), (0, 1, 5)])
+def test_an_engine_that_answers_too_little_or_too_much_is_noticed(start: int, extra: int, count: int) -> None:
+    class Miscounting(Echo):
         def generate(self, requests, decoding, on_progress=None):  # type: ignore[no-untyped-def]
-            return super().generate(requests, decoding)[:-1]
+            completions = super().generate(requests, decoding)
+            return completions[start:] + completions[:extra]
 
-    with pytest.raises((StopIteration, RuntimeError)):
-        sample_population(Silent(), PROMPTS, 2, 1, DECODING, seed=0, step=1)
+    with pytest.raises(EngineError, match=f"returned {count} completions for 4 requests"):
+        sample_population(Miscounting(), PROMPTS, 2, 1, DECODING, seed=0, step=1)

@@ -65,8 +65,34 @@ def test_a_failing_grader_costs_its_own_completion(grade: Any) -> None:
 def test_rewards_that_are_not_finite_pass(value: float) -> None:
     """They are the loop's to drop, with the whole member."""
     found = scorer(lambda text, problem, *, truncated: Score(value, False, ""))
-    assert repr(found.score(completion(), {}).reward) == repr(value)
+    assert repr(found.score(completion(), {"id": 5}).reward) == repr(value)
     assert found.failures == 0
+    assert found.unusable == completion()
+    assert found.first_dropped == f'{value} for problem 5, answer "x"'
+
+
+def test_the_first_failure_is_kept_with_its_sample_and_said_once() -> None:
+    """Of hostile text: nothing in the sentence acts on a terminal, and it is not as long as the answer."""
+    said: list[str] = []
+    answers = ["1", "\x1b[2J" + "y" * 10_000, "two"]
+    found = scorer(lambda text, problem, *, truncated: Score(float(text), True, ""))
+    found.say = said.append
+    scores = found.score_all([(completion(text), {"id": f"{n}\n"}) for n, text in enumerate(answers)])
+    assert scores == [Score(1.0, True, ""), Score(0.0, False, FAILED), Score(0.0, False, FAILED)]
+    sample, _, traceback = found.first_failure.partition("\n")
+    assert sample == 'problem 1\\n, answer "\\x1b[2J' + "y" * 152 + '…"'
+    assert traceback.startswith("Traceback (most recent call last)")
+    assert "ValueError: could not convert string to float: '\\x1b[2Jyyyy" in traceback
+    assert len(said) == 1
+    assert sample in said[0]
+    assert "ValueError: could not convert string to float" in said[0]
+    assert found.unusable == completion(answers[1])
+    found.start_counting()
+    assert (found.scored, found.failures, found.unusable) == (0, 0, None)
+    found.score(completion("three"), {})
+    assert found.unusable == completion("three")
+    assert found.first_failure.startswith(sample)
+    assert len(said) == 1
 
 
 def test_scores_become_plain_values() -> None:

@@ -1,21 +1,24 @@
 """Sweeps: which runs a file plans, and that they are made once each, whatever comes between."""
 
+import dataclasses
 import json
 import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from fake_engine import CONFIG, Bench, same_run
+from process_tree import ROOT, ProcessTree, wait_for
 
 from eggroll_llm import sweep
-from eggroll_llm.cli import main
-from eggroll_llm.config import load_recipe
+from eggroll_llm.cli import INTERRUPTED, main
+from eggroll_llm.config import load_recipe, to_toml
 from eggroll_llm.errors import ConfigError, RunDirError
-from eggroll_llm.sweep import read_sweep, run_sweep
+from eggroll_llm.sweep import Planned, read_sweep, run_sweep
 
 FOLDER = Path(__file__).parents[1] / "recipes"
 RECIPE = """
@@ -41,6 +44,13 @@ es = { population = 64, sigma = 0.5 }
 name = "other"
 recipe = "folder/other.toml"
 """
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Iterator[ProcessTree]:
+    found = ProcessTree(tmp_path)
+    yield found
+    found.kill()
 
 
 @pytest.fixture
@@ -81,6 +91,8 @@ def test_without_seeds_each_trial_is_one_run(file: Path) -> None:
         ('"large"', '"../large"', r"the name of a trial is '../large'"),
         ('"large"', "7", r"the name of a trial is 7"),
         ('name = "large"', "", r"the name of a trial is ''"),
+        ('"large"', r'"\u001b[2J"', r"the name of a trial is '\\x1b\[2J'"),
+        ('"large"', f'"{"x" * 201}"', r"the name of a trial is 'x{50}"),
         ("sigma = 0.5", "sigmma = 0.5", r'trial "large": --es.sigmma: unknown key.*Did you mean --es.sigma'),
         ("sigma = 0.5", "sigma = -0.5", r'trial "large": .*sigma'),
         ('"folder/other.toml"', '"none.toml"', r'trial "other": .*none.toml'),
@@ -101,11 +113,13 @@ def test_no_trials(file: Path) -> None:
         read_sweep(file)
 
 
-def finish(directory: Path, step: int = 3) -> None:
-    """What a finished run leaves behind, as far as a sweep looks."""
+def finish(directory: Path, run: Planned, step: int = 3) -> None:
+    """What a finished run leaves behind, as far as a sweep looks; its settings are settled."""
+    config = load_recipe(run.recipe, run.flags)
+    engine = dataclasses.replace(config.engine, dtype="float32", slots=4, max_model_len=300)
     (directory / "final").mkdir(parents=True, exist_ok=True)
-    for name in ("config.toml", "journal.jsonl"):
-        (directory / name).touch()
+    (directory / "journal.jsonl").touch()
+    (directory / "config.toml").write_text(to_toml(dataclasses.replace(config, engine=engine)))
     (directory / "metrics.jsonl").write_text(json.dumps({"step": 3}) + "\n")
     (directory / "final" / "eggroll.json").write_text(json.dumps({"step": step, "base_model": "x"}))
 
@@ -114,26 +128,54 @@ def test_finished_runs_are_left_alone_and_failures_stop_nothing(
     file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out, made, said = tmp_path / "a" / "out", [], []
-    finish(out / "plain-seed3")
-    finish(out / "large-seed3", step=2)  # it was resumed to more steps, and not finished
+    planned = read_sweep(file)
+    finish(out / "plain-seed3", planned[0])
+    finish(out / "large-seed3", planned[1], step=2)  # it was resumed to more steps, and not finished
 
     def train(run: sweep.Planned, directory: Path) -> int:
         made.append(directory.name)
-        finish(directory)
-        return 2 if run.name == "other-seed3" else 0
+        finish(directory, run)
+        return {"other-seed3": 2, "large-seed4": -9}.get(run.name, 0)
 
     monkeypatch.setattr(sweep, "_train", train)
-    finished = run_sweep(read_sweep(file), out, said.append)
+    finished = run_sweep(planned, out, said.append)
     assert made == ["large-seed3", "other-seed3", "plain-seed4", "large-seed4", "other-seed4"]
-    assert [path.name for path in finished] == [
-        "plain-seed3",
-        "large-seed3",
-        "plain-seed4",
-        "large-seed4",
-        "other-seed4",
-    ]
+    assert [path.name for path in finished] == ["plain-seed3", "large-seed3", "plain-seed4", "other-seed4"]
     assert said[0] == "run 1 of 6, plain-seed3: is there"
     assert "run 3 of 6, other-seed3: failed with exit status 2, see above" in said
+    assert "run 5 of 6, large-seed4: was killed by signal 9, see above" in said
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "again"),
+    [
+        ("minutes = 1.5", "minutes = 2.0", True),
+        ("sigma = 0.02", "sigma = 0.03", True),
+        ('operators = "+-*"', 'operators = "+-"', True),
+        (", count = [2, 2]", "", True),
+        ("minutes = 1.5", "minutes = 1.5\nengine = { slots = 2 }", False),
+        ("minutes = 1.5", 'minutes = 1.5\nmodel = "model"', False),
+    ],
+)
+def test_a_run_with_other_settings_is_not_taken_for_the_one_that_is_asked_for(
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, old: str, new: str, again: bool
+) -> None:
+    """Training then goes on, or refuses and says what differs. A path is absolute in the run."""
+    made: list[str] = []
+
+    def train(run: Planned, directory: Path) -> int:
+        made.append(run.name)
+        return 0
+
+    monkeypatch.setattr(sweep, "_train", train)
+    run, at = read_sweep(file)[0], tmp_path / "out" / "plain-seed3"
+    finish(at, run)
+    if "model" in new:
+        config = load_recipe(at / "config.toml")
+        (at / "config.toml").write_text(to_toml(dataclasses.replace(config, model="/somewhere/model")))
+    file.write_text(SWEEP.replace(old, new))
+    run_sweep(read_sweep(file)[:1], tmp_path / "out", lambda text: None)
+    assert made == ["plain-seed3"] * again
 
 
 def test_a_folder_that_cannot_be_made(file: Path, tmp_path: Path) -> None:
@@ -163,34 +205,72 @@ def test_each_run_is_a_command_that_a_user_could_type(
     assert said[-1].endswith("failed with exit status 5, see above")
 
 
-def test_a_sweep_that_is_ended_ends_its_run(file: Path, tmp_path: Path) -> None:
-    """By the signal of a job scheduler, which reaches the sweep alone."""
-    pid, python = tmp_path / "pid", tmp_path / "python"
-    python.write_text(f"#!/bin/sh\necho $$ > {pid}.new; mv {pid}.new {pid}\nexec sleep 60\n")
-    python.chmod(0o755)
+def start_sweep(tree: ProcessTree, file: Path, python: Path, **options: Any) -> "subprocess.Popen[str]":
+    """`eggroll-llm sweep`, with another program in the place of Python for its runs."""
     code = f"import sys; from eggroll_llm.cli import main; sys.executable = {str(python)!r}; sys.exit(main())"
-    arguments = ["sweep", str(file), "--out", str(tmp_path / "out")]
-    with subprocess.Popen([sys.executable, "-c", code, *arguments], stdout=subprocess.DEVNULL) as process:
-        wait_for(pid.is_file)
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(timeout=20) == 143
-    wait_for(lambda: not alive(int(pid.read_text())))
+    return tree.start(
+        [sys.executable, "-c", code, "sweep", file, "--out", file.parent / "out"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        **options,
+    )
 
 
-def wait_for(condition: Callable[[], bool]) -> None:
-    for _ in range(400):
-        if condition():
-            return
-        time.sleep(0.05)
-    raise AssertionError("waited for 20 seconds")
+@pytest.mark.parametrize(
+    ("number", "terminal"), [(signal.SIGTERM, False), (signal.SIGINT, False), (signal.SIGINT, True)]
+)
+def test_a_sweep_that_is_ended_ends_its_run_with_one_signal(
+    tree: ProcessTree, file: Path, tmp_path: Path, number: signal.Signals, terminal: bool
+) -> None:
+    """That of a job scheduler reaches the sweep alone, Ctrl-C on a terminal both."""
+    log, python = tmp_path / "log", tmp_path / "python"
+    python.write_text(
+        f"#!/bin/sh\ntrap 'echo INT >> {log}' INT\ntrap 'echo TERM >> {log}; exit 143' TERM\n"
+        f"touch {log}\nwhile :; do sleep 0.05; done\n"
+    )
+    python.chmod(0o755)
+    process = start_sweep(tree, file, python, start_new_session=True)
+    assert wait_for(log.exists)
+    if terminal:
+        os.killpg(process.pid, number)
+    else:
+        process.send_signal(number)
+    _, messages = process.communicate(timeout=60)
+    assert process.returncode == 128 + number
+    assert messages == f"{INTERRUPTED}\n"
+    assert log.read_text() == "TERM\n"
+    assert tree.all_end()
 
 
-def alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    return True
+@pytest.mark.slow
+def test_a_sweep_goes_on_where_it_was_ended(tree: ProcessTree, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs with the stand-in engine: one that fails, and one that is ended in the middle."""
+    file, out, python = tmp_path / "sweep.toml", tmp_path / "out", tmp_path / "python"
+    (tmp_path / "base.toml").write_text(to_toml(dataclasses.replace(CONFIG, seed=3)))
+    file.write_text('recipe = "base.toml"\n[[trials]]\nname = "fails"\n[[trials]]\nname = "run"\nseed = 7\n')
+    out.mkdir()
+    (out / "fails").touch()
+    python.write_text(f'#!/bin/sh\nshift 2\nexec {sys.executable} {ROOT}/tests/support/cli_run.py "$@"\n')
+    python.chmod(0o755)
+    process = start_sweep(tree, file, python, env={"STUCK": "run:reward:raise"})
+    assert wait_for(lambda: (out / "run.stuck").exists() or process.poll() is not None)
+    process.send_signal(signal.SIGTERM)
+    output, messages = process.communicate(timeout=60)
+    assert process.returncode == 143
+    assert "run 1 of 2, fails: failed with exit status 2, see above" in output
+    assert f"error: {out}/fails: is a file. Choose another --run-dir." in messages
+    assert messages.endswith(f"{INTERRUPTED}\n" * 2)  # of the run, and of the sweep
+    assert tree.all_end()
+
+    bench = Bench(out, monkeypatch)
+    bench.train("whole")
+    monkeypatch.setattr(sys, "executable", str(python))
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    said: list[str] = []
+    for _ in range(2):
+        assert run_sweep(read_sweep(file), out, said.append) == [out / "run"]
+    same_run(out / "whole", out / "run")
+    assert said[-1] == "run 2 of 2, run: is there"
 
 
 def test_a_dry_run_lists_them(file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

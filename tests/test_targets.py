@@ -7,8 +7,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from eggroll_llm.errors import ModelError
-from eggroll_llm.targets import trained_parameters
+from eggroll_llm.errors import ConfigError, ModelError
+from eggroll_llm.targets import check_rank, trained_parameters
 
 # Of a tiny model: 128 hidden, 256 intermediate, 4 heads of 32, 2 key-value heads.
 OF_A_LAYER = {
@@ -43,3 +43,15 @@ def test_a_model_without_them_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="nothing to train; use a Llama- or Qwen-shaped model") as info:
         trained_parameters(tmp_path)
     assert str(info.value).startswith(f"{tmp_path}: no linear layer is called one of qkv_proj, q_proj")
+
+
+def test_a_rank_above_that_of_a_weight_is_refused(tmp_path: Path) -> None:
+    tensors = {"model.layers.0.k_proj.weight": torch.zeros(5, 8), "model.layers.0.up_proj.weight": torch.zeros(16, 8)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    check_rank(tmp_path, "es.rank", 5)
+    with pytest.raises(ConfigError) as info:
+        check_rank(tmp_path, "es.rank", 6)
+    assert str(info.value) == (
+        "es.rank = 6: 'model.layers.0.k_proj.weight' of the model is 5 x 8, of rank 5 at most: set es.rank to that or "
+        "less"
+    )

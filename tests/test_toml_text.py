@@ -23,6 +23,8 @@ def test_line_of_a_key() -> None:
         "v.w": 12,
     }
     assert {key: key_line(text, key) for key in lines} == lines
+    # What Python's splitlines ends a line at, and TOML does not.
+    assert key_line("# a\u2028b\x0cc\na = 1\r\nb = 2\r\n", "b") == 3
 
 
 @pytest.mark.parametrize("value", [0.1, 1e-8, 1e300, -0.0, 5e-324, 1e16, 123456789.123, 2**63 - 1, -5])

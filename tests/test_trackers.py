@@ -1,5 +1,6 @@
 """TensorBoard and W&B get every row, and nothing that they do reaches the run. The packages are stand-ins."""
 
+import dataclasses
 import importlib.util
 import json
 import os
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fake_engine import CONFIG, Bench, rows, same_run
 
 from eggroll_llm import trackers
 from eggroll_llm.config import LogConfig
@@ -167,6 +169,35 @@ def test_whatever_it_raises_is_one_warning_and_the_other_goes_on(
     warnings, _ = run(tmp_path, BOTH, *({"step": step, "x": 1} for step in range(1, 6)), settle=0.1)
     assert warnings == [f"wandb is off from here on, metrics.jsonl goes on: {reason}"]
     assert [line for line in said("tensorboard") if line[0] == "x"] == [["x", 1, step] for step in range(1, 6)]
+
+
+@pytest.mark.parametrize(
+    ("place", "code", "reason"),
+    [
+        ("in_log", "if step == 2: raise ConnectionError('unreachable')", "ConnectionError: unreachable"),
+        ("in_init", "raise SystemExit('no network')", "SystemExit: no network"),
+        ("in_log", "import time; step == 2 and time.sleep(600)", "it did not finish within 2 s"),
+    ],
+)
+def test_a_run_comes_to_the_same_whatever_its_trackers_do(
+    tmp_path: Path,
+    install: Callable[..., None],
+    said: Callable[[str], list[Any]],
+    monkeypatch: pytest.MonkeyPatch,
+    place: str,
+    code: str,
+    reason: str,
+) -> None:
+    monkeypatch.setattr(trackers, "CLOSE_SECONDS", 2.0)
+    install(**{place: code})
+    bench = Bench(tmp_path, monkeypatch)
+    bench.train("run", log=dataclasses.replace(CONFIG.log, wandb="mine", tensorboard=True))
+    warnings = [text for text in bench.display.messages if "wandb" in text or "tensorboard" in text]
+    assert warnings == [f"wandb is off from here on, metrics.jsonl goes on: {reason}"]
+    assert [line[2] for line in said("tensorboard") if line[0] == "reward/mean"] == [1, 2, 3, 4]
+    bench.train("alone")
+    same_run(tmp_path / "run", tmp_path / "alone")
+    assert [row["step"] for row in rows(tmp_path / "run")] == [0, 1, 2, 3, 4]
 
 
 def test_a_package_that_is_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,12 +26,13 @@ from safetensors.torch import load_file
 
 from eggroll_llm import loop, session, trainer
 from eggroll_llm.checkpoint import verify_checkpoint
-from eggroll_llm.config import CheckpointConfig, EvalConfig, LogConfig, SamplingConfig
-from eggroll_llm.errors import TaskError
+from eggroll_llm.config import CheckpointConfig, EvalConfig, LogConfig, RewardConfig, SamplingConfig
+from eggroll_llm.errors import EngineError, TaskError, TrainingError
 from eggroll_llm.journal import read_journal
 from eggroll_llm.sampler import Decoding, Request
 from eggroll_llm.samples import TASK, read_samples
-from eggroll_llm.tasks import Score
+from eggroll_llm.tasks import Score, load_task
+from eggroll_llm.update import NonFiniteUpdate, UpdateSpec
 
 
 @pytest.fixture
@@ -235,12 +236,70 @@ def test_tied_rewards_change_nothing_and_say_so_after_three_steps(bench: Bench) 
         assert (row["prompts/tied"], row["reward/mean"]) == (PROMPTS, 0.25)
     for entry in read_journal(bench.folder / "run" / "journal.jsonl").entries:
         assert entry.fitness == (0.0,) * MEMBERS
+    assert bench.display.notes == ["rewards tied, nothing learned"] * 5
     said = [text for text in bench.display.messages if "all members got the same rewards in 3 steps" in text]
     assert len(said) == 1
     assert "raise es.sigma (now 0.05)" in said[0]
     bench.display.messages.clear()
     bench.train("short", task=Constant(), steps=2)
     assert not [text for text in bench.display.messages if "same rewards" in text]
+    bench.display.notes.clear()
+    bench.train("other", steps=2)
+    assert bench.display.notes == ["", ""]
+
+
+def test_an_update_that_is_too_large_is_refused_before_it_is_recorded(bench: Bench) -> None:
+    """By its real limit. A rate so large is refused in a recipe, but not in what is made in Python."""
+    with pytest.raises(TrainingError, match=r"update of step 1 not applied: learning_rate is 1e\+07.*lower es\."):
+        bench.train("run", es=dataclasses.replace(CONFIG.es, learning_rate=1e7))
+    assert read_journal(bench.folder / "run" / "journal.jsonl").entries == ()
+    assert bench.engine.seen == []
+    assert bench.engine.closed
+
+
+def test_a_run_goes_on_after_an_update_was_refused(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench.train("whole")
+    real, calls = trainer.check_finite, [0]
+
+    def refuse(update: UpdateSpec) -> None:
+        calls[0] += 1
+        if calls[0] == 3:
+            raise NonFiniteUpdate("update of step 3 not applied: it is too large")
+        real(update)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "check_finite", refuse)
+        with pytest.raises(TrainingError, match="update of step 3 not applied: it is too large"):
+            bench.train("refused")
+    assert len(read_journal(bench.folder / "refused" / "journal.jsonl").entries) == 2
+    assert [row["step"] for row in rows(bench.folder / "refused")] == [0, 1, 2]
+    assert not (bench.folder / "refused" / "final").exists()
+    bench.train("refused", "resume")
+    same_run(bench.folder / "whole", bench.folder / "refused")
+
+
+def test_weights_that_are_not_finite_any_more_stop_the_run_and_are_not_kept(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a memory fault makes them: it cannot happen by an update that was checked."""
+    checkpoint = CheckpointConfig(every=1)
+    bench.train("whole", checkpoint=checkpoint)
+    real = FakeEngine.update
+
+    def spoil(self: FakeEngine, spec: UpdateSpec) -> SimpleNamespace:
+        times = real(self, spec)
+        if len(self.seen) == 2:
+            times.report = dataclasses.replace(times.report, finite=False)
+        return times
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FakeEngine, "update", spoil)
+        with pytest.raises(TrainingError, match="step 2: weights are no longer finite although the update was"):
+            bench.train("lost", checkpoint=checkpoint)
+    assert [row["step"] for row in rows(bench.folder / "lost")] == [0, 1]
+    assert [path.name for path in (bench.folder / "lost" / "checkpoints").iterdir()] == ["step-000001"]
+    bench.train("lost", "resume", checkpoint=checkpoint)
+    same_run(bench.folder / "whole", bench.folder / "lost")
 
 
 def test_members_without_a_finite_reward_are_dropped_and_counted(bench: Bench) -> None:
@@ -250,9 +309,100 @@ def test_members_without_a_finite_reward_are_dropped_and_counted(bench: Bench) -
     assert entry.fitness[2:4] == (0.0, 0.0)
     assert all(entry.fitness[member] for member in (0, 1, 4, 5, 6, 7))
     row = outcome.metrics[1]
-    assert row["members/dropped"] == 2
+    assert (row["members/dropped"], row["rewards/failed"]) == (2, 0)
     assert math.isfinite(row["reward/mean"])
     assert row["update/rms"] > 0
+    recorded = [line for line in rows(bench.folder / "run", "completions.jsonl") if line["reward"] is None]
+    assert {line["member"] for line in recorded} == {2}
+    (said,) = [text for text in bench.display.messages if "no finite number" in text]
+    samples = [f'nan for problem {line["problem"]}, answer "{line["completion"]}"' for line in recorded]
+    assert said.partition("learned: ")[2] in samples
+
+
+def test_failures_of_one_member_are_counted_said_once_and_recorded(bench: Bench) -> None:
+    """The first of each step is in completions.jsonl, though in the first step it would not have been there."""
+
+    class Fails(Near):
+        def reward(self, member: int, value: float, problem: Mapping[str, Any]) -> float:
+            if member == 5:
+                raise KeyError("five")
+            return super().reward(member, value, problem)
+
+    def first_rows(name: str, task: Near) -> list[dict[str, Any]]:
+        metrics = bench.train(name, task=task, steps=2).metrics
+        assert [row["rewards/failed"] for row in metrics[1:]] == [PROMPTS if name == "fails" else 0] * 2
+        return [row for row in rows(bench.folder / name, "completions.jsonl") if row["step"] == 1]
+
+    assert [row["member"] for row in first_rows("whole", Near())] == [1, 2, 3, 4]
+    assert bench.display.messages == ["starting the engine"]
+    recorded = first_rows("fails", Fails())
+    assert [row["member"] for row in recorded] == [1, 2, 3, 5]
+    assert (recorded[3]["reward"], recorded[3]["correct"], recorded[3]["detail"]) == (0, False, "reward_failed")
+    (said,) = [text for text in bench.display.messages if "score() has failed" in text]
+    assert f"KeyError: 'five'; problem {recorded[3]['problem']}, answer \"{recorded[3]['completion']}\"" in said
+    for entry in read_journal(bench.folder / "fails" / "journal.jsonl").entries:
+        assert entry.dropped == ()
+        assert all(entry.fitness)
+    bench.train("none", task=Fails(), steps=1, log=LogConfig(samples=0, completions=0))
+    assert rows(bench.folder / "none", "completions.jsonl") == []
+
+
+def test_of_several_samples_the_one_that_failed_is_recorded(bench: Bench) -> None:
+    class Fails(Near):
+        seen = 0
+
+        def reward(self, member: int, value: float, problem: Mapping[str, Any]) -> float:
+            self.seen += member == 5
+            if member == 5 and self.seen % 2 == 0:
+                raise KeyError("the second of each two")
+            return super().reward(member, value, problem)
+
+    sampling = SamplingConfig(prompts_per_step=2, samples_per_prompt=2, max_tokens=9, temperature=0.7)
+    metrics = bench.train("run", task=Fails(), steps=1, sampling=sampling).metrics
+    assert metrics[1]["rewards/failed"] == 2
+    recorded = rows(bench.folder / "run", "completions.jsonl")
+    assert [(row["member"], row["detail"]) for row in recorded][3] == (5, "reward_failed")
+
+
+USERS = """
+import os, time
+from rewards import Score
+
+class Mine:
+    stop = "\\n"
+    def problems(self, split):
+        count = 10 if split == "train" else 5
+        return [{{"id": f"{{split}}-{{n}}", "x": [n, 7 - n, 3, 5], "target": 2 + 0.3 * n}} for n in range(count)]
+    def prompt(self, problem):
+        return "?"
+    def score(self, completion, problem):
+        member, value = completion.split()
+        if member == "5" and problem["x"][0] % 4 == 0:
+            {bad}
+        reward = -abs(float(value) - problem["target"])
+        return Score(reward, reward > -0.5, "near")
+"""
+
+
+def test_a_users_score_that_loops_or_exits_ends_like_one_that_raises(bench: Bench) -> None:
+    """The whole run: weights, journal, completions, metrics, evaluations. Without bad answers it is like one here."""
+    limits = RewardConfig(timeout_seconds=1.0)
+    codes = {"good": "pass", "raises": "1 / 0", "loops": "while True: pass", "exits": "os._exit(0)"}
+    for name, bad in codes.items():
+        (bench.folder / f"{name}.py").write_text(USERS.format(bad=bad))
+        task = load_task(f"{name}.py:Mine", {}, base_dir=bench.folder)
+        outcome = bench.train(name, task=task, steps=2, reward=limits)
+        assert outcome.metrics[1]["rewards/failed"] == (0 if name == "good" else 2)
+    bench.train("ours", steps=2)
+    same_run(bench.folder / "good", bench.folder / "ours")
+    for name in ("loops", "exits"):
+        same_run(bench.folder / "raises", bench.folder / name)
+    said = [text for text in bench.display.messages if "score() has failed" in text]
+    assert [text.partition("failed: ")[2].partition(";")[0] for text in said] == [
+        "ZeroDivisionError: division by zero",
+        "score() took longer than 1 s",
+        "score() ended its process with status 0",
+    ]
 
 
 def test_half_of_the_members_may_be_dropped_and_no_more(bench: Bench) -> None:
@@ -264,7 +414,10 @@ def test_half_of_the_members_may_be_dropped_and_no_more(bench: Bench) -> None:
         before = engine.checksum()
 
     bench.prepare_engine = remember
-    with pytest.raises(TaskError, match="step 1: 6 of 8 members were dropped for a NaN or infinite reward"):
+    said = (
+        r"step 1: 6 of 8 members were dropped for a NaN or infinite reward: .*; the first: nan for problem train-\d, "
+    )
+    with pytest.raises(TaskError, match=said):
         bench.train("more", task=NotFinite(0, 3, 4), steps=1)
     assert read_journal(bench.folder / "more" / "journal.jsonl").entries == ()
     assert bench.engine.checksum() == before
@@ -399,3 +552,35 @@ def test_trackers_get_the_rows_of_the_metrics_and_are_closed(bench: Bench, monke
     bench.train("run", steps=2, log=LogConfig(wandb="mine"))
     assert logged == rows(bench.folder / "run")
     assert closed == [3]
+
+
+@pytest.mark.parametrize(("when", "step", "saved"), [("sampling", 3, 2), ("evaluation", 2, 1), ("base", 0, 0)])
+def test_when_the_engine_fails_it_is_said_how_to_go_on_and_nothing_is_lost(
+    bench: Bench, when: str, step: int, saved: int
+) -> None:
+    """In a step, in the evaluation after one, whose metrics are not written yet, and in that of the base model."""
+    failure = RuntimeError("an illegal memory access")
+
+    def prepare(engine: FakeEngine) -> None:
+        def fail(requests: Sequence[Request]) -> None:
+            at = engine.noise.step if hasattr(engine, "noise") else 0
+            if at == step and (requests[0].member is None) == (when != "sampling"):
+                raise EngineError("the inference engine failed in sampling: RuntimeError.") from failure
+
+        engine.on_generate = fail
+
+    bench.prepare_engine = prepare
+    with pytest.raises(TrainingError) as info:
+        bench.train("run")
+    run = bench.folder / "run"
+    assert str(info.value) == (
+        f"step {step}: the inference engine failed in sampling: RuntimeError. The journal is on disk up to step "
+        f"{saved}; go on with: eggroll-llm train {run}/config.toml --run-dir {run} --on-existing resume"
+    )
+    assert info.value.__cause__ is not None
+    assert info.value.__cause__.__cause__ is failure
+    assert bench.engine.closed
+    bench.prepare_engine = lambda engine: None
+    bench.train("run", "resume")
+    bench.train("whole")
+    same_run(run, bench.folder / "whole")

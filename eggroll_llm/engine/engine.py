@@ -6,8 +6,9 @@ Requests of members and of the base model may share a batch. Nothing is written 
 
 import contextlib
 import dataclasses
+import logging
 import time
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from itertools import count, islice
 from pathlib import Path
 from typing import Any
@@ -22,22 +23,29 @@ from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.llm_engine import LLMEngine
 
 from eggroll_llm.config import EngineConfig
+from eggroll_llm.engine.failures import call_error, start_error
 from eggroll_llm.engine.text import TextRules, before_stop
 from eggroll_llm.engine.worker import UpdateTimes
-from eggroll_llm.errors import ModelError
+from eggroll_llm.errors import EngineError, ModelError, UserError
 from eggroll_llm.export import export_model
 from eggroll_llm.hardware import resolve_dtype
 from eggroll_llm.noise import NoiseSpec
 from eggroll_llm.sampler import Completion, Decoding, Progress, Request
 from eggroll_llm.targets import TARGET_MODULES, trained_parameters
-from eggroll_llm.update import OptimizerSettings, UpdateSpec
+from eggroll_llm.update import NonFiniteUpdate, OptimizerSettings, UpdateSpec
+from eggroll_llm.watchdog import Watchdog
+
+log = logging.getLogger(__name__)
 
 VLLM_RANKS = (1, 8, 16, 32, 64)  # sizes that vLLM allows for its adapter buffers, up to what our kernel can
 CPU_BLOCK = 32  # tokens per block of the KV cache; vLLM's default of 128 shares no prefix of a short prompt
 
 
 class Engine:
-    """vLLM with a population inside. Only one may be alive in a process."""
+    """vLLM with a population inside. Only one may be alive in a process.
+
+    What vLLM raises in a call becomes an EngineError. A call that hangs ends the process (`watchdog`).
+    """
 
     def __init__(
         self,
@@ -58,7 +66,7 @@ class Engine:
         `slots` members are resident at once, of rank `rank`. Without `trainable` there are no float32 masters, and only
         `generate`, `stream`, `next_token_logprobs` and `load_weights` may be called. `stock` leaves a CPU to vLLM's own
         adapter arithmetic, for comparison. With `logprobs` decoding may ask for them, which costs a softmax per token.
-        Raises ModelError when the model cannot be adapted.
+        Raises ModelError when the model cannot be adapted, ConfigError when memory is short, else EngineError.
         """
         if rank > VLLM_RANKS[-1]:
             raise ValueError(f"rank {rank}: the engine serves ranks up to {VLLM_RANKS[-1]}")
@@ -67,22 +75,29 @@ class Engine:
             torch.set_num_threads(config.threads)
         self._calls = count()
         self._in_flight = 2 * config.max_sequences
+        self._patience = self._in_flight * max_model_len
+        self.watchdog = Watchdog(config.timeout_seconds)
         self._version = "base"
         args = _engine_args(model_dir, config, self.dtype, slots=slots, rank=rank, max_model_len=max_model_len)
         args.enable_prefix_caching = prefix_caching
         if logprobs:  # those of the distribution that is sampled from
             args.logprobs_mode = "processed_logprobs"
-        self._llm = LLMEngine.from_engine_args(args)
-        self.text_rules = TextRules(self._llm.get_tokenizer())
-        (shapes,) = self._llm.collective_rpc(
-            "es_start",
-            kwargs={
-                "rank": rank,
-                "optimizer": (optimizer or OptimizerSettings()) if trainable else None,
-                "compiled": not config.enforce_eager,
-                "stock": stock,
-            },
-        )
+        try:
+            self._llm = LLMEngine.from_engine_args(args)
+            self.text_rules = TextRules(self._llm.get_tokenizer())
+            (shapes,) = self._llm.collective_rpc(
+                "es_start",
+                kwargs={
+                    "rank": rank,
+                    "optimizer": (optimizer or OptimizerSettings()) if trainable else None,
+                    "compiled": not config.enforce_eager,
+                    "stock": stock,
+                },
+            )
+        except UserError:
+            raise
+        except Exception as error:
+            raise start_error(error, model_dir, config, max_model_len) from error
         _check_shapes(model_dir, shapes)
         self.shapes: dict[str, tuple[int, int]] = shapes
         if not config.enforce_eager:  # compilation must not fall into the first step
@@ -98,7 +113,7 @@ class Engine:
     ) -> list[Completion]:
         """Return the completion of each request, in their order; they are matched by id, never by position.
 
-        Raises RuntimeError when the engine does not answer every request. An exception from `on_progress`
+        Raises EngineError when the engine does not answer every request. An exception from `on_progress`
         leaves the engine usable.
         """
         completions: dict[int, Completion] = {}
@@ -112,7 +127,7 @@ class Engine:
     def stream(self, requests: Sequence[Request], decoding: Decoding) -> Generator[tuple[int, Completion]]:
         """Yield (position of the request, completion) as they finish; closing it early leaves the engine usable.
 
-        Raises RuntimeError when the engine does not answer every request.
+        Raises EngineError when the engine does not answer every request.
         """
         for i, output in self._run(requests, self._sampling_params(decoding)):
             yield i, self._completion(output, decoding)
@@ -164,40 +179,71 @@ class Engine:
         self._forget_prefixes()
 
     def close(self) -> None:
-        """Shut vLLM down and free its memory."""
-        self._llm.engine_core.shutdown()
+        """Shut vLLM down and free its memory. Raises nothing: what it may follow is more important."""
+        self.watchdog.close()
+        try:
+            self._llm.engine_core.shutdown()
+        except Exception as error:
+            log.warning("%s", call_error("shutting down", error))
+
+    @contextlib.contextmanager
+    def _calling(self, what: str) -> Iterator[None]:
+        """A call of vLLM, watched. Raises EngineError for what vLLM raises."""
+        try:
+            with self.watchdog:
+                yield
+        except (UserError, NonFiniteUpdate):
+            raise
+        except Exception as error:
+            raise call_error(what, error) from error
 
     def _call(self, method: str, *args: Any) -> Any:
-        (result,) = self._llm.collective_rpc("es_call", args=(method, *args))
+        with self._calling(method):
+            (result,) = self._llm.collective_rpc("es_call", args=(method, *args))
         return result
 
     def _forget_prefixes(self) -> None:
         """The cached keys and values belong to the old weights."""
-        if not self._llm.reset_prefix_cache():
-            raise RuntimeError("the prefix cache could not be reset: requests are still running")
+        with self._calling("reset_prefix_cache"):
+            if not self._llm.reset_prefix_cache():
+                raise RuntimeError("requests are still running")
 
     def _run(
         self, requests: Sequence[Request], params: Callable[[Request], SamplingParams]
     ) -> Generator[tuple[int, RequestOutput]]:
-        """Yield (position, output), matched by id; what is unfinished when this is closed is aborted."""
+        """Yield (position, output), matched by id; what is unfinished when this is closed is aborted.
+
+        The first output of a request counts, and others, or of requests that are not among these, are left out.
+        """
         positions = {f"{next(self._calls)}": i for i in range(len(requests))}
         pending = iter(positions.items())
         unanswered = set(positions)
+        steps = 0  # since a request was answered
         try:
             while unanswered:
-                # vLLM looks through all that wait, at every step, when slots are short: so few wait at a time.
-                unfinished = self._llm.get_num_unfinished_requests()
-                for request_id, i in islice(pending, self._in_flight - unfinished):
-                    request = requests[i]
-                    prompt: Any = {"prompt_token_ids": list(request.prompt_ids)}
-                    adapter = self._adapter(request.member)
-                    self._llm.add_request(request_id, prompt, params(request), lora_request=adapter)
-                if not self._llm.has_unfinished_requests():
-                    raise RuntimeError(f"the engine left {len(unanswered)} of {len(positions)} requests unanswered")
-                for output in self._llm.step():
+                with self._calling("sampling"):
+                    # vLLM looks through all that wait, at every step, when slots are short: so few wait at a time.
+                    unfinished = self._llm.get_num_unfinished_requests()
+                    for request_id, i in islice(pending, self._in_flight - unfinished):
+                        request = requests[i]
+                        prompt: Any = {"prompt_token_ids": list(request.prompt_ids)}
+                        adapter = self._adapter(request.member)
+                        self._llm.add_request(request_id, prompt, params(request), lora_request=adapter)
+                    # A step computes a token of those in flight at least, unless vLLM has lost them.
+                    steps += 1
+                    if steps > self._patience or not self._llm.has_unfinished_requests():
+                        raise EngineError(
+                            f"the inference engine left {len(unanswered)} of {len(positions)} requests unanswered"
+                        )
+                    outputs = self._llm.step()
+                for output in outputs:
                     if output.finished and output.request_id in unanswered:
                         unanswered.remove(output.request_id)
+                        steps = 0
                         yield positions[output.request_id], output
+        except EngineError:
+            unanswered.clear()  # an engine that failed is asked for nothing more
+            raise
         finally:
             if unanswered:
                 self._llm.abort_request(list(unanswered))
@@ -234,11 +280,14 @@ class Engine:
 
     def _completion(self, output: RequestOutput, decoding: Decoding) -> Completion:
         (sample,) = output.outputs
+        reason, generated = sample.finish_reason, len(sample.token_ids)
+        if reason in ("abort", "error"):
+            raise EngineError(f"the inference engine gave up a request after {generated} tokens ({reason})")
         text = sample.text if decoding.special_tokens else self.text_rules.text(sample.token_ids)
         return Completion(
             text=before_stop(text, decoding.stop),
             token_ids=tuple(sample.token_ids),
-            truncated=sample.finish_reason == "length",
+            truncated=reason == "length" or (reason is None and generated >= decoding.max_tokens),
             prompt_tokens=len(output.prompt_token_ids or ()),
             logprobs=tuple(
                 at[token_id].logprob

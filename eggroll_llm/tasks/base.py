@@ -1,16 +1,27 @@
 """What a task is: problems, how they are put to the model, and how an answer is graded."""
 
-from collections.abc import Mapping, Sequence
+import contextlib
+import traceback
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 from eggroll_llm.errors import TaskError
 from rewards import Score
 
 Problem = Mapping[str, Any]
-"""One row; values can be written as JSON, and `id` is the same in every run."""
+"""One row; `id` is the same in every run. What JSON cannot hold is written to files as text."""
 Message = dict[str, str]
 """One chat message: role and content."""
 Split = Literal["train", "test"]
+SPLITS: tuple[Split, ...] = ("train", "test")
+Place = Callable[[str], str]
+"""Where an option of a task was written: its name -> file and line, or flag."""
+
+
+def no_place(option: str) -> str:
+    """The place of options that come from no file."""
+    return "task_options"
 
 
 class Task(Protocol):
@@ -40,19 +51,66 @@ class Task(Protocol):
         """A completion that earns reward 1; None where none is known."""
 
 
-def check_golds(task: Task) -> None:
-    """Grade the gold completion of every problem.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Answer:
+    """What is graded."""
+
+    text: str
+    problem: Problem
+    truncated: bool = False
+    """Whether the length limit ended it."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Verdict:
+    """What came of grading an answer."""
+
+    score: Score | None = None
+    """In plain numbers and text; None when the grader failed."""
+    failure: str = ""
+    """Why it did: the end of its traceback."""
+    vote: str | None = None
+    """What majority votes count, where that was asked for; None when there is none, or that failed."""
+    out_of_memory: bool = False
+    """That was the failure: the process may hold too much of it."""
+
+
+def judge(task: Task, answer: Answer, *, voted: bool, catch: type[BaseException] = Exception) -> Verdict:
+    """Return the task's verdict on anything. What is not a `catch` is not caught."""
+    score, failure, out_of_memory, vote = None, "", False, None
+    try:
+        given: Any = task.score(answer.text, answer.problem, truncated=answer.truncated)
+        score = Score(reward=float(given.reward), correct=bool(given.correct), detail=str(given.detail))
+    except catch as error:
+        failure, out_of_memory = short_traceback(error), isinstance(error, MemoryError)
+    if voted:
+        with contextlib.suppress(catch):  # like a score that fails, it costs its own completion
+            vote = task.answer(answer.text, truncated=answer.truncated)
+    return Verdict(score=score, failure=failure, vote=vote, out_of_memory=out_of_memory)
+
+
+def short_traceback(error: BaseException) -> str:
+    """The end of a traceback: the calls next to the error, and what it says. Lines, too, are cut."""
+    lines = "".join(traceback.format_exception(error, limit=-3)).strip().split("\n")
+    return "\n".join(line if len(line) <= 500 else f"{line[:500]}…" for line in lines[-30:])
+
+
+def check_golds(task: Task, judge_all: Callable[[Sequence[Answer]], Iterable[Verdict]] | None = None) -> None:
+    """Grade the gold completion of every problem, with `judge_all` where that is not to happen here.
 
     Raises:
-        TaskError: one scores less than 1, which means that the grader or the row is wrong.
+        TaskError: one scores less than 1, which means that the grader or the row is wrong, or the grader fails.
     """
-    splits: tuple[Split, ...] = ("train", "test")
-    for split in splits:
-        for problem in task.problems(split):
-            gold = task.gold(problem)
-            score = task.score(gold, problem) if gold is not None else None
-            if score is not None and not score.reward >= 1:
+    for split in SPLITS:
+        given = [(problem, task.gold(problem)) for problem in task.problems(split)]
+        golds = [Answer(text=gold, problem=problem) for problem, gold in given if gold is not None]
+        verdicts = judge_all(golds) if judge_all else (judge(task, gold, voted=False) for gold in golds)
+        for gold, verdict in zip(golds, verdicts, strict=True):
+            score, name = verdict.score, f"Problem {gold.problem.get('id')!r} ({split})"
+            if score is None:
+                raise TaskError(f"{name}: score() failed on its own gold answer {gold.text!r:.200}:\n{verdict.failure}")
+            if not score.reward >= 1:
                 raise TaskError(
-                    f"Problem {problem.get('id')!r} ({split}): its own gold answer scores {score.reward:g} "
-                    f"({score.detail}). Correct the row or the grader. Gold: {gold!r:.200}"
+                    f"{name}: its own gold answer scores {score.reward:g} ({score.detail}). Correct the row or the "
+                    f"grader. Gold: {gold.text!r:.200}"
                 )

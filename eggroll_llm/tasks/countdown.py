@@ -19,10 +19,10 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 from eggroll_llm.errors import TaskError
-from eggroll_llm.tasks.base import Message, Problem, Split
+from eggroll_llm.tasks.base import Message, Place, Problem, Split, no_place
 from eggroll_llm.tasks.countdown_problems import Key, Space, draw_problems, key_of
 from eggroll_llm.tasks.countdown_rows import file_problems, hub_problems
 from rewards import Score, countdown
@@ -140,13 +140,13 @@ class CountdownTask:
         return f"<answer>{problem['solution']}</answer>"
 
 
-def load_countdown(options: CountdownOptions, base_dir: Path) -> CountdownTask:
+def load_countdown(options: CountdownOptions, base_dir: Path, place: Place = no_place) -> CountdownTask:
     """The task with its problems generated or loaded.
 
     Raises:
         TaskError: contradictory options, unusable rows, or too few problems.
     """
-    _check(options)
+    _check(options, place)
     space = Space(
         count=options.count,
         number_range=options.number_range,
@@ -164,9 +164,9 @@ def load_countdown(options: CountdownOptions, base_dir: Path) -> CountdownTask:
         train, test = _generated(options, space, taken)
     if len(test) < (1 if options.test_file else options.test_size) or not train:
         raise TaskError(
-            f"Countdown: there are only {len(train) + len(test)} different problems, too few for test_size = "
-            f"{options.test_size} and at least one to train on. Lower test_size, or give more problems; for "
-            f"generated ones, widen count, number_range, target_range or operators."
+            f"{place('test_size')}: Countdown: there are only {len(train) + len(test)} different problems, too few "
+            f"for test_size = {options.test_size} and at least one to train on. Lower test_size, or give more "
+            f"problems; for generated ones, widen count, number_range, target_range or operators."
         )
     if len(train) < options.train_size:
         notes.append(
@@ -176,38 +176,34 @@ def load_countdown(options: CountdownOptions, base_dir: Path) -> CountdownTask:
     return CountdownTask(options=options, train=train, test=test, shots=shots, notes=tuple(notes))
 
 
-def _check(options: CountdownOptions) -> None:
+def _check(options: CountdownOptions, place: Place) -> None:
+    def fail(option: str, problem: str) -> NoReturn:
+        raise TaskError(f"{place(option)}: Countdown: {problem}")
+
     for name, low in (("count", 1), ("number_range", 0), ("target_range", None)):
         first, last = getattr(options, name)
         if first > last or (low is not None and first < low):
             least = "" if low is None else f", the first at least {low}"
-            raise TaskError(
-                f"Countdown: {name} = [{first}, {last}] is not a range. Write the smallest and the largest "
-                f"value{least}."
-            )
+            fail(name, f"{name} = [{first}, {last}] is not a range. Write the smallest and the largest value{least}.")
     if options.count[1] > 16:
-        raise TaskError(f"Countdown: count = {list(options.count)} is too large. At most 16 numbers fit a problem.")
+        fail("count", f"count = {list(options.count)} is too large. At most 16 numbers fit a problem.")
     if (
         not options.operators
         or set(options.operators) - set("+-*/")
         or len(set(options.operators)) < len(options.operators)
     ):
-        raise TaskError(
-            f'Countdown: operators = "{options.operators}" is not valid. Write each of + - * / at most once, '
-            f'such as "+-*".'
-        )
+        remedy = 'Write each of + - * / at most once, such as "+-*".'
+        fail("operators", f'operators = "{options.operators}" is not valid. {remedy}')
     for name, low in (("train_size", 1), ("test_size", 1), ("shots", 1)):
         if getattr(options, name) < low:
-            raise TaskError(f"Countdown: {name} = {getattr(options, name)} is too small. Write at least {low}.")
+            fail(name, f"{name} = {getattr(options, name)} is too small. Write at least {low}.")
     if not math.isfinite(options.format_reward) or not 0 <= options.format_reward < 1:
-        raise TaskError(
-            f"Countdown: format_reward = {options.format_reward} is not in [0, 1). A wrong answer must earn "
-            f"less than a right one."
-        )
+        remedy = "A wrong answer must earn less than a right one."
+        fail("format_reward", f"format_reward = {options.format_reward} is not in [0, 1). {remedy}")
     if options.file and options.hub:
-        raise TaskError("Countdown: file and hub are both given. Remove one of them.")
+        fail("hub", "file and hub are both given. Remove one of them.")
     if options.test_file and not options.file:
-        raise TaskError("Countdown: test_file is given without file. Add file with the training problems.")
+        fail("test_file", "test_file is given without file. Add file with the training problems.")
 
 
 def _draw_shots(options: CountdownOptions, space: Space, taken: set[Key]) -> list[dict[str, Any]]:
@@ -233,19 +229,21 @@ def _loaded(options: CountdownOptions, base_dir: Path, taken: set[Key]) -> tuple
     """Train, test, and how many rows were left out."""
     rng = random.Random(f"countdown split {options.seed}")
     test: _Rows = []
+    dropped = 0
     rows: Iterable[Problem]
     if options.hub:
         rows = hub_problems(options.hub, rng)
     else:
         rows = file_problems(base_dir / options.file)
         if options.test_file:
-            held_out = [row for row in file_problems(base_dir / options.test_file) if _key(row) not in taken]
+            given = file_problems(base_dir / options.test_file)
+            held_out = [row for row in given if _key(row) not in taken]
+            dropped += len(given) - len(held_out)
             taken |= {_key(row) for row in held_out}
             test = held_out[: options.test_size]
         else:
             rng.shuffle(rows)
     train: _Rows = []
-    dropped = 0
     for problem in rows:
         if _key(problem) in taken:
             dropped += 1

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from eggroll_llm.errors import TaskError
-from eggroll_llm.tasks.base import Message, Problem, Split
+from eggroll_llm.tasks.base import Message, Place, Problem, Split, no_place
 from eggroll_llm.tasks.rows import load_hub, read_jsonl
 from rewards import Score, gsm8k
 
@@ -91,14 +91,14 @@ class Gsm8kTask:
         return str(problem["solution"])
 
 
-def load_gsm8k(options: Gsm8kOptions, base_dir: Path) -> Gsm8kTask:
+def load_gsm8k(options: Gsm8kOptions, base_dir: Path, place: Place = no_place) -> Gsm8kTask:
     """The task with its problems loaded.
 
     Raises:
         TaskError: missing or unusable data.
     """
     if options.shots < 1:
-        raise TaskError(f"GSM8K: shots = {options.shots} is too small. Write at least 1.")
+        raise TaskError(f"{place('shots')}: GSM8K: shots = {options.shots} is too small. Write at least 1.")
     notes: list[str] = []
     train, test = (_split(split, options, base_dir, notes) for split in ("train", "test"))
     held_out = {problem["question"] for problem in test}
@@ -109,7 +109,8 @@ def load_gsm8k(options: Gsm8kOptions, base_dir: Path) -> Gsm8kTask:
     if options.prompt_style == "few_shot":
         if len(kept) <= options.shots:
             raise TaskError(
-                f"GSM8K: shots = {options.shots} leaves none of {len(kept)} training problems. Lower shots."
+                f"{place('shots')}: GSM8K: shots = {options.shots} leaves none of {len(kept)} training problems. "
+                "Lower shots."
             )
         shots = random.Random(f"gsm8k shots {options.seed}").sample(kept, options.shots)
         kept = [problem for problem in kept if problem not in shots]

@@ -10,28 +10,43 @@
 The file is imported, so it can do anything; name only files that you trust. `TASK` may also be a class or
 function that takes the task options and returns such an object. `stop`, `notes`, `gold` and `answer(completion)`
 (what majority votes count) are optional, and so is `truncated` in `score`, which may return a number (correct
-from 1 on) or a `rewards.Score`. Whatever else it returns becomes a reward of NaN, which no update uses.
+from 1 on) or a `rewards.Score`; anything else is a failure, like an exception. In a run, `score` and `answer` are
+called in a process of their own (`process`), which imports the file once more.
 """
 
+import contextlib
 import difflib
+import hashlib
 import importlib.util
 import inspect
-import math
+import json
+import os
 import sys
-from collections.abc import Mapping, Sequence
+import traceback
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from eggroll_llm.errors import TaskError
-from eggroll_llm.tasks.base import Message, Problem, Split
+from eggroll_llm.tasks.base import Message, Place, Problem, Split, no_place, short_traceback
 from rewards import Score
+
+_PACKAGE = f"{Path(__file__).parents[1]}{os.sep}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class UserTask:
     """The user's object, completed to a `Task`."""
 
+    path: Path
+    """The user's file."""
+    name: str
+    """What it is called there."""
+    options: Mapping[str, Any]
+    """What it was made with."""
+    hashes: Mapping[str, str]
+    """SHA-256 of the file ("file") and of the problems of each split, as loaded."""
     inner: Any
     train: Sequence[Problem]
     test: Sequence[Problem]
@@ -45,12 +60,21 @@ class UserTask:
         return self.train if split == "train" else self.test
 
     def prompt(self, problem: Problem) -> str | list[Message]:
-        """The user's prompt."""
-        prompt: str | list[Message] = self.inner.prompt(problem)
-        return prompt
+        """The user's prompt. Raises TaskError when there is none."""
+        what = f"prompt() of problem {problem.get('id')!r:.60}"
+        with _calling(self.path, what):
+            prompt: Any = self.inner.prompt(problem)
+            if isinstance(prompt, str):
+                return prompt
+            if isinstance(prompt, Sequence) and prompt and all(map(_is_message, prompt)):
+                return list(prompt)
+        raise TaskError(
+            f"{self.path}: {what} is {prompt!r:.80}. Return a text to complete, or a list of chat messages, each a "
+            "dict with a role and a content."
+        )
 
     def score(self, completion: str, problem: Problem, *, truncated: bool = False) -> Score:
-        """The user's score; what it raises is not caught."""
+        """The user's score; what it raises is not caught. Raises TypeError when it is none."""
         options = {"truncated": truncated} if self.takes_truncated else {}
         return as_score(self.inner.score(completion, problem, **options))
 
@@ -62,25 +86,34 @@ class UserTask:
         return None if answer is None else str(answer)
 
     def gold(self, problem: Problem) -> str | None:
-        """The user's gold answer, if there is such a method."""
-        return self.inner.gold(problem) if hasattr(self.inner, "gold") else None
+        """The user's gold answer, if there is such a method. Raises TaskError when it is no text."""
+        if not hasattr(self.inner, "gold"):
+            return None
+        what = f"gold() of problem {problem.get('id')!r:.60}"
+        with _calling(self.path, what):
+            gold: Any = self.inner.gold(problem)
+        if gold is None or isinstance(gold, str):
+            return gold
+        raise TaskError(f"{self.path}: {what} is {gold!r:.80}. Return the text of an answer, or None.")
 
 
 def as_score(value: object) -> Score:
-    """A Score from what a user's score returned: a Score, a number, or a tensor or array with one number."""
+    """A Score from what a user's score returned: a Score, a number, or a tensor or array with one number.
+
+    Raises TypeError, saying what it was, for anything else.
+    """
     if isinstance(value, Score):
         return value
+    number = value
     if callable(item := getattr(value, "item", None)) and getattr(value, "size", None) is not None:
-        try:
-            value = item()
-        except (TypeError, ValueError, RuntimeError):
-            return Score(math.nan, False, "not_a_number")
-    if not isinstance(value, bool | int | float):
-        return Score(math.nan, False, "not_a_number")
-    return Score(float(value), value >= 1, "reward")
+        with contextlib.suppress(TypeError, ValueError, RuntimeError):  # several numbers, or none
+            number = item()
+    if not isinstance(number, bool | int | float):
+        raise TypeError(f"score() returned {value!r:.80}; return a number or a rewards.Score")
+    return Score(float(number), number >= 1, "reward")
 
 
-def load_user_task(name: str, options: Mapping[str, Any], base_dir: Path) -> UserTask:
+def load_user_task(name: str, options: Mapping[str, Any], base_dir: Path, place: Place = no_place) -> UserTask:
     """The object that `name`, "file.py:NAME", points to.
 
     Raises:
@@ -88,16 +121,16 @@ def load_user_task(name: str, options: Mapping[str, Any], base_dir: Path) -> Use
     """
     file, _, attribute = name.rpartition(":")
     path = base_dir / file
-    inner = _attribute(_import(path), attribute, path)
+    module, file_hash = _import(path)
+    inner = _attribute(module, attribute, path)
     if isinstance(inner, type) or (callable(inner) and not hasattr(inner, "problems")):
-        try:
+        _check_options(inner, options, f"{path}: {attribute}", place)
+        with _calling(path, f"{attribute}({', '.join(options)})"):
             inner = inner(**options)
-        except TypeError as error:
-            raise TaskError(f"{path}: {attribute} does not accept task_options {dict(options)}: {error}.") from error
     elif options:
         raise TaskError(
-            f"{path}: {attribute} is an object, so it takes no task_options, but {', '.join(options)} is "
-            f"set. Make {attribute} a class or function that takes them, or remove them."
+            f"{place(next(iter(options)))}: {path}: {attribute} is an object, so it takes no task_options, but "
+            f"{', '.join(options)} is set. Make {attribute} a class or function that takes them, or remove them."
         )
     missing = [method for method in ("problems", "prompt", "score") if not callable(getattr(inner, method, None))]
     if missing:
@@ -105,19 +138,39 @@ def load_user_task(name: str, options: Mapping[str, Any], base_dir: Path) -> Use
             f"{path}: {attribute} has no method {missing[0]}. A task needs problems(split), prompt(problem), "
             f"score(completion, problem)."
         )
-    stop = getattr(inner, "stop", ())
-    parameters = inspect.signature(inner.score).parameters
+    train, test = _rows(inner, "train", path), _rows(inner, "test", path)
     return UserTask(
+        path=path,
+        name=attribute,
+        options=options,
+        hashes={"file": file_hash, "train": _hash(train), "test": _hash(test)},
         inner=inner,
-        train=_rows(inner, "train", path),
-        test=_rows(inner, "test", path),
-        stop=(stop,) if isinstance(stop, str) else tuple(stop),
-        notes=tuple(getattr(inner, "notes", ())),
-        takes_truncated="truncated" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values()),
+        train=train,
+        test=test,
+        stop=_texts(inner, "stop", path),
+        notes=_texts(inner, "notes", path),
+        takes_truncated=_takes_truncated(inner.score),
     )
 
 
-def _import(path: Path) -> Any:
+@contextlib.contextmanager
+def _calling(path: Path, what: str) -> Iterator[None]:
+    """Make what the user's code raises a TaskError with the end of its traceback."""
+    try:
+        yield
+    except (Exception, SystemExit) as error:
+        if isinstance(error, SystemExit) and _is_ours(error):
+            raise
+        raise TaskError(f"{path}: {what} failed:\n{short_traceback(error)}") from error
+
+
+def _is_ours(error: BaseException) -> bool:
+    """Whether it was raised in this package, as by the handler of SIGTERM, which may come while user code runs."""
+    return traceback.extract_tb(error.__traceback__)[-1].filename.startswith(_PACKAGE)
+
+
+def _import(path: Path) -> tuple[Any, str]:
+    """The module of a file, and the file's hash."""
     if not path.is_file():
         raise TaskError(f"{path}: there is no such file. Give task as file.py:NAME, relative to the recipe's folder.")
     name = f"eggroll_llm_user_task_{path.stem}"
@@ -128,11 +181,13 @@ def _import(path: Path) -> Any:
     # Dataclasses and pickle look their module up by name.
     sys.modules[name] = module
     try:
-        spec.loader.exec_module(module)
-    except (Exception, SystemExit) as error:
+        with _calling(path, "importing it"):
+            file_hash = hashlib.sha256(path.read_bytes()).hexdigest()
+            spec.loader.exec_module(module)
+    except BaseException:
         del sys.modules[name]
-        raise TaskError(f"{path}: importing it failed: {type(error).__name__}: {error}.") from error
-    return module
+        raise
+    return module, file_hash
 
 
 def _attribute(module: Any, name: str, path: Path) -> Any:
@@ -146,11 +201,58 @@ def _attribute(module: Any, name: str, path: Path) -> Any:
     )
 
 
+def _check_options(factory: Any, options: Mapping[str, Any], name: str, place: Place) -> None:
+    """Raise TaskError when the user's class or function does not take the options."""
+    try:
+        signature = inspect.signature(factory)
+    except (TypeError, ValueError):  # some classes in C have none: the call itself decides
+        return
+    try:
+        signature.bind(**options)
+    except TypeError as error:
+        unknown = [key for key in options if key not in signature.parameters]
+        key = [*unknown, *options, ""][0]
+        raise TaskError(f"{place(key)}: {name} does not accept task_options {dict(options)}: {error}.") from error
+
+
 def _rows(inner: Any, split: str, path: Path) -> list[Problem]:
-    rows = list(inner.problems(split))
+    with _calling(path, f'problems("{split}")'):
+        rows = list(inner.problems(split))
     if not rows:
         raise TaskError(f'{path}: problems("{split}") is empty. Training needs "train", evaluation "test".')
     wrong = next((row for row in rows if not isinstance(row, Mapping)), None)
     if wrong is not None:
         raise TaskError(f'{path}: problems("{split}") holds {wrong!r:.80}, which is not a dict.')
     return [row if "id" in row else {"id": f"{split}-{number}", **row} for number, row in enumerate(rows, start=1)]
+
+
+def _hash(problems: Sequence[Problem]) -> str:
+    digest = hashlib.sha256()
+    for problem in problems:
+        # Of what JSON cannot hold the type: its text may have an address or an order of its own in it.
+        with contextlib.suppress(TypeError, ValueError, RecursionError):  # keys that are no text, circles
+            digest.update(json.dumps(dict(problem), default=lambda value: type(value).__name__).encode())
+        digest.update(b"\n")
+    return digest.hexdigest()
+
+
+def _texts(inner: Any, name: str, path: Path) -> tuple[str, ...]:
+    """One text or several, where the object has such an attribute."""
+    with _calling(path, name):
+        given = getattr(inner, name, ())
+        texts = [given] if isinstance(given, str) or not isinstance(given, Iterable) else list(given)
+    if not all(isinstance(text, str) for text in texts):
+        raise TaskError(f"{path}: {name} = {given!r:.80} is not text. Write a text, or a tuple of texts.")
+    return tuple(texts)
+
+
+def _takes_truncated(score: Any) -> bool:
+    try:
+        parameters = inspect.signature(score).parameters
+    except (TypeError, ValueError):
+        return False
+    return "truncated" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+
+
+def _is_message(message: object) -> bool:
+    return isinstance(message, Mapping) and all(isinstance(message.get(key), str) for key in ("role", "content"))

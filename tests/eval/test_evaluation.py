@@ -212,6 +212,30 @@ def test_a_grader_that_always_fails_ends_it_with_its_traceback(
     assert "KeyError: 'missing'" in str(info.value)
 
 
+def test_a_grader_that_exits_costs_its_own_answers(
+    tiny_model: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "mine.py").write_text(
+        "import os\n"
+        "class Mine:\n"
+        "    def problems(self, split): return [{'n': n} for n in range(3)]\n"
+        "    def prompt(self, problem): return 'say it'\n"
+        "    def answer(self, completion): return completion.strip()\n"
+        "    def score(self, completion, problem): return 1.0 if problem['n'] != 1 else os._exit(7)\n"
+    )
+    subject = Subject(name="it", model_dir=tiny_model("llama"), config=None)
+    monkeypatch.setattr(evaluation, "start_engine", lambda settings, context: Parrot(breaks_after=99))
+    settings = settings_for(subject, [("reward.timeout_seconds", "30")], task="mine.py:Mine")
+    assert settings.reward.timeout_seconds == 30
+    path, said = tmp_path / "samples.jsonl", list[str]()
+    for _ in range(2):  # the second time from the file, and graded again
+        found = evaluate_subject(settings, tmp_path, path, say=said.append).samples
+        assert [sample.scores["task"].reward for sample in found] == [1, 0, 1]
+        assert [sample.scores["task"].answer is None for sample in found] == [False, True, False]
+    assert len(said) == 2
+    assert "score() ended its process with status 7; problem test-2, answer" in said[0]
+
+
 @pytest.mark.vllm
 @pytest.mark.slow
 def test_killed_and_started_again(data: Path, tiny_model: Callable[[str], Path], tmp_path: Path) -> None:

@@ -1,6 +1,8 @@
 """Any text whatever: no exception, a score in the documented set, under 50 ms, time linear in the length."""
 
 import ast
+import functools
+import random
 import re
 import time
 from collections.abc import Callable
@@ -51,8 +53,19 @@ GRADERS: dict[str, Callable[[str], Score]] = {
     "robust": lambda text: gsm8k.score(text, "18"),
     "robust, truncated": lambda text: gsm8k.score(text, "18", truncated=True),
     "strict": lambda text: gsm8k.score(text, "18", method="strict"),
+    "strict_cot": lambda text: gsm8k.score(text, "18", method="strict_cot"),
     "flexible": lambda text: gsm8k.score(text, "18", method="flexible"),
 }
+READERS: dict[str, Callable[[str], str | None]] = {
+    "countdown answer": countdown.read_answer,
+    "countdown answer, line": lambda text: countdown.read_answer(text, answer_format="line"),
+    "robust answer": gsm8k.read_answer,
+    "robust answer, truncated": lambda text: gsm8k.read_answer(text, truncated=True),
+    "strict answer": lambda text: gsm8k.read_answer(text, method="strict"),
+    "strict_cot answer": lambda text: gsm8k.read_answer(text, method="strict_cot"),
+    "flexible answer": lambda text: gsm8k.read_answer(text, method="flexible"),
+}
+ALL: dict[str, Callable[[str], object]] = {**GRADERS, **READERS}
 
 
 def seconds(name: str, text: str, runs: int = 5) -> float:
@@ -60,7 +73,7 @@ def seconds(name: str, text: str, runs: int = 5) -> float:
     times = []
     for _ in range(runs):
         start = time.process_time()
-        GRADERS[name](text)
+        ALL[name](text)
         times.append(time.process_time() - start)
     return min(times)
 
@@ -82,15 +95,52 @@ def test_any_text_is_graded(name, text):
     assert seconds(name, text, runs=1) < 0.05 or seconds(name, text) < 0.05
 
 
+@pytest.mark.parametrize("name", READERS)
+@settings(max_examples=300, deadline=None)
+@given(text=TEXTS)
+@example(text="")
+@example(text="#### " + "9" * 5000)
+@example(text="<answer>" + "(" * 600 + "</answer>")
+def test_any_text_has_an_answer_or_none(name, text):
+    answer = READERS[name](text)
+    assert answer is None or isinstance(answer, str)
+    assert seconds(name, text, runs=1) < 0.05 or seconds(name, text) < 0.05
+
+
 ENDS = [("#### ", ""), ("\\boxed{", "}"), ("<answer>", "</answer>"), ("#### 18\n", "")]
 
 
-@pytest.mark.parametrize(("name", "ends"), [*((name, ("", "")) for name in GRADERS), *(("robust", e) for e in ENDS)])
+def is_linear(name: str, short: str, long: str) -> bool:
+    """A quadratic grader takes 400 times as long for 20 times the length; a few milliseconds are anything."""
+    return seconds(name, long, runs=1) < 0.05 or seconds(name, long) < 60 * seconds(name, short)
+
+
+@pytest.mark.parametrize(("name", "ends"), [*((name, ("", "")) for name in ALL), *(("robust", e) for e in ENDS)])
 def test_time_is_linear_up_to_a_megabyte(name, ends):
     for piece in PIECES:
         short, long = (ends[0] + piece * (size // len(piece)) + ends[1] for size in (50_000, 1_000_000))
-        # A quadratic grader takes 400 times as long for 20 times the length; a few milliseconds are anything.
-        assert seconds(name, long, runs=1) < 0.05 or seconds(name, long) < 60 * seconds(name, short), piece
+        assert is_linear(name, short, long), piece
+
+
+@functools.cache
+def mixed(seed: int) -> str:
+    """A megabyte of a few pieces in random order: what opens and never closes, with something to search in between."""
+    rng = random.Random(seed)
+    some = rng.sample(PIECES, rng.choice([2, 3, 5, len(PIECES)]))
+    return "".join(rng.choices(some, k=1_000_000))[:1_000_000]
+
+
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("name", ALL)
+def test_time_is_linear_in_mixed_text_up_to_a_megabyte(name, seed):
+    text = mixed(seed)
+    assert len(text) == 1_000_000
+    assert is_linear(name, text[:50_000], text)
+
+
+def test_a_quadratic_grader_would_be_noticed(monkeypatch):
+    monkeypatch.setitem(ALL, "quadratic", lambda text: sum(range(12 * (len(text) // 1000) ** 2)))
+    assert not is_linear("quadratic", "a" * 50_000, "a" * 1_000_000)
 
 
 @settings(max_examples=300)

@@ -4,10 +4,11 @@ Members are W + sign sigma E of two small matrices, and a completion is a number
 process as well: `Bench(folder, pytest.MonkeyPatch())`.
 """
 
+import contextlib
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,6 +26,7 @@ from eggroll_llm.sampler import Completion, Decoding, Request
 from eggroll_llm.specs import optimizer_settings
 from eggroll_llm.tasks import Score
 from eggroll_llm.update import MasterWeights, UpdateSpec
+from eggroll_llm.watchdog import Watchdog
 
 SHAPES = {"a.weight": (6, 4), "b.weight": (3, 6)}
 MEMBERS, PROMPTS = 8, 3
@@ -53,6 +55,7 @@ class FakeEngine:
         self.seen: list[tuple[int, str]] = []
         """At each update: entries in the journal on disk, and the checksum of the weights that it starts from."""
         self.closed = False
+        self.watchdog = Watchdog(config.engine.timeout_seconds)
         self.on_generate: Callable[[Sequence[Request]], None] = lambda requests: None
 
     def begin(self, noise: NoiseSpec, population: int, *, antithetic: bool) -> float:
@@ -63,7 +66,8 @@ class FakeEngine:
         self, requests: Sequence[Request], decoding: Decoding, on_progress: Callable[[int, int], None] | None = None
     ) -> list[Completion]:
         self.decodings.append(decoding)
-        self.on_generate(requests)
+        with self.watchdog:
+            self.on_generate(requests)
         members = {request.member for request in requests}
         weights = {member: [self._weight(name, member) for name in SHAPES] for member in members}
         completions = [self._answer(request, *weights[request.member]) for request in requests]
@@ -117,6 +121,7 @@ class FakeEngine:
         save_file({name: self.masters.served(name) for name in SHAPES}, directory / "model.safetensors")
 
     def close(self) -> None:
+        self.watchdog.close()
         self.closed = True
 
 
@@ -160,12 +165,16 @@ class Recorder:
         self.messages: list[str] = []
         self.steps: list[tuple[int, list[dict[str, Any]], float | None]] = []
         self.evaluations: list[tuple[int, float]] = []
+        self.notes: list[str] = []
 
     def sampling(self, label: str, done: int, total: int) -> None:
         self.progress = (label, done, total)
 
-    def step(self, row: dict[str, Any], samples: Sequence[dict[str, Any]], *, seconds_left: float | None) -> None:
+    def step(
+        self, row: dict[str, Any], samples: Sequence[dict[str, Any]], *, seconds_left: float | None, note: str = ""
+    ) -> None:
         self.steps.append((row["step"], list(samples), seconds_left))
+        self.notes.append(note)
 
     def evaluation(self, step: int, evaluation: Any) -> None:
         self.evaluations.append((step, evaluation.accuracy))
@@ -184,7 +193,12 @@ class Bench:
 
     def train(self, name: str, on_existing: Any = "fail", *, task: Any = None, **changes: Any) -> session.Outcome:
         config = dataclasses.replace(CONFIG, **changes)
-        task = task or Near()
+        with self.standing_in(name, config, task or Near()):
+            return session.train(config, self.folder, self.folder / name, on_existing, self.display)
+
+    @contextlib.contextmanager
+    def standing_in(self, name: str, config: RunConfig, task: Any) -> Iterator[None]:
+        """Within it, a run in the folder of that name gets this task and the stand-in engine."""
         prepared = session.Prepared(
             config=config,
             task=task,
@@ -202,7 +216,7 @@ class Bench:
             patch.setattr(session, "prepare", lambda *_: prepared)
             patch.setattr(session, "model_identity", lambda _: "fake")
             patch.setattr(session, "start_engine", start)
-            return session.train(config, self.folder, self.folder / name, on_existing, self.display)
+            yield
 
 
 def problem_set(task: Any, split: str) -> ProblemSet:

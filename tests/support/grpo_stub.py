@@ -1,6 +1,7 @@
 """A task, a recipe and a stand-in for the engine: both methods run in a second, and nothing is left to chance."""
 
 import dataclasses
+import json
 import math
 import random
 from collections.abc import Callable, Mapping, Sequence
@@ -8,10 +9,16 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
+from safetensors.torch import load_file
+from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from eggroll_llm import session
+from eggroll_llm.config import load_recipe
 from eggroll_llm.sampler import Completion, Decoding, Request
+from eggroll_llm.watchdog import Watchdog
 
 TASK = """
 import math
@@ -21,7 +28,7 @@ class Letters:
     stop = ("{stop}",) if "{stop}" else ()
     notes = ()
     def problems(self, split):
-        letters = "abcdefgh" if split == "train" else "ijkl"
+        letters = "abcdefgh" if split == "train" else "ijklmnopqrstuvwxyzAB"
         return [{{"id": f"{{split}}-{{letter}}", "letter": letter}} for letter in letters]
     def prompt(self, problem):
         return "Question: how many are left? " + "Make 9 " * (ord(problem["letter"]) % 3) + problem["letter"]
@@ -65,6 +72,7 @@ problems = 4
 [checkpoint]
 every = 3
 """
+TIMES = ("time", "throughput", "wall_time", "memory")
 
 
 def write_recipe(
@@ -83,6 +91,7 @@ class StubEngine:
     dtype = torch.float32
 
     def __init__(self, model_dir: Path) -> None:
+        self.watchdog = Watchdog(0)
         self.model_dir = model_dir
         self.model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
         self.tokenizer = AutoTokenizer.from_pretrained(model_dir)
@@ -164,15 +173,69 @@ class Recorder:
 
     messages: list[str] = dataclasses.field(default_factory=list)
     steps: list[int] = dataclasses.field(default_factory=list)
+    notes: list[str] = dataclasses.field(default_factory=list)
 
     def sampling(self, label: str, done: int, total: int) -> None:
         assert done <= total
 
-    def step(self, row: dict[str, Any], samples: Sequence[dict[str, Any]], *, seconds_left: float | None) -> None:
+    def step(
+        self, row: dict[str, Any], samples: Sequence[dict[str, Any]], *, seconds_left: float | None, note: str = ""
+    ) -> None:
         self.steps.append(row["step"])
+        self.notes.append(note)
 
     def evaluation(self, step: int, evaluation: Any) -> None:
         assert not math.isnan(evaluation.accuracy)
 
     def message(self, text: str) -> None:
         self.messages.append(text)
+
+
+class Bench:
+    """Runs the real session with the stand-in engine."""
+
+    def __init__(self, folder: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.folder, self.model, self.monkeypatch = folder, model, monkeypatch
+        self.display = Recorder()
+        self.prepare_engine: Callable[[StubEngine], None] = lambda engine: None
+
+    def train(
+        self, name: str, on_existing: Any = "fail", *, method: str = "grpo", reward: str = "reward", **flags: Any
+    ) -> session.Outcome:
+        recipe = write_recipe(self.folder, self.model, method, reward)
+        config = load_recipe(recipe, [(key.replace("__", "."), str(value)) for key, value in flags.items()])
+        if method == "es":
+            config = dataclasses.replace(config, sampling=dataclasses.replace(config.sampling, samples_per_prompt=1))
+
+        def start(prepared: session.Prepared) -> StubEngine:
+            self.engine = StubEngine(prepared.model_dir)
+            self.prepare_engine(self.engine)
+            return self.engine
+
+        with self.monkeypatch.context() as patch:
+            patch.setattr(session, "start_engine", start)
+            return session.train(config, self.folder, self.folder / name, on_existing, self.display)
+
+
+def rows(path: Path, file: str = "metrics.jsonl") -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (path / file).read_text().splitlines()]
+
+
+def timeless(path: Path) -> list[dict[str, Any]]:
+    return [{key: value for key, value in row.items() if not key.startswith(TIMES)} for row in rows(path)]
+
+
+def final(path: Path) -> dict[str, Tensor]:
+    return load_file(path / "final" / "model.safetensors")
+
+
+def same_run(one: Path, other: Path) -> None:
+    """Weights and completions equal bit for bit, and metrics and evaluations but for times."""
+    weights = [final(path) for path in (one, other)]
+    assert weights[0].keys() == weights[1].keys()
+    for name, tensor in weights[0].items():
+        assert torch.equal(tensor, weights[1][name]), name
+    assert (one / "completions.jsonl").read_text() == (other / "completions.jsonl").read_text()
+    assert timeless(one) == timeless(other)
+    answers = [{file.name: file.read_text() for file in (path / "evaluations").iterdir()} for path in (one, other)]
+    assert answers[0] == answers[1]

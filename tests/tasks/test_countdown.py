@@ -211,6 +211,18 @@ def test_problems_of_the_test_file_are_left_out_of_train(tmp_path):
     assert len(load(tmp_path, file="train.jsonl", test_file="test.jsonl", train_size=5).train) == 5
 
 
+def test_test_rows_that_are_in_the_prompt_are_left_out_and_counted(tmp_path):
+    few_shot = {"prompt_style": "few_shot", "shots": 2, "count": [2, 2], "number_range": [1, 9], "operators": "+"}
+    first, second = load(tmp_path, **few_shot, test_size=1, train_size=1).shots
+    again = {"numbers": second["numbers"][::-1], "target": second["target"]}
+    write(tmp_path / "train.jsonl", *({"nums": [n, 50], "target": n + 50} for n in range(8)), again)
+    write(tmp_path / "test.jsonl", first, {"numbers": [11, 3], "target": 14})
+    task = load(tmp_path, **few_shot, file="train.jsonl", test_file="test.jsonl", train_size=8)
+    assert [row["id"] for row in task.test] == ["3_11=14"]
+    assert len(task.train) == 8
+    assert task.notes == ("Countdown: 2 rows were left out, being repeated or also in test or in the prompt.",)
+
+
 def test_targets_with_a_fraction(tmp_path):
     write(
         tmp_path / "all.jsonl",

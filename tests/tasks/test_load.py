@@ -1,12 +1,15 @@
 """load_task: names, options, a user's own file, and the check of gold answers."""
 
 import math
+import signal
 import textwrap
 
 import pytest
 
+from eggroll_llm.config import sourced
 from eggroll_llm.errors import ConfigError, TaskError
-from eggroll_llm.tasks import check_golds, load_task
+from eggroll_llm.tasks import check_golds, load_task, user
+from eggroll_llm.toml_text import Origin
 from rewards import Score
 
 TASK = """
@@ -91,9 +94,15 @@ def test_numbers_become_scores(folder, value, score):
     assert user_score(folder, value) == score
 
 
-@pytest.mark.parametrize("value", [None, "1", [1.0], {}, 1j, math.nan])
-def test_anything_else_becomes_nan(folder, value):
-    score = user_score(folder, value)
+@pytest.mark.parametrize("value", [None, "1", [1.0], [], (1.0, 0.5), {}, 1j])
+def test_anything_else_is_an_error_that_says_what_it_was(folder, value):
+    with pytest.raises(TypeError, match=r"score\(\) returned .*; return a number or a rewards.Score") as info:
+        user_score(folder, value)
+    assert f"returned {value!r};" in str(info.value)
+
+
+def test_nan_is_a_number(folder):
+    score = user_score(folder, math.nan)
     assert math.isnan(score.reward)
     assert not score.correct
 
@@ -102,7 +111,9 @@ def test_tensors_with_one_number_become_scores(folder):
     torch = pytest.importorskip("torch")
     assert user_score(folder, torch.tensor(1.0)) == Score(1.0, True, "reward")
     assert user_score(folder, torch.tensor([0.5])) == Score(0.5, False, "reward")
-    assert math.isnan(user_score(folder, torch.tensor([0.5, 1.0])).reward)
+    for several in (torch.tensor([0.5, 1.0]), torch.tensor([])):
+        with pytest.raises(TypeError, match=r"score\(\) returned tensor\("):
+            user_score(folder, several)
 
 
 def user_score(folder, value):
@@ -134,8 +145,97 @@ def test_mistakes_are_named(folder, name, options, message):
 @pytest.mark.parametrize("code", ["import nothing_of_that_name", "1 / 0", "def f(:", "raise SystemExit(3)"])
 def test_a_file_that_cannot_be_imported(tmp_path, code):
     (tmp_path / "broken.py").write_text(code, encoding="utf-8")
-    with pytest.raises(TaskError, match=r"broken.py: importing it failed: \w+"):
+    with pytest.raises(TaskError, match=r"broken.py: importing it failed:\n(?s:.)*(Error|SystemExit): ") as info:
         load_task("broken.py:TASK", {}, base_dir=tmp_path)
+    assert 'broken.py", line 1' in str(info.value)
+
+
+LOADS = """
+class Mine:
+    stop = ()
+    def __init__(self, size=1):
+        {init}
+    def problems(self, split):
+        {problems}
+        return [{{"id": "a"}}]
+    def prompt(self, problem):
+        {prompt}
+        return "?"
+    def score(self, completion, problem):
+        {score}
+        return 1.0
+    def gold(self, problem):
+        {gold}
+        return "!"
+    {body}
+"""
+
+
+@pytest.mark.parametrize(
+    ("place", "code", "said"),
+    [
+        ("init", "1 / 0", r"mine\.py: Mine\(\) failed:\n(?s:.)*ZeroDivisionError"),
+        ("init", "raise TypeError('mine')", r"mine\.py: Mine\(\) failed:\n(?s:.)*TypeError: mine"),
+        ("init", "import sys; sys.exit('no data')", r"mine\.py: Mine\(\) failed:\n(?s:.)*SystemExit: no data"),
+        ("problems", "1 / 0", r'mine\.py: problems\("train"\) failed:\n(?s:.)*ZeroDivisionError'),
+        ("problems", "return None", r'mine\.py: problems\("train"\) failed:\n(?s:.)*NoneType'),
+        ("problems", "return (1 / 0 for _ in [1])", r'mine\.py: problems\("train"\) failed:\n(?s:.)*ZeroDivision'),
+        ("gold", "1 / 0", r"mine\.py: gold\(\) of problem 'a' failed:\n(?s:.)*ZeroDivisionError"),
+        ("gold", "return 5", r"mine\.py: gold\(\) of problem 'a' is 5\. Return the text of an answer"),
+        ("score", "1 / 0", r"'a' \(train\): score\(\) failed on its own gold answer '!':\n(?s:.)*ZeroDivisionError"),
+        ("score", "return None", r"'a' \(train\): score\(\) failed on its own gold (?s:.)*returned None"),
+        ("score", "import os; os._exit(4)", r"failed on its own gold answer '!':\nscore\(\) ended .* status 4"),
+        ("body", "stop = 5", r"mine\.py: stop = 5 is not text"),
+        ("body", "stop = ['x', None]", r"mine\.py: stop = \['x', None\] is not text"),
+        ("body", "notes = property(lambda self: 1 / 0)", r"mine\.py: notes failed:\n(?s:.)*ZeroDivisionError"),
+    ],
+)
+def test_user_code_that_fails_when_it_is_loaded(tmp_path, place, code, said):
+    """Named with the end of its traceback, which has its line."""
+    parts = dict.fromkeys(("init", "problems", "prompt", "score", "gold", "body"), "pass") | {place: code}
+    (tmp_path / "mine.py").write_text(LOADS.format(**parts), encoding="utf-8")
+    with pytest.raises(TaskError, match=said) as info:
+        load_task("mine.py:Mine", {}, base_dir=tmp_path)
+    assert len(str(info.value).splitlines()) < 15
+    assert ("1 / 0" in code) <= ('mine.py", line ' in str(info.value))
+
+
+@pytest.mark.parametrize(
+    ("code", "said"),
+    [
+        ("1 / 0", r"mine\.py: prompt\(\) of problem 'a' failed:\n(?s:.)*ZeroDivisionError"),
+        ("return None", r"mine\.py: prompt\(\) of problem 'a' is None\. Return a text"),
+        ("return []", r"prompt\(\) of problem 'a' is \[\]\."),
+        (
+            "return [{'role': 'user'}]",
+            r"prompt\(\) of problem 'a' is \[\{'role': 'user'\}\]\. .* with a role and a content",
+        ),
+    ],
+)
+def test_a_prompt_that_is_none(tmp_path, code, said):
+    parts = dict.fromkeys(("init", "problems", "prompt", "score", "gold", "body"), "pass") | {"prompt": code}
+    (tmp_path / "mine.py").write_text(LOADS.format(**parts), encoding="utf-8")
+    task = load_task("mine.py:Mine", {}, base_dir=tmp_path)
+    with pytest.raises(TaskError, match=said):
+        task.prompt(task.problems("train")[0])
+
+
+def test_a_signal_while_user_code_runs_is_no_mistake_of_the_user(tmp_path, monkeypatch):
+    """The command line's handler of SIGTERM raises SystemExit, wherever the process is; here this file's does."""
+
+    def handler(number, frame):
+        raise SystemExit(143)
+
+    monkeypatch.setattr(user, "_PACKAGE", __file__)
+    parts = dict.fromkeys(("init", "problems", "prompt", "score", "gold", "body"), "pass")
+    code = "import os, signal; os.kill(os.getpid(), signal.SIGTERM)"
+    (tmp_path / "mine.py").write_text(LOADS.format(**parts | {"init": code}), encoding="utf-8")
+    before = signal.signal(signal.SIGTERM, handler)
+    try:
+        with pytest.raises(SystemExit, match="143"):
+            load_task("mine.py:Mine", {}, base_dir=tmp_path)
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def test_a_user_task_may_define_dataclasses(tmp_path):
@@ -156,12 +256,29 @@ def test_a_user_task_may_define_dataclasses(tmp_path):
 
 
 def test_unknown_and_ill_typed_options(tmp_path):
-    with pytest.raises(ConfigError, match=r"recipe.toml.*task_options.sede.*task_options.seed"):
-        load_task("countdown", {"sede": 1}, base_dir=tmp_path, source="recipe.toml")
+    recipe = Origin(name="recipe.toml", text="steps = 1\n[task_options]\nsede = 1\nshots = 0\n")
+    given = [("task-options.grader", "x"), ("es.shots", "1")]
+    with pytest.raises(
+        ConfigError, match=r"^recipe.toml:3: unknown key task_options.sede. Did you mean .*options.seed"
+    ):
+        load_task("countdown", sourced({"sede": 1}, recipe, given), base_dir=tmp_path)
+    with pytest.raises(ConfigError, match=r"^--task_options.grader: task_options.grader = .x. is not a valid choice"):
+        load_task("gsm8k", sourced({"shots": 0, "grader": "x"}, recipe, given), base_dir=tmp_path)
+    for name, task in (("countdown", "Countdown"), ("gsm8k", "GSM8K")):
+        with pytest.raises(TaskError, match=f"^recipe.toml:4: {task}: shots = 0 is too small"):
+            load_task(name, sourced({"shots": 0}, recipe, given), base_dir=tmp_path)
     with pytest.raises(ConfigError, match=r"task_options.count"):
         load_task("countdown", {"count": 2}, base_dir=tmp_path)
     with pytest.raises(ConfigError, match=r"task_options.prompt_style"):
         load_task("gsm8k", {"prompt_style": "tinyzero"}, base_dir=tmp_path)
+
+
+def test_options_of_a_user_task_are_named_with_their_line(folder):
+    recipe = Origin(name="recipe.toml", text='task = "x"\n[task_options]\nbonus = 1\nbonsu = 2\n')
+    with pytest.raises(TaskError, match=r"^recipe.toml:4: .*mine.py: Full does not accept task_options"):
+        load_task("mine.py:Full", sourced({"bonus": 1.0, "bonsu": 2}, recipe, []), base_dir=folder)
+    with pytest.raises(TaskError, match=r"^--task_options.bonus: .*mine.py: TASK is an object, so it takes no"):
+        load_task("mine.py:TASK", sourced({"bonus": 1}, recipe, [("--task_options.bonus", "1")]), base_dir=folder)
 
 
 def test_check_golds_catches_a_grader_that_refuses_its_own_gold(folder):

@@ -1,0 +1,9 @@
+"""Text of models, graders and files in a form that does nothing to the terminal that shows it."""
+
+SAMPLE_CHARACTERS = 160
+
+
+def inert(text: str, limit: int = SAMPLE_CHARACTERS) -> str:
+    """Return text in which nothing acts on a terminal: control and direction characters are escaped, the rest cut."""
+    shown = "".join(character if character.isprintable() else repr(character)[1:-1] for character in text[: limit + 1])
+    return shown if len(shown) <= limit else shown[: limit - 1] + "…"

@@ -1,0 +1,350 @@
+"""A user's score that loops, eats memory or exits: it costs one completion, is killed, and nothing is left of it."""
+
+import contextlib
+import math
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from eggroll_llm.config import RewardConfig
+from eggroll_llm.errors import TaskError
+from eggroll_llm.sampler import Completion
+from eggroll_llm.samples import Graded
+from eggroll_llm.scoring import FAILED, Scorer
+from eggroll_llm.tasks import Score, UserTask, load_task
+
+ROOT = Path(__file__).parents[2]
+LIMITS = RewardConfig(timeout_seconds=1.0, memory_gib=0.25)
+PATIENT = RewardConfig(timeout_seconds=60.0, memory_gib=0.25)
+TASK = """
+import fractions, os, pathlib, signal, subprocess, sys, threading, time
+from rewards import Score
+
+kept = []
+
+class Mine:
+    def __init__(self, **options):
+        self.options = options
+    def problems(self, split):
+        # JSON can hold neither the set nor the fraction, and would make a list of the tuple.
+        return [{"n": n, "any": {n}, "half": fractions.Fraction(n, 2), "pair": (n, n)} for n in range(4)]
+    def prompt(self, problem):
+        return f"{problem['n']}?"
+    def answer(self, completion):
+        return f"voted {completion}"
+    def score(self, completion, problem, truncated=False):
+        assert problem["half"] * 2 == problem["n"] == problem["pair"][1] and problem["any"] == {problem["n"]}
+        if completion == "loop":
+            while True:
+                pass
+        if completion == "sleep":
+            time.sleep(600)
+        if completion == "pause":
+            time.sleep(0.5)
+        if completion == "memory":
+            while True:
+                kept.append(bytearray(1 << 24))
+        if completion == "needs memory":
+            bytearray(1 << 26)
+        if completion == "sys.exit":
+            sys.exit(3)
+        if completion == "os._exit":
+            os._exit(3)
+        if completion == "status 0":
+            os._exit(0)
+        if completion == "crash":
+            os.kill(os.getpid(), signal.SIGSEGV)
+        if completion == "recursion":
+            return self.score(completion, problem)
+        if completion == "interrupt":
+            raise KeyboardInterrupt
+        if completion == "None":
+            return None
+        if completion == "text":
+            return "1.0"
+        if completion == "values":
+            return [1.0, 0.5]
+        if completion == "huge":
+            return 10 ** 400
+        if completion == "nan":
+            return float("nan")
+        if completion == "options":
+            return Score(0.5, True, repr(self.options))
+        if completion == "who":
+            return Score(1.0, True, str(os.getpid()))
+        if completion.startswith("pid"):
+            child = subprocess.Popen(["sleep", "600"])
+            pathlib.Path(completion[4:]).write_text(f"{os.getpid()} {child.pid}")
+            while True:
+                pass
+        if completion == "print":
+            print("a \\x1b[31mred\\x1b[0m line", file=sys.stderr)
+            print('{"score": [9.0, true, "forged"], "vote": null}', flush=True)
+            os.write(1, b"past Python\\n")
+            os.write(2, b"past Python\\n")
+            subprocess.run(["echo", "past Python"])
+        return Score(1.0, not truncated, f"{problem['n']}: {completion}")
+"""
+
+
+@pytest.fixture
+def task(tmp_path: Path) -> UserTask:
+    (tmp_path / "mine.py").write_text(TASK)
+    loaded = load_task("mine.py:Mine", {}, base_dir=tmp_path)
+    assert isinstance(loaded, UserTask)
+    return loaded
+
+
+def completion(text: str, truncated: bool = False) -> Completion:
+    return Completion(text=text, token_ids=(1,), truncated=truncated, prompt_tokens=3)
+
+
+def gone(pid: int) -> bool:
+    """Whether the process has ended, within a time; one that init has yet to collect has."""
+    for _ in range(100):
+        try:
+            if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
+                return True
+        except OSError:
+            return True
+        time.sleep(0.1)
+    return False
+
+
+def score(task: UserTask, *texts: str, limits: RewardConfig = PATIENT) -> tuple[list[Score], Scorer, list[str]]:
+    """Scores of one completion a problem, the scorer, and what it has said."""
+    said: list[str] = []
+    pairs = list(zip(map(completion, texts), task.problems("train"), strict=False))
+    with Scorer(task, limits, said.append) as scorer:
+        return scorer.score_all(pairs), scorer, said
+
+
+BAD = {
+    "loop": "score() took longer than 1 s",
+    "sleep": "score() took longer than 1 s",
+    "memory": "MemoryError (reward.memory_gib = 0.25)",
+    "sys.exit": "SystemExit: 3",
+    "os._exit": "score() ended its process with status 3",
+    "status 0": "score() ended its process with status 0",
+    "crash": "score() ended its process by SIGSEGV",
+    "recursion": "RecursionError: maximum recursion depth exceeded",
+    "interrupt": "KeyboardInterrupt",
+    "None": "TypeError: score() returned None; return a number or a rewards.Score",
+    "text": "TypeError: score() returned '1.0'; return a number or a rewards.Score",
+    "values": "TypeError: score() returned [1.0, 0.5]; return a number or a rewards.Score",
+    "huge": "OverflowError: int too large to convert to float",
+}
+
+
+@pytest.mark.parametrize("bad", BAD)
+def test_a_bad_score_costs_its_own_completion(task: UserTask, bad: str) -> None:
+    limits = LIMITS if bad in ("loop", "sleep") else PATIENT
+    scores, scorer, said = score(task, "a", bad, "c", bad, limits=limits)
+    assert scores == [Score(1.0, True, "0: a"), Score(0.0, False, FAILED), Score(1.0, True, "2: c"), scores[1]]
+    assert (scorer.scored, scorer.failures) == (4, 2)
+    sample, _, traceback = scorer.first_failure.partition("\n")
+    assert sample == f'problem train-2, answer "{bad}"'
+    assert BAD[bad] in traceback
+    assert len(said) == 1
+    assert BAD[bad] in said[0]
+    assert sample in said[0]
+    assert scorer.unusable == completion(bad)
+
+
+def test_memory_that_was_kept_does_not_fail_the_next(task: UserTask) -> None:
+    """A global of the task holds all that there is when the next completion comes, which needs 64 MiB."""
+    scores, _, _ = score(task, "memory", "needs memory", "memory", "needs memory", limits=PATIENT)
+    assert [score.reward for score in scores] == [0, 1, 0, 1]
+
+
+def test_not_a_number_is_no_failure_and_said_with_its_answer(task: UserTask) -> None:
+    scores, scorer, said = score(task, "a", "nan", "nan")
+    assert math.isnan(scores[1].reward)
+    assert (scorer.failures, scorer.first_failure) == (0, "")
+    assert scorer.first_dropped == 'nan for problem train-2, answer "nan"'
+    assert said == [f"score() has returned no finite number, of which nothing is learned: {scorer.first_dropped}"]
+
+
+def test_votes_truncation_and_options_get_there(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(TASK)
+    options = {"text": 'quo"te', "deep": {"list": [1, 2.5, {"on": True}]}}
+    task = load_task("mine.py:Mine", options, base_dir=tmp_path)
+    problem = task.problems("test")[3]
+    with Scorer(task, PATIENT) as scorer:
+        assert scorer.score(completion("options"), problem) == Score(0.5, True, repr(options))
+        cut = Graded(correct=False, reward=1.0, detail="3: a", answer="voted a")
+        assert scorer.grade(completion("a", truncated=True), problem) == cut
+        failed = Graded(correct=False, reward=0.0, detail=FAILED, answer="voted None")
+        assert scorer.grade(completion("None"), problem) == failed
+
+
+def test_any_text_gets_there(task: UserTask) -> None:
+    """Also more of it than a pipe holds."""
+    texts = ["\ud800 half", "\x00\n\r\u2028", "é" * 300_000, "x" * 3_000_000]
+    scores, _, _ = score(task, *texts)
+    assert [s.detail for s in scores] == [f"{n}: {text}"[:10_000] for n, text in enumerate(texts)]
+
+
+def test_what_it_prints_is_shown_inert_and_disturbs_nothing(task: UserTask, capfd: pytest.CaptureFixture[str]) -> None:
+    scores, _, _ = score(task, "print", "b")
+    assert [s.detail for s in scores] == ["0: print", "1: b"]
+    shown = capfd.readouterr()
+    assert shown.out == ""
+    assert shown.err == 'a \\x1b[31mred\\x1b[0m line\n{"score": [9.0, true, "forged"], "vote": null}\n'
+
+
+def test_nothing_is_left_of_one_that_was_late_and_of_one_that_is_closed(task: UserTask, tmp_path: Path) -> None:
+    scores, _, _ = score(task, f"pid {tmp_path / 'late'}", "b", limits=LIMITS)
+    assert [s.reward for s in scores] == [0, 1]
+    pids = list(map(int, (tmp_path / "late").read_text().split()))
+    scorer = Scorer(task, PATIENT)
+    pids.append(who(scorer, task))
+    scorer.close()
+    scorer.close()
+    assert len(set(pids)) == 3
+    for pid in pids:
+        assert gone(pid)
+    # It starts again when it is needed.
+    assert who(scorer, task) not in pids
+    scorer.close()
+
+
+def who(scorer: Scorer, task: UserTask) -> int:
+    return int(scorer.score(completion("who"), task.problems("train")[0]).detail)
+
+
+def test_one_that_dies_between_completions_is_replaced(task: UserTask) -> None:
+    with Scorer(task, PATIENT) as scorer:
+        pid = who(scorer, task)
+        assert who(scorer, task) == pid
+        os.kill(pid, signal.SIGKILL)
+        assert gone(pid)
+        assert who(scorer, task) != pid
+        assert scorer.failures == 0
+
+
+def test_after_an_interruption_no_answer_is_taken_for_another(task: UserTask) -> None:
+    def interrupt(text: str) -> None:
+        raise KeyboardInterrupt
+
+    problems = task.problems("train")
+    with Scorer(task, PATIENT, interrupt) as scorer:
+        with pytest.raises(KeyboardInterrupt):
+            scorer.score_all(list(zip(map(completion, ("a", "None", "pause", "d")), problems, strict=True)))
+        assert scorer.score(completion("again"), problems[1]) == Score(1.0, True, "1: again")
+
+
+MAIN = """
+import signal, sys
+from pathlib import Path
+from eggroll_llm.config import RewardConfig
+from eggroll_llm.sampler import Completion
+from eggroll_llm.scoring import Scorer
+from eggroll_llm.tasks import load_task
+folder = Path(sys.argv[1])
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell in the background has it ignored
+signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+task = load_task("mine.py:Mine", {}, base_dir=folder)
+with Scorer(task, RewardConfig(timeout_seconds=300)) as scorer:
+    text = f"pid {folder / 'pids'}"
+    scorer.score(Completion(text=text, token_ids=(), truncated=False, prompt_tokens=0), task.problems("train")[0])
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_the_main_process_can_be_interrupted_and_takes_it_along(
+    task: UserTask, tmp_path: Path, number: signal.Signals
+) -> None:
+    """While the score loops. Of a SIGKILL the score's process is told by the kernel; what it has started lives on."""
+    pids = tmp_path / "pids"
+    with subprocess.Popen(
+        [sys.executable, "-c", MAIN, str(tmp_path)], cwd=ROOT, stderr=subprocess.PIPE, text=True
+    ) as process:
+        while not (pids.exists() and len(pids.read_text().split()) == 2) and process.poll() is None:
+            time.sleep(0.02)
+        worker, child = map(int, pids.read_text().split())
+        process.send_signal(number)
+        _, error = process.communicate(timeout=30)
+    assert process.returncode == (143 if number == signal.SIGTERM else -number)
+    assert gone(worker)
+    if number == signal.SIGKILL:
+        os.kill(child, signal.SIGKILL)
+    else:
+        assert gone(child)
+    assert ("KeyboardInterrupt" in error) == (number == signal.SIGINT)
+
+
+THERE = "import os, random, sys\nTHERE = 'eggroll_llm.tasks.worker' in sys.modules\nONCE = 1\n"
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("ONCE = random.random()", r"mine\.py: problems\(\) gives other problems each time"),
+        ("ONCE = [1, 2][THERE]", r"problems\(\) gives other problems each time"),
+        ("if THERE: 1 / 0", r"mine\.py: in the process that scores .*(?s:.)*ZeroDivisionError"),
+        ("if THERE: os._exit(5)", r"ended its process with status 5"),
+        ("if THERE: bytearray(1 << 30)", r"reward\.memory_gib = 0\.25\): (?s:.)*MemoryError"),
+    ],
+)
+def test_a_task_that_is_another_one_there_is_refused_at_the_start(tmp_path: Path, change: str, said: str) -> None:
+    code = """
+        class Mine:
+            def problems(self, split): return [{"n": ONCE}]
+            def prompt(self, problem): return "?"
+            def score(self, completion, problem): return 1.0
+    """
+    (tmp_path / "mine.py").write_text(f"{THERE}{change}\n{textwrap.dedent(code)}")
+    task = load_task("mine.py:Mine", {}, base_dir=tmp_path)
+    before = children()
+    with pytest.raises(TaskError, match=said), Scorer(task, LIMITS):
+        pytest.fail("it has started")
+    assert children() <= before
+
+
+def children() -> set[int]:
+    """Processes that this one has started."""
+    stats = {path.parent.name: path for path in Path("/proc").glob("[0-9]*/stat")}
+    found = set()
+    for pid, path in stats.items():
+        with contextlib.suppress(OSError):  # it has just ended
+            if int(path.read_text().rpartition(")")[2].split()[1]) == os.getpid():
+                found.add(int(pid))
+    return found
+
+
+def test_a_file_that_changes_under_a_run_is_not_taken_for_the_old_one(task: UserTask) -> None:
+    """Here before its process has to be started again."""
+    with Scorer(task, PATIENT) as scorer:
+        assert who(scorer, task)
+        task.path.write_text(TASK.replace("Score(1.0", "Score(2.0"))
+        assert who(scorer, task)
+        with pytest.raises(TaskError, match=r"mine\.py: has changed since it was loaded"):
+            scorer.score_all([(completion("os._exit"), problem) for problem in task.problems("train")])
+
+
+def test_gold_answers_are_graded_there(tmp_path: Path) -> None:
+    gold = """
+    def gold(self, problem):
+        return "loop" if problem["n"] == 2 else "good"
+"""
+    (tmp_path / "mine.py").write_text(TASK + gold)
+    with pytest.raises(TaskError, match=r"(?s)'train-3' \(train\): score\(\) failed on its own gold .*longer than 1 s"):
+        load_task("mine.py:Mine", {}, base_dir=tmp_path, limits=LIMITS)
+
+
+def test_it_is_quick_enough_for_a_large_step(task: UserTask) -> None:
+    """Thousands of completions in seconds: they are not sent one by one."""
+    problems: Any = task.problems("train")
+    with Scorer(task, PATIENT) as scorer:
+        start = time.perf_counter()
+        scores = scorer.score_all([(completion("a" * 1000), problems[i % 4]) for i in range(5000)])
+        assert [s.detail[0] for s in scores] == [str(i % 4) for i in range(5000)]
+        assert time.perf_counter() - start < 20
