@@ -72,6 +72,7 @@ def comes_to_its_end(run: Run, name: str, *, die: int = 0, seconds: float | None
     if not child:
         status = 1
         try:
+            torch.set_num_threads(1)  # here, as threads that load a model must not be the first to ask for torch's pool
             if die:
                 die_at(die)
             run(name)
