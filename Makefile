@@ -5,7 +5,7 @@ BIN := .venv/bin
 RECIPE := recipes/countdown_smollm2.toml
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo compare test check bench clean
+.PHONY: help install demo compare test check bench audit clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -30,6 +30,12 @@ check: install  ## lint, formatting and types
 
 bench: install  ## sampling and update speed next to plain vLLM
 	$(BIN)/eggroll-llm bench $(RECIPE)
+
+audit: install  ## look for known vulnerabilities of all that is installed (pip-audit, asks a service on the network)
+	python3 -m venv build/audit
+	build/audit/bin/pip --disable-pip-version-check install --quiet pip-audit==2.10.1
+	$(BIN)/pip freeze --exclude-editable | sed 's/+cpu$$//' >build/audit/requirements.txt
+	build/audit/bin/pip-audit --strict --no-deps --disable-pip --requirement build/audit/requirements.txt
 
 clean:  ## remove builds and caches; .venv, runs and the converted model stay
 	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

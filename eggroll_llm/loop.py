@@ -5,7 +5,9 @@ methods end by the same rule, are evaluated on the same problems in the same way
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -81,6 +83,7 @@ class Loop:
         """How completions are sampled in training."""
         self.greedy = Decoding(max_tokens=config.eval.max_tokens or sampling.max_tokens, stop=stop)
         self._tied_in_a_row = 0
+        self._saving_seconds = 0.0
 
     def finished(self) -> bool:
         """Whether a limit of the configuration is reached."""
@@ -92,6 +95,13 @@ class Loop:
         """Show how far the sampling of a step or an evaluation is."""
         interruption.check()
         self.display.sampling(label, done, total)
+
+    @contextmanager
+    def saving(self) -> Iterator[None]:
+        """Count what writing to the run directory takes; the next row has the sum since the one before."""
+        start = time.perf_counter()
+        yield
+        self._saving_seconds += time.perf_counter() - start
 
     def start(self) -> Evaluation:
         """Evaluate the base model, as step 0."""
@@ -110,7 +120,9 @@ class Loop:
         if evaluation:
             row |= _evaluation_row(evaluation)
         row["memory/peak_gib"] = peak_memory() / 2**30
-        self.run_dir.append_completions(self._recorded(samples))
+        with self.saving():
+            self.run_dir.append_completions(self._recorded(samples))
+        row["time/save"], self._saving_seconds = self._saving_seconds, 0.0
         self._log(row)
         return evaluation
 
@@ -133,11 +145,12 @@ class Loop:
     ) -> None:
         """Write a checkpoint of the current step and delete old ones."""
         root, settings = self.run_dir.checkpoints, self.config.checkpoint
-        save_checkpoint(root, self.step, write_model, state, {"wall_time": self.wall_time, **metadata})
         protected = [self.resumed_from] if self.resumed_from else []
         if settings.best and self.best:
             protected.append(checkpoint_path(root, self.best["step"]))
-        prune(root, self.step, settings.keep, protected)
+        with self.saving():
+            save_checkpoint(root, self.step, write_model, state, {"wall_time": self.wall_time, **metadata})
+            prune(root, self.step, settings.keep, protected)
 
     def describe(self, directory: Path) -> None:
         """Write model card and provenance beside a model of the current step."""
@@ -177,7 +190,8 @@ class Loop:
         return recorded
 
     def _log(self, row: dict[str, Any]) -> None:
-        self.run_dir.append_metrics(row)
+        with self.saving():
+            self.run_dir.append_metrics(row)
         self.best = best_step([*([self.best] if self.best else []), row])
         if self.trackers:
             self.trackers.log(row)
@@ -198,7 +212,8 @@ class Loop:
             "max_tokens": self.greedy.max_tokens,
             "temperature": self.greedy.temperature,
         }
-        self.run_dir.write_evaluation(self.step, settings, evaluation.samples)
+        with self.saving():
+            self.run_dir.write_evaluation(self.step, settings, evaluation.samples)
         self.display.evaluation(self.step, evaluation)
         return evaluation
 

@@ -99,7 +99,8 @@ class EsTrainer:
         entry = step_entry(config, step, fitness, checksum=self._due_checksum())
         update = update_spec(config, entry)
         _check_update(update)
-        self.journal.append(entry)
+        with self.loop.saving():
+            self.journal.append(entry)
         times = self.engine.update(update)
         if not times.report.finite:
             raise TrainingError(f"step {step}: weights are no longer finite although the update was: check the memory")

@@ -305,14 +305,16 @@ def _costs(run: Run) -> list[str]:
     if not total:
         return []
     keys = dict.fromkeys(key for row in steps for key in row if key.startswith("time/"))
-    parts = {key[5:]: _sum(steps, key) for key in keys if key not in ("time/step", "time/eval")}
+    parts = {key[5:]: _sum(steps, key) for key in keys if key not in ("time/step", "time/eval", "time/save")}
     parts["other"] = max(0.0, total - sum(parts.values()))
     shares = [seconds / total for seconds in parts.values()]
     time = Grid(
         title="Time",
         columns=["part of a step", "seconds", "share"],
         rows=[[name, f"{seconds / len(steps):.3f}", percent(seconds / total)] for name, seconds in parts.items()],
-        note=f"Mean over {len(steps)} steps of {total / len(steps):.1f} s; evaluations are not counted.",
+        note=f"Mean over {len(steps)} steps of {total / len(steps):.1f} s. Apart from that, in all: "
+        f"{_sum(steps, 'time/save'):.1f} s of saving (journal, logs, checkpoints), "
+        f"{_sum(run.rows, 'time/eval'):.1f} s of evaluations.",
     )
     prompt, generated = _sum(steps, "tokens/prompt"), _sum(steps, "tokens/generated")
     sampling, completions = parts.get("sample", 0.0), _sum(steps, "completions")

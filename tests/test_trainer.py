@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -501,6 +502,19 @@ def test_checkpoints_come_at_the_cadence_and_old_ones_go(bench: Bench) -> None:
     bench.train("none", steps=3, checkpoint=CheckpointConfig(every=0))
     assert list((bench.folder / "none" / "checkpoints").iterdir()) == []
     assert (bench.folder / "none" / "final" / "model.safetensors").is_file()
+
+
+def test_what_saving_takes_is_in_the_next_row(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = loop.save_checkpoint
+
+    def slow(*arguments: Any) -> Path:
+        time.sleep(0.3)
+        return real(*arguments)
+
+    monkeypatch.setattr(loop, "save_checkpoint", slow)
+    checkpoint = CheckpointConfig(every=2, best=False)
+    seconds = [row["time/save"] for row in bench.train("run", steps=4, checkpoint=checkpoint).metrics[1:]]
+    assert seconds[2] > 0.3 > max(seconds[0], seconds[1], seconds[3]) > 0
 
 
 def test_what_a_row_says(bench: Bench) -> None:
