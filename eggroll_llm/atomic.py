@@ -84,7 +84,7 @@ def replace_directory(target: Path, write: Callable[[Path], None]) -> None:
             retired.rename(target)
         if cause := _of_the_system(error):
             reason = f"{cause.strerror or cause} after {written} bytes, which were removed again"
-            raise OSError(cause.errno, reason) from error
+            raise OSError(cause.errno, reason, cause.filename) from error
         raise
     shutil.rmtree(retired, ignore_errors=True)
 
@@ -138,4 +138,7 @@ def describe_failure(path: Path, error: OSError, wanted: str) -> str:
         free = f"{shutil.disk_usage(path if path.is_dir() else path.parent).free} bytes are free"
     except OSError:
         free = "free space unknown"
-    return f"{path}: cannot write {wanted} ({error.strerror or error}; {free}). Free space or check permissions."
+    cause, file = error.strerror or error, error.filename
+    if isinstance(file, str) and not Path(file).is_relative_to(path.parent):  # it may be one that was to be read
+        cause = f"{cause}: {file}"
+    return f"{path}: cannot write {wanted} ({cause}; {free}). Free space or check permissions."

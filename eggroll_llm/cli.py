@@ -47,6 +47,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 128 + signal.SIGPIPE
 
 
+def run() -> NoReturn:
+    """The command `eggroll-llm`. After a signal it waits for no threads of a user's task."""
+    status = main()
+    if status > 128:
+        interruption.leave(status)
+    sys.exit(status)
+
+
 def _complain(text: str) -> None:
     """Print to standard error; text of models, which a grader's traceback may hold, is inert."""
     from eggroll_llm.display import give_up
@@ -227,4 +235,4 @@ def _not_negative(text: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run()

@@ -67,13 +67,13 @@ def keep_freed_memory() -> None:
 
 
 def available_memory(root: Path = Path("/")) -> int | None:
-    """Return the bytes of memory that can still be had without swapping; None where the system does not tell.
+    """Return the bytes of memory that can still be had, swap included; None where the system does not tell.
 
     That is what the machine has available, or less where a control group (container, batch job) sets a limit.
     """
     try:
         meminfo = _numbers(root / "proc/meminfo")
-        free = [meminfo["MemAvailable:"] * 1024]
+        free = [(meminfo["MemAvailable:"] + meminfo.get("SwapFree:", 0)) * 1024]
         groups = [line.split(":", 2) for line in (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines()]
     except (OSError, ValueError, KeyError):
         return None

@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C: the first ends a command in order, a second one at once, and no child process is left.
+"""SIGTERM, SIGHUP and Ctrl-C: the first ends a command in order, a second one at once, and no child process is left.
 
 The first raises `Interrupted` where the main thread stands. What runs there may swallow it, such as a reward with a
 bare `except:`, so `check`, which is called with every bit of progress and between steps, raises it again; apart from
@@ -19,7 +19,7 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
-NUMBERS = (signal.SIGINT, signal.SIGTERM)
+NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 SAME_SECONDS = 0.1  # timeout(1), for one, sends its signal to the process and to its group: that is not a second one
 
 _number = 0
@@ -38,7 +38,7 @@ class Interrupted(KeyboardInterrupt):
 
 @contextlib.contextmanager
 def handled() -> Iterator[None]:
-    """Handle both signals within, but one that the process was started to ignore, as by a shell in the background.
+    """Handle them within, but for one that the process was started to ignore, as by a shell in the background.
 
     Whatever is raised after a signal becomes `Interrupted`. Children that are still there are killed then, and the
     interpreter exits without taking modules down, for which vLLM needs seconds that a second signal could not end.
@@ -52,7 +52,7 @@ def handled() -> Iterator[None]:
     except BaseException as error:
         if not _number:
             raise
-        atexit.register(_leave, 128 + _number)
+        atexit.register(leave, 128 + _number)
         if isinstance(error, Interrupted):
             raise
         raise Interrupted(_number) from error
@@ -89,7 +89,8 @@ def _handle(number: int, frame: FrameType | None) -> None:
         raise Interrupted(number)
 
 
-def _leave(status: int) -> None:
+def leave(status: int) -> NoReturn:
+    """End the process without taking the interpreter down, which waits for threads of a user's task."""
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError, AttributeError):  # it may be closed, or None
             stream.flush()

@@ -193,9 +193,7 @@ def read_journal(path: Path) -> JournalContents:
             tail = f"{path}:{number}: last line dropped, {problem}; its update is done again"
             break
         if problem:
-            raise JournalError(
-                f"{path}:{number}: {problem}. Restore the file from a backup, or cut it before this line."
-            )
+            raise JournalError(f"{path}:{number}: {problem}. {_remedy(number)}")
         if number == 1:
             header = _parse_header(path, fields)
         else:
@@ -253,10 +251,19 @@ def _parse_entry(path: Path, number: int, fields: dict[str, Any], *, expected_st
             else "lines are missing before it"
         )
         raise JournalError(
-            f"{path}:{number}: step {step} where step {expected_step} belongs: {problem}. "
-            "Restore the file from a backup, or cut it before this line."
+            f"{path}:{number}: step {step} where step {expected_step} belongs: {problem}. {_remedy(number)}"
         )
     return JournalEntry(**{**fields, "fitness": tuple(fields["fitness"]), "dropped": tuple(fields["dropped"])})
+
+
+def _remedy(number: int) -> str:
+    """What to do about a bad line; the first is the header, so that two lines before it hold one update."""
+    if number < 3:
+        return "Restore the file from a backup."
+    return (
+        f"Restore the file from a backup, or go back to step {number - 2}: cut it before this line, and metrics.jsonl "
+        "after that step."
+    )
 
 
 def _check_same_run(path: Path, found: JournalHeader, header: JournalHeader) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 from eggroll_llm import embedded
 from eggroll_llm.budget import check_memory
-from eggroll_llm.checkpoint import Checkpoint, clean, load_training_state, newest_valid, remove_after
+from eggroll_llm.checkpoint import Checkpoint, clean, list_checkpoints, load_training_state, newest_valid, remove_after
 from eggroll_llm.config import RunConfig, check_resume, flat, frozen_hash, load_recipe, to_toml
 from eggroll_llm.errors import (
     CheckpointError,
@@ -229,7 +229,8 @@ def train(config: RunConfig, recipe_dir: Path, run_path: Path, on_existing: OnEx
                 display.message(journal.dropped_tail)
             checkpoint = None
             if config.method == "es":
-                _redo_unlogged(journal, run)
+                _check_journal(journal, run)
+                journal.truncate_after(run.last_logged_step() or 0)
                 step = journal.last_step
                 _forget_later(run, step, display)
             else:
@@ -278,18 +279,28 @@ _FROM = "of its checkpoint; what came after it is done again"
 _FROM_START = "no checkpoint, everything is done again"
 
 
-def _redo_unlogged(journal: Journal, run: RunDir) -> None:
-    """Take back the last update when its metrics are missing: the step is done again, with the same outcome.
+def _check_journal(journal: Journal, run: RunDir) -> None:
+    """Raise JournalError when journal and metrics differ by more than an interruption can explain.
 
-    Raises JournalError when more are missing than an interruption can explain.
+    A step is in the journal first. One whose metrics are missing is done again, with the same outcome.
     """
-    logged = run.last_logged_step() or 0
-    if journal.last_step > logged + 1:
+    logged, last = run.last_logged_step() or 0, journal.last_step
+    if last > logged + 1:
         raise JournalError(
-            f"{run.metrics}: ends at step {logged}, the journal at step {journal.last_step}: restore it; the weights "
-            f"are not lost: eggroll-llm replay {run.path} --out DIR"
+            f"{run.metrics}: ends at step {logged}, the journal at step {last}: restore it; the weights are not lost: "
+            f"eggroll-llm replay {run.path} --out DIR"
         )
-    journal.truncate_after(logged)
+    dropped = bool(journal.dropped_tail)
+    if logged > last + dropped:
+        raise JournalError(
+            f"{journal.path}: ends at step {last}, {run.metrics.name} at step {logged}: restore it from a backup; to "
+            f"go back to step {last} and lose what came after, cut {run.metrics.name} after that step too"
+        )
+    if not last and any(step > dropped for step, _ in list_checkpoints(run.checkpoints)):
+        raise JournalError(
+            f"{journal.path}: holds no updates, but there are checkpoints: restore it from a backup, or start a new "
+            "run directory"
+        )
 
 
 def _forget_later(run: RunDir, step: int, display: Display) -> None:

@@ -30,6 +30,7 @@ from eggroll_llm.config import RunConfig, applies, flat, load_recipe, may_change
 from eggroll_llm.errors import ConfigError, RunDirError
 from eggroll_llm.run_dir import RunDir
 from eggroll_llm.run_weights import final_step
+from eggroll_llm.session import settle
 from eggroll_llm.toml_table import parse_table
 from eggroll_llm.toml_text import format_value, read_toml
 
@@ -140,7 +141,8 @@ def run_sweep(planned: Sequence[Planned], out: Path, show: Callable[[str], None]
 def _is_finished(run: Planned, directory: Path) -> bool:
     try:
         found = RunDir.open(directory)
-        metrics, saved, asked = found.read_metrics(), load_recipe(found.config), load_recipe(run.recipe, run.flags)
+        metrics, saved = found.read_metrics(), load_recipe(found.config)
+        asked = settle(load_recipe(run.recipe, run.flags), run.recipe.parent)
     except (RunDirError, ConfigError):  # the run will say so itself
         return False
     ended = bool(metrics) and final_step(found) == metrics[-1].get("step", -1)
@@ -148,21 +150,13 @@ def _is_finished(run: Planned, directory: Path) -> bool:
 
 
 def _is_as_asked(saved: RunConfig, asked: RunConfig) -> bool:
-    """Whether a run has the settings that are asked for, as far as what comes out depends on them.
-
-    Its own are settled: paths are absolute, and what was automatic has a value.
-    """
+    """Whether a run has the settings that are asked for, as far as what comes out depends on them."""
     was, now = flat(saved), flat(asked)
     return all(
-        was.get(key) == now.get(key) or now.get(key) == "auto" or _is_path_of(was.get(key), now.get(key))
+        was.get(key) == now.get(key)
         for key in was | now
         if applies(key, asked) and (key in ("steps", "minutes") or not may_change(key))
     )
-
-
-def _is_path_of(was: object, now: object) -> bool:
-    paths = isinstance(was, str) and isinstance(now, str) and Path(was).is_absolute()
-    return paths and Path(str(was)).name == Path(str(now)).name
 
 
 def _train(run: Planned, directory: Path) -> int:

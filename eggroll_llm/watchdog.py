@@ -18,6 +18,8 @@ from pathlib import Path
 EXIT_STATUS = 124
 """As timeout(1) has it."""
 LOOKS = 10
+LAST_WORDS_SECONDS = 10.0
+"""For the message, whose reader or whose run directory may hang too."""
 
 
 class Watchdog:
@@ -64,6 +66,9 @@ class Watchdog:
                 self._end_process()
 
     def _end_process(self) -> None:
+        end = threading.Timer(LAST_WORDS_SECONDS, _end)
+        end.daemon = True
+        end.start()
         try:
             problem = (
                 f"the inference engine has made no progress for engine.timeout_seconds = {self.seconds:g} seconds, and "
@@ -72,8 +77,12 @@ class Watchdog:
             # Not print: the thread that hangs may hold the stream's lock.
             os.write(2, f"error: {self.describe(problem)}\n".encode(errors="backslashreplace"))
         finally:
-            kill_children()
-            os._exit(EXIT_STATUS)
+            _end()
+
+
+def _end() -> None:
+    kill_children()
+    os._exit(EXIT_STATUS)
 
 
 _AGAIN = "A run continues with --on-existing resume, an evaluation that has --out with the same command."

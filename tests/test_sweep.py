@@ -18,6 +18,7 @@ from eggroll_llm import sweep
 from eggroll_llm.cli import INTERRUPTED, main
 from eggroll_llm.config import load_recipe, to_toml
 from eggroll_llm.errors import ConfigError, RunDirError
+from eggroll_llm.session import settle
 from eggroll_llm.sweep import Planned, read_sweep, run_sweep
 
 FOLDER = Path(__file__).parents[1] / "recipes"
@@ -115,8 +116,8 @@ def test_no_trials(file: Path) -> None:
 
 def finish(directory: Path, run: Planned, step: int = 3) -> None:
     """What a finished run leaves behind, as far as a sweep looks; its settings are settled."""
-    config = load_recipe(run.recipe, run.flags)
-    engine = dataclasses.replace(config.engine, dtype="float32", slots=4, max_model_len=300)
+    config = settle(load_recipe(run.recipe, run.flags), run.recipe.parent)
+    engine = dataclasses.replace(config.engine, max_model_len=300)
     (directory / "final").mkdir(parents=True, exist_ok=True)
     (directory / "journal.jsonl").touch()
     (directory / "config.toml").write_text(to_toml(dataclasses.replace(config, engine=engine)))
@@ -154,7 +155,8 @@ def test_finished_runs_are_left_alone_and_failures_stop_nothing(
         ('operators = "+-*"', 'operators = "+-"', True),
         (", count = [2, 2]", "", True),
         ("minutes = 1.5", "minutes = 1.5\nengine = { slots = 2 }", False),
-        ("minutes = 1.5", 'minutes = 1.5\nmodel = "model"', False),
+        ("minutes = 1.5", 'minutes = 1.5\nmodel = "models/one"', False),
+        ("minutes = 1.5", 'minutes = 1.5\nmodel = "others/one"', True),
     ],
 )
 def test_a_run_with_other_settings_is_not_taken_for_the_one_that_is_asked_for(
@@ -171,8 +173,11 @@ def test_a_run_with_other_settings_is_not_taken_for_the_one_that_is_asked_for(
     run, at = read_sweep(file)[0], tmp_path / "out" / "plain-seed3"
     finish(at, run)
     if "model" in new:
+        monkeypatch.chdir(tmp_path)
+        for folder in ("models", "others"):
+            (tmp_path / folder / "one").mkdir(parents=True)
         config = load_recipe(at / "config.toml")
-        (at / "config.toml").write_text(to_toml(dataclasses.replace(config, model="/somewhere/model")))
+        (at / "config.toml").write_text(to_toml(dataclasses.replace(config, model=str(tmp_path / "models" / "one"))))
     file.write_text(SWEEP.replace(old, new))
     run_sweep(read_sweep(file)[:1], tmp_path / "out", lambda text: None)
     assert made == ["plain-seed3"] * again

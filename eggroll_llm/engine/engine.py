@@ -82,18 +82,17 @@ class Engine:
         args.enable_prefix_caching = prefix_caching
         if logprobs:  # those of the distribution that is sampled from
             args.logprobs_mode = "processed_logprobs"
+        start = {
+            "rank": rank,
+            "optimizer": (optimizer or OptimizerSettings()) if trainable else None,
+            "compiled": not config.enforce_eager,
+            "stock": stock,
+        }
         try:
-            self._llm = LLMEngine.from_engine_args(args)
-            self.text_rules = TextRules(self._llm.get_tokenizer())
-            (shapes,) = self._llm.collective_rpc(
-                "es_start",
-                kwargs={
-                    "rank": rank,
-                    "optimizer": (optimizer or OptimizerSettings()) if trainable else None,
-                    "compiled": not config.enforce_eager,
-                    "stock": stock,
-                },
-            )
+            with self.watchdog:
+                self._llm = LLMEngine.from_engine_args(args)
+                self.text_rules = TextRules(self._llm.get_tokenizer())
+                (shapes,) = self._llm.collective_rpc("es_start", kwargs=start)
         except UserError:
             raise
         except Exception as error:
@@ -180,11 +179,13 @@ class Engine:
 
     def close(self) -> None:
         """Shut vLLM down and free its memory. Raises nothing: what it may follow is more important."""
-        self.watchdog.close()
         try:
-            self._llm.engine_core.shutdown()
+            with self.watchdog:
+                self._llm.engine_core.shutdown()
         except Exception as error:
             log.warning("%s", call_error("shutting down", error))
+        finally:
+            self.watchdog.close()
 
     @contextlib.contextmanager
     def _calling(self, what: str) -> Iterator[None]:
@@ -246,7 +247,8 @@ class Engine:
             raise
         finally:
             if unanswered:
-                self._llm.abort_request(list(unanswered))
+                with self.watchdog:
+                    self._llm.abort_request(list(unanswered))
 
     def _adapter(self, member: int | None) -> LoRARequest | None:
         """The name is part of the prefix cache's key, so it changes with the noise and the weights."""
