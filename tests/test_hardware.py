@@ -143,5 +143,13 @@ def test_memory_that_can_be_had(tmp_path: Path, cgroup: str, groups: dict[str, A
     assert hardware.available_memory(machine(tmp_path, cgroup, groups)) == gib * GIB
 
 
+def test_swap_counts_where_no_group_sets_a_limit(tmp_path: Path) -> None:
+    """Slow, but a run that starts: in the way of one that would is worse than a warning."""
+    root = machine(tmp_path, "0::/\n", {})
+    with (root / "proc/meminfo").open("a") as meminfo:
+        meminfo.write(f"SwapTotal: {8 * 2**20} kB\nSwapFree: {5 * 2**20} kB\n")
+    assert hardware.available_memory(root) == 15 * GIB
+
+
 def test_where_the_system_does_not_tell_its_memory_is_not_known(tmp_path: Path) -> None:
     assert hardware.available_memory(tmp_path) is None

@@ -357,6 +357,17 @@ def test_full_disk_leaves_no_half_evaluation_and_the_old_model(path: Path, monke
     assert not [name for name in names(path) if name.startswith((".tmp-", ".old-"))]
 
 
+def test_a_file_that_could_not_be_read_for_it_is_named(path: Path, tmp_path: Path) -> None:
+    """Such as one of the base model, which has been deleted meanwhile."""
+    missing = tmp_path / "base" / "config.json"
+    with RunDir.create(path, CONFIG) as run, pytest.raises(RunDirError) as info:
+        run.write_final(lambda folder: (folder / "config.json").write_bytes(missing.read_bytes()))
+    assert str(info.value).startswith(
+        f"{path}/final: cannot write the final model (No such file or directory after 0 bytes, which were removed "
+        f"again: {missing}; "
+    )
+
+
 def test_line_cut_short_by_a_full_disk_is_taken_back(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with RunDir.create(path, CONFIG) as run:
         run.append_metrics({"step": 1})

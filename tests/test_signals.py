@@ -85,6 +85,34 @@ def test_a_run_ends_in_order_in_any_phase(
     assert not [text for text in bench.display.messages if "ended without closing" in text]
 
 
+def test_a_terminal_that_is_closed_ends_a_run_in_order(tree: ProcessTree, tmp_path: Path, bench: Bench) -> None:
+    run = Run(tree, tmp_path, "reward", "raise")
+    run.ends_in_order(signal.SIGHUP)
+    run.goes_on(bench)
+
+
+THREADS = """
+import os, signal, sys, threading, time
+from eggroll_llm import cli, commands
+
+def wait(options, settings):
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(600)
+
+threading.Thread(target=time.sleep, args=(600,)).start()  # as a task's file may
+commands.run_doctor = wait
+sys.argv[1:] = ["doctor"]
+cli.run()
+"""
+
+
+def test_no_thread_of_a_task_keeps_a_command_that_was_interrupted() -> None:
+    outcome = subprocess.run(
+        [sys.executable, "-c", THREADS], cwd=ROOT, capture_output=True, text=True, check=False, timeout=60
+    )
+    assert (outcome.returncode, outcome.stderr) == (143, INTERRUPTED + "\n")
+
+
 @pytest.mark.parametrize(("phase", "how", "updates"), [("reward", "swallow", 1), ("update", "unraisable", 2)])
 def test_a_signal_that_was_swallowed_ends_the_run_soon_after(
     tree: ProcessTree, tmp_path: Path, bench: Bench, phase: str, how: str, updates: int

@@ -105,6 +105,27 @@ def is_running(pid: int) -> bool:
     return state != "Z"  # killed, and not yet waited for by who inherited it
 
 
+FULL = """
+import os, time
+from eggroll_llm import watchdog
+watchdog.LAST_WORDS_SECONDS = 0.5
+os.set_blocking(2, False)
+try:
+    while True:
+        os.write(2, bytes(4096))
+except BlockingIOError:
+    os.set_blocking(2, True)
+with watchdog.Watchdog(0.5):
+    time.sleep(600)
+"""
+
+
+def test_a_message_that_nobody_reads_does_not_keep_it() -> None:
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    with subprocess.Popen([sys.executable, "-c", FULL], stderr=subprocess.PIPE, env=environment) as process:
+        assert process.wait(60) == EXIT_STATUS
+
+
 TRAINS = """
 import dataclasses, pathlib, sys, time
 import pytest

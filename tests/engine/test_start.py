@@ -14,6 +14,7 @@ import pytest
 from eggroll_llm.config import EngineConfig
 from eggroll_llm.engine import failures
 from eggroll_llm.errors import ConfigError, EngineError, ModelError, UserError
+from eggroll_llm.watchdog import EXIT_STATUS
 
 pytestmark = pytest.mark.vllm
 
@@ -123,3 +124,21 @@ def test_an_architecture_that_vllm_does_not_know(
         f"{model}: vLLM does not serve architecture FooForCausalLM with adapters: use a Llama- or Qwen-shaped model, "
         "such as LlamaForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM"
     )
+
+
+HANGS = START.replace(
+    "try:",
+    """
+import time
+from vllm.v1.engine.llm_engine import LLMEngine
+LLMEngine.from_engine_args = lambda args: time.sleep(600)
+try:""",
+).replace("max_sequences=4", "max_sequences=4, timeout_seconds=1.0")
+
+
+@pytest.mark.vllm
+def test_a_start_that_hangs_ends_the_process(tiny_model: Callable[[str], Path]) -> None:
+    command = [sys.executable, "-c", HANGS, str(tiny_model("llama")), "0.05"]
+    outcome = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
+    assert outcome.returncode == EXIT_STATUS
+    assert "error: the inference engine has made no progress for engine.timeout_seconds = 1 seconds" in outcome.stderr
