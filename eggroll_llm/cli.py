@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import os
 import signal
 import sys
 import warnings
@@ -23,6 +24,7 @@ INTERRUPTED = (
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; return the exit status. A user's mistake is one line on standard error and status 2."""
+    _open_standard_descriptors()
     parser = _parser()
     _set_up_messages()
     try:
@@ -53,6 +55,16 @@ def run() -> NoReturn:
     if status > 128:
         interruption.leave(status)
     sys.exit(status)
+
+
+def _open_standard_descriptors() -> None:
+    """Put nothing where standard input, output or error are closed: files of the run would get their numbers.
+
+    And with them whatever a library prints below Python.
+    """
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(descriptor, True)
+    os.close(descriptor)
 
 
 def _complain(text: str) -> None:

@@ -5,7 +5,7 @@ import os
 import pty
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +25,13 @@ def tree(tmp_path: Path) -> Iterator[ProcessTree]:
     found.kill()
 
 
-def start(tree: ProcessTree, folder: Path, **options: Any) -> "subprocess.Popen[str]":
+def start(
+    tree: ProcessTree, folder: Path, program: Sequence[object] = (sys.executable, CLI_RUN), **options: Any
+) -> "subprocess.Popen[str]":
     recipe = folder / "recipe.toml"
     recipe.write_text(to_toml(dataclasses.replace(CONFIG, steps=3)))
     command = ["train", recipe, "--run-dir", folder / "run", "--on-existing", "fail"]
-    return tree.start([sys.executable, CLI_RUN, *command], stdin=subprocess.DEVNULL, **options)
+    return tree.start([*program, *command], **{"stdin": subprocess.DEVNULL, **options})
 
 
 def finished(process: "subprocess.Popen[str]", folder: Path) -> str:
@@ -42,7 +44,7 @@ def finished(process: "subprocess.Popen[str]", folder: Path) -> str:
     return messages or ""
 
 
-def test_a_reader_that_went_away(tree: ProcessTree, tmp_path: Path) -> None:
+def test_a_run_goes_on_when_its_reader_has_gone(tree: ProcessTree, tmp_path: Path) -> None:
     """As in `eggroll-llm train ... 2>&1 | head -1`."""
     reading, writing = os.pipe()
     os.close(reading)
@@ -51,7 +53,7 @@ def test_a_reader_that_went_away(tree: ProcessTree, tmp_path: Path) -> None:
     finished(process, tmp_path)
 
 
-def test_a_file(tree: ProcessTree, tmp_path: Path) -> None:
+def test_a_run_goes_on_without_a_terminal(tree: ProcessTree, tmp_path: Path) -> None:
     log = tmp_path / "log"
     with log.open("w") as file:
         process = start(tree, tmp_path, stdout=file, stderr=subprocess.PIPE)
@@ -62,7 +64,9 @@ def test_a_file(tree: ProcessTree, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("stays", [True, False])
-def test_a_terminal_that_can_nothing_and_one_that_is_closed(tree: ProcessTree, tmp_path: Path, stays: bool) -> None:
+def test_a_run_goes_on_on_a_dumb_terminal_and_when_that_is_closed(
+    tree: ProcessTree, tmp_path: Path, stays: bool
+) -> None:
     ours, theirs = pty.openpty()
     process = start(tree, tmp_path, stdout=theirs, stderr=subprocess.PIPE, env={"TERM": "dumb"})
     os.close(theirs)
@@ -73,6 +77,30 @@ def test_a_terminal_that_can_nothing_and_one_that_is_closed(tree: ProcessTree, t
     assert "Traceback" not in finished(process, tmp_path)
     assert b"\x1b" not in shown
     assert (b"step    3" in shown) == stays
+
+
+CHATTY = """
+import os, sys
+import cli_run, fake_engine
+real = fake_engine.FakeEngine.update
+def update(self, spec):
+    for descriptor in (1, 2):
+        os.write(descriptor, b"from a library")
+    return real(self, spec)
+fake_engine.FakeEngine.update = update
+sys.exit(cli_run.train(sys.argv[1:]))
+"""
+
+
+def test_a_run_without_standard_input_and_output_writes_to_no_file_of_its_own(
+    tree: ProcessTree, tmp_path: Path
+) -> None:
+    """As after `<&- >&- 2>&-`: the numbers of those three would go to what the run opens, such as its lock."""
+    path = [CLI_RUN.parent]
+    process = start(tree, tmp_path, [sys.executable, "-c", CHATTY], path=path, closed=True)
+    finished(process, tmp_path)
+    for file in (tmp_path / "run").rglob("*"):
+        assert file.is_dir() or b"from a library" not in file.read_bytes(), file
 
 
 def read(terminal: int) -> bytes:
