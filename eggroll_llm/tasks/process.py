@@ -28,6 +28,7 @@ from rewards import Score
 
 START_SECONDS = 300.0  # patience with what the user's file imports and loads
 _PIECE = 1 << 16
+_LONGEST_REPLY = 1 << 20  # bytes; the worker cuts what it sends to less
 # With the same sys.path as here, whatever folder this process was started in.
 _START = """
 import sys
@@ -173,6 +174,8 @@ class UserProcess(Closing):
                                 selector.unregister(self._requests)
                         elif piece := os.read(self._replies, _PIECE):
                             received += piece
+                            if len(received) > _LONGEST_REPLY + _PIECE and b"\n" not in received:
+                                raise _EndedError(_GARBLED)
                         else:
                             raise _EndedError(_described(self._end()))
                 line, _, received = received.partition(b"\n")

@@ -6,7 +6,7 @@
         -> {"score": [1.0, true, "sum"], "vote": "82"}                or {"failed": "Traceback ...", "vote": "82"}
 
 A line of JSON each, on descriptors that nothing else uses. What the user's code prints is shown on standard error,
-inert; what it writes past Python, or starts, has /dev/null.
+inert and not without end; what it writes past Python, or starts, has /dev/null.
 """
 
 import contextlib
@@ -28,7 +28,7 @@ from eggroll_llm.tasks.base import Answer, Verdict, judge, short_traceback
 from eggroll_llm.tasks.user import UserTask, load_user_task
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
-_LONGEST = 10_000  # characters of a line shown, of a detail and of a vote
+_LONGEST = 10_000  # characters of a detail, of a vote, and of what is shown of the output
 
 
 def main(parent: int, requests: int, replies: int) -> None:
@@ -36,7 +36,7 @@ def main(parent: int, requests: int, replies: int) -> None:
     _die_with(parent)
     for descriptor in (requests, replies):
         os.set_inheritable(descriptor, False)
-    _catch_output()
+    output = _catch_output()
     sys.argv[1:] = []
     with open(requests, "rb") as lines, open(replies, "wb") as out:
 
@@ -53,6 +53,7 @@ def main(parent: int, requests: int, replies: int) -> None:
             reply({"failed": str(error) if isinstance(error, UserError) else short_traceback(error)})
         else:
             for line in lines:
+                output.begin()
                 reply(_verdict(task, json.loads(line)))
     os._exit(0)  # without waiting for what the user's code has left running
 
@@ -89,12 +90,17 @@ def _limit_memory(size: int) -> None:
 
 
 class _Inert(io.TextIOBase):
-    """Standard output and error of the user's code."""
+    """Standard output and error of the user's code. A loop that prints must not fill a terminal, a log or a disk."""
 
     encoding = "utf-8"
 
     def __init__(self, descriptor: int) -> None:
         self._descriptor = descriptor
+        self.begin()
+
+    def begin(self) -> None:
+        """Begin with another completion, of which as much is shown as of the one before."""
+        self._left = _LONGEST
 
     def writable(self) -> bool:
         return True
@@ -103,13 +109,18 @@ class _Inert(io.TextIOBase):
         return 2
 
     def write(self, text: str) -> int:
-        shown = "\n".join(inert(line, _LONGEST) for line in text.split("\n"))
+        if self._left < 0:
+            return len(text)
+        shown = "\n".join(inert(line, _LONGEST) for line in text[: self._left].split("\n"))
+        self._left -= len(text)
+        if self._left < 0:
+            shown += f"\n(more than {_LONGEST} characters: the rest is not shown)\n"
         with contextlib.suppress(OSError):
             os.write(self._descriptor, shown.encode())
         return len(text)
 
 
-def _catch_output() -> None:
+def _catch_output() -> _Inert:
     null = os.open(os.devnull, os.O_RDWR)
     try:
         shown = os.dup(2)
@@ -117,4 +128,6 @@ def _catch_output() -> None:
         shown = null
     for descriptor in (1, 2):
         os.dup2(null, descriptor)
-    sys.stdout = sys.stderr = _Inert(shown)
+    output = _Inert(shown)
+    sys.stdout = sys.stderr = output
+    return output

@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[2]
 LIMITS = RewardConfig(timeout_seconds=1.0, memory_gib=0.25)
 PATIENT = RewardConfig(timeout_seconds=60.0, memory_gib=0.25)
 TASK = """
-import fractions, os, pathlib, signal, subprocess, sys, threading, time
+import contextlib, fractions, numpy, os, pathlib, signal, stat, subprocess, sys, threading, time
 from rewards import Score
 
 kept = []
@@ -65,12 +65,20 @@ class Mine:
             return self.score(completion, problem)
         if completion == "interrupt":
             raise KeyboardInterrupt
+        if completion == "raise":
+            raise ValueError("no\\x1b[2J such word")
         if completion == "None":
             return None
         if completion == "text":
             return "1.0"
         if completion == "values":
             return [1.0, 0.5]
+        if completion == "no value":
+            return []
+        if completion == "array":
+            return numpy.array([1.0, 0.5])
+        if completion == "array of one":
+            return numpy.array([0.5])
         if completion == "huge":
             return 10 ** 400
         if completion == "nan":
@@ -90,6 +98,17 @@ class Mine:
             os.write(1, b"past Python\\n")
             os.write(2, b"past Python\\n")
             subprocess.run(["echo", "past Python"])
+        if completion == "flood":
+            while True:
+                print("flood " * 100)
+        if completion == "megabytes":
+            print("m" * 5_000_000, "m" * 10)
+        if completion == "flood below":
+            for descriptor in range(3, 32):
+                with contextlib.suppress(OSError):  # that of the replies among them
+                    if stat.S_ISFIFO(os.fstat(descriptor).st_mode):
+                        for _ in range(64):
+                            os.write(descriptor, b"x" * 65536)
         return Score(1.0, not truncated, f"{problem['n']}: {completion}")
 """
 
@@ -136,9 +155,13 @@ BAD = {
     "crash": "score() ended its process by SIGSEGV",
     "recursion": "RecursionError: maximum recursion depth exceeded",
     "interrupt": "KeyboardInterrupt",
+    "raise": "ValueError: no",
     "None": "TypeError: score() returned None; return a number or a rewards.Score",
     "text": "TypeError: score() returned '1.0'; return a number or a rewards.Score",
     "values": "TypeError: score() returned [1.0, 0.5]; return a number or a rewards.Score",
+    "no value": "TypeError: score() returned []; return a number or a rewards.Score",
+    "array": "TypeError: score() returned array([1. , 0.5]); return a number or a rewards.Score",
+    "flood below": "score() wrote to a file descriptor that it had not opened",
     "huge": "OverflowError: int too large to convert to float",
 }
 
@@ -198,6 +221,22 @@ def test_what_it_prints_is_shown_inert_and_disturbs_nothing(task: UserTask, capf
     shown = capfd.readouterr()
     assert shown.out == ""
     assert shown.err == 'a \\x1b[31mred\\x1b[0m line\n{"score": [9.0, true, "forged"], "vote": null}\n'
+
+
+def test_an_array_with_one_number_is_a_score(task: UserTask) -> None:
+    scores, scorer, _ = score(task, "array of one")
+    assert (scores, scorer.failures) == ([Score(0.5, False, "reward")], 0)
+
+
+def test_of_what_it_prints_without_end_a_part_is_shown(task: UserTask, capfd: pytest.CaptureFixture[str]) -> None:
+    """It fills no log; a completion that is scored later says what it has to say."""
+    scores, _, _ = score(task, "megabytes", "flood", "megabytes", "print", limits=LIMITS)
+    assert [s.reward for s in scores] == [1, 0, 1, 1]
+    shown = capfd.readouterr().err
+    cut = "\n(more than 10000 characters: the rest is not shown)\n"
+    assert shown.count(cut) == 3
+    assert [len(part) for part in shown.split(cut)[:3]] == [10_000] * 3
+    assert shown.split(cut)[3].startswith("a \\x1b[31mred")
 
 
 def test_nothing_is_left_of_one_that_was_late_and_of_one_that_is_closed(task: UserTask, tmp_path: Path) -> None:
