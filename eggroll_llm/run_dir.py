@@ -226,6 +226,8 @@ def _check_path(path: Path | str) -> Path:
         longest = max((len(os.fsencode(part)) for part in Path(path).parts), default=0)
     except UnicodeEncodeError:
         longest = 0
+    if text == ".":
+        raise RunDirError(f"run directory '.': has no name of its own. Write it out, if it is meant: {Path.cwd()}.")
     if not text or "\0" in text or not longest:
         raise RunDirError(f"run directory {text!a}: not a path. Name a directory.")
     if longest > _NAME_LIMIT:

@@ -199,6 +199,21 @@ def test_an_existing_run_directory(refused: Callable[..., str], recipe: Path, tm
     assert f"the folder {missing.parent} does not exist" in refused("train", recipe, "--run-dir", missing)
 
 
+def test_a_run_directory_that_cannot_be_used(refused: Callable[..., str], recipe: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for path, said in (
+        (tmp_path / "file", f"{tmp_path}/file: is a file"),
+        (tmp_path / "file" / "run", f"{tmp_path}/file/run: {tmp_path}/file is not a folder"),
+        (tmp_path / "no" / "run", f"the folder {tmp_path}/no does not exist"),
+        (tmp_path / "a" / ".." / "run", 'contains "..". Write the directory out'),
+        ("a\0b", r"run directory 'a\x00b': not a path"),
+        (".", f"run directory '.': has no name of its own. Write it out, if it is meant: {os.getcwd()}"),
+        (tmp_path / ("x" * 300), "a name of 300 bytes"),
+    ):
+        assert said in refused("train", recipe, "--run-dir", path), path
+    assert {path.name for path in tmp_path.iterdir()} == {"file", "recipe.toml", "words.py"}
+
+
 def test_a_run_directory_in_use(refused: Callable[..., str], recipe: Path, tmp_path: Path) -> None:
     path = tmp_path / "run"
     code = (

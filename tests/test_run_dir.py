@@ -1,6 +1,7 @@
 """Who may use a directory, what is deleted and what never is, and logs that stay valid."""
 
 import contextlib
+import ctypes
 import errno
 import json
 import os
@@ -185,7 +186,7 @@ def test_left_over_temporary_entries_are_removed(path: Path) -> None:
     assert not [name for name in names(path) if name.startswith(".tmp-")]
 
 
-def test_second_process_is_refused(path: Path) -> None:
+def test_a_second_process_is_refused_and_a_stale_lock_is_told(path: Path) -> None:
     code = (
         "import sys; from eggroll_llm.run_dir import RunDir; run = RunDir.create(sys.argv[1], 'x = 1'); "
         "print('locked', flush=True); sys.stdin.read()"
@@ -245,6 +246,8 @@ def test_paths_that_cannot_be_run_directories(tmp_path: Path, monkeypatch: pytes
     )
     assert refusal("a\0b") == "run directory 'a\\x00b': not a path. Name a directory."
     assert refusal("") == "run directory '': not a path. Name a directory."
+    here = f"run directory '.': has no name of its own. Write it out, if it is meant: {Path.cwd()}."
+    assert refusal(".") == refusal(Path()) == here
     assert refusal("\ud800") == "run directory '\\ud800': not a path. Name a directory."
     assert refusal(tmp_path / ("x" * 300)).endswith("...: a name of 300 bytes. Use at most 255 bytes.")
     assert refusal("d/" * 3000).endswith("Free space or check permissions.")
@@ -257,6 +260,34 @@ def test_paths_that_cannot_be_run_directories(tmp_path: Path, monkeypatch: pytes
         f"{tmp_path}/new: the folder {tmp_path} is not writable. Change its permissions, or choose another --run-dir."
     )
     assert not (tmp_path / "new").exists()
+
+
+def test_a_read_only_directory_is_refused(tmp_path: Path) -> None:
+    """A real one, by a process that may do no more than the directory's owner, although tests may run as root."""
+    folder = tmp_path / "folder"
+    (folder / "run").mkdir(parents=True)
+    for path in (folder / "run", folder):
+        path.chmod(0o555)
+    code = (
+        "import sys; from eggroll_llm.run_dir import RunDir, RunDirError\n"
+        "for path in sys.argv[1:]:\n"
+        "    try: RunDir.create(path, 'steps = 1')\n"
+        "    except RunDirError as error: print(error)"
+    )
+    command = [sys.executable, "-c", code, str(folder / "run"), str(folder / "new")]
+    said = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, preexec_fn=without_override).stdout
+    assert said.splitlines() == [
+        f"{folder}/run: is not writable. Change its permissions, or choose another --run-dir.",
+        f"{folder}/new: the folder {folder} is not writable. Change its permissions, or choose another --run-dir.",
+    ]
+    assert names(folder) == {"run"}
+    assert not names(folder / "run")
+
+
+def without_override() -> None:
+    """Give up what lets root write where it may not (CAP_DAC_OVERRIDE, by PR_CAPBSET_DROP)."""
+    if os.geteuid() == 0:
+        assert ctypes.CDLL(None).prctl(24, 1, 0, 0, 0) == 0
 
 
 def test_read_only_parent_names_the_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
