@@ -98,6 +98,8 @@ def test_byte_order_mark_and_crlf_are_read(recipe: Path) -> None:
         ("sigma = 1.2e-2", "sigmma = 1", "recipe.toml:9: unknown key es.sigmma. Did you mean es.sigma?"),
         ("sigma = 1.2e-2", "", "recipe.toml:8: es.sigma = 0.0: must be above 0 with method \"es\". "
          "Set es.sigma to a positive number."),
+        ("sigma = 1.2e-2", 'optimizer = "lion"', 'recipe.toml:9: es.optimizer = "lion" is not a valid choice. '
+         'Valid: "sgd", "momentum", "adam".'),
         ("steps = 30", "steps = 30.0", "recipe.toml:3: steps = 30.0 is a number, but an integer is expected. Write steps = 30."),
         ("steps = 30", "steps = 1979-05-27", "recipe.toml:3: steps = 1979-05-27 is a date, but an integer is expected. "
          "Write steps = <an integer>."),
@@ -116,7 +118,9 @@ def test_byte_order_mark_and_crlf_are_read(recipe: Path) -> None:
         ("[es]", "[ess]", "recipe.toml:8: unknown key ess. Did you mean es?"),
     ],
 )  # fmt: skip
-def test_bad_tables(recipe: Path, line: str, replacement: str, message: str) -> None:
+def test_unknown_keys_and_wrong_types_are_named_with_line_and_remedy(
+    recipe: Path, line: str, replacement: str, message: str
+) -> None:
     assert line in RECIPE
     assert refusal(recipe, text=RECIPE.replace(line, replacement)) == message
 

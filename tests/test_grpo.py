@@ -162,13 +162,14 @@ class Killed(BaseException):
     [
         *((place, every) for place in ("append_completions", "append_metrics", "generate") for every in (0, 2)),
         ("save", 1),
+        ("step", 2),  # of the optimizer
     ],
 )
 def test_a_run_killed_anywhere_ends_like_one_that_was_not(bench: Bench, place: str, every: int) -> None:
     """At its third step. Without a checkpoint everything is done again."""
     flags = {"checkpoint__every": every, "checkpoint__best": "false", "eval__every": 1}
     bench.train("whole", **flags)
-    owner: Any = {"save": Loop, "generate": StubEngine}.get(place, RunDir)
+    owner: Any = {"save": Loop, "generate": StubEngine, "step": torch.optim.AdamW}.get(place, RunDir)
     real, calls = getattr(owner, place), [0]
 
     def fail(*arguments: Any, **options: Any) -> Any:

@@ -16,12 +16,12 @@ from typing import Any
 import grpo_stub
 import pytest
 import torch
-from fake_engine import Bench, Near, same_run, timeless
+from fake_engine import CONFIG, Bench, Near, same_run, timeless
 from safetensors.torch import load_file
 
 from eggroll_llm import trainer
 from eggroll_llm.checkpoint import load_training_state, save_checkpoint, verify_checkpoint
-from eggroll_llm.config import CheckpointConfig, EvalConfig, RunConfig, load_recipe
+from eggroll_llm.config import CheckpointConfig, EvalConfig, RunConfig, field_help, flat, load_recipe, may_change
 from eggroll_llm.display import ConsoleDisplay
 from eggroll_llm.errors import CheckpointError, ConfigError, JournalError, RunDirError
 from eggroll_llm.journal import Journal, read_journal
@@ -80,6 +80,64 @@ def test_what_a_kill_left_is_said(bench: Bench) -> None:
         f"{path}/journal.jsonl:3: last line dropped, incomplete line; its update is done again",
     ]
     same_run(bench.folder / "whole", path)
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda lines: [lines[0], lines[1].replace(b":", b";", 1), *lines[2:]], ":2: damaged line (its CRC"),
+        (lambda lines: [*lines[:2], *lines[1:]], ":3: step 1 where step 2 belongs: repeats an earlier line"),
+        (lambda lines: [lines[0], *lines[2:]], ":2: step 2 where step 1 belongs: lines are missing before it"),
+        (lambda lines: [b"", *lines[1:]], ":1: the header line is missing"),
+    ],
+    ids=["changed", "repeated", "missing", "no header"],
+)
+def test_a_run_with_damage_in_the_middle_of_its_journal_is_refused_and_left_alone(
+    bench: Bench, damage: Callable[[list[bytes]], list[bytes]], said: str
+) -> None:
+    bench.train("run", steps=3)
+    path = bench.folder / "run"
+    journal = path / "journal.jsonl"
+    journal.write_bytes(b"".join(damage(journal.read_bytes().splitlines(keepends=True))))
+    before = contents(path)
+    bench.prepare_engine = lambda engine: pytest.fail("the engine was started")
+    with pytest.raises(JournalError) as info:
+        bench.train("run", "resume", steps=4)
+    assert str(info.value).startswith(f"{journal}{said}")
+    assert contents(path) == before
+
+
+def contents(run: Path) -> dict[Path, bytes]:
+    """All files of a run but those that every start of it changes."""
+    files = [file for file in run.rglob("*") if file.is_file() and file.name not in ("environment.json", LOCK)]
+    return {file: file.read_bytes() for file in files}
+
+
+def another(key: str, value: Any) -> Any:
+    """Another value that makes sense, of a setting that a resumed run may change."""
+    if key == "engine.max_model_len":
+        return 300
+    if isinstance(value, bool):
+        return not value
+    return {int: lambda: value + 1, float: lambda: value / 2 or 60.0, str: lambda: f"{value}x"}[type(value)]()
+
+
+MAY_CHANGE = [row.key for row in field_help(RunConfig) if may_change(row.key) and row.key != "steps"]
+
+
+@pytest.mark.parametrize("key", MAY_CHANGE)
+def test_a_setting_that_may_change_on_resume_changes_no_weight(bench: Bench, key: str) -> None:
+    table, _, name = key.rpartition(".")
+    value = another(key, flat(CONFIG)[key])
+    changes = {table: dataclasses.replace(getattr(CONFIG, table), **{name: value})} if table else {name: value}
+    bench.train("whole")
+    bench.train("halves", steps=2)
+    bench.train("halves", "resume", **changes)
+    one, other = bench.folder / "whole", bench.folder / "halves"
+    assert (one / "journal.jsonl").read_text() == (other / "journal.jsonl").read_text()
+    finals = [(path / "final" / "model.safetensors").read_bytes() for path in (one, other)]
+    assert finals[0] == finals[1]
+    assert flat(load_recipe(other / "config.toml"))[key] == value
 
 
 class Other(Near):

@@ -270,6 +270,35 @@ class Words:
 """
 
 
+LOOPING = """
+import pathlib
+class Words:
+    def problems(self, split): return [{{"word": f"{{split}} {{n}}"}} for n in range(7)]
+    def prompt(self, problem): return f"Reverse {{problem['word']}}:"
+    def score(self, completion, problem):
+        pathlib.Path({stuck!r}).touch()
+        while True:
+            pass
+"""
+
+
+def test_a_users_reward_that_loops_ends_with_the_command(
+    tree: ProcessTree, tmp_path: Path, tiny_model: Callable[[str], Path]
+) -> None:
+    """Long before its limit of time, although its process has a session of its own, which Ctrl-C does not reach."""
+    stuck = tmp_path / "stuck"
+    (tmp_path / "words.py").write_text(LOOPING.format(stuck=str(stuck)))
+    code = EVAL.format(stuck=str(tmp_path / "engine"), swallow=False)
+    arguments = ["eval", tiny_model("llama"), "--task", f"{tmp_path}/words.py:Words", "--reward.timeout_seconds", 600]
+    process = tree.start([sys.executable, "-c", code, *arguments], stderr=subprocess.PIPE)
+    assert wait_for(lambda: stuck.exists() or process.poll() is not None)
+    assert len(tree.alive()) == 2
+    process.send_signal(signal.SIGINT)
+    _, messages = process.communicate(timeout=60)
+    assert (process.returncode, messages.splitlines()[-1]) == (130, INTERRUPTED)
+    assert tree.all_end()
+
+
 class Answers:
     """What the engine of `EVAL` answers, asked for any part."""
 

@@ -6,15 +6,16 @@ import json
 import os
 import textwrap
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
-from fake_engine import CONFIG, Bench, rows, same_run
+from fake_engine import CONFIG, Bench, Near, rows, same_run
 
 from eggroll_llm import trackers
 from eggroll_llm.config import LogConfig
+from eggroll_llm.tasks import Score
 from eggroll_llm.trackers import Trackers
 
 ROOT = Path(__file__).parents[1]
@@ -198,6 +199,30 @@ def test_a_run_comes_to_the_same_whatever_its_trackers_do(
     bench.train("alone")
     same_run(tmp_path / "run", tmp_path / "alone")
     assert [row["step"] for row in rows(tmp_path / "run")] == [0, 1, 2, 3, 4]
+
+
+HOSTILE = "</script>\x1b[2J\x00\u202e \ud800"
+
+
+def test_they_get_no_text_of_a_model_and_settings_as_valid_text(
+    tmp_path: Path, install: Callable[..., None], said: Callable[[str], list[Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install()
+    logged = Trackers(BOTH, tmp_path / "run", {"task_options.note": HOSTILE}, pytest.fail)
+    logged.log(ROW)
+    logged.close()
+    assert said("wandb")[0][1]["config"] == {"task_options.note": HOSTILE.replace("\ud800", "\ufffd")}
+
+    class Shouting(Near):
+        def score(self, completion: str, problem: Mapping[str, Any], *, truncated: bool = False) -> Score:
+            score = super().score(completion, problem, truncated=truncated)
+            return dataclasses.replace(score, detail=HOSTILE)
+
+    bench = Bench(tmp_path, monkeypatch)
+    bench.train("bench", task=Shouting(), log=dataclasses.replace(CONFIG.log, wandb="mine", tensorboard=True))
+    values = [value for line in said("wandb") if line[0] == "log" for value in line[1].values()]
+    assert {type(value) for value in values} == {int, float}
+    assert HOSTILE[:9] in (tmp_path / "bench" / "completions.jsonl").read_text()  # where it belongs
 
 
 def test_a_package_that_is_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

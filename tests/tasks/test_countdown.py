@@ -184,6 +184,9 @@ def write(path, *problems):
     path.write_text("".join(json.dumps(problem) + "\n" for problem in problems), encoding="utf-8")
 
 
+ROW = b'{"nums": [4, 5], "target": 9}\n'
+
+
 def numbered(amount):
     return [{"nums": [n, 1], "target": n + 1, "solution": f"{n}+1"} for n in range(2, amount + 2)]
 
@@ -257,6 +260,23 @@ def test_malformed_rows_are_named_with_file_and_line(tmp_path, row, message):
     write(tmp_path / "all.jsonl", *numbered(4), row)
     with pytest.raises(TaskError, match=rf"all.jsonl:5: .*{message}"):
         load(tmp_path, file="all.jsonl", test_size=2)
+
+
+@pytest.mark.parametrize(
+    ("data", "line", "message"),
+    [
+        (b"", 1, "the file is empty"),
+        (b"\xef\xbb\xbf" + ROW, 1, "byte order mark"),
+        (ROW + ROW.replace(b"\n", b"\r\n"), 2, "ends with CR LF"),
+        (ROW + ROW[:-4], 2, "the last line is cut off"),
+        (ROW + b"\n" + ROW, 2, "the line is empty"),
+    ],
+    ids=["empty", "byte order mark", "CR LF", "cut off", "empty line"],
+)
+def test_a_damaged_file_is_named_with_its_line(tmp_path, data, line, message):
+    (tmp_path / "all.jsonl").write_bytes(data)
+    with pytest.raises(TaskError, match=rf"all.jsonl:{line}: .*{message}"):
+        load(tmp_path, file="all.jsonl", test_size=1)
 
 
 def test_hub_rows_are_drawn_at_random_and_repeated_ones_left_out(tmp_path, monkeypatch):
