@@ -40,7 +40,7 @@ def mounting(tmp_path: Path) -> list[str]:
     return words
 
 
-def test_a_disk_of_any_size_that_is_too_small(tmp_path: Path, mounting: list[str]) -> None:
+def test_a_disk_that_fills_up_anywhere_keeps_the_old_state(tmp_path: Path, mounting: list[str]) -> None:
     """Page by page, until the run fits; each time it goes on once there is room, and ends like the others."""
     result = subprocess.run(
         [*mounting, sys.executable, str(SCRIPT), str(tmp_path)],
@@ -57,7 +57,9 @@ def test_a_disk_of_any_size_that_is_too_small(tmp_path: Path, mounting: list[str
 
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-def test_the_state_of_grpos_trainer(tmp_path: Path, tiny_model: Callable[[str], Path]) -> None:
+def test_a_full_disk_under_a_checkpoint_of_grpo_keeps_the_one_before(
+    tmp_path: Path, tiny_model: Callable[[str], Path]
+) -> None:
     """Which torch writes: the second checkpoint fails, the first one stays, and the run goes on from it."""
     from eggroll_llm.grpo_trl import EngineGrpoTrainer
 
@@ -85,7 +87,7 @@ def test_the_state_of_grpos_trainer(tmp_path: Path, tiny_model: Callable[[str], 
     grpo_stub.same_run(tmp_path / "whole", run)
 
 
-def test_a_replayed_model(
+def test_a_full_disk_under_a_replay_leaves_no_half_model(
     tmp_path: Path,
     tiny_model: Callable[[str], Path],
     monkeypatch: pytest.MonkeyPatch,

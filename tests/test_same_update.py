@@ -93,7 +93,7 @@ OTHER = 1e-3
 
 
 @pytest.mark.parametrize("way", WAYS, ids=str)
-def test_constants_and_positive_factors(bench: Bench, way: tuple[Any, bool]) -> None:
+def test_constants_and_positive_factors_of_rewards_change_no_update(bench: Bench, way: tuple[Any, bool]) -> None:
     plain = run(bench, "plain", way)
     changes: dict[str, Callable[[float, int], float]] = {
         "constant": lambda reward, problem: reward + 1000.0,
@@ -110,7 +110,7 @@ def test_constants_and_positive_factors(bench: Bench, way: tuple[Any, bool]) -> 
 
 
 @pytest.mark.parametrize("way", WAYS, ids=str)
-def test_members_in_another_order(bench: Bench, way: tuple[Any, bool]) -> None:
+def test_permuting_members_changes_no_update(bench: Bench, way: tuple[Any, bool]) -> None:
     """Pairs swap places, without pairs members do; with rewards, noise and all. Their fitness goes with them."""
 
     class Permuted(Relabelled):
@@ -130,7 +130,7 @@ def test_members_in_another_order(bench: Bench, way: tuple[Any, bool]) -> None:
 
 
 @pytest.mark.parametrize("way", [way for way in WAYS if way[1]], ids=str)
-def test_twins_that_swap_their_signs_with_their_rewards(bench: Bench, way: tuple[Any, bool]) -> None:
+def test_swapping_twins_with_their_rewards_changes_no_update(bench: Bench, way: tuple[Any, bool]) -> None:
     class Swapped(Relabelled):
         order = (1, 0, 2, 3, 5, 4, 6, 7)
 
@@ -143,7 +143,7 @@ def test_twins_that_swap_their_signs_with_their_rewards(bench: Bench, way: tuple
 
 
 @pytest.mark.parametrize("way", WAYS, ids=str)
-def test_splitting_the_batch(bench: Bench, way: tuple[Any, bool]) -> None:
+def test_splitting_the_batch_changes_no_update(bench: Bench, way: tuple[Any, bool]) -> None:
     """Answers one at a time: the same bits. The sum over pairs in pieces of one, in another order of additions."""
     plain = run(bench, "plain", way)
     alone = run(bench, "alone", way, engine=Splitting)

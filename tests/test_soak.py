@@ -33,7 +33,7 @@ def soak(*arguments: object) -> dict[str, int]:
     return counted
 
 
-def test_es(tmp_path: Path) -> None:
+def test_a_run_of_es_killed_at_any_instant_ends_like_one_that_was_not(tmp_path: Path) -> None:
     """At every change of the disk, in turn, and after twenty random delays."""
     killed = soak("es", tmp_path)
     assert killed["at a change"] == killed["changes"] - 1 > 200
@@ -41,7 +41,9 @@ def test_es(tmp_path: Path) -> None:
     assert killed["again"] > 200
 
 
-def test_grpo(tmp_path: Path, tiny_model: Callable[[str], Path]) -> None:
+def test_a_run_of_grpo_killed_at_some_instants_ends_like_one_that_was_not(
+    tmp_path: Path, tiny_model: Callable[[str], Path]
+) -> None:
     """At some of the changes, and after three random delays."""
     killed = soak("grpo", tmp_path, tiny_model("llama"))
     assert killed["at a change"] >= 5

@@ -32,7 +32,7 @@ def test_linear_layers_of_the_blocks_and_nothing_else(tiny_model: Callable[[str]
     }
 
 
-def test_a_model_without_them_is_refused(tmp_path: Path) -> None:
+def test_a_model_without_linear_layers_of_a_known_name_is_refused(tmp_path: Path) -> None:
     tensors = {
         "h.0.attn.c_attn.weight": torch.zeros(4, 4),
         "h.0.q_proj.bias": torch.zeros(4),

@@ -60,7 +60,7 @@ MEMORY_TOO_SMALL = (
         (True, "what nobody\nhas seen", EngineError, "failed in starting: ValueError: what nobody has seen"),
     ],
 )
-def test_vllms_reasons_in_our_terms(
+def test_what_stops_vllm_is_told_with_the_settings_to_change(
     on_cpu: bool,
     error: str,
     kind: type[UserError],
@@ -101,7 +101,7 @@ def start(model: Path, kv_cache_gib: float) -> list[str]:
 
 
 @pytest.mark.slow
-def test_a_cache_that_holds_no_sequence(tiny_model: Callable[[str], Path]) -> None:
+def test_a_cache_that_holds_no_sequence_names_the_settings(tiny_model: Callable[[str], Path]) -> None:
     kind, cause, message = start(tiny_model("llama"), 1e-4)
     assert (kind, cause) == ("ConfigError", "ValueError")
     assert message == (
@@ -112,7 +112,7 @@ def test_a_cache_that_holds_no_sequence(tiny_model: Callable[[str], Path]) -> No
 
 @pytest.mark.slow
 @pytest.mark.parametrize("changes", [{}, {"model_type": "foo"}], ids=["known-type", "unknown-type"])
-def test_an_architecture_that_vllm_does_not_know(
+def test_an_architecture_that_vllm_does_not_know_is_refused(
     tiny_model: Callable[[str], Path], tmp_path: Path, changes: dict[str, Any]
 ) -> None:
     model = shutil.copytree(tiny_model("llama"), tmp_path / "foo")

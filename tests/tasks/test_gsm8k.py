@@ -117,7 +117,7 @@ def test_malformed_rows_are_named_with_file_and_line(tmp_path, bad, line, messag
         load(tmp_path)
 
 
-def test_damage_of_the_whole_file(tmp_path):
+def test_a_byte_order_mark_an_empty_file_and_none_are_named(tmp_path):
     write(tmp_path, [b"\xef\xbb\xbf", row(1)], [row(2)])
     with pytest.raises(TaskError, match=r"train.jsonl:1: .*byte order mark"):
         load(tmp_path)
