@@ -21,9 +21,10 @@ from typing import Any, Literal
 from rich.console import Console
 from rich.table import Table
 
+from eggroll_llm.atomic import describe_failure, write_text
 from eggroll_llm.budget import kept_bytes, member_bytes
 from eggroll_llm.config import RunConfig
-from eggroll_llm.errors import UserError
+from eggroll_llm.errors import ConfigError, UserError
 from eggroll_llm.session import Prepared, prepare
 from eggroll_llm.targets import trained_parameters
 
@@ -158,7 +159,11 @@ def bench(config: RunConfig, recipe_dir: Path, repeats: int, out: Path | None, w
     table = [row for group in _merge_references(measured) for row in rows(group, prepared)]
     show(table, repeats, console)
     if out:
-        out.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
+        text = json.dumps(table, indent=1) + "\n"
+        try:
+            write_text(out, text)
+        except OSError as error:
+            raise ConfigError(f"--out {describe_failure(out, error, f'{len(text)} bytes')}") from error
 
 
 def _workloads(prepared: Prepared) -> dict[str, dict[str, Any]]:

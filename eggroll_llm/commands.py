@@ -203,12 +203,17 @@ def run_eval(options: argparse.Namespace, settings: list[tuple[str, str]]) -> in
 
 
 def _samples_file(out: Path) -> Path:
-    """FILE.samples.jsonl beside FILE.json. Raises ConfigError for what cannot be a file, before hours are spent."""
+    """FILE.samples.jsonl beside FILE.json. Raises ConfigError as `_check_file`."""
+    _check_file(out, "eval.json")
+    return out.with_name(f"{out.name.removesuffix('.json')}.samples.jsonl")
+
+
+def _check_file(out: Path, example: str) -> None:
+    """Raise ConfigError for what cannot be a file, before hours are spent."""
     if out.is_dir() or not out.name:
-        raise ConfigError(f"--out {out}: is a folder: name a file in it, such as {out / 'eval.json'}")
+        raise ConfigError(f"--out {out}: is a folder: name a file in it, such as {out / example}")
     if not out.parent.is_dir():
         raise ConfigError(f"--out {out}: there is no folder {out.parent}: create it")
-    return out.with_name(f"{out.name.removesuffix('.json')}.samples.jsonl")
 
 
 def _absolute_task(task: str) -> str:
@@ -280,6 +285,8 @@ def run_bench(options: argparse.Namespace, settings: list[tuple[str, str]]) -> i
         raise ConfigError(
             f'{options.recipe}: method = "{config.method}": only the populations of "es" are measured here'
         )
+    if options.out:
+        _check_file(options.out, "bench.json")
     bench(config, folder, options.repeats, options.out, options.variants)
     return 0
 

@@ -114,9 +114,14 @@ class SampleFile(Closing):
         self.samples = {(sample.problem, sample.sample): sample for sample in samples}
 
     def close(self) -> None:
-        """Flush to disk and give the file free."""
-        if not self._file.closed:
+        """Flush to disk and give the file free. Raises SamplesError when the disk does not take it."""
+        if self._file.closed:
+            return
+        try:
             os.fsync(self._file.fileno())
+        except OSError as error:
+            raise SamplesError(describe_failure(self.path, error, "completions")) from error
+        finally:
             self._file.close()
 
     def _take_over(self, overwrite: bool) -> None:

@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from eggroll_llm.atomic import write_text
+from eggroll_llm.atomic import describe_failure, write_text
 from eggroll_llm.errors import ConfigError
 from eggroll_llm.evaluate import finite_rewards
 from eggroll_llm.jsonl import to_json
@@ -60,13 +60,11 @@ def summarize(results: Results, ks: Sequence[int]) -> dict[str, Any]:
 
 def write_summary(path: Path, summary: Mapping[str, Any]) -> None:
     """Write the figures as JSON. Raises ConfigError when the file cannot be written."""
-    text = json.dumps(json.loads(to_json(summary)), indent=1)  # to_json, as JSON has no NaN and no half surrogates
+    text = json.dumps(json.loads(to_json(summary)), indent=1) + "\n"  # JSON has no NaN and no half surrogates
     try:
-        write_text(path, text + "\n")
+        write_text(path, text)
     except OSError as error:
-        raise ConfigError(
-            f"--out {path}: cannot be written ({error.strerror}): name a file in a writable folder"
-        ) from error
+        raise ConfigError(f"--out {describe_failure(path, error, f'{len(text)} bytes')}") from error
 
 
 def table(summary: Mapping[str, Any]) -> str:

@@ -1,17 +1,21 @@
 """The benchmark's arithmetic, and its variants on a tiny model."""
 
+import errno
 import json
+import os
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from eggroll_llm import bench
 from eggroll_llm.budget import member_bytes
-from eggroll_llm.config import RunConfig
-from eggroll_llm.errors import UserError
+from eggroll_llm.cli import main
+from eggroll_llm.config import RunConfig, to_toml
+from eggroll_llm.errors import ConfigError, UserError
 from eggroll_llm.session import prepare
 from eggroll_llm.targets import trained_parameters
 
@@ -117,6 +121,33 @@ def test_every_kind_of_variant_runs_and_the_table_is_written(
     assert by_kind["swap"]["noise_seconds"] > 0
     assert "population of 4, rank 2, 2 slots" in capsys.readouterr().out.replace("\n", "")
     assert asdict(OURS).items() <= rows[-1].items()
+
+
+def test_a_file_that_cannot_be_written_is_refused_before_hours_are_spent(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "recipe.toml").write_text(to_toml(config(tmp_path)))
+    for out, said in ((tmp_path, "is a folder: name a file in it"), (tmp_path / "no" / "b.json", "there is no folder")):
+        assert main(["bench", str(tmp_path / "recipe.toml"), "--out", str(out)]) == 2
+        assert capsys.readouterr().err.startswith(f"error: --out {out}: {said}")
+
+
+def test_a_full_disk_leaves_the_table_before_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is measured; the new table is on the terminal."""
+
+    def fail(_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    eager = SimpleNamespace(variant=bench.EAGER, close=lambda: None)
+    changes = {"prepare": None, "_job": {}, "_start": [eager], "_measure": None, "_merge_references": [], "show": None}
+    for name, value in changes.items():
+        monkeypatch.setattr(bench, name, lambda *_, value=value, **__: value)
+    monkeypatch.setattr(os, "fsync", fail)
+    out = tmp_path / "bench.json"
+    out.write_text("before")
+    with pytest.raises(ConfigError, match=rf"^--out {out}: cannot write 3 bytes \(No space left on device; \d+ bytes"):
+        bench.bench(config(tmp_path), tmp_path, 1, out)
+    assert [(path, path.read_text()) for path in tmp_path.iterdir()] == [(out, "before")]
 
 
 def test_a_name_that_no_variant_has_is_a_mistake(tmp_path: Path) -> None:

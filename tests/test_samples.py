@@ -1,7 +1,11 @@
 """The file of graded completions: continued after a kill at any byte, never counting a completion twice."""
 
+import errno
+import io
 import json
 import math
+import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -151,3 +155,46 @@ def test_a_file_that_cannot_be_written(tmp_path: Path) -> None:
         SampleFile(tmp_path / "no" / "s.jsonl", SETTINGS)
     with pytest.raises(SamplesError, match="cannot be read"):
         read_samples(tmp_path / "none.jsonl")
+
+
+def test_a_full_disk_takes_back_half_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, real_open, room = tmp_path / "s.jsonl", Path.open, [20]
+    with SampleFile(path, SETTINGS) as file:
+        file.append(sample(0))
+    before = path.read_bytes()
+
+    class Disk(io.FileIO):
+        def write(self, data: Any) -> int:
+            if not room[0]:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            written = super().write(data[: room[0]])
+            room[0] -= written
+            return written
+
+    def open_path(self: Path, mode: str = "r", *rest: Any, **options: Any) -> Any:
+        return (
+            Disk(self, mode.replace("b", ""))
+            if self == path and "a" in mode
+            else real_open(self, mode, *rest, **options)
+        )
+
+    said = rf"^{re.escape(str(path))}: cannot write \d+ bytes \(No space left on device; \d+ bytes are free\)"
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", open_path)
+        with SampleFile(path, SETTINGS) as file, pytest.raises(SamplesError, match=said):
+            file.append(sample(1))
+    assert (path.read_bytes(), room) == (before, [0])
+    with SampleFile(path, SETTINGS) as file:
+        file.append(sample(1))
+    assert read_samples(path)[1] == [sample(0), sample(1)]
+
+
+def test_a_disk_that_takes_nothing_at_the_end_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    file = SampleFile(tmp_path / "s.jsonl", SETTINGS)
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(SamplesError, match=r"s\.jsonl: cannot write completions \(No space left on device; "):
+        file.close()
+    file.close()
