@@ -84,7 +84,8 @@ import os, sys
 import cli_run, fake_engine
 real = fake_engine.FakeEngine.update
 def update(self, spec):
-    for descriptor in (1, 2):
+    for descriptor in (0, 1, 2):
+        assert os.fstat(descriptor).st_rdev == os.stat(os.devnull).st_rdev, descriptor
         os.write(descriptor, b"from a library")
     return real(self, spec)
 fake_engine.FakeEngine.update = update

@@ -109,6 +109,7 @@ class Mine:
                     if stat.S_ISFIFO(os.fstat(descriptor).st_mode):
                         for _ in range(64):
                             os.write(descriptor, b"x" * 65536)
+            time.sleep(600)
         return Score(1.0, not truncated, f"{problem['n']}: {completion}")
 """
 
