@@ -15,9 +15,10 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from types import FrameType
 from typing import NoReturn
+
+from eggroll_llm.descendants import kill_descendants
 
 NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 SAME_SECONDS = 0.1  # timeout(1), for one, sends its signal to the process and to its group: that is not a second one
@@ -58,7 +59,7 @@ def handled() -> Iterator[None]:
         raise Interrupted(_number) from error
     finally:
         if _number:
-            kill_children()
+            kill_descendants(os.getpid())
         for number, handler in before.items():
             signal.signal(number, handler)
         signal.set_wakeup_fd(wakeup)
@@ -69,17 +70,6 @@ def check() -> None:
     """Raise `Interrupted` if a signal has come, which what was just called may have swallowed."""
     if _number:
         raise Interrupted(_number)
-
-
-def kill_children() -> None:
-    """Kill everything that descends from this process, with the process groups that were made there (Linux only)."""
-    own = os.getpgrp()
-    for pid, group in _descendants():
-        with contextlib.suppress(OSError):  # it has just ended
-            if group == own:
-                os.kill(pid, signal.SIGKILL)
-            else:
-                os.killpg(group, signal.SIGKILL)
 
 
 def _handle(number: int, frame: FrameType | None) -> None:
@@ -113,7 +103,7 @@ def _watch(reading: int) -> NoReturn:
         if number in NUMBERS:
             _arrivals.append(time.monotonic())
             if _arrivals[-1] - _arrivals[0] > SAME_SECONDS:
-                kill_children()
+                kill_descendants(os.getpid())
                 os._exit(128 + number)
 
 
@@ -124,16 +114,3 @@ def _forget() -> None:
     for number in NUMBERS:
         if signal.getsignal(number) is _handle:
             signal.signal(number, signal.SIG_DFL)
-
-
-def _descendants() -> list[tuple[int, int]]:
-    """Process and process group of each."""
-    processes: dict[int, tuple[int, int]] = {}
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):  # it has just ended
-            fields = stat.read_text(errors="replace").rpartition(")")[2].split()
-            processes[int(stat.parent.name)] = int(fields[1]), int(fields[2])
-    found = [os.getpid()]
-    for known in found:  # grows meanwhile
-        found += [pid for pid, (parent, _) in processes.items() if parent == known]
-    return [(pid, processes[pid][1]) for pid in found[1:]]

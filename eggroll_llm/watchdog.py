@@ -8,12 +8,11 @@ process that was stopped for an hour (Ctrl-Z) is not taken for one that hangs. A
 interpreter lock free stops the watchdog as well.
 """
 
-import contextlib
 import os
-import signal
 import threading
 from collections.abc import Callable
-from pathlib import Path
+
+from eggroll_llm.descendants import kill_descendants
 
 EXIT_STATUS = 124
 """As timeout(1) has it."""
@@ -81,24 +80,8 @@ class Watchdog:
 
 
 def _end() -> None:
-    kill_children()
+    kill_descendants(os.getpid())
     os._exit(EXIT_STATUS)
 
 
 _AGAIN = "A run continues with --on-existing resume, an evaluation that has --out with the same command."
-
-
-def kill_children() -> None:
-    """Kill all descendants of this process, where the system lists them (Linux)."""
-    for pid in _descendants(os.getpid()):
-        with contextlib.suppress(OSError):
-            os.kill(pid, signal.SIGKILL)
-
-
-def _descendants(pid: int) -> list[int]:
-    found: list[int] = []
-    with contextlib.suppress(OSError):  # it has ended meanwhile
-        for file in Path(f"/proc/{pid}/task").glob("*/children"):
-            for child in map(int, file.read_text().split()):
-                found += [child, *_descendants(child)]
-    return found

@@ -1,0 +1,38 @@
+"""The end of everything that a process has started (Linux only: elsewhere nothing is found)."""
+
+import contextlib
+import os
+import signal
+from pathlib import Path
+
+
+def kill_descendants(root: int) -> None:
+    """Kill everything that descends from the process `root`, with the process groups that were made there."""
+    groups = {os.getpgrp()}  # of which there are others
+    with contextlib.suppress(OSError):  # it has ended
+        groups.add(os.getpgid(root))
+    for pid, group in _descendants(root):
+        with contextlib.suppress(OSError):  # it has just ended
+            if group in groups:
+                os.kill(pid, signal.SIGKILL)
+            else:
+                os.killpg(group, signal.SIGKILL)
+
+
+def _descendants(root: int) -> list[tuple[int, int]]:
+    """Process and process group of each.
+
+    One whose parent has ended is known by its session, as all of a session descend from the process that made it; one
+    that left for a session whose maker has ended as well (a daemon) is not found.
+    """
+    processes: dict[int, tuple[int, int, int]] = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it has just ended
+            parent, group, session = map(int, stat.read_text(errors="replace").rpartition(")")[2].split()[1:4])
+            processes[int(stat.parent.name)] = parent, group, session
+    found = [root]
+    for known in found:  # grows meanwhile
+        found += [
+            pid for pid, (parent, _, session) in processes.items() if known in (parent, session) and pid not in found
+        ]
+    return [(pid, processes[pid][1]) for pid in found[1:]]
