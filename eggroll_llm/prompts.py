@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from eggroll_llm.errors import ConfigError, ModelError
-from eggroll_llm.tasks import Problem
+from eggroll_llm.tasks import Problem, problem_text
 
 Prompt = str | Sequence[Mapping[str, str]]
 """Plain text to be continued, or chat messages with "role" and "content"."""
@@ -120,8 +120,8 @@ def set_hash(hashes: Sequence[str]) -> str:
 
 def problems_hash(problems: ProblemSet) -> str:
     """Return one hash of the problems and their prompts, in order; what JSON cannot say counts by its type."""
-    rows = [(text, dict(problem)) for text, problem in zip(problems.hashes, problems.problems, strict=True)]
-    return set_hash([json.dumps(row, skipkeys=True, default=lambda value: type(value).__name__) for row in rows])
+    rows = zip(problems.hashes, problems.problems, strict=True)
+    return set_hash([f"[{json.dumps(prompt)}, {problem_text(problem)}]" for prompt, problem in rows])
 
 
 def text_hash(text: str) -> str:

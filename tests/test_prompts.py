@@ -115,6 +115,30 @@ def test_the_hash_of_problems_is_of_their_content_and_order() -> None:
     assert len({of(one, two), *others}) == 5
 
 
+def test_the_hash_of_problems_stays_what_it_was() -> None:
+    """Runs are resumed only with the same one."""
+    problems = [{"id": "train-1", "word": "é", "n": [1, 2.5, None]}, {"id": "train-2", "any": {1}}]
+    found = problems_hash(ProblemSet(problems=problems, prompts=[(1,)] * 2, hashes=["ab", "cd"]))
+    assert found == "bcd2ba3e3867e4927f7ba0d541ea853e56ab1f5306c9bb8aee13c14bece67687"
+
+
+def test_a_problem_with_a_circle_in_it_counts_by_the_rest() -> None:
+    """Also one that is too deep, or holds a number that Python does not write out."""
+
+    def of(n: int, part: object) -> str:
+        problem = {"id": 1, "n": n, "part": part}
+        return problems_hash(ProblemSet(problems=[problem], prompts=[(1,)], hashes=["a"]))
+
+    circle: list[object] = []
+    circle.append(circle)
+    deep: list[object] = []
+    for _ in range(100_000):
+        deep = [deep]
+    for part in (circle, deep, 10**5000):
+        assert of(1, part) == of(1, part) != of(2, part)
+    assert of(1, circle) != of(1, 10**5000)
+
+
 def test_all_prompts_that_do_not_fit_are_counted_and_the_first_is_named() -> None:
     """To the token: with 12 more, 500 fit into 512 and 501 do not."""
     train, test = prompts(*[500] * 1201, 501, 700, 20), prompts(500, 501, name="test")

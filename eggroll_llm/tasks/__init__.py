@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from eggroll_llm.config import RewardConfig, parse_table
 from eggroll_llm.errors import TaskError
-from eggroll_llm.tasks.base import Answer, Message, Problem, Split, Task, Verdict, check_golds, judge
+from eggroll_llm.tasks.base import Answer, Message, Problem, Split, Task, Verdict, check_golds, judge, problem_text
 from eggroll_llm.tasks.countdown import CountdownOptions, load_countdown
 from eggroll_llm.tasks.gsm8k import Gsm8kOptions, load_gsm8k
 from eggroll_llm.tasks.process import UserProcess
@@ -34,6 +34,7 @@ __all__ = [
     "check_golds",
     "judge",
     "load_task",
+    "problem_text",
 ]
 
 PATH_OPTIONS = {"countdown": ("file", "test_file"), "gsm8k": ("data_dir",), "gsm8k_cot": ("data_dir",)}

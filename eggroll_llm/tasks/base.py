@@ -1,6 +1,7 @@
 """What a task is: problems, how they are put to the model, and how an answer is graded."""
 
 import contextlib
+import json
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,25 @@ Place = Callable[[str], str]
 def no_place(option: str) -> str:
     """The place of options that come from no file."""
     return "task_options"
+
+
+def problem_text(problem: Problem) -> str:
+    """What a problem holds, as JSON that is the same in every process.
+
+    What JSON cannot hold counts by its type, as its text may have an address or an order of its own in it; so does what
+    has a circle in it or is too deep. Keys that JSON cannot hold are left out.
+    """
+    if (whole := _as_json(dict(problem))) is not None:
+        return whole
+    parts = {key: (value, _as_json(value)) for key, value in problem.items()}
+    return str(_as_json({k: type(v).__name__ if text is None else v for k, (v, text) in parts.items()}))
+
+
+def _as_json(value: object) -> str | None:
+    try:
+        return json.dumps(value, skipkeys=True, default=lambda other: type(other).__name__)
+    except (ValueError, RecursionError):
+        return None
 
 
 class Task(Protocol):
