@@ -11,28 +11,26 @@ The file is imported, so it can do anything; name only files that you trust. `TA
 function that takes the task options and returns such an object. `stop`, `notes`, `gold` and `answer(completion)`
 (what majority votes count) are optional, and so is `truncated` in `score`, which may return a number (correct
 from 1 on) or a `rewards.Score`; anything else is a failure, like an exception. In a run, `score` and `answer` are
-called in a process of their own (`process`), which imports the file once more.
+called in a process of their own (`process`), which imports once more what was read from the file here.
 """
 
 import contextlib
 import difflib
 import hashlib
+import importlib.machinery
 import importlib.util
 import inspect
-import json
-import os
+import linecache
 import sys
-import traceback
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import CodeType
 from typing import Any
 
 from eggroll_llm.errors import TaskError
-from eggroll_llm.tasks.base import Message, Place, Problem, Split, no_place, short_traceback
+from eggroll_llm.tasks.base import Message, Place, Problem, Split, no_place, problem_text, short_traceback
 from rewards import Score
-
-_PACKAGE = f"{Path(__file__).parents[1]}{os.sep}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,8 +43,10 @@ class UserTask:
     """What it is called there."""
     options: Mapping[str, Any]
     """What it was made with."""
+    source: bytes
+    """What the file held when it was read; it may be edited during a run."""
     hashes: Mapping[str, str]
-    """SHA-256 of the file ("file") and of the problems of each split, as loaded."""
+    """SHA-256 of the problems of each split, as loaded."""
     inner: Any
     train: Sequence[Problem]
     test: Sequence[Problem]
@@ -113,15 +113,18 @@ def as_score(value: object) -> Score:
     return Score(float(number), number >= 1, "reward")
 
 
-def load_user_task(name: str, options: Mapping[str, Any], base_dir: Path, place: Place = no_place) -> UserTask:
-    """The object that `name`, "file.py:NAME", points to.
+def load_user_task(
+    name: str, options: Mapping[str, Any], base_dir: Path, place: Place = no_place, source: bytes | None = None
+) -> UserTask:
+    """The object that `name`, "file.py:NAME", points to; with `source`, the file is not read, but has held that.
 
     Raises:
         TaskError: no such file or name, the file fails, or the object is not a task.
     """
     file, _, attribute = name.rpartition(":")
     path = base_dir / file
-    module, file_hash = _import(path)
+    source = _read(path) if source is None else source
+    module = _import(path, source)
     inner = _attribute(module, attribute, path)
     if isinstance(inner, type) or (callable(inner) and not hasattr(inner, "problems")):
         _check_options(inner, options, f"{path}: {attribute}", place)
@@ -143,7 +146,8 @@ def load_user_task(name: str, options: Mapping[str, Any], base_dir: Path, place:
         path=path,
         name=attribute,
         options=options,
-        hashes={"file": file_hash, "train": _hash(train), "test": _hash(test)},
+        source=source,
+        hashes={"train": _hash(train), "test": _hash(test)},
         inner=inner,
         train=train,
         test=test,
@@ -159,35 +163,51 @@ def _calling(path: Path, what: str) -> Iterator[None]:
     try:
         yield
     except (Exception, SystemExit) as error:
-        if isinstance(error, SystemExit) and _is_ours(error):
-            raise
         raise TaskError(f"{path}: {what} failed:\n{short_traceback(error)}") from error
 
 
-def _is_ours(error: BaseException) -> bool:
-    """Whether it was raised in this package, as by the handler of SIGTERM, which may come while user code runs."""
-    return traceback.extract_tb(error.__traceback__)[-1].filename.startswith(_PACKAGE)
+class _Loader(importlib.machinery.SourceFileLoader):
+    """Loads a file as it was when it was read, whatever is in it, and in Python's cache of it, by now."""
+
+    def __init__(self, name: str, path: str, source: bytes) -> None:
+        super().__init__(name, path)
+        self._source = source
+
+    def get_code(self, fullname: str) -> CodeType:
+        # Tracebacks show these lines; an entry without a time is not compared with the file.
+        text = importlib.util.decode_source(self._source)
+        linecache.cache[self.path] = len(text), None, [f"{line}\n" for line in text.split("\n")], self.path
+        return self.source_to_code(self._source, self.path)
+
+    def get_data(self, path: str) -> bytes:
+        return self._source if path == self.path else super().get_data(path)
 
 
-def _import(path: Path) -> tuple[Any, str]:
-    """The module of a file, and the file's hash."""
-    if not path.is_file():
-        raise TaskError(f"{path}: there is no such file. Give task as file.py:NAME, relative to the recipe's folder.")
+def _import(path: Path, source: bytes) -> Any:
+    """The module of a file that held `source`."""
     name = f"eggroll_llm_user_task_{path.stem}"
-    spec = importlib.util.spec_from_file_location(name, path)
-    if spec is None or spec.loader is None:
-        raise TaskError(f"{path}: this is not a Python file. Its name must end with .py.")
+    loader = _Loader(name, str(path.absolute()), source)
+    spec = importlib.util.spec_from_file_location(name, path, loader=loader)
+    assert spec is not None
     module = importlib.util.module_from_spec(spec)
     # Dataclasses and pickle look their module up by name.
     sys.modules[name] = module
     try:
         with _calling(path, "importing it"):
-            file_hash = hashlib.sha256(path.read_bytes()).hexdigest()
-            spec.loader.exec_module(module)
+            loader.exec_module(module)
     except BaseException:
         del sys.modules[name]
         raise
-    return module, file_hash
+    return module
+
+
+def _read(path: Path) -> bytes:
+    if not path.is_file():
+        raise TaskError(f"{path}: there is no such file. Give task as file.py:NAME, relative to the recipe's folder.")
+    if path.suffix != ".py":
+        raise TaskError(f"{path}: this is not a Python file. Its name must end with .py.")
+    with _calling(path, "reading it"):
+        return path.read_bytes()
 
 
 def _attribute(module: Any, name: str, path: Path) -> Any:
@@ -227,13 +247,7 @@ def _rows(inner: Any, split: str, path: Path) -> list[Problem]:
 
 
 def _hash(problems: Sequence[Problem]) -> str:
-    digest = hashlib.sha256()
-    for problem in problems:
-        # Of what JSON cannot hold the type: its text may have an address or an order of its own in it.
-        with contextlib.suppress(TypeError, ValueError, RecursionError):  # keys that are no text, circles
-            digest.update(json.dumps(dict(problem), default=lambda value: type(value).__name__).encode())
-        digest.update(b"\n")
-    return digest.hexdigest()
+    return hashlib.sha256("\n".join(map(problem_text, problems)).encode()).hexdigest()
 
 
 def _texts(inner: Any, name: str, path: Path) -> tuple[str, ...]:

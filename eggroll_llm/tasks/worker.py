@@ -1,14 +1,15 @@
 """The process that calls a user's `score`, at the other end of two pipes from `process`.
 
-    {"name": "/home/me/sums.py:Sums", "options": "digits = 2\\n", "memory": 4294967296}
-        -> {"file": "9f86d0...", "train": "60303a...", "test": "fd61a0..."}          or {"failed": "Traceback ..."}
+    {"name": "/home/me/sums.py:Sums", "source": "import ...", "options": "digits = 2\\n", "memory": 4294967296}
+        -> {"train": "60303a...", "test": "fd61a0..."}                               or {"failed": "Traceback ..."}
     {"split": "train", "index": 5, "text": " 82", "truncated": false, "voted": true}
         -> {"score": [1.0, true, "sum"], "vote": "82"}                or {"failed": "Traceback ...", "vote": "82"}
 
-A line of JSON each, on descriptors that nothing else uses. What the user's code prints is shown on standard error,
-inert and not without end; what it writes past Python, or starts, has /dev/null.
+A line of JSON each, behind the number of the request (`child`), on descriptors that nothing else uses. What the user's
+code prints is shown on standard error, inert and not without end; what it writes past Python, or starts, has /dev/null.
 """
 
+import codecs
 import contextlib
 import ctypes
 import io
@@ -20,12 +21,15 @@ import sys
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
 from eggroll_llm.errors import UserError
 from eggroll_llm.inert import inert
 from eggroll_llm.tasks.base import Answer, Verdict, judge, short_traceback
 from eggroll_llm.tasks.user import UserTask, load_user_task
+
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _LONGEST = 10_000  # characters of a detail, of a vote, and of what is shown of the output
@@ -34,27 +38,34 @@ _LONGEST = 10_000  # characters of a detail, of a vote, and of what is shown of 
 def main(parent: int, requests: int, replies: int) -> None:
     """Serve `parent`, the process of that number, until it ends or closes the pipe."""
     _die_with(parent)
+    own = os.getpid()
     for descriptor in (requests, replies):
         os.set_inheritable(descriptor, False)
     output = _catch_output()
     sys.argv[1:] = []
     with open(requests, "rb") as lines, open(replies, "wb") as out:
 
-        def reply(value: Mapping[str, Any]) -> None:
-            out.write(json.dumps(value).encode() + b"\n")
+        def reply(number: bytes, value: Mapping[str, Any]) -> None:
+            if os.getpid() != own:  # a fork that the user's code did not end would serve beside this process
+                os._exit(1)
+            out.write(b"%b %b\n" % (number, json.dumps(value).encode()))
             out.flush()
 
+        number, text = lines.readline().split(b" ", 1)
         try:
-            hello = json.loads(lines.readline())
+            hello = json.loads(text)
             _limit_memory(hello["memory"])
-            task = load_user_task(hello["name"], tomllib.loads(hello["options"]), Path())
-            reply(task.hashes)
+            task = load_user_task(
+                hello["name"], tomllib.loads(hello["options"]), Path(), source=hello["source"].encode("latin-1")
+            )
+            reply(number, task.hashes)
         except BaseException as error:
-            reply({"failed": str(error) if isinstance(error, UserError) else short_traceback(error)})
+            reply(number, {"failed": str(error) if isinstance(error, UserError) else short_traceback(error)})
         else:
             for line in lines:
                 output.begin()
-                reply(_verdict(task, json.loads(line)))
+                number, text = line.split(b" ", 1)
+                reply(number, _verdict(task, json.loads(text)))
     os._exit(0)  # without waiting for what the user's code has left running
 
 
@@ -89,13 +100,15 @@ def _limit_memory(size: int) -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
-class _Inert(io.TextIOBase):
-    """Standard output and error of the user's code. A loop that prints must not fill a terminal, a log or a disk."""
-
-    encoding = "utf-8"
+class _Inert(io.RawIOBase):
+    """Below the user's standard output and error. A loop that prints must not fill a terminal, a log or a disk."""
 
     def __init__(self, descriptor: int) -> None:
         self._descriptor = descriptor
+        self._decoder = codecs.getincrementaldecoder("utf-8")("backslashreplace")
+        # A real text stream, for what user code does with one; kept here, as it closes this when it is collected.
+        below = cast(BinaryIO, self)
+        self.text = io.TextIOWrapper(below, "utf-8", "backslashreplace", line_buffering=True, write_through=True)
         self.begin()
 
     def begin(self) -> None:
@@ -108,16 +121,20 @@ class _Inert(io.TextIOBase):
     def fileno(self) -> int:
         return 2
 
-    def write(self, text: str) -> int:
+    def write(self, data: "ReadableBuffer") -> int:
+        piece = bytes(data)
         if self._left < 0:
-            return len(text)
+            return len(piece)
+        text = self._decoder.decode(piece)
         shown = "\n".join(inert(line, _LONGEST) for line in text[: self._left].split("\n"))
         self._left -= len(text)
         if self._left < 0:
             shown += f"\n(more than {_LONGEST} characters: the rest is not shown)\n"
+        unsent = memoryview(shown.encode())
         with contextlib.suppress(OSError):
-            os.write(self._descriptor, shown.encode())
-        return len(text)
+            while unsent:
+                unsent = unsent[os.write(self._descriptor, unsent) :]
+        return len(piece)
 
 
 def _catch_output() -> _Inert:
@@ -129,5 +146,5 @@ def _catch_output() -> _Inert:
     for descriptor in (1, 2):
         os.dup2(null, descriptor)
     output = _Inert(shown)
-    sys.stdout = sys.stderr = output
+    sys.stdout = sys.stderr = output.text
     return output
