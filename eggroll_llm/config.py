@@ -75,7 +75,7 @@ class RewardConfig:
     timeout_seconds: float = 10.0
     """Seconds that the score of one completion may take; then its process is killed, and the completion counts as 0."""
     memory_gib: float = 4.0
-    """Memory in GiB that the process may take, with what it imports and loads."""
+    """Memory in GiB that the process may take, with what it imports and loads; each that it starts may take as much."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
