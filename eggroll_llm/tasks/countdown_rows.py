@@ -45,8 +45,12 @@ def _parse(row: Mapping[str, Any], at: str) -> Problem:
     if not isinstance(numbers, list) or not numbers or not all(type(n) is int and n >= 0 for n in numbers):
         remedy = "Write them without quotes, none below 0."
         raise TaskError(f"{at}: nums = {numbers!r:.80} is not a list of whole numbers. {remedy}")
-    if type(target) not in (int, float) or not math.isfinite(target):
+    if type(target) not in (int, float) or (type(target) is float and not math.isfinite(target)):
         raise TaskError(f"{at}: target = {target!r:.80} is not a number. Write it without quotes.")
+    if countdown.score("", numbers, target).detail == "bad_problem":
+        raise TaskError(
+            f"{at}: nums = {numbers!r:.80}, target = {target!r:.80}: too large or too small. Remove the row."
+        )
     if solution is not None and not _solves(solution, numbers, target):
         remedy = "Correct or remove it."
         raise TaskError(f"{at}: solution = {solution!r:.80} does not make {target} of {numbers!r:.80}. {remedy}")
