@@ -23,6 +23,7 @@ from typing import Any, Self
 from eggroll_llm.atomic import describe_failure, fsync_directory
 from eggroll_llm.closing import Closing
 from eggroll_llm.errors import JournalError
+from eggroll_llm.nesting import parse_json
 
 FORMAT = 1
 # More than a newline after the end of a record: not a line that a crash cut short, but two that became one.
@@ -62,6 +63,11 @@ class JournalEntry:
     """Members left out because a reward was not finite."""
     checksum: str = ""
     """Checksum of the weights before this update; empty when none was taken."""
+
+
+_HEADER_KEYS = set(JournalHeader.__dataclass_fields__)
+_ENTRY_KEYS = set(JournalEntry.__dataclass_fields__)
+_TOO_LARGE = 2.0**128  # for float32
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -223,33 +229,33 @@ def _decode(line: bytes) -> tuple[dict[str, Any], str]:
     rest = body[:-_CRC_LENGTH] + b"}"
     if body[-_CRC_LENGTH:] != b',"crc":"%08x"}' % zlib.crc32(rest):
         return {}, "damaged line (its CRC does not match)"
-    return json.loads(rest), ""
+    try:
+        return parse_json(rest), ""
+    except ValueError:
+        # Whoever computed the CRC wrote that, so that it is not a line to be dropped: it is refused as an update.
+        return {}, ""
 
 
 def _parse_header(path: Path, fields: dict[str, Any]) -> JournalHeader:
     if "frozen_hash" not in fields:
         raise JournalError(f"{path}:1: the header line is missing. Restore the file from a backup.")
-    if fields["format"] != FORMAT:
+    if fields.get("format") != FORMAT:
         raise JournalError(
-            f"{path}:1: journal format {fields['format']}, but this version reads format {FORMAT}. "
+            f"{path}:1: journal format {fields.get('format')!r:.40}, but this version reads format {FORMAT}. "
             "Use the version that wrote it."
         )
-    return JournalHeader(
-        frozen_hash=fields["frozen_hash"],
-        base_model=fields["base_model"],
-        train=fields.get("train", ""),
-        held_out=fields.get("held_out", ""),
-    )
+    texts = {"train": "", "held_out": ""} | {key: value for key, value in fields.items() if key != "format"}
+    if texts.keys() != _HEADER_KEYS or not all(isinstance(text, str) for text in texts.values()):
+        raise JournalError(f"{path}:1: is not the header of a journal. Restore the file from a backup.")
+    return JournalHeader(**texts)
 
 
 def _parse_entry(path: Path, number: int, fields: dict[str, Any], *, expected_step: int) -> JournalEntry:
-    step = fields.get("step")
+    if not _is_update(fields):
+        raise JournalError(f"{path}:{number}: is not an update. {_remedy(number)}")
+    step = fields["step"]
     if step != expected_step:
-        problem = (
-            "repeats an earlier line"
-            if isinstance(step, int) and step < expected_step
-            else "lines are missing before it"
-        )
+        problem = "repeats an earlier line" if step < expected_step else "lines are missing before it"
         raise JournalError(
             f"{path}:{number}: step {step} where step {expected_step} belongs: {problem}. {_remedy(number)}"
         )
@@ -263,6 +269,19 @@ def _remedy(number: int) -> str:
     return (
         f"Restore the file from a backup, or go back to step {number - 2}: cut it before this line, and metrics.jsonl "
         "after that step."
+    )
+
+
+def _is_update(fields: dict[str, Any]) -> bool:
+    """Whether the fields are those of an entry, and of its types: the CRC says who wrote a line, not what it says."""
+    entry = {"checksum": ""} | fields
+    if entry.keys() != _ENTRY_KEYS or not isinstance(entry["fitness"], list) or not isinstance(entry["dropped"], list):
+        return False
+    numbers = [entry["sigma"], entry["learning_rate"], *entry["fitness"]]
+    return (
+        all(type(number) in (int, float) and abs(number) < _TOO_LARGE for number in numbers)
+        and all(type(count) is int for count in (entry["step"], entry["noise_step"], *entry["dropped"]))
+        and isinstance(entry["checksum"], str)
     )
 
 

@@ -6,6 +6,7 @@ import json
 import os
 import random
 import struct
+import zlib
 from pathlib import Path
 
 import pytest
@@ -221,6 +222,69 @@ def test_journal_of_another_format_is_refused(path: Path) -> None:
     path.write_bytes(_encode({**fields, "format": 2}))
     path.write_bytes(path.read_bytes() + data.splitlines(keepends=True)[1])
     with pytest.raises(JournalError, match="journal format 2, but this version reads format 1"):
+        read_journal(path)
+
+
+def sealed(text: str) -> bytes:
+    """A line with the right CRC, as another program could write it."""
+    body = text.encode()
+    return body[:-1] + b',"crc":"%08x"}\n' % zlib.crc32(body)
+
+
+UPDATE = '{"step":1,"noise_step":1,"fitness":[0.5,-1],"sigma":1,"learning_rate":0.5,"dropped":[2],"checksum":"ff"}'
+
+
+def test_a_line_of_another_program_is_an_update_if_it_says_one(path: Path) -> None:
+    header = path.read_bytes().splitlines(keepends=True)[0]
+    path.write_bytes(header + sealed(UPDATE))
+    (update,) = read_journal(path).entries
+    assert (update.fitness, update.dropped, update.checksum) == ((0.5, -1), (2,), "ff")
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ('"step":1,"noise', '"noise'),
+        ('"step":1,', '"step":true,'),
+        ('"noise_step":1', '"noise_step":1.0'),
+        ("[0.5,-1]", "1"),
+        ("[0.5,-1]", '"12"'),
+        ("[0.5,-1]", "[NaN]"),
+        ("[0.5,-1]", "[1e39]"),
+        ("[0.5,-1]", f"[1{'0' * 400}]"),
+        ("[0.5,-1]", "[null]"),
+        ("[2]", "[2.0]"),
+        ("[2]", '{"2": 1}'),
+        ('"sigma":1', '"sigma":Infinity'),
+        ('"sigma":1', '"sigma":' + "[" * 2000 + "]" * 2000),
+        ('"ff"', "3"),
+        ('"ff"', '"ff","more":1'),
+        ('"ff"', '"ff"]'),
+        (UPDATE, "{}"),
+    ],
+)
+def test_a_line_of_another_program_that_is_no_update_is_refused(path: Path, old: str, new: str) -> None:
+    """Its CRC is right, so that it is not what a crash left of a line, even at the end, and is not dropped."""
+    header = path.read_bytes().splitlines(keepends=True)[0]
+    assert old in UPDATE
+    path.write_bytes(header + sealed(UPDATE.replace(old, new)))
+    with pytest.raises(JournalError, match=r"journal\.jsonl:2: is not an update\. Restore the file from a backup, or"):
+        read_journal(path)
+
+
+@pytest.mark.parametrize(
+    ("header", "said"),
+    [
+        ('{"frozen_hash":"a"}', "journal format None, but this version reads format 1"),
+        ('{"format":1,"frozen_hash":"a"}', "is not the header of a journal"),
+        ('{"format":1,"frozen_hash":"a","base_model":3}', "is not the header of a journal"),
+        ('{"format":1,"frozen_hash":"a","base_model":"b","more":""}', "is not the header of a journal"),
+        ("{{}", "the header line is missing"),
+    ],
+)
+def test_a_header_of_another_program_is_refused(path: Path, header: str, said: str) -> None:
+    path.write_bytes(sealed(header))
+    with pytest.raises(JournalError, match=rf"journal\.jsonl:1: {said}"):
         read_journal(path)
 
 
