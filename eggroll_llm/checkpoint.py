@@ -211,7 +211,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{file}: cannot be read ({error.strerror}). Name a complete checkpoint directory."
         ) from None
-    except (ValueError, AttributeError, KeyError, TypeError):
+    except (ValueError, AttributeError, KeyError, TypeError, RecursionError):
         raise CheckpointError(f"{file}: not a manifest. Use another checkpoint.") from None
     if stored != _content_hash(content):
         raise CheckpointError(

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from eggroll_llm.errors import RunDirError
+from eggroll_llm.nesting import parse_json
 
 
 def to_json(value: object) -> str:
@@ -30,7 +31,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     rows = []
     for number, line in enumerate(lines, start=1):
         try:
-            row = json.loads(line)
+            row = parse_json(line)
         except ValueError:
             row = None
         if not isinstance(row, dict):
@@ -63,7 +64,7 @@ def _complete_lines(path: Path) -> list[tuple[str, int | None]]:
 
 def _step(line: str) -> int | None:
     try:
-        row = json.loads(line)
+        row = parse_json(line.encode())
     except ValueError:
         return None
     step = row.get("step") if isinstance(row, dict) else None

@@ -6,25 +6,27 @@ read as a TOML value and, when it is none, as the string that it is.
 
 import copy
 import dataclasses
-import tomllib
 import types
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, Union, get_args, get_origin
 
 from eggroll_llm.errors import ConfigError
+from eggroll_llm.nesting import too_deep
 from eggroll_llm.toml_table import all_keys, convert, field_types, unknown_key
-from eggroll_llm.toml_text import Origin
+from eggroll_llm.toml_text import Origin, parse_toml
 
 
 def apply_overrides(cls: type, table: Mapping[str, Any], overrides: Sequence[tuple[str, str]]) -> dict[str, Any]:
     """A copy of the table with each dotted key set; dashes in keys count as underscores.
 
     Raises:
-        ConfigError: unknown key, or text that is not of the field's type.
+        ConfigError: unknown key, or text that is not of the field's type, or no text at all.
     """
     result = copy.deepcopy(dict(table))
     for flag, text in overrides:
         parts = flag.removeprefix("--").split(".")
+        if any("\ud800" <= character <= "\udfff" for character in flag + text):
+            raise ConfigError(f"{flag!a} {text!a}: not valid Unicode text. Remove the undecodable bytes.")
         path, kind = _resolve(cls, parts)
         origin = Origin(name=f"--{flag.removeprefix('--')}")
         value = convert(_read(kind, text), kind, ".".join(path), origin)
@@ -38,6 +40,8 @@ def apply_overrides(cls: type, table: Mapping[str, Any], overrides: Sequence[tup
             target = inner
         # A plain list is what TOML itself would have given.
         target[path[-1]] = list(value) if isinstance(value, tuple) else value
+        if too_deep(result):
+            raise ConfigError(f"{origin.name:.80}: values are nested too deeply. Flatten them.")
     return result
 
 
@@ -83,7 +87,7 @@ def _read(kind: Any, text: str) -> object:
 
 def _toml_value(text: str) -> object:
     try:
-        table = tomllib.loads(f"value = {text}")
+        table = parse_toml(f"value = {text}")
     except (ValueError, RecursionError):
         return text
     # Dates are no values of any setting, and text with line breaks could spell more keys than one.

@@ -145,7 +145,7 @@ class RunDir(Closing):
         """Whether its journal rebuilds the weights of every step, as that of method "es" does."""
         try:
             method = tomllib.loads(self.config.read_text(encoding="utf-8-sig")).get("method", "es")
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             return True
         return bool(method == "es")
 
@@ -294,6 +294,6 @@ def _is_filled(folder: Path) -> bool:
 def _earlier_starts(path: Path) -> list[Any]:
     try:
         starts = json.loads(path.read_bytes())["starts"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return []
     return starts if isinstance(starts, list) else []

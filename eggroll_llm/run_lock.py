@@ -59,7 +59,7 @@ def _read_holder(descriptor: int) -> dict[str, Any]:
     """Content of the lock file; empty after a proper end."""
     try:
         holder = json.loads(os.pread(descriptor, 4096, 0) or b"{}")
-    except ValueError:
+    except (ValueError, RecursionError):
         return {"pid": "unknown"}
     return holder if isinstance(holder, dict) else {"pid": "unknown"}
 

@@ -58,7 +58,7 @@ def final_step(run: RunDir) -> int | None:
     """Return the step of the weights in `final/`; None when there are none, or they do not say."""
     try:
         return int(json.loads((run.final / PROVENANCE).read_bytes())["step"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return None
 
 

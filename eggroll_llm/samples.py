@@ -20,6 +20,7 @@ from eggroll_llm.atomic import append, describe_failure, write_text
 from eggroll_llm.closing import Closing
 from eggroll_llm.errors import SamplesError
 from eggroll_llm.jsonl import to_json
+from eggroll_llm.nesting import parse_json
 
 FORMAT = 1
 _START = b'{"format": '
@@ -178,7 +179,7 @@ def samples_text(settings: Mapping[str, Any], samples: Iterable[Sample]) -> str:
 def _parse(path: Path, data: bytes) -> tuple[dict[str, Any], list[Sample]]:
     lines = data.split(b"\n")[:-1]
     try:
-        header = json.loads(lines[0])
+        header = parse_json(lines[0])
         settings, version = dict(header["settings"]), header["format"]
     except (IndexError, ValueError, KeyError, TypeError) as error:
         raise SamplesError(
@@ -189,10 +190,12 @@ def _parse(path: Path, data: bytes) -> tuple[dict[str, Any], list[Sample]]:
     samples: dict[tuple[int, int], Sample] = {}
     for number, line in enumerate(lines[1:], start=2):
         try:
-            row = json.loads(line)
+            row = parse_json(line)
             scores = {name: _graded(score) for name, score in row.pop("scores").items()}
             sample = Sample(**row, scores=scores)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            if type(sample.problem) is not int or type(sample.sample) is not int:
+                raise TypeError("problem and sample are counted")
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
             raise SamplesError(
                 f"{path}:{number}: is damaged ({error}): delete the line to have it done again"
             ) from error

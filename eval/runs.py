@@ -171,7 +171,10 @@ def group_seeds(runs: Sequence[Run]) -> list[Group]:
 def number(row: Mapping[str, Any], key: str) -> float:
     """Return a value of a row of metrics; NaN where it is missing or was not finite."""
     value = row.get(key)
-    return float(value) if isinstance(value, int | float) else math.nan
+    try:
+        return float(value) if isinstance(value, int | float) else math.nan
+    except OverflowError:
+        return math.nan
 
 
 def _read_run(directory: RunDir, name: str) -> Run:
@@ -227,7 +230,7 @@ def _starts(path: Path) -> tuple[Mapping[str, Any], ...]:
     """A run without this file is as good as any other: nothing is computed from it."""
     try:
         starts = json.loads(path.read_bytes())["starts"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return ()
     return tuple(start for start in starts if isinstance(start, dict)) if isinstance(starts, list) else ()
 
@@ -236,7 +239,7 @@ def _base_model(journal: Path) -> str:
     try:
         with journal.open("rb") as file:
             return str(json.loads(file.readline())["base_model"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return ""
 
 

@@ -355,6 +355,19 @@ def test_truncated_logs_hold_every_step_once(path: Path) -> None:
         assert run.metrics.read_bytes() == whole
 
 
+def test_a_line_nested_too_deeply_is_of_no_step(path: Path) -> None:
+    with RunDir.create(path, CONFIG) as run:
+        run.append_metrics({"step": 0})
+        whole = run.metrics.read_bytes()
+        with run.metrics.open("ab") as file:
+            file.write(b'{"step": 1, "x": ' + b"[" * 2000 + b"]" * 2000 + b"}\n")
+        assert run.last_logged_step() == 0
+        with pytest.raises(RunDirError, match=r"metrics\.jsonl:2: is damaged"):
+            run.read_metrics()
+        run.truncate_logs(1)
+        assert run.metrics.read_bytes() == whole
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 def test_full_disk_names_path_and_bytes(path: Path) -> None:
     with RunDir.create(path, CONFIG) as run:

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,11 @@ def sample(problem: int, number: int = 0, **changes: Any) -> Sample:
         "scores": {TASK: Graded(correct=True, reward=1.0, detail="correct", answer="18")},
     }
     return Sample(**{**fields, **changes})
+
+
+def line_of(**changes: Any) -> bytes:
+    """Of another sample, some of whose fields are not what they should be."""
+    return json.dumps(asdict(sample(7)) | changes).encode() + b"\n"
 
 
 def test_what_is_written_is_read(tmp_path: Path) -> None:
@@ -119,9 +125,13 @@ def test_two_processes_do_not_write_one_file(tmp_path: Path) -> None:
         (b"[]\n", r":2: is damaged"),
         (b'{"problem": 1}\n', r":2: is damaged"),
         (b'{"problem": 1, "scores": {"x": 1}}\n', r":2: is damaged"),
+        (b"[" * 2000 + b"]" * 2000 + b"\n", r":2: is damaged \(values are nested too deeply\)"),
+        (line_of(problem=[1]), r":2: is damaged \(problem and sample are counted\)"),
+        (line_of(sample="0"), r":2: is damaged \(problem and sample are counted\)"),
+        (line_of(scores={"x": {"correct": True, "reward": 10**400, "detail": ""}}), r":2: is damaged \(int too large"),
     ],
 )
-def test_damage_in_the_middle_names_the_line(tmp_path: Path, line: bytes, said: str) -> None:
+def test_damage_in_the_middle_names_theline_of(tmp_path: Path, line: bytes, said: str) -> None:
     path = tmp_path / "s.jsonl"
     write_samples(path, SETTINGS, [sample(0)])
     head, tail = path.read_bytes().split(b"\n", 1)

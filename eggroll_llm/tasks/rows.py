@@ -3,12 +3,12 @@
 A file is taken as it is or refused; nothing is skipped or repaired in silence. Errors name file and line.
 """
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from eggroll_llm.errors import TaskError
+from eggroll_llm.nesting import parse_json
 
 
 def read_jsonl(path: Path) -> list[tuple[str, dict[str, Any]]]:
@@ -44,8 +44,8 @@ def _row(line: bytes, at: str, *, last: bool) -> dict[str, Any]:
     if not line.strip():
         raise TaskError(f"{at}: the line is empty. Remove it.")
     try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
+        row = parse_json(line)
+    except ValueError as error:
         cause = "the last line is cut off" if last else "the line is not JSON in UTF-8"
         raise TaskError(
             f"{at}: {cause} ({error}): {_excerpt(line)}. Correct or remove it, or fetch the file again."

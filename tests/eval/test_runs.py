@@ -66,11 +66,12 @@ def test_what_was_not_finite_is_not_a_number(tmp_path: Path) -> None:
     path = write_run(tmp_path / "run", {0: "10", 2: "11"})
     rows = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
     rows[1] |= {"reward/mean": None, "wall_time": None, "tokens/generated": None}
-    rows[2] |= {"eval/accuracy": None}
+    rows[2] |= {"eval/accuracy": None, "reward/mean": 10**400}
     (path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 3, "cut sh')
     (run,) = read_runs([path])
     assert math.isnan(run.points[1].reward)
     assert (run.points[1].seconds, run.points[2].seconds) == (0.0, 120.0)
+    assert math.isnan(run.points[2].reward)
     assert (run.points[1].tokens, run.points[2].tokens) == (0, 100)
     assert [point.step for point in run.evaluations] == [0]
     assert len(run.points) == 3
@@ -195,6 +196,8 @@ def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
         ('{"step": "1"}\n', r"metrics.jsonl:1: step '1' after -1"),
         ('{"step": 0}\n', r"metrics.jsonl: holds no evaluation yet"),
         ("", r"metrics.jsonl: holds no evaluation yet"),
+        ("[" * 2000 + "\n", r"metrics.jsonl:1: is damaged"),
+        (f'{{"step": 0, "a": {"[" * 2000 + "]" * 2000}}}\n', r"metrics.jsonl:1: is damaged"),
         (None, r"metrics.jsonl: cannot be read"),
     ],
 )
@@ -207,7 +210,7 @@ def test_damaged_metrics_are_named(tmp_path: Path, metrics: str | None, said: st
         read_runs([path])
 
 
-@pytest.mark.parametrize("text", ["", "[]", '{"starts": 3}', '{"starts": ["no object"]}'])
+@pytest.mark.parametrize("text", ["", "[]", "[" * 2000, '{"starts": 3}', '{"starts": ["no object"]}'])
 def test_an_environment_is_not_needed(tmp_path: Path, text: str) -> None:
     path = write_run(tmp_path / "run", {0: "10"})
     assert read_runs([path])[0].starts[0]["python"] == "3.11.7"
