@@ -1,0 +1,98 @@
+"""Coverage-guided fuzzing of what reads other people's text: graders, recipes, journals, logs, data.
+
+    pip install --no-deps atheris==3.0.0
+    python tests/fuzz.py TARGET --seconds 60 [--corpus DIR]
+
+`support/fuzz_targets.py` says what must hold of each target; `test_fuzz.py` holds the same checks to random edits,
+without atheris, whenever the tests run. Inputs that reach new code are kept in DIR. One that breaks a property is shown
+and saved as TARGET-crash-HASH (or -timeout-, -oom-), beside DIR or else in the working directory; the status is then 1.
+"""
+
+import argparse
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import NoReturn
+
+ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "support")]
+INSTRUMENTED = ["rewards", "eggroll_llm", "eval", "tomllib", "json"]
+LONGEST = 8192
+"""Bytes of an input."""
+HANG_SECONDS = 10
+MEMORY_MIB = 4096
+_PROGRESS = re.compile(r"#(\d+)\s.*cov: (\d+) ft: (\d+) corp: (\d+)/")
+_SHOWN = re.compile(
+    r"Uncaught Python exception|==\d+== ERROR|Traceback|^ |^\w+(\.\w+)*(Error|Exception)\b|Test unit written"
+)
+
+
+def main() -> int:
+    """Run libFuzzer, which ends its process as it likes, in another one; tell what came of it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("target")
+    parser.add_argument("--seconds", type=int, default=60, help="how long to try (default: %(default)s)")
+    parser.add_argument("--corpus", type=Path, help="where inputs are kept, and found again")
+    parser.add_argument("--seed", type=int, default=1, help="of libFuzzer's choices (default: %(default)s)")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        corpus = options.corpus or Path(scratch, "corpus")
+        corpus.mkdir(parents=True, exist_ok=True)
+        beside = corpus.parent if options.corpus else Path()
+        arguments = {
+            "max_total_time": options.seconds,
+            "seed": options.seed,
+            "max_len": LONGEST,
+            "timeout": HANG_SECONDS,
+            "rss_limit_mb": MEMORY_MIB,
+            "artifact_prefix": beside / f"{options.target}-",
+        }
+        inside = [sys.executable, __file__, f"--inside={options.target}"]
+        return _watch(options.target, [*inside, *(f"-{key}={value}" for key, value in arguments.items()), str(corpus)])
+
+
+def _watch(target: str, command: list[str]) -> int:
+    tried = edges = features = kept = 0
+    seconds = "?"
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+    ) as child:
+        assert child.stdout is not None
+        for line in child.stdout:
+            if progress := _PROGRESS.match(line):
+                tried, edges, features, kept = map(int, progress.groups())
+            elif done := re.match(r"Done \d+ runs in (\d+) second", line):
+                seconds = done[1]
+            elif _SHOWN.search(line):
+                print(line, end="")
+    found = "nothing found" if child.returncode == 0 else f"stopped with status {child.returncode}"
+    print(f"{target}: {tried} inputs, {edges} edges, {features} features, {kept} inputs kept, {seconds} s: {found}")
+    return int(child.returncode != 0)
+
+
+def _fuzz(name: str, arguments: list[str]) -> NoReturn:
+    import atheris
+
+    with atheris.instrument_imports(include=INSTRUMENTED):
+        from fuzz_targets import TARGETS, checking, dictionary
+    target = TARGETS[name]
+    with tempfile.TemporaryDirectory() as scratch, checking(target) as check:
+        seeds = Path(scratch, "seeds")
+        seeds.mkdir()
+        for number, seed in enumerate(target.seeds()):
+            (seeds / str(number)).write_bytes(seed)
+        words = Path(scratch, "words")
+        words.write_text(dictionary(target.words))
+        if target.words:
+            arguments.append(f"-dict={words}")
+        atheris.Setup([sys.argv[0], *arguments, str(seeds)], check)
+        atheris.Fuzz()
+    sys.exit()
+
+
+if __name__ == "__main__":
+    if len(sys.argv) > 1 and sys.argv[1].startswith("--inside="):
+        _fuzz(sys.argv[1].partition("=")[2], sys.argv[2:])
+    sys.exit(main())
