@@ -10,12 +10,17 @@ Everything wrong raises `ModelError`, and the message says what to do about it.
 import hashlib
 import json
 import logging
+import os
 from pathlib import Path
 from typing import Any
 
 from eggroll_llm.errors import ModelError
+from eggroll_llm.inert import inert
+from eggroll_llm.nesting import parse_json
 
 log = logging.getLogger(__name__)
+
+_NAME_LIMIT = 255  # bytes
 
 TESTED_ARCHITECTURES = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 """Served, perturbed and updated by our tests. Others are tried: the engine refuses what vLLM cannot adapt."""
@@ -52,7 +57,7 @@ def check_model(directory: Path) -> str:
             f"use one such as {', '.join(TESTED_ARCHITECTURES)}"
         )
     if architecture not in TESTED_ARCHITECTURES:
-        log.warning("architecture %s is not covered by our tests", architecture)
+        log.warning("architecture %s is not covered by our tests", inert(architecture))
     for weights in weight_files(directory):
         _check_complete(weights)
     return architecture
@@ -87,7 +92,7 @@ def model_identity(directory: Path) -> str:
 def _read_config(directory: Path) -> dict[str, Any]:
     path = directory / "config.json"
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = parse_json(path.read_bytes())
     except FileNotFoundError as error:
         raise ModelError(f"{directory} has no config.json: name the directory of a Hugging Face model") from error
     except (OSError, ValueError) as error:
@@ -103,7 +108,11 @@ def weight_files(directory: Path) -> list[Path]:
     index = directory / "model.safetensors.index.json"
     if index.is_file():
         try:
-            shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            shards = sorted(set(parse_json(index.read_bytes())["weight_map"].values()))
+            if not shards or any(
+                Path(shard).name != shard or len(os.fsencode(shard)) > _NAME_LIMIT for shard in shards
+            ):
+                raise ValueError("it names no files of the directory")
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ModelError(f"{index} is not a safetensors index ({error}): restore it from the original") from error
         if missing := [shard for shard in shards if not (directory / shard).is_file()]:
@@ -138,6 +147,8 @@ def _check_complete(weights: Path) -> None:
     try:
         header, header_size = _read_header(weights)
         tensors = [entry for name, entry in header.items() if name != "__metadata__"]
+        if any(type(size) is not int or size < 0 for entry in tensors for size in entry["shape"]):
+            raise ValueError("the shape of a tensor is none")
         expected = 8 + header_size + max((entry["data_offsets"][1] for entry in tensors), default=0)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise ModelError(f"{weights} is not a safetensors file ({error}): copy or download it again") from error
@@ -151,4 +162,4 @@ def _read_header(weights: Path) -> tuple[dict[str, Any], int]:
     size = weights.stat().st_size
     with weights.open("rb") as file:
         header_size = int.from_bytes(file.read(8), "little")
-        return (json.loads(file.read(header_size)) if header_size <= size else {}), header_size
+        return (parse_json(file.read(header_size)) if header_size <= size else {}), header_size

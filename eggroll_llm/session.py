@@ -181,9 +181,10 @@ def encode(prompter: Prompter, task: Task, problems: Sequence[Problem]) -> Probl
 
 
 def context_limit(model_dir: Path) -> int:
-    """Return the longest context that the model was made for."""
+    """Return the longest context that the model was made for; a very long one where its file names no number."""
     config = json.loads((model_dir / "config.json").read_text(encoding="utf-8"))
-    return int(config.get("max_position_embeddings", 2**31))
+    limit = config.get("max_position_embeddings")
+    return limit if isinstance(limit, int) else 2**31
 
 
 def start_engine(prepared: Prepared) -> Any:

@@ -135,7 +135,38 @@ def test_untested_architectures_are_tried_with_a_warning(copied: Path, caplog: p
     assert "MistralForCausalLM is not covered by our tests" in caplog.text
 
 
-@pytest.mark.parametrize("content", [b"{", b"[]", b"\xff\xfe", b""])
+def test_an_architecture_is_shown_inert(copied: Path, caplog: pytest.LogCaptureFixture) -> None:
+    edit_config(copied, architectures=["\x1b[2JForCausalLM"])
+    check_model(copied)
+    assert r"architecture \x1b[2JForCausalLM is not covered" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "shard", [3, None, [], ["model.safetensors"], "x" * 300, "../model.safetensors", "/model.safetensors", "\ud800"]
+)
+def test_an_index_names_files_of_the_directory(copied: Path, shard: object) -> None:
+    index = copied / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": shard}}))
+    with pytest.raises(ModelError, match=r"index\.json is not a safetensors index \(.*\): restore it"):
+        check_model(copied)
+
+
+@pytest.mark.parametrize("content", ['{"weight_map": ' + "[" * 2000 + "]" * 2000 + "}", '{"weight_map": {}}', "[]"])
+def test_an_index_of_something_else(copied: Path, content: str) -> None:
+    (copied / "model.safetensors.index.json").write_text(content)
+    with pytest.raises(ModelError, match=r"index\.json is not a safetensors index \(.*\): restore it"):
+        check_model(copied)
+
+
+@pytest.mark.parametrize("shape", ["2", "[2.0]", "[-2]", "null", "[[2]]", "[" * 2000 + "]" * 2000])
+def test_a_header_with_a_shape_that_is_none(copied: Path, shape: str) -> None:
+    header = f'{{"a": {{"dtype": "F32", "shape": {shape}, "data_offsets": [0, 8]}}}}'.encode()
+    (copied / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(8))
+    with pytest.raises(ModelError, match=r"model\.safetensors is not a safetensors file \(.*\): copy or download"):
+        check_model(copied)
+
+
+@pytest.mark.parametrize("content", [b"{", b"[]", b"\xff\xfe", b"", b'{"a": ' + b"[" * 2000 + b"]" * 2000 + b"}"])
 def test_unreadable_config(copied: Path, content: bytes) -> None:
     (copied / "config.json").write_bytes(content)
     with pytest.raises(ModelError, match="restore it from the original"):

@@ -384,8 +384,9 @@ def test_chat_needs_a_template(config: RunConfig, folder: Path, tiny_model: Call
 
 def test_context_limit(tmp_path: Path, tiny_model: Callable[[str], Path]) -> None:
     assert context_limit(tiny_model("qwen3")) == 512
-    (tmp_path / "config.json").write_text("{}")
-    assert context_limit(tmp_path) == 2**31
+    for text in ("{}", '{"max_position_embeddings": null}', '{"max_position_embeddings": "long"}'):
+        (tmp_path / "config.json").write_text(text)
+        assert context_limit(tmp_path) == 2**31
 
 
 def test_outcome_is_read_from_the_directory(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from fuzz_common import DEEP, SECONDS, refused
+from fuzz_common import HARD_JSON, SECONDS, refused
 from fuzz_graders import as_text, in_time
 from fuzz_toml import canonical
 from made_up_runs import write_run
@@ -30,24 +30,6 @@ from eval.runs import read_runs
 from rewards import countdown, gsm8k
 
 HEADER = JournalHeader(frozen_hash="a" * 64, base_model="smollm2@123", train="b", held_out="c")
-HARD_JSON = [
-    *(b"[" * depth + b"]" * depth for depth in (300, 900, 980, DEEP)),
-    *(b'{"a":' * depth + b"1" + b"}" * depth for depth in (300, 900, 980, DEEP)),
-    *(
-        b"9" * 4000,
-        b"9" * 4500,
-        b"1" + b"0" * 400,
-        b"1e999",
-        b"-0",
-        b"NaN",
-        b'"\\ud800"',
-        b"null",
-        b"true",
-        b"[]",
-        b"{}",
-    ),
-]
-"""Values at and beyond what Python's reader, writer and floats can hold."""
 
 
 def check_journal(data: bytes, folder: Path) -> None:

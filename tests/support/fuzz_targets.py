@@ -9,8 +9,9 @@ from pathlib import Path
 
 import fuzz_graders
 import fuzz_lines
+import fuzz_model
 import fuzz_toml
-from fuzz_common import DEEP
+from fuzz_common import DEEP, HARD_JSON
 
 Check = Callable[[bytes], None]
 
@@ -51,7 +52,8 @@ _TOML = (
 _JSON = (
     *_words('{ } [ ] : , "a" "step": null true NaN Infinity -0 1.5 1e400 \\ud800 "crc" "format" "fitness" "dropped"'),
     *_words('"nums" "numbers" "target" "solution" "question" "answer" "scores" "settings" ####'),
-    *fuzz_lines.HARD_JSON,
+    *_words('"weight_map" "architectures" "LlamaForCausalLM" "shape" "data_offsets" "auto_map" "__metadata__"'),
+    *HARD_JSON,
     *(b"\n", b"\r\n", b"\xff", b"\x00"),
 )
 
@@ -67,6 +69,7 @@ TARGETS = {
     "journal-damage": Target(check=fuzz_lines.check_journal_damage, seeds=fuzz_lines.damage_seeds, words=()),
     "jsonl": Target(check=fuzz_lines.check_jsonl, seeds=fuzz_lines.jsonl_seeds, words=_JSON),
     "rows": Target(check=fuzz_lines.check_rows, seeds=fuzz_lines.row_seeds, words=_JSON),
+    "model": Target(check=fuzz_model.check_model_files, seeds=fuzz_model.model_seeds, words=_JSON),
     "shown": Target(check=fuzz_lines.check_shown, seeds=fuzz_lines.shown_seeds, words=_MARKERS),
 }
 
