@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from eggroll_llm.atomic import describe_failure, fsync_tree, recover, remove_directory, replace_directory
 from eggroll_llm.errors import CheckpointError
+from eggroll_llm.nesting import parse_json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -99,12 +100,14 @@ def verify_checkpoint(path: Path) -> Checkpoint:
     manifest = _read_manifest(path)
     for name, expected in manifest["files"].items():
         file = path / name
-        if not file.is_file():
-            raise CheckpointError(f"{file}: missing from the checkpoint. Use another checkpoint.")
-        size = file.stat().st_size
-        if size != expected["size"]:
-            raise CheckpointError(f"{file}: {size} bytes, but {expected['size']} were written. Use another checkpoint.")
         try:
+            if not file.is_file():
+                raise CheckpointError(f"{file}: missing from the checkpoint. Use another checkpoint.")
+            size = file.stat().st_size
+            if size != expected["size"]:
+                raise CheckpointError(
+                    f"{file}: {size} bytes, but {expected['size']} were written. Use another checkpoint."
+                )
             found = _sha256(file)
         except OSError as error:
             raise CheckpointError(f"{file}: cannot be read ({error.strerror}). Use another checkpoint.") from error
@@ -205,24 +208,38 @@ def _manifest(folder: Path, step: int, metadata: Mapping[str, Any]) -> str:
 def _read_manifest(path: Path) -> dict[str, Any]:
     file = path / MANIFEST
     try:
-        content = json.loads(file.read_bytes())
+        content = parse_json(file.read_bytes())
         stored = content.pop("sha256")
     except OSError as error:
         raise CheckpointError(
             f"{file}: cannot be read ({error.strerror}). Name a complete checkpoint directory."
         ) from None
-    except (ValueError, AttributeError, KeyError, TypeError, RecursionError):
+    except (ValueError, AttributeError, KeyError, TypeError):
         raise CheckpointError(f"{file}: not a manifest. Use another checkpoint.") from None
     if stored != _content_hash(content):
         raise CheckpointError(
             f"{file}: content changed since it was written (SHA-256 differs). Use another checkpoint."
         )
-    if content["format"] != FORMAT:
+    if content.get("format") != FORMAT:
         raise CheckpointError(
-            f"{file}: checkpoint format {content['format']}, but this version reads format {FORMAT}. "
+            f"{file}: checkpoint format {content.get('format')!r:.40}, but this version reads format {FORMAT}. "
             "Use the version that wrote it."
         )
+    if not _is_manifest(content):
+        raise CheckpointError(f"{file}: not a manifest. Use another checkpoint.")
     return dict(content)
+
+
+def _is_manifest(content: Mapping[str, Any]) -> bool:
+    """Whether it says what a manifest says: a hash that is right does not mean that we have written it."""
+    files = content.get("files")
+    return (
+        type(content.get("step")) is int
+        and isinstance(content.get("metadata"), dict)
+        and isinstance(files, dict)
+        and all(isinstance(entry, dict) and {"size", "sha256"} <= entry.keys() for entry in files.values())
+        and not any(name.startswith("/") or ".." in name.split("/") for name in files)
+    )
 
 
 def _content_hash(content: Mapping[str, Any]) -> str:

@@ -6,6 +6,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -151,6 +152,33 @@ def test_metadata_cannot_change_unnoticed(root: Path) -> None:
     content["metadata"]["journal_step"] = 8
     (path / MANIFEST).write_text(json.dumps(content))
     with pytest.raises(CheckpointError, match=r"manifest\.json: content changed"):
+        verify_checkpoint(path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"format": None}, "checkpoint format None, but this version reads"),
+        ({"step": "1"}, "not a manifest"),
+        ({"metadata": None}, "not a manifest"),
+        ({"files": [1]}, "not a manifest"),
+        ({"files": {"empty": 3}}, "not a manifest"),
+        ({"files": {"empty": {"size": 0}}}, "not a manifest"),
+        ({"files": {"../outside": {"size": 0, "sha256": ""}}}, "not a manifest"),
+        ({"files": {"/outside": {"size": 0, "sha256": ""}}}, "not a manifest"),
+        ({"files": {"x" * 300: {"size": 0, "sha256": ""}}}, "cannot be read .File name too long"),
+        ({"more": json.loads("[" * 500 + "]" * 500)}, "not a manifest"),
+    ],
+)
+def test_a_manifest_with_the_right_hash_says_what_a_manifest_says(
+    root: Path, changes: dict[str, Any], said: str
+) -> None:
+    path = save(root, 1)
+    content = json.loads((path / MANIFEST).read_text()) | changes
+    del content["sha256"]
+    content["sha256"] = checkpoint._content_hash(content)
+    (path / MANIFEST).write_text(json.dumps(content))
+    with pytest.raises(CheckpointError, match=said):
         verify_checkpoint(path)
 
 

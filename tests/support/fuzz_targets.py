@@ -70,6 +70,7 @@ TARGETS = {
     "jsonl": Target(check=fuzz_lines.check_jsonl, seeds=fuzz_lines.jsonl_seeds, words=_JSON),
     "rows": Target(check=fuzz_lines.check_rows, seeds=fuzz_lines.row_seeds, words=_JSON),
     "model": Target(check=fuzz_model.check_model_files, seeds=fuzz_model.model_seeds, words=_JSON),
+    "manifest": Target(check=fuzz_model.check_manifest, seeds=fuzz_model.manifest_seeds, words=_JSON),
     "shown": Target(check=fuzz_lines.check_shown, seeds=fuzz_lines.shown_seeds, words=_MARKERS),
 }
 
