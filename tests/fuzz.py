@@ -9,6 +9,7 @@ and saved as TARGET-crash-HASH (or -timeout-, -oom-), beside DIR or else in the 
 """
 
 import argparse
+import importlib.util
 import re
 import subprocess
 import sys
@@ -31,12 +32,16 @@ _SHOWN = re.compile(
 
 def main() -> int:
     """Run libFuzzer, which ends its process as it likes, in another one; tell what came of it."""
+    from fuzz_targets import TARGETS
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("target")
+    parser.add_argument("target", choices=TARGETS)
     parser.add_argument("--seconds", type=int, default=60, help="how long to try (default: %(default)s)")
     parser.add_argument("--corpus", type=Path, help="where inputs are kept, and found again")
     parser.add_argument("--seed", type=int, default=1, help="of libFuzzer's choices (default: %(default)s)")
     options = parser.parse_args()
+    if importlib.util.find_spec("atheris") is None:
+        parser.error("atheris is not installed: pip install --no-deps atheris==3.0.0")
     with tempfile.TemporaryDirectory() as scratch:
         corpus = options.corpus or Path(scratch, "corpus")
         corpus.mkdir(parents=True, exist_ok=True)

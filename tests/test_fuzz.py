@@ -1,9 +1,22 @@
 """What is fuzzed holds of every input to start from, of each with hypothesis's edits, and of what fuzzing has found."""
 
+import importlib.util
+import json
+import math
+import re
+import subprocess
+import sys
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
 import pytest
-from fuzz_targets import TARGETS, Target, checking
+from fuzz_graders import in_time
+from fuzz_targets import TARGETS, Check, Target, checking
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+FUZZ = Path(__file__).with_name("fuzz.py")
 
 
 def edits(target: Target) -> st.SearchStrategy[list[tuple[int, int, bytes]]]:
@@ -34,3 +47,67 @@ def test_edited_inputs(name: str) -> None:
 
     with checking(target) as check:
         holds()
+
+
+def breaks(check: Check, data: bytes) -> bool:
+    try:
+        check(data)
+    except Exception:
+        return True
+    return False
+
+
+@pytest.mark.parametrize(
+    ("name", "place", "wrong"),
+    [
+        ("countdown", "rewards.countdown._evaluate", lambda steps: Fraction(98)),
+        ("countdown", "rewards.countdown._meets", lambda value, goal: True),
+        ("gsm8k", "rewards.gsm8k._normalise", str.strip),
+        ("gsm8k", "rewards.gsm8k.read_number", lambda text: text),
+        ("recipe", "eggroll_llm.toml_text.too_deep", lambda value: False),
+        ("recipe", "eggroll_llm.toml_text.LARGEST", math.inf),
+        ("flags", "eggroll_llm.overrides.too_deep", lambda value: False),
+        ("sweep", "eggroll_llm.sweep.load_recipe", lambda path, flags: None),
+        ("journal", "eggroll_llm.journal._is_update", lambda fields: True),
+        ("journal-damage", "eggroll_llm.journal._decode", lambda line: (json.loads(line[:-19] + b"}"), "")),
+        ("jsonl", "eggroll_llm.jsonl.parse_json", json.loads),
+        ("jsonl", "eggroll_llm.samples.parse_json", json.loads),
+        ("rows", "eggroll_llm.tasks.rows.parse_json", json.loads),
+        ("model", "eggroll_llm.model_files.parse_json", json.loads),
+        ("manifest", "eggroll_llm.checkpoint._is_manifest", lambda content: True),
+        ("shown", "eggroll_llm.display.inert", lambda text, limit=0: text),
+    ],
+)
+def test_what_is_wrong_is_noticed(name: str, place: str, wrong: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(place, wrong)
+    with checking(TARGETS[name]) as check:
+        assert any(breaks(check, seed) for seed in TARGETS[name].seeds())
+
+
+def test_what_takes_long_is_noticed() -> None:
+    assert in_time(lambda: 3, seconds=10.0) == 3
+    with pytest.raises(AssertionError, match=r"took 0\.0\d\d s"):
+        in_time(lambda: 3, seconds=0.0)
+
+
+def fuzz(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, FUZZ, *arguments], capture_output=True, text=True)
+
+
+def test_without_atheris_it_says_what_to_install() -> None:
+    if importlib.util.find_spec("atheris"):
+        pytest.skip("atheris is installed")
+    result = fuzz("rows")
+    assert result.returncode == 2
+    assert "atheris is not installed: pip install --no-deps atheris==3.0.0" in result.stderr
+
+
+@pytest.mark.slow
+def test_with_atheris_it_fuzzes(tmp_path: Path) -> None:
+    if not importlib.util.find_spec("atheris"):
+        pytest.skip("atheris is not installed")
+    result = fuzz("rows", "--seconds=2", f"--corpus={tmp_path / 'corpus'}")
+    numbers = r"rows: [1-9]\d* inputs, [1-9]\d* edges, [1-9]\d* features, [1-9]\d* inputs kept, \d+ s: nothing found\n"
+    assert re.search(numbers, result.stdout)
+    assert any((tmp_path / "corpus").iterdir())
+    assert result.returncode == 0

@@ -79,7 +79,7 @@ def check_journal_damage(data: bytes, folder: Path) -> None:
         size = 1 + (what >> 2)
         match what % 4:
             case 0:
-                content[at : at + 1] = bytes(byte ^ (size + (what > 127)) for byte in content[at : at + 1])
+                content[at : at + 1] = bytes(byte ^ size for byte in content[at : at + 1])
             case 1:
                 del content[at : at + size]
             case 2:

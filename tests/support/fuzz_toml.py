@@ -87,10 +87,10 @@ def recipe_seeds() -> list[bytes]:
 
 def _hard_toml(before: bytes) -> list[bytes]:
     """Values that are deeper than Python's stack, and longer than it writes integers, each under a key that is free."""
-    dotted, table = b"[deep]\n" + b"a." * DEEP + b"b = 1", b"[deep." + b"a." * DEEP + b"b]"
+    dotted = [b"a." * depth + b"b = 1" for depth in (90, 600, DEEP)]
     nested = [b"x = " + b"[" * depth + b"]" * depth for depth in (60, 180, 290, DEEP)]
-    values = [b"x = " + b"{ a = " * 150 + b"1" + b" }" * 150, b"x = 0x" + b"f" * 4000, *nested]
-    tables = [dotted, table, *(b"[deep]\n" + value for value in values)]
+    values = [*dotted, b"x = " + b"{ a = " * 150 + b"1" + b" }" * 150, b"x = 0x" + b"f" * 4000, *nested]
+    tables = [b"[deep." + b"a." * DEEP + b"b]", *(b"[deep]\n" + value for value in values)]
     return [before + table.replace(b"[deep", b"[" + key) for key in (b"task_options.y", b"es.y") for table in tables]
 
 
