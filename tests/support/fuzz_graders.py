@@ -43,7 +43,8 @@ def check_countdown(data: bytes) -> None:
     for use_all in (True, False):
         for answer_format in ("tag", "line"):
             _check_countdown(text, numbers, target, use_all, answer_format)
-    assert countdown.score(f"<think>{text}</think>{text}", numbers, target) == countdown.score(text, numbers, target)
+    for same in (f"<think>{text}</think>{text}", f"Thinking.\n{text}", f"{text}\n"):
+        assert countdown.score(same, numbers, target) == countdown.score(text, numbers, target)
 
 
 def _problem(line: str) -> tuple[Any, Any]:
@@ -116,7 +117,8 @@ def check_gsm8k(data: bytes) -> None:
             else:
                 assert score.correct == published(method, text, gold)
     assert readings["robust", True] in (None, readings["robust", False])
-    assert gsm8k.read_answer(f"<think>{text}</think>{text}") == readings["robust", False]
+    for same in (f"<think>{text}</think>{text}", f"Thinking.\n{text}", f"{text}\n", f"{text}</s>"):
+        assert gsm8k.read_answer(same) == readings["robust", False]
     messages = [{"role": "assistant", "content": [{"type": "text", "text": text}, {"type": "image"}]}]
     assert text_of(messages) == text
 
