@@ -24,6 +24,8 @@ LONGEST = 8192
 """Bytes of an input."""
 HANG_SECONDS = 10
 MEMORY_MIB = 4096
+INSIDE = "--inside"
+"""First argument of the process in which libFuzzer runs."""
 _PROGRESS = re.compile(r"#(\d+)\s.*cov: (\d+) ft: (\d+) corp: (\d+)/")
 _SHOWN = re.compile(
     r"Uncaught Python exception|==\d+== ERROR|Traceback|^ |^\w+(\.\w+)*(Error|Exception)\b|Test unit written"
@@ -32,7 +34,7 @@ _SHOWN = re.compile(
 
 def main() -> int:
     """Run libFuzzer, which ends its process as it likes, in another one; tell what came of it."""
-    from fuzz_targets import TARGETS
+    from fuzz_targets import MEMORY, TARGETS
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("target", choices=TARGETS)
@@ -42,7 +44,7 @@ def main() -> int:
     options = parser.parse_args()
     if importlib.util.find_spec("atheris") is None:
         parser.error("atheris is not installed: pip install --no-deps atheris==3.0.0")
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory(prefix="fuzz-", dir=MEMORY) as scratch:
         corpus = options.corpus or Path(scratch, "corpus")
         corpus.mkdir(parents=True, exist_ok=True)
         beside = corpus.parent if options.corpus else Path()
@@ -54,7 +56,7 @@ def main() -> int:
             "rss_limit_mb": MEMORY_MIB,
             "artifact_prefix": beside / f"{options.target}-",
         }
-        inside = [sys.executable, __file__, f"--inside={options.target}"]
+        inside = [sys.executable, __file__, INSIDE, options.target, scratch]
         return _watch(options.target, [*inside, *(f"-{key}={value}" for key, value in arguments.items()), str(corpus)])
 
 
@@ -77,27 +79,26 @@ def _watch(target: str, command: list[str]) -> int:
     return int(child.returncode != 0)
 
 
-def _fuzz(name: str, arguments: list[str]) -> NoReturn:
+def _fuzz(name: str, scratch: Path, arguments: list[str]) -> NoReturn:
+    """Fuzz in this process, which nothing but libFuzzer ends: whoever started it removes `scratch`."""
     import atheris
 
     with atheris.instrument_imports(include=INSTRUMENTED):
-        from fuzz_targets import TARGETS, checking, dictionary
-    target = TARGETS[name]
-    with tempfile.TemporaryDirectory() as scratch, checking(target) as check:
-        seeds = Path(scratch, "seeds")
-        seeds.mkdir()
-        for number, seed in enumerate(target.seeds()):
-            (seeds / str(number)).write_bytes(seed)
-        words = Path(scratch, "words")
+        from fuzz_targets import TARGETS, dictionary
+    target, seeds, words, folder = TARGETS[name], scratch / "seeds", scratch / "words", scratch / "folder"
+    seeds.mkdir()
+    folder.mkdir()
+    for number, seed in enumerate(target.seeds()):
+        (seeds / str(number)).write_bytes(seed)
+    if target.words:
         words.write_text(dictionary(target.words))
-        if target.words:
-            arguments.append(f"-dict={words}")
-        atheris.Setup([sys.argv[0], *arguments, str(seeds)], check)
-        atheris.Fuzz()
+        arguments.append(f"-dict={words}")
+    atheris.Setup([sys.argv[0], *arguments, str(seeds)], lambda data: target.check(data, folder))
+    atheris.Fuzz()
     sys.exit()
 
 
 if __name__ == "__main__":
-    if len(sys.argv) > 1 and sys.argv[1].startswith("--inside="):
-        _fuzz(sys.argv[1].partition("=")[2], sys.argv[2:])
+    if sys.argv[1:2] == [INSIDE]:
+        _fuzz(sys.argv[2], Path(sys.argv[3]), sys.argv[4:])
     sys.exit(main())

@@ -1,6 +1,5 @@
 """What is fuzzed: by name a check of bytes, inputs to start from, and words of the language of the inputs."""
 
-import functools
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,6 +13,8 @@ import fuzz_toml
 from fuzz_common import DEEP, HARD_JSON
 
 Check = Callable[[bytes], None]
+MEMORY = "/dev/shm" if Path("/dev/shm").is_dir() else None
+"""Where files cost least."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -77,14 +78,9 @@ TARGETS = {
 
 @contextmanager
 def checking(target: Target) -> Iterator[Check]:
-    """The check with a folder in memory where there is one, gone afterwards."""
-    memory = Path("/dev/shm")
-    with tempfile.TemporaryDirectory(prefix="fuzz-", dir=memory if memory.is_dir() else None) as folder:
-        yield functools.partial(_run, target, Path(folder))
-
-
-def _run(target: Target, folder: Path, data: bytes) -> None:
-    target.check(data, folder)
+    """The check with a folder that is gone afterwards."""
+    with tempfile.TemporaryDirectory(prefix="fuzz-", dir=MEMORY) as folder:
+        yield lambda data: target.check(data, Path(folder))
 
 
 def dictionary(words: tuple[bytes, ...]) -> str:
