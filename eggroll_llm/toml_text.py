@@ -188,7 +188,8 @@ def _format_key(key: object, where: str) -> str:
 def _format_string(value: str, key: str) -> str:
     if any("\ud800" <= char <= "\udfff" for char in value):
         raise ConfigError(f"{key} = {value!a}: not valid Unicode text. Remove the undecodable bytes.")
-    return '"' + "".join(_ESCAPES.get(c) or (f"\\u{ord(c):04X}" if c < " " or c == "\x7f" else c) for c in value) + '"'
+    # More than TOML asks for is escaped, so that nothing acts on the terminal that shows the text.
+    return '"' + "".join(_ESCAPES.get(c) or (c if c.isprintable() else f"\\U{ord(c):08X}") for c in value) + '"'
 
 
 def _key_parts(dotted: str) -> tuple[str, ...]:

@@ -33,6 +33,14 @@ def test_numbers_are_written_exactly(value: float) -> None:
     assert (repr(back), type(back)) == (repr(value), type(value))
 
 
+def test_written_text_does_nothing_to_a_terminal() -> None:
+    text = '\x1b[2J\x7f\x9b\u202e\u2028\ufeff\U000e0001\t\n"\\ é 九'
+    written = write_toml({"x": text, text: 1})
+    assert all(line.isprintable() for line in written.split("\n"))
+    assert "é 九" in written
+    assert tomllib.loads(written) == {"x": text, text: 1}
+
+
 def test_what_toml_cannot_hold_is_refused_by_key() -> None:
     with pytest.raises(ConfigError, match=r"t\.x = '\\udcff': not valid Unicode"):
         write_toml({"t": {"x": "\udcff"}})

@@ -42,6 +42,7 @@ def canonical(value: Any) -> str:
 def _check_config(config: RunConfig, folder: Path) -> None:
     path = folder / "written.toml"
     path.write_text(to_toml(config), encoding="utf-8")
+    assert all(line.isprintable() for line in to_toml(config).split("\n"))
     again = load_recipe(path)
     assert differences(config, again) == []
     assert frozen_hash(again) == frozen_hash(config)
