@@ -43,6 +43,8 @@ class JournalHeader:
     """Hash of the problems to train on and their prompts; empty in journals that do not say."""
     held_out: str = ""
     """Hash of the problems to evaluate on and their prompts; empty in journals that do not say."""
+    task_file: str = ""
+    """Hash of the file of a user's task; empty for other tasks, and in journals that do not say."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -244,7 +246,9 @@ def _parse_header(path: Path, fields: dict[str, Any]) -> JournalHeader:
             f"{path}:1: journal format {fields.get('format')!r:.40}, but this version reads format {FORMAT}. "
             "Use the version that wrote it."
         )
-    texts = {"train": "", "held_out": ""} | {key: value for key, value in fields.items() if key != "format"}
+    texts = {"train": "", "held_out": "", "task_file": ""} | {
+        key: value for key, value in fields.items() if key != "format"
+    }
     if texts.keys() != _HEADER_KEYS or not all(isinstance(text, str) for text in texts.values()):
         raise JournalError(f"{path}:1: is not the header of a journal. Restore the file from a backup.")
     return JournalHeader(**texts)

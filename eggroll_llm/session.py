@@ -5,6 +5,7 @@ Everything that can be known without the engine is checked before it starts.
 
 import copy
 import dataclasses
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,17 +14,9 @@ from typing import Any
 
 from eggroll_llm import embedded
 from eggroll_llm.budget import check_memory
-from eggroll_llm.checkpoint import Checkpoint, clean, list_checkpoints, load_training_state, newest_valid, remove_after
+from eggroll_llm.checkpoint import Checkpoint, clean
 from eggroll_llm.config import RunConfig, check_resume, flat, frozen_hash, load_recipe, to_toml
-from eggroll_llm.errors import (
-    CheckpointError,
-    ConfigError,
-    EngineError,
-    JournalError,
-    RunDirError,
-    TaskError,
-    TrainingError,
-)
+from eggroll_llm.errors import ConfigError, EngineError, TaskError, TrainingError
 from eggroll_llm.evaluate import Evaluation
 from eggroll_llm.grpo import GrpoTrainer, check_installed
 from eggroll_llm.hardware import resolve_dtype, serves_on_cpu
@@ -32,6 +25,7 @@ from eggroll_llm.jsonl import to_json
 from eggroll_llm.loop import Display, Loop
 from eggroll_llm.models import model_identity, resolve_model
 from eggroll_llm.prompts import ProblemSet, Prompter, needed_context, problems_hash
+from eggroll_llm.resume import by_checkpoint, by_journal, restore, say_what_was_found
 from eggroll_llm.run_dir import OnExisting, RunDir
 from eggroll_llm.scoring import Scorer
 from eggroll_llm.targets import check_rank
@@ -205,15 +199,9 @@ def train(config: RunConfig, recipe_dir: Path, run_path: Path, on_existing: OnEx
     """Train to the limit, write `final/` and return what came out. Raises UserError."""
     RunDir.check(run_path, on_existing)
     prepared = prepare(config, recipe_dir)
-    config = prepared.config
+    config, header = prepared.config, journal_header(prepared)
     for note in (*prepared.task.notes, *prepared.notes):
         display.message(note)
-    header = JournalHeader(
-        frozen_hash=frozen_hash(config),
-        base_model=model_identity(prepared.model_dir),
-        train=problems_hash(prepared.train),
-        held_out=problems_hash(prepared.held_out),
-    )
     with RunDir.create(run_path, to_toml(config), on_existing) as run:
         if run.resumed:
             check_resume(load_recipe(run.config), config, saved_in=str(run.config))
@@ -224,144 +212,78 @@ def train(config: RunConfig, recipe_dir: Path, run_path: Path, on_existing: OnEx
         ):
             if run.resumed:
                 run.write_config(to_toml(config))
-            if run.stale_lock:
-                display.message(f"the last process to train here ended without closing the run: {run.stale_lock}")
-            if journal.dropped_tail:
-                display.message(journal.dropped_tail)
-            checkpoint = None
+            say_what_was_found(run, journal, header, display)
             if config.method == "es":
-                _check_journal(journal, run)
-                journal.truncate_after(run.last_logged_step() or 0)
-                step = journal.last_step
-                _forget_later(run, step, display)
+                step, checkpoint = by_journal(run, journal, display), None
             else:
-                checkpoint = _newest(run, None, display)
-                step = checkpoint.step if checkpoint else 0
-                _check_logged(run, step)
+                step, checkpoint = by_checkpoint(run, display)
             run.truncate_logs(step or -1)
-            display.message("starting the engine")
-            engine = start_engine(prepared)
-            trackers = Trackers(config.log, run.path, flat(config), display.message)
-            try:
-                loop = Loop(
-                    config,
-                    engine,
-                    scorer,
-                    prepared.held_out,
-                    tuple(prepared.task.stop),
-                    run,
-                    journal,
-                    display,
-                    step=step,
-                    metrics=run.read_metrics() if step else (),
-                    trackers=trackers,
-                )
-                engine.watchdog.describe = loop.stopped_by
-                trainer: EsTrainer | GrpoTrainer
-                if config.method == "es":
-                    checkpoint = restore(engine, config, run, journal, display)
-                    trainer = EsTrainer(loop, prepared.train)
-                else:
-                    if run.resumed:
-                        display.message(f"resuming after step {step}: " + (_FROM if step else _FROM_START))
-                    trainer = GrpoTrainer(loop, prepared.train, model_dir=prepared.model_dir, checkpoint=checkpoint)
-                loop.resumed_from = checkpoint.path if checkpoint else None
-                evaluation = trainer.run()
-                run.write_final(trainer.export)
-            except EngineError as error:
-                raise TrainingError(loop.stopped_by(str(error))) from error
-            finally:
-                trackers.close()
-                engine.close()
+            evaluation = _train_from(step, checkpoint, prepared, scorer, run, journal, display)
         return outcome(run, evaluation)
+
+
+def _train_from(
+    step: int,
+    checkpoint: Checkpoint | None,
+    prepared: Prepared,
+    scorer: Scorer,
+    run: RunDir,
+    journal: Journal,
+    display: Display,
+) -> Evaluation | None:
+    """Start the engine, train on after `step`, and write `final/`; return the last evaluation if it was done here."""
+    config = prepared.config
+    display.message("starting the engine")
+    engine = start_engine(prepared)
+    trackers = Trackers(config.log, run.path, flat(config), display.message)
+    try:
+        loop = Loop(
+            config,
+            engine,
+            scorer,
+            prepared.held_out,
+            tuple(prepared.task.stop),
+            run,
+            journal,
+            display,
+            step=step,
+            metrics=run.read_metrics() if step else (),
+            trackers=trackers,
+        )
+        engine.watchdog.describe = loop.stopped_by
+        trainer: EsTrainer | GrpoTrainer
+        if config.method == "es":
+            checkpoint = restore(engine, config, run, journal, display)
+            trainer = EsTrainer(loop, prepared.train)
+        else:
+            if run.resumed:
+                display.message(f"resuming after step {step}: " + (_FROM if step else _FROM_START))
+            trainer = GrpoTrainer(loop, prepared.train, model_dir=prepared.model_dir, checkpoint=checkpoint)
+        loop.resumed_from = checkpoint.path if checkpoint else None
+        evaluation = trainer.run()
+        run.write_final(trainer.export)
+    except EngineError as error:
+        raise TrainingError(loop.stopped_by(str(error))) from error
+    finally:
+        trackers.close()
+        engine.close()
+    return evaluation
+
+
+def journal_header(prepared: Prepared) -> JournalHeader:
+    """Return what the updates of a run are updates of."""
+    source = getattr(prepared.task, "source", b"")
+    return JournalHeader(
+        frozen_hash=frozen_hash(prepared.config),
+        base_model=model_identity(prepared.model_dir),
+        train=problems_hash(prepared.train),
+        held_out=problems_hash(prepared.held_out),
+        task_file=hashlib.sha256(source).hexdigest() if source else "",
+    )
 
 
 _FROM = "of its checkpoint; what came after it is done again"
 _FROM_START = "no checkpoint, everything is done again"
-
-
-def _check_journal(journal: Journal, run: RunDir) -> None:
-    """Raise JournalError when journal and metrics differ by more than an interruption can explain.
-
-    A step is in the journal first. One whose metrics are missing is done again, with the same outcome.
-    """
-    logged, last = run.last_logged_step() or 0, journal.last_step
-    if last > logged + 1:
-        raise JournalError(
-            f"{run.metrics}: ends at step {logged}, the journal at step {last}: restore it; the weights are not lost: "
-            f"eggroll-llm replay {run.path} --out DIR"
-        )
-    dropped = bool(journal.dropped_tail)
-    if logged > last + dropped:
-        raise JournalError(
-            f"{journal.path}: ends at step {last}, {run.metrics.name} at step {logged}: restore it from a backup; to "
-            f"go back to step {last} and lose what came after, cut {run.metrics.name} after that step too"
-        )
-    if not last and any(step > dropped for step, _ in list_checkpoints(run.checkpoints)):
-        raise JournalError(
-            f"{journal.path}: holds no updates, but there are checkpoints: restore it from a backup, or start a new "
-            "run directory"
-        )
-
-
-def _forget_later(run: RunDir, step: int, display: Display) -> None:
-    """Remove checkpoints of updates that the journal no longer holds: once it is as long again, it holds others."""
-    if removed := remove_after(run.checkpoints, step):
-        names = ", ".join(path.name for path in removed)
-        display.message(f"{run.checkpoints}: {names} removed: the journal ends at step {step}")
-
-
-def _check_logged(run: RunDir, step: int) -> None:
-    """Raise RunDirError when the metrics end before the checkpoint that the run goes on from."""
-    logged = run.last_logged_step() or 0
-    if step > logged:
-        raise RunDirError(
-            f"{run.metrics}: ends at step {logged}, the newest checkpoint is of step {step}: restore it, or delete the "
-            "checkpoints after it"
-        )
-
-
-def _newest(run: RunDir, at_most: int | None, display: Display) -> Checkpoint | None:
-    """Return the newest valid checkpoint, and show why newer ones are not."""
-    newest = newest_valid(run.checkpoints, at_most=at_most)
-    for refusal in newest.refused:
-        display.message(refusal)
-    return newest.checkpoint
-
-
-def restore(engine: Any, config: RunConfig, run: RunDir, journal: Journal, display: Display) -> Checkpoint | None:
-    """Bring the engine to the last step of the journal: newest valid checkpoint, which is returned, then replay.
-
-    Raises:
-        CheckpointError: the state in it is not that of its weights.
-        JournalError: the replay comes to other weights than were recorded.
-    """
-    from eggroll_llm.replay import check_weights
-    from eggroll_llm.specs import update_spec
-
-    if not journal.last_step:
-        return None
-    checkpoint = _newest(run, journal.last_step, display)
-    start = 0
-    if checkpoint:
-        start = checkpoint.step
-        engine.load_state(load_training_state(checkpoint))
-        if checkpoint.metadata["checksum"] != engine.checksum():
-            raise CheckpointError(
-                f"{checkpoint.path}: its training state is not that of the weights it was saved with. "
-                "Delete that checkpoint: an earlier one and the journal take its place."
-            )
-    display.message(f"resuming after step {journal.last_step}: checkpoint of step {start}, then the journal")
-    pending: list[Any] = []
-    for entry in journal.entries[start : journal.last_step]:
-        if entry.checksum and pending:
-            engine.replay(pending)
-            pending = []
-        check_weights(run.journal, entry, engine.checksum)
-        pending.append(update_spec(config, entry))
-    if pending:
-        engine.replay(pending)
-    return checkpoint
 
 
 def outcome(run: RunDir, evaluation: Evaluation | None = None) -> Outcome:

@@ -268,7 +268,7 @@ def test_a_line_of_another_program_that_is_no_update_is_refused(path: Path, old:
     header = path.read_bytes().splitlines(keepends=True)[0]
     assert old in UPDATE
     path.write_bytes(header + sealed(UPDATE.replace(old, new)))
-    with pytest.raises(JournalError, match=r"journal\.jsonl:2: is not an update\. Restore the file from a backup, or"):
+    with pytest.raises(JournalError, match=r"journal\.jsonl:2: is not an update\. Restore the file from a backup\.$"):
         read_journal(path)
 
 

@@ -339,6 +339,26 @@ def test_a_run_whose_problems_have_changed_is_not_resumed(
         train(config, folder, path, "resume", Quiet())
 
 
+def test_a_run_whose_score_has_changed_says_so_and_goes_on(
+    config: RunConfig, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A mistake in it may have been why the run was stopped."""
+
+    def start(_: Any) -> None:
+        raise Started
+
+    monkeypatch.setattr(session, "start_engine", start)
+    task, display, said = folder / "tasks" / "words.py", Quiet(), []
+    monkeypatch.setattr(display, "message", said.append)
+    for on_existing, source in (("fail", TASK), ("resume", TASK), ("resume", TASK + "# edited\n"), ("resume", TASK)):
+        task.write_text(source)
+        said.append(f"{source == TASK}")
+        with pytest.raises(Started):
+            train(config, folder, folder / "run", on_existing, display)  # type: ignore[arg-type]
+    changed = "the task's file is another than the run began with, so that its rewards may be others too"
+    assert [text for text in said if text in ("True", "False", changed)] == ["True", "True", "False", changed, "True"]
+
+
 def test_a_run_directory_that_cannot_be_used_is_refused_before_the_model_is_looked_for(
     config: RunConfig, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
