@@ -215,7 +215,7 @@ def test_a_journal_that_does_not_know_its_problems_goes_on(path: Path) -> None:
 def test_journal_of_another_format_is_refused(path: Path) -> None:
     data = path.read_bytes()
     fields = json.loads(data.splitlines()[0])
-    assert list(fields) == ["format", "frozen_hash", "base_model", "train", "held_out", "crc"]
+    assert list(fields) == ["format", "frozen_hash", "base_model", "train", "held_out", "task_file", "crc"]
     from eggroll_llm.journal import _encode
 
     del fields["crc"]

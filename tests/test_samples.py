@@ -131,7 +131,7 @@ def test_two_processes_do_not_write_one_file(tmp_path: Path) -> None:
         (line_of(scores={"x": {"correct": True, "reward": 10**400, "detail": ""}}), r":2: is damaged \(int too large"),
     ],
 )
-def test_damage_in_the_middle_names_theline_of(tmp_path: Path, line: bytes, said: str) -> None:
+def test_damage_in_the_middle_names_the_line(tmp_path: Path, line: bytes, said: str) -> None:
     path = tmp_path / "s.jsonl"
     write_samples(path, SETTINGS, [sample(0)])
     head, tail = path.read_bytes().split(b"\n", 1)

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import fake_engine
 import pytest
 from fake_engine import CONFIG, Bench, same_run
 from process_tree import ROOT, ProcessTree, wait_for
@@ -252,7 +253,8 @@ def test_a_sweep_that_is_ended_ends_its_run_with_one_signal(
 def test_a_sweep_goes_on_where_it_was_ended(tree: ProcessTree, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs with the stand-in engine: one that fails, and one that is ended in the middle."""
     file, out, python = tmp_path / "sweep.toml", tmp_path / "out", tmp_path / "python"
-    (tmp_path / "base.toml").write_text(to_toml(dataclasses.replace(CONFIG, seed=3)))
+    config = settle(dataclasses.replace(CONFIG, seed=3), tmp_path)
+    (tmp_path / "base.toml").write_text(to_toml(config))
     file.write_text('recipe = "base.toml"\n[[trials]]\nname = "fails"\n[[trials]]\nname = "run"\nseed = 7\n')
     out.mkdir()
     (out / "fails").touch()
@@ -269,6 +271,7 @@ def test_a_sweep_goes_on_where_it_was_ended(tree: ProcessTree, tmp_path: Path, m
     assert tree.all_end()
 
     bench = Bench(out, monkeypatch)
+    monkeypatch.setattr(fake_engine, "CONFIG", dataclasses.replace(config, seed=CONFIG.seed))
     bench.train("whole")
     monkeypatch.setattr(sys, "executable", str(python))
     monkeypatch.setenv("PYTHONPATH", str(ROOT))

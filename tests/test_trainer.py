@@ -366,20 +366,27 @@ def test_of_several_samples_the_one_that_failed_is_recorded(bench: Bench) -> Non
 
 
 USERS = """
-import os, time
+import os
 from rewards import Score
 
 class Mine:
+    def __init__(self, how):
+        self.how = how
     stop = "\\n"
     def problems(self, split):
         count = 10 if split == "train" else 5
-        return [{{"id": f"{{split}}-{{n}}", "x": [n, 7 - n, 3, 5], "target": 2 + 0.3 * n}} for n in range(count)]
+        return [{"id": f"{split}-{n}", "x": [n, 7 - n, 3, 5], "target": 2 + 0.3 * n} for n in range(count)]
     def prompt(self, problem):
         return "?"
     def score(self, completion, problem):
         member, value = completion.split()
         if member == "5" and problem["x"][0] % 4 == 0:
-            {bad}
+            if self.how == "raises":
+                1 / 0
+            while self.how == "loops":
+                pass
+            if self.how == "exits":
+                os._exit(0)
         reward = -abs(float(value) - problem["target"])
         return Score(reward, reward > -0.5, "near")
 """
@@ -387,21 +394,22 @@ class Mine:
 
 def test_a_users_score_that_loops_or_exits_ends_like_one_that_raises(bench: Bench) -> None:
     """The whole run: weights, journal, completions, metrics, evaluations. Without bad answers it is like one here."""
-    limits = RewardConfig(timeout_seconds=1.0)
-    codes = {"good": "pass", "raises": "1 / 0", "loops": "while True: pass", "exits": "os._exit(0)"}
-    for name, bad in codes.items():
-        (bench.folder / f"{name}.py").write_text(USERS.format(bad=bad))
-        task = load_task(f"{name}.py:Mine", {}, base_dir=bench.folder)
+    limits = RewardConfig(timeout_seconds=2.0)
+    (bench.folder / "users.py").write_text(USERS)
+    for name in ("good", "raises", "loops", "exits"):
+        task = load_task("users.py:Mine", {"how": name}, base_dir=bench.folder)
         outcome = bench.train(name, task=task, steps=2, reward=limits)
         assert outcome.metrics[1]["rewards/failed"] == (0 if name == "good" else 2)
-    bench.train("ours", steps=2)
+    ours = Near()
+    ours.source = USERS.encode()  # type: ignore[attr-defined]  # whose hash the journal has
+    bench.train("ours", task=ours, steps=2)
     same_run(bench.folder / "good", bench.folder / "ours")
     for name in ("loops", "exits"):
         same_run(bench.folder / "raises", bench.folder / name)
     said = [text for text in bench.display.messages if "score() has failed" in text]
     assert [text.partition("failed: ")[2].partition(";")[0] for text in said] == [
         "ZeroDivisionError: division by zero",
-        "score() took longer than 1 s",
+        "score() took longer than 2 s",
         "score() ended its process with status 0",
     ]
 
