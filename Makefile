@@ -13,7 +13,7 @@ help:  ## this list
 install:  ## create or complete .venv; does nothing when it is up to date
 	@scripts/install.sh
 
-demo: install  ## train the embedded model on Countdown (twelve minutes on two cores), accuracy before and after
+demo: install  ## train the embedded model on Countdown (3 to 12 minutes on two cores), accuracy before and after
 	$(BIN)/eggroll-llm train $(RECIPE)
 
 compare: install  ## ES next to GRPO: two tasks, three seeds of each (forty minutes on two cores)
