@@ -183,7 +183,7 @@ class EngineConfig:
     gpu_memory_utilization: float = 0.85
     """Fraction of the GPU's memory that the engine may use."""
     timeout_seconds: float = 1800.0
-    """Seconds without any progress of the engine after which the process ends with status 124; 0 sets no limit."""
+    """Seconds without progress of the engine, or in its start, after which the process ends (status 124); 0: none."""
     threads: int = 0
     """CPU threads; 0 takes all cores. Without a C++ compiler the last bits of an update depend on it."""
 

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import signal
+from collections import defaultdict
 from pathlib import Path
 
 
@@ -30,9 +31,14 @@ def _descendants(root: int) -> list[tuple[int, int]]:
         with contextlib.suppress(OSError):  # it has just ended
             parent, group, session = map(int, stat.read_text(errors="replace").rpartition(")")[2].split()[1:4])
             processes[int(stat.parent.name)] = parent, group, session
-    found = [root]
-    for known in found:  # grows meanwhile
-        found += [
-            pid for pid, (parent, _, session) in processes.items() if known in (parent, session) and pid not in found
-        ]
-    return [(pid, processes[pid][1]) for pid in found[1:]]
+    belonging: defaultdict[int, list[int]] = defaultdict(list)  # to a parent or a session
+    for pid, (parent, _, session) in processes.items():
+        for known in {parent, session}:
+            belonging[known].append(pid)
+    found = {root: None}  # in order
+    waiting = [root]
+    for known in waiting:  # grows meanwhile
+        new = [pid for pid in belonging[known] if pid not in found]
+        found |= dict.fromkeys(new)
+        waiting += new
+    return [(pid, processes[pid][1]) for pid in waiting[1:]]

@@ -102,7 +102,8 @@ def _watch(reading: int) -> NoReturn:
         number = os.read(reading, 1)[0]
         if number in NUMBERS:
             _arrivals.append(time.monotonic())
-            if _arrivals[-1] - _arrivals[0] > SAME_SECONDS:
+            # A terminal that is closed sends its signal twice, by the shell and by the kernel.
+            if number != signal.SIGHUP and _arrivals[-1] - _arrivals[0] > SAME_SECONDS:
                 kill_descendants(os.getpid())
                 os._exit(128 + number)
 

@@ -28,15 +28,24 @@ def by_journal(run: RunDir, journal: Journal, display: Display) -> int:
     """Return the step that a run of ES goes on after; what is later is dropped. Raises JournalError."""
     _check_journal(journal, run)
     journal.truncate_after(run.last_logged_step() or 0)
+    run.truncate_logs(
+        journal.last_step or -1
+    )  # first: a kill in between must not look as if the journal had lost a step
     _forget_later(run, journal.last_step, display)
     return journal.last_step
 
 
 def by_checkpoint(run: RunDir, display: Display) -> tuple[int, Checkpoint | None]:
-    """Return the step that a run of GRPO goes on after, and its checkpoint. Raises RunDirError."""
+    """Return the step that a run of GRPO goes on after, and its checkpoint. Raises CheckpointError or RunDirError."""
     checkpoint = _newest(run, None, display)
+    if checkpoint is None and list_checkpoints(run.checkpoints):
+        raise CheckpointError(
+            f"{run.checkpoints}: none is valid, and without one everything is done again: restore one, delete them, or "
+            "start anew with --on-existing overwrite"
+        )
     step = checkpoint.step if checkpoint else 0
     _check_logged(run, step)
+    run.truncate_logs(step or -1)
     return step, checkpoint
 
 
@@ -87,15 +96,15 @@ def _check_journal(journal: Journal, run: RunDir) -> None:
             f"eggroll-llm replay {run.path} --out DIR"
         )
     dropped = bool(journal.dropped_tail)
+    if not last and (logged > dropped or any(step > dropped for step, _ in list_checkpoints(run.checkpoints))):
+        raise JournalError(
+            f"{journal.path}: holds no updates, but the run has made some: restore it from a backup, or start a new "
+            "run directory"
+        )
     if logged > last + dropped:
         raise JournalError(
             f"{journal.path}: ends at step {last}, {run.metrics.name} at step {logged}: restore it from a backup; to "
             f"go back to step {last} and lose what came after, cut {run.metrics.name} after that step too"
-        )
-    if not last and any(step > dropped for step, _ in list_checkpoints(run.checkpoints)):
-        raise JournalError(
-            f"{journal.path}: holds no updates, but there are checkpoints: restore it from a backup, or start a new "
-            "run directory"
         )
 
 

@@ -217,7 +217,6 @@ def train(config: RunConfig, recipe_dir: Path, run_path: Path, on_existing: OnEx
                 step, checkpoint = by_journal(run, journal, display), None
             else:
                 step, checkpoint = by_checkpoint(run, display)
-            run.truncate_logs(step or -1)
             evaluation = _train_from(step, checkpoint, prepared, scorer, run, journal, display)
         return outcome(run, evaluation)
 

@@ -163,7 +163,7 @@ def _train(run: Planned, directory: Path) -> int:
     flags = [word for key, text in run.flags for word in (f"--{key}", text)]
     place = ["--run-dir", str(directory), "--on-existing", "resume"]
     command = [sys.executable, "-m", "eggroll_llm.cli", "train", str(run.recipe), *place, *flags]
-    with subprocess.Popen(command, preexec_fn=_leave_ctrl_c_to_us) as process:
+    with subprocess.Popen(command, preexec_fn=_leave_the_terminal_to_us) as process:
         try:
             return process.wait()
         except BaseException:
@@ -172,6 +172,7 @@ def _train(run: Planned, directory: Path) -> int:
             raise
 
 
-def _leave_ctrl_c_to_us() -> None:
-    """A terminal sends it to both, and with our own signal the run would get a second one, and stop at once."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _leave_the_terminal_to_us() -> None:
+    """Its signals go to both, and with our own the run would get a second one, and stop at once."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)

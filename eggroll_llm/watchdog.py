@@ -65,10 +65,10 @@ class Watchdog:
                 self._end_process()
 
     def _end_process(self) -> None:
-        end = threading.Timer(LAST_WORDS_SECONDS, _end)
-        end.daemon = True
-        end.start()
         try:
+            end = threading.Timer(LAST_WORDS_SECONDS, _end)
+            end.daemon = True
+            end.start()
             problem = (
                 f"the inference engine has made no progress for engine.timeout_seconds = {self.seconds:g} seconds, and "
                 "the process ends; raise it if the engine is slow and does not hang."

@@ -313,7 +313,7 @@ def _costs(run: Run) -> list[str]:
         columns=["part of a step", "seconds", "share"],
         rows=[[name, f"{seconds / len(steps):.3f}", percent(seconds / total)] for name, seconds in parts.items()],
         note=f"Mean over {len(steps)} steps of {total / len(steps):.1f} s. Apart from that, in all: "
-        f"{_sum(steps, 'time/save'):.1f} s of saving (journal, logs, checkpoints), "
+        f"{_sum(steps, 'time/save'):.1f} s of saving (what followed the last step not counted), "
         f"{_sum(run.rows, 'time/eval'):.1f} s of evaluations.",
     )
     prompt, generated = _sum(steps, "tokens/prompt"), _sum(steps, "tokens/generated")

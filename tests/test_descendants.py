@@ -55,7 +55,7 @@ def test_all_of_them_are_reached(tree: ProcessTree, leads: bool) -> None:
     process = tree.start([sys.executable, "-c", ROOT], stdout=subprocess.PIPE, start_new_session=leads)
     assert process.stdout is not None
     process.stdout.readline()
-    assert len(tree.alive()) == 2 + 6
+    assert wait_for(lambda: len(tree.alive()) == 2 + 6, seconds=10)
     kill_descendants(process.pid)
     assert wait_for(lambda: len(tree.alive()) == 2 + (not leads), seconds=10)
     assert {beside.pid, process.pid} <= set(tree.alive())

@@ -177,9 +177,11 @@ def test_a_journal_that_lost_steps_is_no_reason_to_delete_them(bench: Bench, lin
     with pytest.raises(JournalError) as info:
         bench.train("run", "resume")
     before[journal] = journal.read_bytes()  # that of no lines has got its header
-    assert str(info.value) == (
-        f"{journal}: ends at step {max(lines - 1, 0)}, metrics.jsonl at step 2: restore it from a backup; to go back "
-        f"to step {max(lines - 1, 0)} and lose what came after, cut metrics.jsonl after that step too"
+    assert str(info.value) == f"{journal}: " + (
+        "ends at step 1, metrics.jsonl at step 2: restore it from a backup; to go back to step 1 and lose what came "
+        "after, cut metrics.jsonl after that step too"
+        if lines == 2
+        else "holds no updates, but the run has made some: restore it from a backup, or start a new run directory"
     )
     assert {file: file.read_bytes() for file in before} == before
     journal.write_bytes(whole)
@@ -193,7 +195,7 @@ def test_without_any_update_checkpoints_are_not_deleted(bench: Bench) -> None:
     path = bench.folder / "run"
     for name in ("journal.jsonl", "metrics.jsonl"):
         (path / name).write_text("")
-    with pytest.raises(JournalError, match=r"journal\.jsonl: holds no updates, but there are checkpoints: restore it"):
+    with pytest.raises(JournalError, match=r"journal\.jsonl: holds no updates, but the run has made some: restore"):
         bench.train("run", "resume")
     assert checkpoints(path) == ["step-000001", "step-000002"]
 
@@ -305,6 +307,12 @@ def test_grpo_without_a_valid_checkpoint_begins_again_and_leaves_one(grpo: grpo_
     grpo.train("run", **flags)
     checkpoint = grpo.folder / "run" / "checkpoints" / "step-000001"
     cut_off_a_byte(checkpoint / "model.safetensors")
+    path = grpo.folder / "run"
+    before = {file: file.read_bytes() for file in path.glob("*.jsonl")}
+    with pytest.raises(CheckpointError, match="/run/checkpoints: none is valid, and without one everything is done"):
+        grpo.train("run", "resume", **flags)
+    assert {file: file.read_bytes() for file in before} == before
+    shutil.rmtree(checkpoint)
     grpo.train("run", "resume", **flags)
     assert "resuming after step 0: no checkpoint, everything is done again" in grpo.display.messages
     verify_checkpoint(checkpoint)

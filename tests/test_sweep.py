@@ -224,15 +224,17 @@ def start_sweep(tree: ProcessTree, file: Path, python: Path, **options: Any) -> 
 
 
 @pytest.mark.parametrize(
-    ("number", "terminal"), [(signal.SIGTERM, False), (signal.SIGINT, False), (signal.SIGINT, True)]
+    ("number", "terminal"),
+    [(signal.SIGTERM, False), (signal.SIGINT, False), (signal.SIGINT, True), (signal.SIGHUP, True)],
 )
 def test_a_sweep_that_is_ended_ends_its_run_with_one_signal(
     tree: ProcessTree, file: Path, tmp_path: Path, number: signal.Signals, terminal: bool
 ) -> None:
-    """That of a job scheduler reaches the sweep alone, Ctrl-C on a terminal both."""
+    """That of a job scheduler reaches the sweep alone, Ctrl-C on a terminal and its end both."""
     log, python = tmp_path / "log", tmp_path / "python"
     python.write_text(
-        f"#!/bin/sh\ntrap 'echo INT >> {log}' INT\ntrap 'echo TERM >> {log}; exit 143' TERM\n"
+        f"#!/bin/sh\ntrap 'echo INT >> {log}' INT\ntrap 'echo HUP >> {log}' HUP\n"
+        f"trap 'echo TERM >> {log}; exit 143' TERM\n"
         f"touch {log}\nwhile :; do sleep 0.05; done\n"
     )
     python.chmod(0o755)

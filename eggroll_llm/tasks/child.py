@@ -145,7 +145,10 @@ class Child(Closing):
 
 def _has_ended(process: "subprocess.Popen[bytes]") -> bool:
     """Whether it has; its number stays taken, so that no other process can be killed by it."""
-    return os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+    try:
+        return os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+    except ChildProcessError:  # where SIGCHLD is ignored, the kernel has taken its number back
+        return True
 
 
 def _reply(line: bytes, number: int) -> dict[str, Any]:

@@ -23,6 +23,8 @@ ROOT = Path(__file__).parents[2]
 LIMITS = RewardConfig(timeout_seconds=3.0, memory_gib=0.25)
 PATIENT = RewardConfig(timeout_seconds=60.0, memory_gib=0.25)
 TASK = """
+import os
+os.environ["OPENBLAS_NUM_THREADS"] = "1"  # numpy's threads, one for each core, count as memory
 import contextlib, fractions, numpy, os, pathlib, signal, stat, subprocess, sys, threading, time
 from rewards import Score
 
