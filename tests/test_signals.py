@@ -91,6 +91,19 @@ def test_a_terminal_that_is_closed_ends_a_run_in_order(tree: ProcessTree, tmp_pa
     run.goes_on(bench)
 
 
+def test_the_second_signal_of_a_closed_terminal_is_no_second_one(tree: ProcessTree, tmp_path: Path) -> None:
+    """The shell sends one and the kernel another; that of somebody who does not want to wait is another kind."""
+    run = Run(tree, tmp_path, "reward", "deaf")
+    for _ in range(2):
+        run.process.send_signal(signal.SIGHUP)
+        run.wait_for_file("run.swallowed")
+        with pytest.raises(subprocess.TimeoutExpired):
+            run.process.wait(0.5)
+    run.process.send_signal(signal.SIGTERM)
+    assert run.process.wait(20) == 128 + signal.SIGTERM
+    assert tree.all_end()
+
+
 THREADS = """
 import os, signal, sys, threading, time
 from eggroll_llm import cli, commands
