@@ -35,10 +35,9 @@ def _descendants(root: int) -> list[tuple[int, int]]:
     for pid, (parent, _, session) in processes.items():
         for known in {parent, session}:
             belonging[known].append(pid)
-    found = {root: None}  # in order
-    waiting = [root]
-    for known in waiting:  # grows meanwhile
-        new = [pid for pid in belonging[known] if pid not in found]
-        found |= dict.fromkeys(new)
-        waiting += new
-    return [(pid, processes[pid][1]) for pid in waiting[1:]]
+    found, seen = [root], {root}
+    for known in found:  # grows meanwhile
+        new = [pid for pid in belonging[known] if pid not in seen]
+        found += new
+        seen.update(new)
+    return [(pid, processes[pid][1]) for pid in found[1:]]

@@ -64,7 +64,7 @@ def _complete_lines(path: Path) -> list[tuple[str, int | None]]:
 
 def _step(line: str) -> int | None:
     try:
-        row = parse_json(line.encode())
+        row = parse_json(line)
     except ValueError:
         return None
     step = row.get("step") if isinstance(row, dict) else None

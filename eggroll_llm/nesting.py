@@ -28,9 +28,9 @@ def too_deep(value: object) -> bool:
     return True
 
 
-def parse_json(data: bytes) -> Any:
-    """Return the value that JSON in UTF-8 holds. Raises ValueError for anything else, and for what is too deep."""
-    text = data.decode()
+def parse_json(data: bytes | str) -> Any:
+    """Return what JSON, as text or in UTF-8, holds. Raises ValueError for anything else, and for what is too deep."""
+    text = data if isinstance(data, str) else data.decode()
     try:
         value = json.loads(text)
     except RecursionError:

@@ -13,7 +13,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 from eggroll_llm.errors import ConfigError
 from eggroll_llm.nesting import too_deep
 from eggroll_llm.toml_table import all_keys, convert, field_types, unknown_key
-from eggroll_llm.toml_text import Origin, parse_toml
+from eggroll_llm.toml_text import Origin, is_unicode, parse_toml
 
 
 def apply_overrides(cls: type, table: Mapping[str, Any], overrides: Sequence[tuple[str, str]]) -> dict[str, Any]:
@@ -25,7 +25,7 @@ def apply_overrides(cls: type, table: Mapping[str, Any], overrides: Sequence[tup
     result = copy.deepcopy(dict(table))
     for flag, text in overrides:
         parts = flag.removeprefix("--").split(".")
-        if any("\ud800" <= character <= "\udfff" for character in flag + text):
+        if not is_unicode(flag + text):
             raise ConfigError(f"{flag!a} {text!a}: not valid Unicode text. Remove the undecodable bytes.")
         path, kind = _resolve(cls, parts)
         origin = Origin(name=f"--{flag.removeprefix('--')}")

@@ -26,11 +26,11 @@ def say_what_was_found(run: RunDir, journal: Journal, header: JournalHeader, dis
 
 def by_journal(run: RunDir, journal: Journal, display: Display) -> int:
     """Return the step that a run of ES goes on after; what is later is dropped. Raises JournalError."""
-    _check_journal(journal, run)
-    journal.truncate_after(run.last_logged_step() or 0)
-    run.truncate_logs(
-        journal.last_step or -1
-    )  # first: a kill in between must not look as if the journal had lost a step
+    logged = run.last_logged_step() or 0
+    _check_journal(journal, run, logged)
+    journal.truncate_after(logged)
+    # Before checkpoints: a kill in between must not look as if the journal had lost a step.
+    run.truncate_logs(journal.last_step or -1)
     _forget_later(run, journal.last_step, display)
     return journal.last_step
 
@@ -84,12 +84,12 @@ def restore(engine: Any, config: RunConfig, run: RunDir, journal: Journal, displ
     return checkpoint
 
 
-def _check_journal(journal: Journal, run: RunDir) -> None:
-    """Raise JournalError when journal and metrics differ by more than an interruption can explain.
+def _check_journal(journal: Journal, run: RunDir, logged: int) -> None:
+    """Raise JournalError when journal and metrics, of `logged` steps, differ by more than an interruption can explain.
 
     A step is in the journal first. One whose metrics are missing is done again, with the same outcome.
     """
-    logged, last = run.last_logged_step() or 0, journal.last_step
+    last = journal.last_step
     if last > logged + 1:
         raise JournalError(
             f"{run.metrics}: ends at step {logged}, the journal at step {last}: restore it; the weights are not lost: "

@@ -23,6 +23,7 @@ from eggroll_llm.closing import Closing
 from eggroll_llm.environment import describe_environment
 from eggroll_llm.errors import RunDirError
 from eggroll_llm.jsonl import cut_after_step, last_step, read_rows, to_json
+from eggroll_llm.nesting import parse_json
 from eggroll_llm.run_lock import RunLock
 from eggroll_llm.samples import Sample, samples_text
 
@@ -196,7 +197,7 @@ class RunDir(Closing):
             for file in (self.config, self.environment, self.metrics, self.completions):
                 file.unlink(missing_ok=True)
             shutil.rmtree(self.evaluations, ignore_errors=True)
-        starts = _earlier_starts(self.environment) if self.resumed else []
+        starts = earlier_starts(self.environment) if self.resumed else []
         write_text(self.environment, json.dumps({"starts": [*starts, describe_environment()]}, indent=1) + "\n")
         self.checkpoints.mkdir(exist_ok=True)
         if not self.resumed:
@@ -291,9 +292,10 @@ def _is_filled(folder: Path) -> bool:
     return folder.is_dir() and any(folder.iterdir())
 
 
-def _earlier_starts(path: Path) -> list[Any]:
+def earlier_starts(path: Path) -> list[Any]:
+    """Return what environment.json says of each start; nothing where it is missing or damaged."""
     try:
-        starts = json.loads(path.read_bytes())["starts"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        starts = parse_json(path.read_bytes())["starts"]
+    except (OSError, ValueError, KeyError, TypeError):
         return []
     return starts if isinstance(starts, list) else []

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from eggroll_llm.errors import RunDirError
+from eggroll_llm.nesting import parse_json
 
 
 class RunLock:
@@ -58,8 +59,8 @@ class RunLock:
 def _read_holder(descriptor: int) -> dict[str, Any]:
     """Content of the lock file; empty after a proper end."""
     try:
-        holder = json.loads(os.pread(descriptor, 4096, 0) or b"{}")
-    except (ValueError, RecursionError):
+        holder = parse_json(os.pread(descriptor, 4096, 0) or b"{}")
+    except ValueError:
         return {"pid": "unknown"}
     return holder if isinstance(holder, dict) else {"pid": "unknown"}
 

@@ -12,6 +12,7 @@ from typing import Any
 from eggroll_llm.atomic import write_text
 from eggroll_llm.checkpoint import checkpoint_path, verify_checkpoint
 from eggroll_llm.errors import ConfigError, ModelError
+from eggroll_llm.nesting import parse_json
 from eggroll_llm.run_dir import RunDir
 
 PROVENANCE = "eggroll.json"
@@ -57,8 +58,8 @@ def weights_at(run: RunDir, at: str) -> tuple[Path, int]:
 def final_step(run: RunDir) -> int | None:
     """Return the step of the weights in `final/`; None when there are none, or they do not say."""
     try:
-        return int(json.loads((run.final / PROVENANCE).read_bytes())["step"])
-    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
+        return int(parse_json((run.final / PROVENANCE).read_bytes())["step"])
+    except (OSError, ValueError, KeyError, TypeError, OverflowError):
         return None
 
 

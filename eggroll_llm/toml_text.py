@@ -185,8 +185,13 @@ def _format_key(key: object, where: str) -> str:
     return key if _BARE_KEY.fullmatch(key) else _format_string(key, where)
 
 
+def is_unicode(text: str) -> bool:
+    """Whether a text can be written in UTF-8: what the command line could not decode has halves of surrogate pairs."""
+    return not any("\ud800" <= char <= "\udfff" for char in text)
+
+
 def _format_string(value: str, key: str) -> str:
-    if any("\ud800" <= char <= "\udfff" for char in value):
+    if not is_unicode(value):
         raise ConfigError(f"{key} = {value!a}: not valid Unicode text. Remove the undecodable bytes.")
     # More than TOML asks for is escaped, so that nothing acts on the terminal that shows the text.
     return '"' + "".join(_ESCAPES.get(c) or (c if c.isprintable() else f"\\U{ord(c):08X}") for c in value) + '"'

@@ -19,7 +19,8 @@ from eggroll_llm.config import RunConfig, applies, differences, flat, load_recip
 from eggroll_llm.errors import ConfigError, RunDirError
 from eggroll_llm.inert import inert
 from eggroll_llm.jsonl import read_rows
-from eggroll_llm.run_dir import RunDir
+from eggroll_llm.nesting import parse_json
+from eggroll_llm.run_dir import RunDir, earlier_starts
 from eggroll_llm.run_weights import best_step, final_step
 from eggroll_llm.samples import TASK, Sample, read_samples
 from eggroll_llm.toml_text import format_value
@@ -228,18 +229,14 @@ def _whole(row: Mapping[str, Any], key: str) -> int:
 
 def _starts(path: Path) -> tuple[Mapping[str, Any], ...]:
     """A run without this file is as good as any other: nothing is computed from it."""
-    try:
-        starts = json.loads(path.read_bytes())["starts"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return ()
-    return tuple(start for start in starts if isinstance(start, dict)) if isinstance(starts, list) else ()
+    return tuple(start for start in earlier_starts(path) if isinstance(start, dict))
 
 
 def _base_model(journal: Path) -> str:
     try:
         with journal.open("rb") as file:
-            return str(json.loads(file.readline())["base_model"])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            return str(parse_json(file.readline())["base_model"])
+    except (OSError, ValueError, KeyError, TypeError):
         return ""
 
 

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -69,11 +70,8 @@ class Mine:
 
 
 @pytest.fixture
-def task(tmp_path: Path) -> UserTask:
-    (tmp_path / "mine.py").write_text(TASK)
-    loaded = load_task("mine.py:Mine", {}, base_dir=tmp_path)
-    assert isinstance(loaded, UserTask)
-    return loaded
+def task(user_task: Callable[[str], UserTask]) -> UserTask:
+    return user_task(TASK)
 
 
 def verdicts(task: UserTask, *texts: str, limits: RewardConfig = PATIENT) -> list[Verdict]:

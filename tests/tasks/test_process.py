@@ -8,6 +8,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -118,11 +119,8 @@ class Mine:
 
 
 @pytest.fixture
-def task(tmp_path: Path) -> UserTask:
-    (tmp_path / "mine.py").write_text(TASK)
-    loaded = load_task("mine.py:Mine", {}, base_dir=tmp_path)
-    assert isinstance(loaded, UserTask)
-    return loaded
+def task(user_task: Callable[[str], UserTask]) -> UserTask:
+    return user_task(TASK)
 
 
 def completion(text: str, truncated: bool = False) -> Completion:
