@@ -28,10 +28,32 @@ from eggroll_llm.errors import ConfigError, UserError
 from eggroll_llm.session import Prepared, prepare
 from eggroll_llm.targets import trained_parameters
 
-SEQUENCES, NEW_TOKENS = 128, 64
-MIXED_SEQUENCES, MIXED_TOKENS = 512, (16, 64)
 PIPE_WIDTH = 180  # columns of the table where there is no terminal
 GIB = 2**30
+
+
+@dataclass(frozen=True, kw_only=True)
+class Load:
+    """How much is asked of each variant."""
+
+    sequences: int = 128
+    """Decoded at once: all of the workload "even", a quarter of "mixed"."""
+    new_tokens: int = 64
+    """Per sequence in "even"; in "mixed" the most, and a quarter of it the least."""
+
+    def new_tokens_of(self, workload: str) -> list[int]:
+        """Return the new tokens of every sequence."""
+        if workload == "even":
+            return [self.new_tokens] * self.sequences
+        least, kinds = self.new_tokens // 4, 64
+        lengths = [
+            least + i % kinds * (self.new_tokens - least) // (kinds - 1) for i in range(MIXED_WAVES * self.sequences)
+        ]
+        random.Random(0).shuffle(lengths)
+        return lengths
+
+
+MIXED_WAVES = 4  # times as many sequences as are decoded at once
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,15 +158,18 @@ class Measured:
     rounds: Sequence[Round]
 
 
-def bench(config: RunConfig, recipe_dir: Path, repeats: int, out: Path | None, wanted: str = "") -> None:
+def bench(
+    config: RunConfig, recipe_dir: Path, repeats: int, out: Path | None, wanted: str = "", load: Load | None = None
+) -> None:
     """Measure the variants with `wanted` in their name, print a table, write JSON to `out`. Raises UserError."""
     groups = [(work, tuple(v for v in variants if wanted in v.name)) for work, variants in GROUPS]
     groups = [(work, variants) for work, variants in groups if variants]
     if not groups:
         names = "\n  ".join(variant.name for _, variants in GROUPS for variant in variants)
         raise UserError(f"--variants {wanted!r} is in none of these names:\n  {names}")
+    load = load or Load()
     prepared = prepare(config, recipe_dir, memory=False)
-    job = _job(prepared, alive=2 + max(len(variants) for _, variants in groups))
+    job = _job(prepared, load, alive=2 + max(len(variants) for _, variants in groups))
     console, measured = Console(width=None if sys.stdout.isatty() else PIPE_WIDTH), []
     references: list[Worker] = []
     try:
@@ -156,8 +181,8 @@ def bench(config: RunConfig, recipe_dir: Path, repeats: int, out: Path | None, w
     finally:
         for worker in references:
             worker.close()
-    table = [row for group in _merge_references(measured) for row in rows(group, prepared)]
-    show(table, repeats, console)
+    table = [row for group in _merge_references(measured) for row in rows(group, prepared, load)]
+    show(table, repeats, load, console)
     if out:
         text = json.dumps(table, indent=1) + "\n"
         try:
@@ -166,28 +191,23 @@ def bench(config: RunConfig, recipe_dir: Path, repeats: int, out: Path | None, w
             raise ConfigError(f"--out {describe_failure(out, error, f'{len(text)} bytes')}") from error
 
 
-def _workloads(prepared: Prepared) -> dict[str, dict[str, Any]]:
-    prompts = [list(prompt) for prompt in prepared.train.prompts]
-    mixed = [MIXED_TOKENS[0] + i * (MIXED_TOKENS[1] - MIXED_TOKENS[0]) // 63 for i in range(64)]
-    mixed *= MIXED_SEQUENCES // len(mixed)
-    random.Random(0).shuffle(mixed)
-    return {
-        name: {"prompts": [prompts[i % len(prompts)] for i in range(len(lengths))], "new_tokens": lengths}
-        for name, lengths in (("even", [NEW_TOKENS] * SEQUENCES), ("mixed", mixed))
-    }
+def _workload(name: str, prepared: Prepared, load: Load) -> dict[str, Any]:
+    prompts, lengths = [list(prompt) for prompt in prepared.train.prompts], load.new_tokens_of(name)
+    return {"prompts": [prompts[i % len(prompts)] for i in range(len(lengths))], "new_tokens": lengths}
 
 
-def _job(prepared: Prepared, alive: int) -> dict[str, Any]:
-    longest = max(map(len, prepared.train.prompts)) + NEW_TOKENS
+def _job(prepared: Prepared, load: Load, alive: int) -> dict[str, Any]:
+    longest = max(map(len, prepared.train.prompts)) + load.new_tokens
     engine = prepared.config.engine
     # Processes share a GPU; on a CPU the setting has no effect.
-    engine = replace(engine, max_sequences=SEQUENCES, gpu_memory_utilization=engine.gpu_memory_utilization / alive)
+    share = engine.gpu_memory_utilization / alive
+    engine = replace(engine, max_sequences=load.sequences, gpu_memory_utilization=share)
     return {
         "model_dir": str(prepared.model_dir),
         "engine": asdict(engine),
         "sigma": prepared.config.es.sigma,
         "context": -(-longest // 32) * 32,
-        "workloads": _workloads(prepared),
+        "workloads": {name: _workload(name, prepared, load) for name, _ in GROUPS},
     }
 
 
@@ -245,9 +265,9 @@ def _merge_references(measured: Sequence[Measured]) -> list[Measured]:
     return merged
 
 
-def rows(measured: Measured, prepared: Prepared) -> list[dict[str, Any]]:
+def rows(measured: Measured, prepared: Prepared, load: Load) -> list[dict[str, Any]]:
     """Return one JSON object per variant: medians over the rounds it took part in; ratios are taken within a round."""
-    work = _workloads(prepared)[measured.workload]
+    work = _workload(measured.workload, prepared, load)
     variants = [v for v in measured.variants if any(v.name in answers for answers in measured.rounds)]
     speed = {
         variant.name: statistics.median(
@@ -315,17 +335,16 @@ def _median_or_none(values: Sequence[float | None]) -> float | None:
     return statistics.median(known) if known else None
 
 
-def show(table: Sequence[dict[str, Any]], repeats: int, console: Console) -> None:
+def show(table: Sequence[dict[str, Any]], repeats: int, load: Load, console: Console) -> None:
     """Print a table for each workload."""
     for workload in dict.fromkeys(row["workload"] for row in table):
         part = [row for row in table if row["workload"] == workload]
         prompt, new = part[0]["prompt_tokens"], part[0]["generated_tokens"]
-        sequences, lengths = (
-            (SEQUENCES, f"{NEW_TOKENS}") if workload == "even" else (MIXED_SEQUENCES, "{} to {}".format(*MIXED_TOKENS))
-        )
+        lengths = load.new_tokens_of(workload)
+        least, most = min(lengths), max(lengths)
         view = Table(
-            title=f"{sequences} sequences, {lengths} new tokens each: {prompt:,} prompt and {new:,} new tokens, "
-            f"{SEQUENCES} at a time",
+            title=f"{len(lengths)} sequences, {most if least == most else f'{least} to {most}'} new tokens each: "
+            f"{prompt:,} prompt and {new:,} new tokens, {load.sequences} at a time",
             caption=f"Medians of {repeats} rounds or more (least-most). tokens/s: prompt and new tokens. Ratios: to "
             "plain vLLM in the same round, eager and the faster of eager and compiled. Noise, update, repack: seconds "
             "of a step. Memory: GiB resident, then what it is more than plain eager, measured / predicted.",

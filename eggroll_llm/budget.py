@@ -50,7 +50,7 @@ def budget(prepared: "Prepared") -> list[str]:
 def check_memory(prepared: "Prepared") -> None:
     """Raise ConfigError when a run needs more memory than there is, with the settings to lower and how far.
 
-    Of a GPU, which no test has seen, only what lies beside vLLM's share is counted.
+    Of a GPU only what lies beside vLLM's share is counted.
     """
     parts = _memory(prepared)
     if not serves_on_cpu():

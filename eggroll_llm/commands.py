@@ -277,9 +277,10 @@ def run_push(options: argparse.Namespace, settings: list[tuple[str, str]]) -> in
 
 def run_bench(options: argparse.Namespace, settings: list[tuple[str, str]]) -> int:
     """Measure sampling and update speed."""
-    from eggroll_llm.bench import bench
+    from eggroll_llm.bench import Load, bench
     from eggroll_llm.config import load_recipe
 
+    load = Load(sequences=options.sequences, new_tokens=options.new_tokens)
     config, folder = load_recipe(options.recipe, settings), options.recipe.resolve().parent
     if config.method != "es":
         raise ConfigError(
@@ -287,7 +288,7 @@ def run_bench(options: argparse.Namespace, settings: list[tuple[str, str]]) -> i
         )
     if options.out:
         _check_file(options.out, "bench.json")
-    bench(config, folder, options.repeats, options.out, options.variants)
+    bench(config, folder, options.repeats, options.out, options.variants, load)
     return 0
 
 

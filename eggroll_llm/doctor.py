@@ -32,6 +32,7 @@ NEEDED_GIB = 6.0  # the embedded model under vLLM, its float32 masters, 1 GiB of
 IMPORT_SECONDS = 180
 
 INSTALL = "make install"
+CUDA_SEEN = "tried on one H100 only, see README"
 TORCH_FACTS = """
 import json, torch
 cuda = torch.cuda.is_available()
@@ -194,10 +195,10 @@ def _device(device: str, gpus: Sequence[str]) -> Check:
         if not gpus:
             return Check(name="device", status="ok", detail="on the CPU")
         detail = f"on the CPU, although there is {', '.join(gpus)}"
-        remedy = "make install EXTRAS=cuda,dev in a fresh environment; we have not measured the CUDA paths"
+        remedy = f"make install EXTRAS=cuda,dev in a fresh environment; {CUDA_SEEN}"
         return Check(name="device", status="note", detail=detail, remedy=remedy)
     if device == "cuda":
-        detail = f"on {', '.join(gpus) or 'CUDA'}; we have not measured the CUDA paths"
+        detail = f"on {', '.join(gpus) or 'CUDA'}; {CUDA_SEEN}"
         return Check(name="device", status="note", detail=detail)
     detail = f"vLLM chose the device {device!r}"
     remedy = f"{INSTALL}: only vLLM's CPU and CUDA builds are supported"

@@ -17,7 +17,6 @@ advantages, loss, micro batches, clipping, optimizer. What is replaced besides:
 
 import dataclasses
 import logging
-import math
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence, Sized
@@ -82,8 +81,8 @@ class Rollouts:
         """
         start = time.perf_counter()
         weights = checkpoint_tensors(self.model)
-        sums = {name: float(tensor.sum(dtype=torch.float32)) for name, tensor in weights.items()}
-        if lost := [name for name, total in sums.items() if not math.isfinite(total)]:
+        sums = torch.stack([tensor.sum(dtype=torch.float32) for tensor in weights.values()])
+        if lost := [name for name, finite in zip(weights, sums.isfinite().tolist(), strict=True) if not finite]:
             raise TrainingError(
                 f"step {self.step}: {len(lost)} tensors are not finite any more, first {lost[0]}: start a new run with "
                 "a lower grpo.learning_rate"

@@ -53,6 +53,15 @@ def test_names_say_what_differs() -> None:
     assert OURS.name == "population of 4, rank 2, 2 slots"
 
 
+def test_mixed_lengths_are_from_a_quarter_to_all_of_the_tokens_in_waves() -> None:
+    load = bench.Load(sequences=128, new_tokens=64)
+    assert load.new_tokens_of("even") == [64] * 128
+    mixed = load.new_tokens_of("mixed")
+    assert (len(mixed), min(mixed), max(mixed), sum(mixed)) == (512, 16, 64, 20_240)
+    assert mixed != sorted(mixed)
+    assert load.new_tokens_of("mixed") == mixed
+
+
 @pytest.mark.vllm
 def test_ratios_are_taken_within_a_round(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
     prepared = prepare(config(tiny_model("llama")), tmp_path)
@@ -74,7 +83,7 @@ def test_ratios_are_taken_within_a_round(tiny_model: Callable[[str], Path], tmp_
     ]
     (merged,) = bench._merge_references(groups)
     assert len(merged.rounds) == 3
-    plain, compiled, ours = bench.rows(merged, prepared)
+    plain, compiled, ours = bench.rows(merged, prepared, bench.Load())
     assert (plain["ratio_to_plain_eager"], plain["ratio_to_plain_best"]) == (1.0, pytest.approx(0.8))
     assert (compiled["ratio_to_plain_eager"], compiled["ratio_to_plain_best"]) == (pytest.approx(1.25), 1.0)
     assert ours["ratio_to_plain_eager_range"] == [pytest.approx(0.95), pytest.approx(0.95)]
@@ -97,17 +106,13 @@ def test_every_kind_of_variant_runs_and_the_table_is_written(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(bench, "SEQUENCES", 8)
-    monkeypatch.setattr(bench, "NEW_TOKENS", 4)
-    monkeypatch.setattr(bench, "MIXED_SEQUENCES", 64)
-    monkeypatch.setattr(bench, "MIXED_TOKENS", (2, 4))
     kinds = [
         bench.Variant(name=kind, kind=kind, rank=1, slots=4, population=4)  # type: ignore[arg-type]
         for kind in ("population", "stock", "files", "swap")
     ]
     monkeypatch.setattr(bench, "GROUPS", (("even", tuple(kinds)), ("mixed", (OURS,))))
     out = tmp_path / "bench.json"
-    bench.bench(config(tiny_model("llama")), tmp_path, 1, out)
+    bench.bench(config(tiny_model("llama")), tmp_path, 1, out, load=bench.Load(sequences=8, new_tokens=4))
     rows = json.loads(out.read_text())
     names = [bench.EAGER.name, bench.COMPILED.name]
     assert [row["name"] for row in rows] == [*names, *(kind.name for kind in kinds), *names, OURS.name]

@@ -77,13 +77,26 @@ COMPARISONS = sorted((FOLDER / "sweeps").glob("compare_*.toml"))
 
 @pytest.mark.parametrize("path", COMPARISONS, ids=name)
 def test_a_comparison_is_of_methods_alone(path: Path) -> None:
-    """Three seeds of each; nothing else differs, the limits included, and time is the one that ends them."""
+    """Three seeds of each; nothing else differs, the limits included: time, or completions, ends them."""
     runs = [load_recipe(run.recipe, run.flags) for run in read_sweep(path)]
     assert [(run.seed, run.method) for run in runs] == [(seed, m) for seed in (0, 1, 2) for m in ("es", "grpo")]
     for run in runs:
         assert not unlike(runs[0], run) - {"seed"}
-        assert (run.steps, run.eval.split, run.eval.problems) == (0, "test", 512)
-        assert run.minutes > 0
+        assert (run.eval.split, run.eval.problems) == ("test", 512)
+        assert (run.steps > 0) == (run.minutes == 0) == path.stem.endswith("_tokens")
+    assert path.stem.endswith("_tokens") <= (len({completions(run) for run in runs}) == 1)
+
+
+def completions(run: RunConfig) -> int:
+    answers = run.steps * run.sampling.prompts_per_step * run.sampling.samples_per_prompt
+    return answers * (run.es.population if run.method == "es" else 1)
+
+
+def test_both_methods_have_as_many_trials_with_few_completions() -> None:
+    """Those of GRPO end by the clock; how many completions they came to is in recipes/README.md."""
+    trials = [load_recipe(run.recipe, run.flags) for run in read_sweep(FOLDER / "sweeps" / "countdown_es_tokens.toml")]
+    assert {completions(run) for run in trials} == {1280}
+    assert len(trials) == len(read_sweep(FOLDER / "sweeps" / "countdown_grpo.toml"))
 
 
 def test_both_methods_are_tuned_alike() -> None:

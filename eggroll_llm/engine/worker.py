@@ -98,6 +98,8 @@ class Population:
         start = time.perf_counter()
         self.bank.begin(noise, population // 2 if antithetic else population)
         self.slots.begin(antithetic=antithetic)
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize()  # or the time would be that of asking for it
         return time.perf_counter() - start
 
     def update(self, spec: UpdateSpec) -> UpdateTimes:

@@ -19,6 +19,7 @@ from torch import Tensor
 from eggroll_llm.config import EngineConfig
 from eggroll_llm.engine import members
 from eggroll_llm.engine.engine import Engine
+from eggroll_llm.hardware import serves_on_cpu
 from eggroll_llm.noise import NoiseSpec, served_factors
 from eggroll_llm.sampler import Decoding, Request, sample_population
 from eggroll_llm.update import UpdateSpec
@@ -45,7 +46,7 @@ class Case:
         return f"{self.kind}-{self.dtype}-{self.rank}{'-compiled' * self.compiled}"
 
 
-CASES = [
+CPU_CASES = [
     Case(kind="llama", rank=1),
     Case(kind="qwen2", rank=2),
     Case(kind="qwen3", rank=4),
@@ -55,6 +56,11 @@ CASES = [
     Case(kind="qwen3", rank=2, compiled=True),
     Case(kind="qwen2", rank=1, dtype="bfloat16", tolerance=0.2, apart=0.6, compiled=True),
 ]
+CUDA_CASES = [  # vLLM's adapter kernels there serve bfloat16 only
+    Case(kind=kind, rank=rank, dtype="bfloat16", tolerance=0.2, apart=0.6, compiled=compiled)
+    for kind, rank, compiled in (("llama", 1, False), ("qwen2", 2, False), ("qwen3", 16, False), ("qwen2", 1, True))
+]
+ON_CPU = serves_on_cpu()
 
 
 @dataclass
@@ -78,10 +84,16 @@ class Served:
         )
 
 
-@pytest.fixture(scope="module", params=CASES, ids=str)
+@pytest.fixture(scope="module", params=CPU_CASES if ON_CPU else CUDA_CASES, ids=str)
 def served(request: pytest.FixtureRequest, tiny_model: Callable[[str], Path]) -> Iterator[Served]:
     case: Case = request.param
-    config = EngineConfig(dtype=case.dtype, kv_cache_gib=0.05, max_sequences=16, enforce_eager=not case.compiled)
+    config = EngineConfig(
+        dtype=case.dtype,
+        kv_cache_gib=0.05,
+        gpu_memory_utilization=0.1,
+        max_sequences=16,
+        enforce_eager=not case.compiled,
+    )
     model_dir = tiny_model(case.kind)
     engine = Engine(model_dir, config, slots=SLOTS, rank=case.rank, max_model_len=128)
     start = {name: tensor.clone() for name, tensor in engine.state().items()}
@@ -187,6 +199,14 @@ def test_members_do_not_depend_on_waves_and_lengths(served: Served, temperature:
     assert together == in_waves == [shuffled[i] for i in range(len(requests))]
 
 
+def slot_factors(module: Any, slot: int, c: int, rank: int, begin: int, end: int) -> tuple[Tensor, Tensor]:
+    """A [R, O] and B [R, I] of slice `c`, rows `begin` to `end` of the layer: `members.RowBuffers`, `PaddedBuffers`."""
+    if ON_CPU:
+        A_RO = module.lora_b_stacked[0][slot, rank * begin : rank * end].view(rank, -1)
+        return A_RO, module.lora_a_stacked[0][slot, c]
+    return module.lora_b_stacked[c][slot, 0, :, :rank].T, module.lora_a_stacked[c][slot, 0, :rank]
+
+
 def test_slots_hold_the_bits_that_the_update_credits(served: Served) -> None:
     """Both sides of every slice in a slot are, bit for bit, what `served_factors` gives to the update."""
     engine = served.engine
@@ -200,10 +220,9 @@ def test_slots_hold_the_bits_that_the_update_credits(served: Served) -> None:
                 A_KOR, B_KIR = served_factors(
                     served.noise(), torch.tensor([1]), name, end - begin, layer.in_features, engine.dtype, "cpu"
                 )
-                rank = served.case.rank
-                A_RO = layer.module.lora_b_stacked[0][slot, rank * begin : rank * end].view(rank, -1)
-                assert torch.equal(A_RO, sign * A_KOR[0].T)
-                assert torch.equal(layer.module.lora_a_stacked[0][slot, c], B_KIR[0].T)
+                A_RO, B_RI = slot_factors(layer.module, slot, c, served.case.rank, begin, end)
+                assert torch.equal(A_RO.cpu(), sign * A_KOR[0].T)
+                assert torch.equal(B_RI.cpu(), B_KIR[0].T)
 
 
 def test_after_an_update_the_exported_model_is_what_is_served(served: Served, tmp_path: Path) -> None:
