@@ -13,6 +13,10 @@ from collections.abc import Callable
 from io import FileIO
 from pathlib import Path
 
+from eggroll_llm.errors import ConfigError
+
+LONGEST_NAME = 255
+"""Bytes that a file's or folder's name may have."""
 _STAGING, _RETIRED = ".tmp-", ".old-"
 
 
@@ -130,6 +134,14 @@ def fsync_tree(root: Path) -> None:
             with Path(folder, name).open("rb") as file:
                 os.fsync(file.fileno())
         fsync_directory(Path(folder))
+
+
+def write_out(path: Path, text: str) -> None:
+    """Replace the file that `--out` names. Raises ConfigError when it cannot be written."""
+    try:
+        write_text(path, text)
+    except OSError as error:
+        raise ConfigError(f"--out {describe_failure(path, error, f'{len(text)} bytes')}") from error
 
 
 def describe_failure(path: Path, error: OSError, wanted: str) -> str:

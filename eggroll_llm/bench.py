@@ -21,10 +21,10 @@ from typing import Any, Literal
 from rich.console import Console
 from rich.table import Table
 
-from eggroll_llm.atomic import describe_failure, write_text
+from eggroll_llm.atomic import write_out
 from eggroll_llm.budget import kept_bytes, member_bytes
 from eggroll_llm.config import RunConfig
-from eggroll_llm.errors import ConfigError, UserError
+from eggroll_llm.errors import UserError
 from eggroll_llm.session import Prepared, prepare
 from eggroll_llm.targets import trained_parameters
 
@@ -184,11 +184,7 @@ def bench(
     table = [row for group in _merge_references(measured) for row in rows(group, prepared, load)]
     show(table, repeats, load, console)
     if out:
-        text = json.dumps(table, indent=1) + "\n"
-        try:
-            write_text(out, text)
-        except OSError as error:
-            raise ConfigError(f"--out {describe_failure(out, error, f'{len(text)} bytes')}") from error
+        write_out(out, json.dumps(table, indent=1) + "\n")
 
 
 def _workload(name: str, prepared: Prepared, load: Load) -> dict[str, Any]:

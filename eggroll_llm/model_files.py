@@ -14,13 +14,13 @@ import os
 from pathlib import Path
 from typing import Any
 
+from eggroll_llm.atomic import LONGEST_NAME
 from eggroll_llm.errors import ModelError
 from eggroll_llm.inert import inert
 from eggroll_llm.nesting import parse_json
 
 log = logging.getLogger(__name__)
 
-_NAME_LIMIT = 255  # bytes
 
 TESTED_ARCHITECTURES = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 """Served, perturbed and updated by our tests. Others are tried: the engine refuses what vLLM cannot adapt."""
@@ -110,7 +110,7 @@ def weight_files(directory: Path) -> list[Path]:
         try:
             shards = sorted(set(parse_json(index.read_bytes())["weight_map"].values()))
             if not shards or any(
-                Path(shard).name != shard or len(os.fsencode(shard)) > _NAME_LIMIT for shard in shards
+                Path(shard).name != shard or len(os.fsencode(shard)) > LONGEST_NAME for shard in shards
             ):
                 raise ValueError("it names no files of the directory")
         except (ValueError, KeyError, TypeError, AttributeError) as error:

@@ -18,7 +18,15 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from eggroll_llm.atomic import append, describe_failure, fsync_directory, recover, replace_directory, write_text
+from eggroll_llm.atomic import (
+    LONGEST_NAME,
+    append,
+    describe_failure,
+    fsync_directory,
+    recover,
+    replace_directory,
+    write_text,
+)
 from eggroll_llm.closing import Closing
 from eggroll_llm.environment import describe_environment
 from eggroll_llm.errors import RunDirError
@@ -30,7 +38,6 @@ from eggroll_llm.samples import Sample, samples_text
 OnExisting = Literal["fail", "resume", "overwrite"]
 
 LOCK = ".eggroll-llm.lock"
-_NAME_LIMIT = 255
 
 
 def default_run_dir(recipe: Path | str, now: datetime) -> Path:
@@ -231,8 +238,8 @@ def _check_path(path: Path | str) -> Path:
         raise RunDirError(f"run directory '.': has no name of its own. Write it out, if it is meant: {Path.cwd()}.")
     if not text or "\0" in text or not longest:
         raise RunDirError(f"run directory {text!a}: not a path. Name a directory.")
-    if longest > _NAME_LIMIT:
-        raise RunDirError(f"run directory {text[:40]}...: a name of {longest} bytes. Use at most {_NAME_LIMIT} bytes.")
+    if longest > LONGEST_NAME:
+        raise RunDirError(f"run directory {text[:40]}...: a name of {longest} bytes. Use at most {LONGEST_NAME} bytes.")
     return Path(path)
 
 

@@ -17,8 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from eggroll_llm.atomic import describe_failure, write_text
-from eggroll_llm.errors import ConfigError
+from eggroll_llm.atomic import write_out
 from eggroll_llm.evaluate import finite_rewards
 from eggroll_llm.jsonl import to_json
 from eggroll_llm.samples import TASK, Sample
@@ -60,11 +59,7 @@ def summarize(results: Results, ks: Sequence[int]) -> dict[str, Any]:
 
 def write_summary(path: Path, summary: Mapping[str, Any]) -> None:
     """Write the figures as JSON. Raises ConfigError when the file cannot be written."""
-    text = json.dumps(json.loads(to_json(summary)), indent=1) + "\n"  # JSON has no NaN and no half surrogates
-    try:
-        write_text(path, text)
-    except OSError as error:
-        raise ConfigError(f"--out {describe_failure(path, error, f'{len(text)} bytes')}") from error
+    write_out(path, json.dumps(json.loads(to_json(summary)), indent=1) + "\n")  # JSON: no NaN, no half surrogates
 
 
 def table(summary: Mapping[str, Any]) -> str:
