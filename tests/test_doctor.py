@@ -84,6 +84,12 @@ def test_other_versions_are_wrong() -> None:
     assert "0.32.0" in found["vllm"].remedy
 
 
+def test_another_torch_is_no_obstacle_on_cuda() -> None:
+    found = by_name(check_packages(TORCH | {"version": "2.11.0+cu130"}, TRANSFORMERS, VLLM | {"device": "cuda"}))
+    assert found["torch"].status == "note"
+    assert "built for torch 2.13.0" in found["torch"].remedy
+
+
 def test_cuda_is_said_to_be_hardly_tried() -> None:
     torch = TORCH | {"version": "2.13.0+cu130", "gpus": ["H200"]}
     used = by_name(check_packages(torch, TRANSFORMERS, VLLM | {"device": "cuda"}))["device"]
