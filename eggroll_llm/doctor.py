@@ -168,7 +168,7 @@ def check_packages(
     else:
         pinned = torch["version"].split("+")[0] == TORCH_VERSION
         # The libraries of vLLM's CUDA build use torch's stable interface: they have worked with 2.11.
-        other = "note" if isinstance(vllm, dict) and vllm["device"] == "cuda" else "wrong"
+        other: Literal["note", "wrong"] = "note" if isinstance(vllm, dict) and vllm["device"] == "cuda" else "wrong"
         checks.append(
             Check(
                 name="torch",
