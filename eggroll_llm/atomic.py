@@ -13,8 +13,6 @@ from collections.abc import Callable
 from io import FileIO
 from pathlib import Path
 
-from eggroll_llm.errors import ConfigError
-
 LONGEST_NAME = 255
 """Bytes that a file's or folder's name may have."""
 _STAGING, _RETIRED = ".tmp-", ".old-"
@@ -29,9 +27,14 @@ def fsync_directory(path: Path) -> None:
         os.close(descriptor)
 
 
+def staging_of(path: Path) -> Path:
+    """Return the temporary name under which `write_text` writes."""
+    return path.parent / f"{_STAGING}{path.name}-{os.getpid()}"
+
+
 def write_text(path: Path, text: str) -> None:
     """Replace a file; after an error the old one is still there. Raises OSError."""
-    staging = path.parent / f"{_STAGING}{path.name}-{os.getpid()}"
+    staging = staging_of(path)
     try:
         with staging.open("w", encoding="utf-8", newline="\n") as file:
             file.write(text)
@@ -134,14 +137,6 @@ def fsync_tree(root: Path) -> None:
             with Path(folder, name).open("rb") as file:
                 os.fsync(file.fileno())
         fsync_directory(Path(folder))
-
-
-def write_out(path: Path, text: str) -> None:
-    """Replace the file that `--out` names. Raises ConfigError when it cannot be written."""
-    try:
-        write_text(path, text)
-    except OSError as error:
-        raise ConfigError(f"--out {describe_failure(path, error, f'{len(text)} bytes')}") from error
 
 
 def describe_failure(path: Path, error: OSError, wanted: str) -> str:

@@ -7,6 +7,7 @@ stopping, no prefix cache). What each variant does is in `engine.bench_variants`
 """
 
 import json
+import math
 import random
 import statistics
 import subprocess
@@ -21,39 +22,37 @@ from typing import Any, Literal
 from rich.console import Console
 from rich.table import Table
 
-from eggroll_llm.atomic import write_out
 from eggroll_llm.budget import kept_bytes, member_bytes
 from eggroll_llm.config import RunConfig
 from eggroll_llm.errors import UserError
+from eggroll_llm.output_file import write_output_file
 from eggroll_llm.session import Prepared, prepare
 from eggroll_llm.targets import trained_parameters
 
 PIPE_WIDTH = 180  # columns of the table where there is no terminal
 GIB = 2**30
+MIXED_WAVES = 4  # times as many sequences as are decoded at once
+MIXED_LENGTHS = 64  # different ones, if there are as many sequences
 
 
 @dataclass(frozen=True, kw_only=True)
-class Load:
+class Size:
     """How much is asked of each variant."""
 
-    sequences: int = 128
+    sequences: int
     """Decoded at once: all of the workload "even", a quarter of "mixed"."""
-    new_tokens: int = 64
-    """Per sequence in "even"; in "mixed" the most, and a quarter of it the least."""
+    new_tokens: int
+    """Of each sequence in "even"; in "mixed" the most, and a quarter of it the least."""
 
-    def new_tokens_of(self, workload: str) -> list[int]:
+    def lengths(self, workload: str) -> list[int]:
         """Return the new tokens of every sequence."""
         if workload == "even":
             return [self.new_tokens] * self.sequences
-        least, kinds = self.new_tokens // 4, 64
-        lengths = [
-            least + i % kinds * (self.new_tokens - least) // (kinds - 1) for i in range(MIXED_WAVES * self.sequences)
-        ]
+        count, least = MIXED_WAVES * self.sequences, max(1, self.new_tokens // 4)
+        kinds = min(count, MIXED_LENGTHS)
+        lengths = [least + i % kinds * (self.new_tokens - least) // (kinds - 1) for i in range(count)]
         random.Random(0).shuffle(lengths)
         return lengths
-
-
-MIXED_WAVES = 4  # times as many sequences as are decoded at once
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,18 +157,17 @@ class Measured:
     rounds: Sequence[Round]
 
 
-def bench(
-    config: RunConfig, recipe_dir: Path, repeats: int, out: Path | None, wanted: str = "", load: Load | None = None
-) -> None:
+def bench(config: RunConfig, recipe_dir: Path, size: Size, repeats: int, out: Path | None, wanted: str = "") -> None:
     """Measure the variants with `wanted` in their name, print a table, write JSON to `out`. Raises UserError."""
     groups = [(work, tuple(v for v in variants if wanted in v.name)) for work, variants in GROUPS]
     groups = [(work, variants) for work, variants in groups if variants]
     if not groups:
         names = "\n  ".join(variant.name for _, variants in GROUPS for variant in variants)
         raise UserError(f"--variants {wanted!r} is in none of these names:\n  {names}")
-    load = load or Load()
+    for workload, variants in groups:
+        _check_shares(size, workload, variants)
     prepared = prepare(config, recipe_dir, memory=False)
-    job = _job(prepared, load, alive=2 + max(len(variants) for _, variants in groups))
+    job = _job(prepared, size, alive=2 + max(len(variants) for _, variants in groups))
     console, measured = Console(width=None if sys.stdout.isatty() else PIPE_WIDTH), []
     references: list[Worker] = []
     try:
@@ -181,29 +179,41 @@ def bench(
     finally:
         for worker in references:
             worker.close()
-    table = [row for group in _merge_references(measured) for row in rows(group, prepared, load)]
-    show(table, repeats, load, console)
+    table = [row for group in _merge_references(measured) for row in rows(group, prepared, size)]
+    show(table, repeats, size, console)
     if out:
-        write_out(out, json.dumps(table, indent=1) + "\n")
+        write_output_file(out, json.dumps(table, indent=1) + "\n")
 
 
-def _workload(name: str, prepared: Prepared, load: Load) -> dict[str, Any]:
-    prompts, lengths = [list(prompt) for prompt in prepared.train.prompts], load.new_tokens_of(name)
+def _check_shares(size: Size, workload: str, variants: Sequence[Variant]) -> None:
+    """Every member has to answer as many prompts, or a population would be smaller than it is called."""
+    count = len(size.lengths(workload))
+    for variant in variants:
+        if variant.population and count % variant.population:
+            multiple = variant.population // math.gcd(variant.population, count // size.sequences)
+            raise UserError(
+                f"--sequences {size.sequences}: {variant.name!r} deals out {count} prompts evenly: "
+                f"use a multiple of {multiple}, or leave it out with --variants"
+            )
+
+
+def _workload(name: str, prepared: Prepared, size: Size) -> dict[str, Any]:
+    prompts, lengths = [list(prompt) for prompt in prepared.train.prompts], size.lengths(name)
     return {"prompts": [prompts[i % len(prompts)] for i in range(len(lengths))], "new_tokens": lengths}
 
 
-def _job(prepared: Prepared, load: Load, alive: int) -> dict[str, Any]:
-    longest = max(map(len, prepared.train.prompts)) + load.new_tokens
+def _job(prepared: Prepared, size: Size, alive: int) -> dict[str, Any]:
+    longest = max(map(len, prepared.train.prompts)) + size.new_tokens
     engine = prepared.config.engine
     # Processes share a GPU; on a CPU the setting has no effect.
     share = engine.gpu_memory_utilization / alive
-    engine = replace(engine, max_sequences=load.sequences, gpu_memory_utilization=share)
+    engine = replace(engine, max_sequences=size.sequences, gpu_memory_utilization=share)
     return {
         "model_dir": str(prepared.model_dir),
         "engine": asdict(engine),
         "sigma": prepared.config.es.sigma,
         "context": -(-longest // 32) * 32,
-        "workloads": {name: _workload(name, prepared, load) for name, _ in GROUPS},
+        "workloads": {name: _workload(name, prepared, size) for name, _ in GROUPS},
     }
 
 
@@ -261,9 +271,9 @@ def _merge_references(measured: Sequence[Measured]) -> list[Measured]:
     return merged
 
 
-def rows(measured: Measured, prepared: Prepared, load: Load) -> list[dict[str, Any]]:
+def rows(measured: Measured, prepared: Prepared, size: Size) -> list[dict[str, Any]]:
     """Return one JSON object per variant: medians over the rounds it took part in; ratios are taken within a round."""
-    work = _workload(measured.workload, prepared, load)
+    work = _workload(measured.workload, prepared, size)
     variants = [v for v in measured.variants if any(v.name in answers for answers in measured.rounds)]
     speed = {
         variant.name: statistics.median(
@@ -286,6 +296,7 @@ def rows(measured: Measured, prepared: Prepared, load: Load) -> list[dict[str, A
         table.append(
             {
                 **asdict(variant),
+                **asdict(size),
                 "workload": measured.workload,
                 "prompt_tokens": sum(map(len, work["prompts"])),
                 "generated_tokens": sum(work["new_tokens"]),
@@ -331,16 +342,16 @@ def _median_or_none(values: Sequence[float | None]) -> float | None:
     return statistics.median(known) if known else None
 
 
-def show(table: Sequence[dict[str, Any]], repeats: int, load: Load, console: Console) -> None:
-    """Print a table for each workload."""
+def show(table: Sequence[dict[str, Any]], repeats: int, size: Size, console: Console) -> None:
+    """Print a table for each worksize."""
     for workload in dict.fromkeys(row["workload"] for row in table):
         part = [row for row in table if row["workload"] == workload]
         prompt, new = part[0]["prompt_tokens"], part[0]["generated_tokens"]
-        lengths = load.new_tokens_of(workload)
+        lengths = size.lengths(workload)
         least, most = min(lengths), max(lengths)
         view = Table(
             title=f"{len(lengths)} sequences, {most if least == most else f'{least} to {most}'} new tokens each: "
-            f"{prompt:,} prompt and {new:,} new tokens, {load.sequences} at a time",
+            f"{prompt:,} prompt and {new:,} new tokens, {size.sequences} at a time",
             caption=f"Medians of {repeats} rounds or more (least-most). tokens/s: prompt and new tokens. Ratios: to "
             "plain vLLM in the same round, eager and the faster of eager and compiled. Noise, update, repack: seconds "
             "of a step. Memory: GiB resident, then what it is more than plain eager, measured / predicted.",

@@ -182,8 +182,8 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("recipe", type=Path, metavar="RECIPE.toml")
     bench.add_argument("--out", type=Path, metavar="FILE.json")
     bench.add_argument("--repeats", type=_positive, default=3, metavar="N", help="measurements of each variant")
-    bench.add_argument("--sequences", type=_positive, default=128, metavar="N", help="decoded at once (a GPU: 1024)")
-    bench.add_argument("--new-tokens", type=_positive, default=64, metavar="N", help="tokens generated per sequence")
+    bench.add_argument("--sequences", type=_positive, default=128, metavar="N", help="decoded at once")
+    bench.add_argument("--new-tokens", type=_positive, default=64, metavar="N", help="tokens per sequence, at most")
     bench.add_argument("--variants", default="", metavar="TEXT", help="only variants with this in their name")
 
     _command(subparsers, "doctor", commands.run_doctor, "what is installed, what will run here, what is wrong")

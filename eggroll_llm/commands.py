@@ -203,17 +203,11 @@ def run_eval(options: argparse.Namespace, settings: list[tuple[str, str]]) -> in
 
 
 def _samples_file(out: Path) -> Path:
-    """FILE.samples.jsonl beside FILE.json. Raises ConfigError as `_check_file`."""
-    _check_file(out, "eval.json")
+    """FILE.samples.jsonl beside FILE.json. Raises ConfigError for what cannot be a file."""
+    from eggroll_llm.output_file import check_output_file
+
+    check_output_file(out, "eval.json")
     return out.with_name(f"{out.name.removesuffix('.json')}.samples.jsonl")
-
-
-def _check_file(out: Path, example: str) -> None:
-    """Raise ConfigError for what cannot be a file, before hours are spent."""
-    if out.is_dir() or not out.name:
-        raise ConfigError(f"--out {out}: is a folder: name a file in it, such as {out / example}")
-    if not out.parent.is_dir():
-        raise ConfigError(f"--out {out}: there is no folder {out.parent}: create it")
 
 
 def _absolute_task(task: str) -> str:
@@ -277,18 +271,19 @@ def run_push(options: argparse.Namespace, settings: list[tuple[str, str]]) -> in
 
 def run_bench(options: argparse.Namespace, settings: list[tuple[str, str]]) -> int:
     """Measure sampling and update speed."""
-    from eggroll_llm.bench import Load, bench
+    from eggroll_llm.bench import Size, bench
     from eggroll_llm.config import load_recipe
+    from eggroll_llm.output_file import check_output_file
 
-    load = Load(sequences=options.sequences, new_tokens=options.new_tokens)
     config, folder = load_recipe(options.recipe, settings), options.recipe.resolve().parent
     if config.method != "es":
         raise ConfigError(
             f'{options.recipe}: method = "{config.method}": only the populations of "es" are measured here'
         )
     if options.out:
-        _check_file(options.out, "bench.json")
-    bench(config, folder, options.repeats, options.out, options.variants, load)
+        check_output_file(options.out, "bench.json")
+    size = Size(sequences=options.sequences, new_tokens=options.new_tokens)
+    bench(config, folder, size, options.repeats, options.out, options.variants)
     return 0
 
 

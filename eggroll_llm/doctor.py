@@ -32,6 +32,7 @@ NEEDED_GIB = 6.0  # the embedded model under vLLM, its float32 masters, 1 GiB of
 IMPORT_SECONDS = 180
 
 INSTALL = "make install"
+TORCH_SEEN_ON_CUDA = ("2.11.0",)  # with which vLLM's CUDA build has worked too
 CUDA_SEEN = "tried on one H100 only, see README"
 TORCH_FACTS = """
 import json, torch
@@ -166,15 +167,17 @@ def check_packages(
     if isinstance(torch, str):
         checks.append(Check(name="torch", status="wrong", detail=torch, remedy=INSTALL))
     else:
-        pinned = torch["version"].split("+")[0] == TORCH_VERSION
-        # The libraries of vLLM's CUDA build use torch's stable interface: they have worked with 2.11.
-        other: Literal["note", "wrong"] = "note" if isinstance(vllm, dict) and vllm["device"] == "cuda" else "wrong"
+        version, on_cuda = torch["version"].split("+")[0], isinstance(vllm, dict) and vllm["device"] == "cuda"
+        status: Literal["ok", "note", "wrong"] = "ok" if version == TORCH_VERSION else "wrong"
+        if on_cuda and version in TORCH_SEEN_ON_CUDA:
+            status = "note"
+        install = f"{INSTALL} EXTRAS=cuda,dev" if on_cuda else INSTALL
         checks.append(
             Check(
                 name="torch",
-                status="ok" if pinned else other,
+                status=status,
                 detail=f"{torch['version']}, {torch['cpu_capability']} kernels, {torch['threads']} threads",
-                remedy="" if pinned else f"{INSTALL}: vLLM {VLLM_VERSION} was built for torch {TORCH_VERSION}",
+                remedy="" if status == "ok" else f"{install}: vLLM {VLLM_VERSION} was built for torch {TORCH_VERSION}",
             )
         )
     if isinstance(transformers, str):

@@ -17,9 +17,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from eggroll_llm.atomic import write_out
 from eggroll_llm.evaluate import finite_rewards
 from eggroll_llm.jsonl import to_json
+from eggroll_llm.output_file import write_output_file
 from eggroll_llm.samples import TASK, Sample
 from eggroll_llm.scoring import FAILED
 from eval.evaluation import Results
@@ -59,7 +59,8 @@ def summarize(results: Results, ks: Sequence[int]) -> dict[str, Any]:
 
 def write_summary(path: Path, summary: Mapping[str, Any]) -> None:
     """Write the figures as JSON. Raises ConfigError when the file cannot be written."""
-    write_out(path, json.dumps(json.loads(to_json(summary)), indent=1) + "\n")  # JSON: no NaN, no half surrogates
+    standard = json.loads(to_json(summary))  # JSON has no NaN and no half surrogates
+    write_output_file(path, json.dumps(standard, indent=1) + "\n")
 
 
 def table(summary: Mapping[str, Any]) -> str:

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
@@ -53,13 +54,30 @@ def test_names_say_what_differs() -> None:
     assert OURS.name == "population of 4, rank 2, 2 slots"
 
 
+SIZE = bench.Size(sequences=128, new_tokens=64)
+
+
 def test_mixed_lengths_are_from_a_quarter_to_all_of_the_tokens_in_waves() -> None:
-    load = bench.Load(sequences=128, new_tokens=64)
-    assert load.new_tokens_of("even") == [64] * 128
-    mixed = load.new_tokens_of("mixed")
+    assert SIZE.lengths("even") == [64] * 128
+    mixed = SIZE.lengths("mixed")
     assert (len(mixed), min(mixed), max(mixed), sum(mixed)) == (512, 16, 64, 20_240)
     assert mixed != sorted(mixed)
-    assert load.new_tokens_of("mixed") == mixed
+    assert SIZE.lengths("mixed") == mixed
+    for sequences, new_tokens, lengths in (
+        (1, 2, [1, 1, 1, 2]),
+        (2, 16, [4, 5, 7, 9, 10, 12, 14, 16]),
+        (1, 1, [1] * 4),
+    ):
+        assert sorted(bench.Size(sequences=sequences, new_tokens=new_tokens).lengths("mixed")) == lengths
+
+
+def test_every_member_of_every_variant_answers_as_much() -> None:
+    for sequences, wanted, refused in ((128, "", ""), (64, "population of 64", ""), (64, "", "128"), (100, "", "64")):
+        size = bench.Size(sequences=sequences, new_tokens=64)
+        chosen = [(work, [v for v in variants if wanted in v.name]) for work, variants in bench.GROUPS]
+        with pytest.raises(UserError, match=f"use a multiple of {refused}") if refused else nullcontext():
+            for work, variants in chosen:
+                bench._check_shares(size, work, variants)
 
 
 @pytest.mark.vllm
@@ -83,7 +101,7 @@ def test_ratios_are_taken_within_a_round(tiny_model: Callable[[str], Path], tmp_
     ]
     (merged,) = bench._merge_references(groups)
     assert len(merged.rounds) == 3
-    plain, compiled, ours = bench.rows(merged, prepared, bench.Load())
+    plain, compiled, ours = bench.rows(merged, prepared, SIZE)
     assert (plain["ratio_to_plain_eager"], plain["ratio_to_plain_best"]) == (1.0, pytest.approx(0.8))
     assert (compiled["ratio_to_plain_eager"], compiled["ratio_to_plain_best"]) == (pytest.approx(1.25), 1.0)
     assert ours["ratio_to_plain_eager_range"] == [pytest.approx(0.95), pytest.approx(0.95)]
@@ -112,7 +130,7 @@ def test_every_kind_of_variant_runs_and_the_table_is_written(
     ]
     monkeypatch.setattr(bench, "GROUPS", (("even", tuple(kinds)), ("mixed", (OURS,))))
     out = tmp_path / "bench.json"
-    bench.bench(config(tiny_model("llama")), tmp_path, 1, out, load=bench.Load(sequences=8, new_tokens=4))
+    bench.bench(config(tiny_model("llama")), tmp_path, bench.Size(sequences=8, new_tokens=4), 1, out)
     rows = json.loads(out.read_text())
     names = [bench.EAGER.name, bench.COMPILED.name]
     assert [row["name"] for row in rows] == [*names, *(kind.name for kind in kinds), *names, OURS.name]
@@ -151,13 +169,13 @@ def test_a_full_disk_leaves_the_table_before_it(tmp_path: Path, monkeypatch: pyt
     out = tmp_path / "bench.json"
     out.write_text("before")
     with pytest.raises(ConfigError, match=rf"^--out {out}: cannot write 3 bytes \(No space left on device; \d+ bytes"):
-        bench.bench(config(tmp_path), tmp_path, 1, out)
+        bench.bench(config(tmp_path), tmp_path, SIZE, 1, out)
     assert [(path, path.read_text()) for path in tmp_path.iterdir()] == [(out, "before")]
 
 
 def test_a_name_that_no_variant_has_is_a_mistake(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="in none of these names"):
-        bench.bench(config(tmp_path), tmp_path, 1, None, "no such variant")
+        bench.bench(config(tmp_path), tmp_path, SIZE, 1, None, "no such variant")
 
 
 def test_a_variant_that_does_not_start_says_why() -> None:

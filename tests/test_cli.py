@@ -248,6 +248,8 @@ def test_eval_of_a_model_needs_a_task(refused: Callable[..., str], recipe: Path,
     assert message == f"--out {out}: there is no folder {out.parent}: create it"
     for folder in (tmp_path, "", "."):
         assert "is a folder: name a file in it" in refused("eval", model, "--task", "countdown", "--out", folder)
+    for long in ("b" * 250, "b" * 2000):
+        assert "a name of more than" in refused("eval", model, "--task", "countdown", "--out", tmp_path / long)
 
 
 def test_where_the_answers_of_an_evaluation_go(tmp_path: Path) -> None:

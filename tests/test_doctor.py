@@ -84,10 +84,21 @@ def test_other_versions_are_wrong() -> None:
     assert "0.32.0" in found["vllm"].remedy
 
 
-def test_another_torch_is_no_obstacle_on_cuda() -> None:
-    found = by_name(check_packages(TORCH | {"version": "2.11.0+cu130"}, TRANSFORMERS, VLLM | {"device": "cuda"}))
-    assert found["torch"].status == "note"
-    assert "built for torch 2.13.0" in found["torch"].remedy
+@pytest.mark.parametrize(
+    ("version", "device", "status"),
+    [
+        ("2.13.0+cu130", "cuda", "ok"),
+        ("2.11.0+cu130", "cuda", "note"),  # seen to work
+        ("2.14.0+cu130", "cuda", "wrong"),
+        ("2.11.0+cpu", "cpu", "wrong"),
+    ],
+)
+def test_another_torch_is_wrong_unless_it_was_seen_to_work(version: str, device: str, status: str) -> None:
+    found = by_name(check_packages(TORCH | {"version": version}, TRANSFORMERS, VLLM | {"device": device}))["torch"]
+    assert found.status == status
+    if status != "ok":
+        assert "built for torch 2.13.0" in found.remedy
+        assert ("EXTRAS=cuda,dev" in found.remedy) == (device == "cuda")
 
 
 def test_cuda_is_said_to_be_hardly_tried() -> None:

@@ -11,7 +11,7 @@ _ENVIRONMENT = {
     "VLLM_CPU_ATTN_SPLIT_KV": "0",  # attention sums in an order that does not depend on the batch
     "VLLM_LOGGING_LEVEL": "ERROR",  # its warnings are about choices made here on purpose
     "VLLM_USE_V2_MODEL_RUNNER": "0",  # the worker extension knows the adapter manager of the first one
-    "VLLM_USE_FLASHINFER_SAMPLER": "0",  # greedy needs no sampler, and this one takes no seed of a request's own
+    "VLLM_USE_FLASHINFER_SAMPLER": "0",  # greedy or seeded requests never use it; vLLM would import it at the start
     "VLLM_NO_USAGE_STATS": "1",
     "OMP_NUM_THREADS": str(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1),
 }

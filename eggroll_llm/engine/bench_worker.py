@@ -22,7 +22,7 @@ def main() -> None:
         work = workloads[message["workload"]]
         times = variant.run(work, message["repeat"])
         prompt, new = sum(map(len, work.prompts)), sum(work.new_tokens)
-        tokens = times.tokens or prompt + new
+        tokens = prompt + new if times.tokens is None else times.tokens
         _answer(
             {
                 **{f"{name}_seconds": value for name, value in dataclasses.asdict(times).items() if name != "tokens"},

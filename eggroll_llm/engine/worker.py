@@ -99,7 +99,7 @@ class Population:
         self.bank.begin(noise, population // 2 if antithetic else population)
         self.slots.begin(antithetic=antithetic)
         if self.device.type != "cpu":
-            torch.accelerator.synchronize()  # or the time would be that of asking for it
+            torch.accelerator.synchronize()  # kernels run on after the call that asks for them
         return time.perf_counter() - start
 
     def update(self, spec: UpdateSpec) -> UpdateTimes:
