@@ -16,9 +16,10 @@ install:  ## create or complete .venv; does nothing when it is up to date
 demo: install  ## train the embedded model on Countdown (3 to 12 minutes on two cores), accuracy before and after
 	$(BIN)/eggroll-llm train $(RECIPE)
 
-compare: install  ## ES next to GRPO: two tasks, three seeds of each (forty minutes on two cores)
+compare: install  ## ES next to GRPO: two tasks by the clock, one by completions, three seeds of each (an hour on two cores)
 	$(BIN)/eggroll-llm sweep recipes/sweeps/compare_two_numbers.toml
 	$(BIN)/eggroll-llm sweep recipes/sweeps/compare_three_numbers.toml
+	$(BIN)/eggroll-llm sweep recipes/sweeps/compare_two_numbers_tokens.toml
 
 test: install  ## all tests, the ones with the real model and vLLM included
 	$(BIN)/pytest
