@@ -192,7 +192,7 @@ def _check_shares(size: Size, workload: str, variants: Sequence[Variant]) -> Non
         if variant.population and count % variant.population:
             multiple = variant.population // math.gcd(variant.population, count // size.sequences)
             raise UserError(
-                f"--sequences {size.sequences}: {variant.name!r} deals out {count} prompts evenly: "
+                f"--sequences {size.sequences}: {count} prompts do not divide among the members of {variant.name!r}: "
                 f"use a multiple of {multiple}, or leave it out with --variants"
             )
 
