@@ -28,7 +28,7 @@ def fsync_directory(path: Path) -> None:
 
 
 def staging_of(path: Path) -> Path:
-    """Return the temporary name under which `write_text` writes."""
+    """Return the temporary name beside `path` of what is not whole: being written, or being removed."""
     return path.parent / f"{_STAGING}{path.name}-{os.getpid()}"
 
 
@@ -71,7 +71,7 @@ def replace_directory(target: Path, write: Callable[[Path], None]) -> None:
         OSError: from writing, also where a library made it an error of its own, with the bytes that it came after.
         Whatever else `write` raises.
     """
-    staging = target.parent / f"{_STAGING}{target.name}-{os.getpid()}"
+    staging = staging_of(target)
     retired = target.parent / f"{_RETIRED}{target.name}"
     try:
         shutil.rmtree(staging, ignore_errors=True)
@@ -111,7 +111,7 @@ def _of_the_system(error: BaseException) -> OSError | None:
 
 def remove_directory(target: Path) -> None:
     """Delete a directory without ever showing a half-deleted one under its name."""
-    staging = target.parent / f"{_STAGING}{target.name}-{os.getpid()}"
+    staging = staging_of(target)
     target.rename(staging)
     shutil.rmtree(staging)
 

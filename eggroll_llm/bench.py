@@ -31,7 +31,7 @@ from eggroll_llm.targets import trained_parameters
 
 PIPE_WIDTH = 180  # columns of the table where there is no terminal
 GIB = 2**30
-MIXED_WAVES = 4  # times as many sequences as are decoded at once
+WAVES = {"even": 1, "mixed": 4}  # sequences of a workload / sequences decoded at once
 MIXED_LENGTHS = 64  # different ones, if there are as many sequences
 
 
@@ -46,9 +46,9 @@ class Size:
 
     def lengths(self, workload: str) -> list[int]:
         """Return the new tokens of every sequence."""
+        count, least = WAVES[workload] * self.sequences, max(1, self.new_tokens // 4)
         if workload == "even":
-            return [self.new_tokens] * self.sequences
-        count, least = MIXED_WAVES * self.sequences, max(1, self.new_tokens // 4)
+            return [self.new_tokens] * count
         kinds = min(count, MIXED_LENGTHS)
         lengths = [least + i % kinds * (self.new_tokens - least) // (kinds - 1) for i in range(count)]
         random.Random(0).shuffle(lengths)
@@ -187,10 +187,10 @@ def bench(config: RunConfig, recipe_dir: Path, size: Size, repeats: int, out: Pa
 
 def _check_shares(size: Size, workload: str, variants: Sequence[Variant]) -> None:
     """Every member has to answer as many prompts, or a population would be smaller than it is called."""
-    count = len(size.lengths(workload))
+    count = WAVES[workload] * size.sequences
     for variant in variants:
         if variant.population and count % variant.population:
-            multiple = variant.population // math.gcd(variant.population, count // size.sequences)
+            multiple = variant.population // math.gcd(variant.population, WAVES[workload])
             raise UserError(
                 f"--sequences {size.sequences}: {count} prompts do not divide among the members of {variant.name!r}: "
                 f"use a multiple of {multiple}, or leave it out with --variants"
@@ -213,7 +213,7 @@ def _job(prepared: Prepared, size: Size, alive: int) -> dict[str, Any]:
         "engine": asdict(engine),
         "sigma": prepared.config.es.sigma,
         "context": -(-longest // 32) * 32,
-        "workloads": {name: _workload(name, prepared, size) for name, _ in GROUPS},
+        "workloads": {name: _workload(name, prepared, size) for name in WAVES},
     }
 
 
@@ -343,7 +343,7 @@ def _median_or_none(values: Sequence[float | None]) -> float | None:
 
 
 def show(table: Sequence[dict[str, Any]], repeats: int, size: Size, console: Console) -> None:
-    """Print a table for each worksize."""
+    """Print a table for each workload."""
     for workload in dict.fromkeys(row["workload"] for row in table):
         part = [row for row in table if row["workload"] == workload]
         prompt, new = part[0]["prompt_tokens"], part[0]["generated_tokens"]

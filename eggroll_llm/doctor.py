@@ -32,6 +32,7 @@ NEEDED_GIB = 6.0  # the embedded model under vLLM, its float32 masters, 1 GiB of
 IMPORT_SECONDS = 180
 
 INSTALL = "make install"
+INSTALL_ON_CUDA = f"{INSTALL} EXTRAS=cuda,dev"
 TORCH_SEEN_ON_CUDA = ("2.11.0",)  # with which vLLM's CUDA build has worked too
 CUDA_SEEN = "tried on one H100 only, see README"
 TORCH_FACTS = """
@@ -171,7 +172,7 @@ def check_packages(
         status: Literal["ok", "note", "wrong"] = "ok" if version == TORCH_VERSION else "wrong"
         if on_cuda and version in TORCH_SEEN_ON_CUDA:
             status = "note"
-        install = f"{INSTALL} EXTRAS=cuda,dev" if on_cuda else INSTALL
+        install = INSTALL_ON_CUDA if on_cuda else INSTALL
         checks.append(
             Check(
                 name="torch",
@@ -200,7 +201,7 @@ def _device(device: str, gpus: Sequence[str]) -> Check:
         if not gpus:
             return Check(name="device", status="ok", detail="on the CPU")
         detail = f"on the CPU, although there is {', '.join(gpus)}"
-        remedy = f"make install EXTRAS=cuda,dev in a fresh environment; {CUDA_SEEN}"
+        remedy = f"{INSTALL_ON_CUDA} in a fresh environment; {CUDA_SEEN}"
         return Check(name="device", status="note", detail=detail, remedy=remedy)
     if device == "cuda":
         detail = f"on {', '.join(gpus) or 'CUDA'}; {CUDA_SEEN}"

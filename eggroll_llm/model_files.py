@@ -21,7 +21,6 @@ from eggroll_llm.nesting import parse_json
 
 log = logging.getLogger(__name__)
 
-
 TESTED_ARCHITECTURES = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 """Served, perturbed and updated by our tests. Others are tried: the engine refuses what vLLM cannot adapt."""
 
