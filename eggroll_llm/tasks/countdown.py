@@ -2,10 +2,10 @@
 
     {"id": "3_7_25=46", "numbers": [7, 25, 3], "target": 46, "solution": "25+7*3"}
 
-Problems are generated, or come from a JSONL file (`file`, with keys `nums` or `numbers` and `target`) or from
-a data set on the hub with the same columns (`hub`, such as Jiayi-Pan/Countdown-Tasks-3to4). Train and test
-never share a problem, whatever the order of its numbers. The test problems are drawn first, so they do not
-depend on `train_size`; where there are too few problems, train gets what is left. The seed is the task's own:
+Problems are generated, or come from a file of JSONL, JSON or parquet (`file`, with keys `nums` or `numbers` and
+`target`) or from a data set on the hub with the same columns (`hub`, such as Jiayi-Pan/Countdown-Tasks-3to4).
+Train and test never share a problem, whatever the order of its numbers. The test problems are drawn first, so they
+do not depend on `train_size`; where there are too few problems, train gets what is left. The seed is the task's own:
 runs with different seeds train on the same problems.
 
 Prompt styles: "chat" asks for `<answer>` tags; "few_shot" is a text to complete, for small and base models,
@@ -24,7 +24,7 @@ from typing import Any, Literal, NoReturn
 from eggroll_llm.errors import TaskError
 from eggroll_llm.tasks.base import Message, Place, Problem, Split, no_place
 from eggroll_llm.tasks.countdown_problems import Key, Space, draw_problems, key_of
-from eggroll_llm.tasks.countdown_rows import file_problems, hub_problems
+from eggroll_llm.tasks.countdown_rows import Solutions, file_problems, hub_problems
 from rewards import Score, countdown
 
 _Rows = list[Problem]
@@ -57,9 +57,9 @@ class CountdownOptions:
     operators: str = "+-*/"
     """Operators that problems are made with."""
     file: str = ""
-    """JSONL file with problems, relative to the recipe's folder, in place of generated ones."""
+    """File of JSONL, JSON or parquet with problems, relative to the recipe's folder, in place of generated ones."""
     test_file: str = ""
-    """JSONL file with the test problems; without it they are taken out of `file`."""
+    """Such a file with the test problems; without it they are taken out of `file`."""
     hub: str = ""
     """Data set on the Hugging Face hub, in place of generated problems."""
     train_size: int = 4096
@@ -157,7 +157,7 @@ def load_countdown(options: CountdownOptions, base_dir: Path, place: Place = no_
     shots = _draw_shots(options, space, taken) if options.prompt_style == "few_shot" else []
     notes: list[str] = []
     if options.file or options.hub:
-        train, test, dropped = _loaded(options, base_dir, taken)
+        train, test, dropped = _loaded(options, base_dir, taken, notes)
         if dropped:
             notes.append(f"Countdown: {dropped} rows were left out, being repeated or also in test or in the prompt.")
     else:
@@ -225,18 +225,19 @@ def _generated(options: CountdownOptions, space: Space, taken: set[Key]) -> tupl
     return list(train), list(test)
 
 
-def _loaded(options: CountdownOptions, base_dir: Path, taken: set[Key]) -> tuple[_Rows, _Rows, int]:
-    """Train, test, and how many rows were left out."""
+def _loaded(options: CountdownOptions, base_dir: Path, taken: set[Key], notes: list[str]) -> tuple[_Rows, _Rows, int]:
+    """Train, test, and how many rows were left out; what is wrong with solutions is added to the notes."""
     rng = random.Random(f"countdown split {options.seed}")
     test: _Rows = []
     dropped = 0
     rows: Iterable[Problem]
+    solutions, test_solutions = Solutions(), Solutions()
     if options.hub:
-        rows = hub_problems(options.hub, rng)
+        rows = hub_problems(options.hub, rng, solutions)
     else:
-        rows = file_problems(base_dir / options.file)
+        rows = file_problems(base_dir / options.file, solutions)
         if options.test_file:
-            given = file_problems(base_dir / options.test_file)
+            given = file_problems(base_dir / options.test_file, test_solutions)
             held_out = [row for row in given if _key(row) not in taken]
             dropped += len(given) - len(held_out)
             taken |= {_key(row) for row in held_out}
@@ -253,6 +254,7 @@ def _loaded(options: CountdownOptions, base_dir: Path, taken: set[Key]) -> tuple
             break
         taken.add(_key(problem))
         split.append(problem)
+    notes += [*solutions.notes(), *test_solutions.notes()]
     return train, test, dropped
 
 

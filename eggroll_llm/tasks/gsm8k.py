@@ -3,8 +3,8 @@
     {"id": "test-1", "question": "Janet's ducks lay 16 eggs ...", "answer": "18", "solution": "Janet sells
     ...\\n#### 18"}
 
-Read from `data_dir` (train.jsonl and test.jsonl as published), or from openai/gsm8k on the hub. Every gold
-answer is checked.
+Read from `data_dir` (train.jsonl and test.jsonl as published, JSON arrays or parquet), or from openai/gsm8k on the hub.
+Every gold answer is checked.
 
 Prompt styles: "chat" asks for a last line `#### number`; "few_shot" is a text to complete that opens with
 problems taken out of train and their published solutions, without the `<<9*2=18>>` annotations for a
@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 from eggroll_llm.errors import TaskError
 from eggroll_llm.tasks.base import Message, Place, Problem, Split, no_place
-from eggroll_llm.tasks.rows import load_hub, read_jsonl
+from eggroll_llm.tasks.rows import load_file, load_hub
 from rewards import Score, gsm8k
 
 HUB_NAME = "openai/gsm8k"
@@ -29,6 +29,8 @@ _CHAT = (
     "{question}\n\nThink step by step. Then write the final answer on a last line of its own, as #### "
     "followed by the number alone."
 )
+_ENDINGS = (".jsonl", ".json", ".parquet", "-00000-of-00001.parquet")
+"""Of the names of the two files, the first that is there; the last is the hub's."""
 _ANNOTATION = re.compile(r"<<[^<>]*>>")
 
 
@@ -37,8 +39,8 @@ class Gsm8kOptions:
     """Options of task "gsm8k"."""
 
     data_dir: str = ""
-    """Folder with train.jsonl and test.jsonl, relative to the recipe's folder; empty takes openai/gsm8k from
-    the hub."""
+    """Folder with train.jsonl and test.jsonl (or .json, .parquet), relative to the recipe's folder; empty takes
+    openai/gsm8k from the hub."""
     prompt_style: Literal["chat", "few_shot"] = "chat"
     """Form of the prompt."""
     shots: int = 4
@@ -121,7 +123,9 @@ def load_gsm8k(options: Gsm8kOptions, base_dir: Path, place: Place = no_place) -
 
 def _split(split: str, options: Gsm8kOptions, base_dir: Path, notes: list[str]) -> list[Problem]:
     if options.data_dir:
-        return list(_parse(read_jsonl(base_dir / options.data_dir / f"{split}.jsonl"), split).values())
+        paths = [base_dir / options.data_dir / f"{split}{ending}" for ending in _ENDINGS]
+        path = next((path for path in paths if path.exists()), paths[0])
+        return list(_parse(load_file(path), split).values())
     table = load_hub(HUB_NAME, split, "main", instead="set data_dir to a folder with train.jsonl and test.jsonl")
     rows = [(f"{HUB_NAME} {split}[{i}]", row) for i, row in enumerate(table)]
     problems = _parse(rows, split, duplicates_allowed=True)

@@ -1,35 +1,95 @@
-"""Rows of a data set: a JSONL file, or the Hugging Face hub.
+"""Rows of a data set: a file of JSONL, JSON or parquet, or the Hugging Face hub.
 
-A file is taken as it is or refused; nothing is skipped or repaired in silence. Errors name file and line.
+A file is taken as it is or refused; nothing is skipped or repaired silently. Errors name file and row.
 """
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from eggroll_llm.errors import TaskError
 from eggroll_llm.nesting import parse_json
+from eggroll_llm.toml_text import is_unicode
+
+Row = tuple[str, dict[str, Any]]
+"""Where a row stands, for messages, and what it holds."""
+
+_PARQUET = b"PAR1"  # how such a file begins and ends
 
 
-def read_jsonl(path: Path) -> list[tuple[str, dict[str, Any]]]:
-    """(file:line, row) of every line.
+def load_file(path: Path) -> list[Row]:
+    """Return the rows of a file: parquet, a JSON array of objects, or one JSON object a line, told apart by content.
 
-    Raises:
-        TaskError: the file is missing or empty, or a line is not a JSON object in UTF-8 that ends with a
-        plain newline.
+    Raises TaskError when the file is missing, empty or damaged, or a row is not an object or not valid Unicode.
     """
     try:
         data = path.read_bytes()
     except FileNotFoundError:
         raise TaskError(
-            f"{path}: there is no such file. Give the path of a JSONL file, relative to the recipe's folder."
+            f"{path}: there is no such file. Give the path of a JSONL, JSON or parquet file, relative to the recipe's "
+            "folder."
         ) from None
     except (OSError, ValueError) as error:
         raise TaskError(f"{path}: cannot be read: {error}.") from None
+    if data.startswith(_PARQUET):
+        return _parquet(path)
     if not data.strip():
-        raise TaskError(f"{path}:1: the file is empty. One JSON object per line is expected.")
+        raise TaskError(f"{path}:1: the file is empty. One JSON object per line is expected, or an array of them.")
     if data.startswith(b"\xef\xbb\xbf"):
         raise TaskError(f"{path}:1: the file starts with a byte order mark. Save it as UTF-8 without BOM.")
+    rows = _array(data, path) if data.lstrip().startswith(b"[") else _lines(data, path)
+    if b"\\ud" in data.lower():
+        _check_surrogates(rows)
+    return rows
+
+
+def _check_surrogates(rows: Sequence[Row]) -> None:
+    """Raise TaskError for half a surrogate pair, which an escape of JSON can spell and no tokenizer takes."""
+    for at, row in rows:
+        for key, value in row.items():
+            if not is_unicode(json.dumps([key, value], ensure_ascii=False)):
+                raise TaskError(
+                    f"{at}: {key!a} = {value!a:.80} is not valid Unicode text: it holds half of a surrogate pair. "
+                    "Write the whole character, or remove the row."
+                )
+
+
+def _array(data: bytes, path: Path) -> list[Row]:
+    try:
+        rows = parse_json(data)
+    except ValueError as error:
+        raise TaskError(
+            f"{path}: is not a JSON array in UTF-8 ({error}). Correct it, or fetch the file again."
+        ) from None
+    if not rows:
+        raise TaskError(f"{path}: the array is empty. JSON objects are expected in it.")
+    for index, row in enumerate(rows):
+        if not isinstance(row, dict):
+            raise TaskError(f"{path}[{index}]: {row!a:.80} is not a JSON object.")
+    return [(f"{path}[{index}]", row) for index, row in enumerate(rows)]
+
+
+def _parquet(path: Path) -> list[Row]:
+    try:
+        from pyarrow import parquet
+    except ImportError:
+        raise TaskError(
+            f"{path}: is parquet, which needs the package pyarrow. Run pip install pyarrow, or convert it to JSONL."
+        ) from None
+    try:
+        rows = parquet.read_table(path).to_pylist()
+    except Exception as error:  # pyarrow's own classes
+        cause = str(error).partition("\n")[0]
+        raise TaskError(
+            f"{path}: cannot be read as parquet ({type(error).__name__}: {cause:.200}). Fetch the file again."
+        ) from error
+    if not rows:
+        raise TaskError(f"{path}: the table is empty.")
+    return [(f"{path}[{index}]", row) for index, row in enumerate(rows)]
+
+
+def _lines(data: bytes, path: Path) -> list[Row]:
     rows = []
     lines = data.split(b"\n")
     for number, line in enumerate(lines[:-1] if not lines[-1] else lines, start=1):

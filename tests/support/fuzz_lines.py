@@ -24,7 +24,7 @@ from eggroll_llm.inert import SAMPLE_CHARACTERS, inert
 from eggroll_llm.journal import Journal, JournalEntry, JournalHeader, read_journal
 from eggroll_llm.jsonl import cut_after_step, last_step, read_rows, to_json
 from eggroll_llm.samples import read_samples, samples_text
-from eggroll_llm.tasks.countdown_rows import file_problems
+from eggroll_llm.tasks.countdown_rows import Solutions, file_problems
 from eggroll_llm.tasks.gsm8k import Gsm8kOptions, load_gsm8k
 from eval.runs import read_runs
 from rewards import countdown, gsm8k
@@ -128,7 +128,7 @@ def check_rows(data: bytes, folder: Path) -> None:
     """Problems of both tasks: what is loaded can be graded, and its known answer is right."""
     path = folder / "train.jsonl"
     path.write_bytes(data)
-    for problem in refused(lambda: in_time(lambda: file_problems(path), SECONDS), TaskError) or ():
+    for problem in refused(lambda: in_time(lambda: file_problems(path, Solutions()), SECONDS), TaskError) or ():
         numbers, target = problem["numbers"], problem["target"]
         assert countdown.score("<answer>1</answer>", numbers, target).detail != "bad_problem"
         if "solution" in problem:

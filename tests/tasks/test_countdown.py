@@ -1,5 +1,7 @@
+import io
 import json
 import random
+import re
 import sys
 import time
 from fractions import Fraction
@@ -223,7 +225,7 @@ def test_test_rows_that_are_in_the_prompt_are_left_out_and_counted(tmp_path):
     task = load(tmp_path, **few_shot, file="train.jsonl", test_file="test.jsonl", train_size=8)
     assert [row["id"] for row in task.test] == ["3_11=14"]
     assert len(task.train) == 8
-    assert task.notes == ("Countdown: 2 rows were left out, being repeated or also in test or in the prompt.",)
+    assert task.notes[1:] == ("Countdown: 2 rows were left out, being repeated or also in test or in the prompt.",)
 
 
 def test_targets_with_a_fraction(tmp_path):
@@ -243,19 +245,25 @@ def test_targets_with_a_fraction(tmp_path):
     [
         ({"target": 3}, "nums is missing"),
         ({"nums": [1, 2]}, "target is missing"),
-        ({"nums": ["1", "2"], "target": 3}, "is not a list of whole numbers. Write them without quotes"),
+        ({"nums": ["1", "two"], "target": 3}, r"is not a list of whole numbers. Write them as \[3, 7, 25\]"),
+        ({"nums": ["1", "2.0"], "target": 3}, "is not a list of whole numbers"),
+        ({"nums": ["1", "-2"], "target": 3}, "is not a list of whole numbers"),
+        ({"nums": "[1, 2", "target": 3}, "is not a list of whole numbers"),
         ({"nums": [1, 2.5], "target": 3}, "is not a list of whole numbers"),
         ({"nums": [1, -2], "target": 3}, "is not a list of whole numbers"),
         ({"nums": [1, True], "target": 3}, "is not a list of whole numbers"),
         ({"nums": [], "target": 3}, "is not a list of whole numbers"),
         ({"nums": "12", "target": 3}, "is not a list of whole numbers"),
-        ({"nums": [1, 2], "target": "3"}, "target = '3' is not a number. Write it without quotes"),
+        ({"nums": [1, 2], "target": "three"}, "target = 'three' is not a number. Write it as 46"),
+        ({"nums": [1, 2], "target": "1e3"}, "target = '1e3' is not a number"),
+        ({"nums": [1, 2], "target": "nan"}, "target = 'nan' is not a number"),
+        ({"nums": [1, 2], "target": ""}, "target = '' is not a number"),
+        ({"nums": [1, 2], "target": 3, "note\ud83d": 1}, r"'note\\ud83d' = 1 is not valid Unicode text"),
+        ({"nums": [1, 2], "target": 3, "note": {"a": ["\ude00 x"]}}, "'note' = .* holds half of a surrogate pair"),
         ({"nums": [1, 2], "target": float("nan")}, "target = nan is not a number"),
         ({"nums": [1, 2], "target": 10**400}, "target = 10{79}: too large or too small. Remove the row."),
         ({"nums": [1, 2], "target": 1e-70}, "target = 1e-70: too large or too small"),
         ({"nums": [1, 10**70], "target": 3}, "nums = .*, target = 3: too large or too small"),
-        ({"nums": [1, 2], "target": 3, "solution": "1*2"}, r"solution = '1\*2' does not make 3"),
-        ({"nums": [1, 2], "target": 3, "solution": 3}, "solution = 3 does not make 3"),
         ({"nums": [1, 4], "target": 5}, r"the same problem is already at .*all.jsonl:3"),
     ],
 )
@@ -282,6 +290,98 @@ def test_a_damaged_file_is_named_with_its_line(tmp_path, data, line, message):
         load(tmp_path, file="all.jsonl", test_size=1)
 
 
+ES_AT_SCALE = [
+    {
+        "id": 0,
+        "context": "Using ...",
+        "numbers": [44, 19, 35],
+        "target": "98",
+        "solution": "((44 + 19) + 35)",
+    },
+    {"id": 1, "context": "", "numbers": [3, 7, 25], "target": "-46", "solution": None},
+    {"id": 2, "context": "", "numbers": [10, 3], "target": "3.3333333333333335", "solution": "10 / 3"},
+    {"id": 3, "context": "", "numbers": [5, 6], "target": "11", "solution": "(5 + 5) + 1"},
+    {"id": 4, "context": "", "numbers": ["5", " 7 "], "target": " 12 ", "solution": "5+7"},
+    {"id": 5, "context": "", "numbers": "[5, 8]", "target": 40, "solution": "40"},
+]
+"""Rows like those of ES at Scale's countdown.json: a target in quotes, and solutions that are null or wrong."""
+
+
+def as_jsonl(rows):
+    return "".join(json.dumps(row) + "\n" for row in rows).encode()
+
+
+def as_array(rows):
+    return json.dumps(rows, indent=2).replace("\n", "\r\n").encode()
+
+
+def as_parquet(rows):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    columns = {key: [row[key] for row in rows] for key in ("id", "target", "solution")}
+    columns = {key: list(map(str, column)) if key == "target" else column for key, column in columns.items()}
+    numbers = [[int(n) for n in str(row["numbers"]).strip("[]").replace("'", "").split(",")] for row in rows]
+    buffer = io.BytesIO()
+    parquet.write_table(pyarrow.table({**columns, "nums": numbers}), buffer)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("encode", [as_jsonl, as_array, as_parquet])
+def test_a_file_of_any_kind_with_targets_in_quotes_and_solutions_that_are_wrong(tmp_path, encode):
+    """Told apart by content. What is wrong with a solution is a warning with a count, and the problem stays."""
+    (tmp_path / "countdown.json").write_bytes(encode(ES_AT_SCALE))
+    task = load(tmp_path, file="countdown.json", test_size=2)
+    problems = {row["id"]: row for row in (*task.test, *task.train)}
+    assert {row["id"]: row.get("solution") for row in problems.values()} == {
+        "19_35_44=98": "((44 + 19) + 35)",
+        "3_7_25=-46": None,
+        "3_10=3.3333333333333335": "10 / 3",
+        "5_6=11": None,
+        "5_7=12": "5+7",
+        "5_8=40": None,
+    }
+    assert all(type(n) is int for row in problems.values() for n in row["numbers"])
+    assert task.score("<answer>44+19+35</answer>", problems["19_35_44=98"]).correct
+    wrong, missing, *_ = task.notes
+    assert re.fullmatch(
+        r"Countdown: the solution of 2 of 6 rows is wrong and left out, first .*countdown\.json.[34]\]?: "
+        r"'\(5 \+ 5\) \+ 1' for 11\.",
+        wrong,
+    )
+    assert missing == "Countdown: 1 of 6 rows have no solution."
+
+
+def test_rows_that_all_come_without_solution_are_no_reason_for_a_warning(tmp_path):
+    write(tmp_path / "all.jsonl", *({"nums": [n, 1], "target": n + 1} for n in range(2, 9)))
+    assert load(tmp_path, file="all.jsonl", test_size=2, train_size=5).notes == ()
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        (b"[]", "all.json: the array is empty"),
+        (b"[" + ROW, r"all.json: is not a JSON array in UTF-8 \("),
+        (b"[" + ROW + b", 5]", r"all.json\[1\]: 5 is not a JSON object"),
+        (b"[" + ROW + b', {"nums": [1]}]', r"all.json\[1\]: target is missing"),
+        (b"[" + ROW + b"," + ROW + b"]", r"all.json\[1\]: the same problem is already at .*all.json\[0\]"),
+        (b'[{"nums": [1], "target": 1, "a": "\\uD83D"}]', r"all.json\[0\]: 'a' = '\\ud83d' is not valid Unicode"),
+        (b"PAR1 and no more", "all.json: cannot be read as parquet .*Fetch the file again"),
+    ],
+)
+def test_a_damaged_array_or_table_is_named_with_its_row(tmp_path, data, said):
+    (tmp_path / "all.json").write_bytes(data)
+    with pytest.raises(TaskError, match=said):
+        load(tmp_path, file="all.json", test_size=1)
+
+
+def test_parquet_without_the_package_for_it(tmp_path, monkeypatch):
+    (tmp_path / "all.parquet").write_bytes(as_parquet(ES_AT_SCALE))
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(TaskError, match=r"all\.parquet: is parquet, which needs the package pyarrow"):
+        load(tmp_path, file="all.parquet", test_size=1)
+
+
 def test_hub_rows_are_drawn_at_random_and_repeated_ones_left_out(tmp_path, monkeypatch):
     table = [{"nums": [n, 1], "target": n + 1} for n in range(2, 42)] + [{"nums": [1, 2], "target": 3}]
     monkeypatch.setattr("eggroll_llm.tasks.countdown_rows.load_hub", lambda name, split, instead: table)
@@ -289,7 +389,7 @@ def test_hub_rows_are_drawn_at_random_and_repeated_ones_left_out(tmp_path, monke
     assert (len(task.test), len(task.train)) == (10, 30)
     assert [row["target"] for row in task.train] != sorted(row["target"] for row in task.train)
     assert task.notes[0].startswith("Countdown: 1 rows were left out")
-    table.append({"nums": ["2"], "target": 2})
+    table.append({"nums": ["two"], "target": 2})
     with pytest.raises(TaskError, match=r"someone/countdown\[41\]: nums"):
         load(tmp_path, hub="someone/countdown", test_size=10)
 

@@ -28,6 +28,22 @@ def load(folder, **options):
     return load_task("gsm8k", {"data_dir": str(folder), **options}, base_dir=Path("/nowhere"))
 
 
+@pytest.mark.parametrize("ending", [".json", ".parquet", "-00000-of-00001.parquet"])
+def test_files_of_other_kinds(folder, ending):
+    before = load(folder)
+    for split in ("train", "test"):
+        rows = [json.loads(line) for line in (folder / f"{split}.jsonl").read_text().splitlines()]
+        (folder / f"{split}.jsonl").unlink()
+        if ending == ".json":
+            (folder / f"{split}.json").write_text(json.dumps(rows, indent=1))
+        else:
+            pyarrow = pytest.importorskip("pyarrow")
+            pytest.importorskip("pyarrow.parquet").write_table(
+                pyarrow.Table.from_pylist(rows), folder / f"{split}{ending}"
+            )
+    assert load(folder) == before
+
+
 @pytest.fixture
 def folder(tmp_path):
     write(tmp_path, [row(n) for n in range(600, 606)], [row(1), row(2)])
@@ -101,6 +117,8 @@ def test_questions_of_test_are_left_out_of_train(tmp_path, style):
         ({"question": "q", "answer": "it is 5"}, 2, "answer ends with 'it is 5', not with a line ####"),
         ({"question": "q", "answer": "#### many"}, 2, "not with a line #### and a plain number"),
         ({"question": "q", "answer": "#### 18 eggs"}, 2, "not with a line #### and a plain number"),
+        ({"question": "q \ud83d", "answer": "#### 1"}, 2, r"'question' = 'q \\ud83d' is not valid Unicode text"),
+        ({"question": "q", "answer": "\udc00 #### 1"}, 2, "'answer' = .* is not valid Unicode text"),
         (row(1), 2, r"the same question is already at .*train.jsonl:1"),
         ([1, 2], 2, "is not a JSON object"),
         (b"\n", 2, "the line is empty"),
