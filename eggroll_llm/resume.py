@@ -21,7 +21,7 @@ def say_what_was_found(run: RunDir, journal: Journal, header: JournalHeader, dis
     if journal.dropped_tail:
         display.message(journal.dropped_tail)
     if journal.header and journal.header.task_file not in ("", header.task_file):
-        display.message("the task's file is another than the run began with, so that its rewards may be others too")
+        display.message("the task's file or a module beside it has changed since the run began: rewards may differ")
 
 
 def by_journal(run: RunDir, journal: Journal, display: Display) -> int:

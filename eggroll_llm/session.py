@@ -5,7 +5,6 @@ Everything that can be known without the engine is checked before it starts.
 
 import copy
 import dataclasses
-import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -271,13 +270,12 @@ def _train_from(
 
 def journal_header(prepared: Prepared) -> JournalHeader:
     """Return what the updates of a run are updates of."""
-    source = getattr(prepared.task, "source", b"")
     return JournalHeader(
         frozen_hash=frozen_hash(prepared.config),
         base_model=model_identity(prepared.model_dir),
         train=problems_hash(prepared.train),
         held_out=problems_hash(prepared.held_out),
-        task_file=hashlib.sha256(source).hexdigest() if source else "",
+        task_file=getattr(prepared.task, "file_hash", ""),
     )
 
 

@@ -63,6 +63,10 @@ class UserProcess(Closing):
         hello = {
             "name": f"{task.path.absolute()}:{task.name}",
             "source": task.source.decode("latin-1"),  # any bytes as text
+            "modules": {
+                name: [module.path, None if module.source is None else module.source.decode("latin-1")]
+                for name, module in task.modules.items()
+            },
             "options": write_toml(dict(task.options)),
             "memory": min(int(self._limits.memory_gib * 2**30), 2**62),
         }

@@ -11,25 +11,22 @@ The file is imported, so it can do anything; name only files that you trust. `TA
 function that takes the task options and returns such an object. `stop`, `notes`, `gold` and `answer(completion)`
 (what majority votes count) are optional, and so is `truncated` in `score`, which may return a number (correct
 from 1 on) or a `rewards.Score`; anything else is a failure, like an exception. In a run, `score` and `answer` are
-called in a process of their own (`process`), which imports once more what was read from the file here.
+called in a process of their own (`process`), which imports once more what was read here, from the file and from the
+modules beside it (`modules`).
 """
 
 import contextlib
 import difflib
 import hashlib
-import importlib.machinery
-import importlib.util
 import inspect
-import linecache
-import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import CodeType
 from typing import Any
 
 from eggroll_llm.errors import TaskError
 from eggroll_llm.tasks.base import Message, Place, Problem, Split, no_place, problem_text, short_traceback
+from eggroll_llm.tasks.modules import Modules, find_modules, is_hidden, load_module, source_hash
 from rewards import Score
 
 
@@ -45,6 +42,8 @@ class UserTask:
     """What it was made with."""
     source: bytes
     """What the file held when it was read; it may be edited during a run."""
+    modules: Modules
+    """The modules beside the file that it imports, as they were then."""
     hashes: Mapping[str, str]
     """SHA-256 of the problems of each split, as loaded."""
     inner: Any
@@ -54,6 +53,11 @@ class UserTask:
     notes: tuple[str, ...]
     takes_truncated: bool
     """Whether the user's score has the argument."""
+
+    @property
+    def file_hash(self) -> str:
+        """SHA-256 of the file and of what it imports from beside it."""
+        return source_hash(self.source, self.modules)
 
     def problems(self, split: Split) -> Sequence[Problem]:
         """All problems of the split."""
@@ -114,18 +118,21 @@ def as_score(value: object) -> Score:
 
 
 def load_user_task(
-    name: str, options: Mapping[str, Any], base_dir: Path, place: Place = no_place, source: bytes | None = None
+    name: str,
+    options: Mapping[str, Any],
+    base_dir: Path,
+    place: Place = no_place,
+    read: tuple[bytes, Modules] | None = None,
 ) -> UserTask:
-    """The object that `name`, "file.py:NAME", points to; with `source`, the file is not read, but has held that.
+    """The object that `name`, "file.py:NAME", points to; with `read`, no file is read, but these were what it held.
 
     Raises:
         TaskError: no such file or name, the file fails, or the object is not a task.
     """
     file, _, attribute = name.rpartition(":")
     path = base_dir / file
-    source = _read(path) if source is None else source
-    module = _import(path, source)
-    inner = _attribute(module, attribute, path)
+    source, modules = read or _read(path)
+    inner = _attribute(_import(path, source, modules), attribute, path)
     if isinstance(inner, type) or (callable(inner) and not hasattr(inner, "problems")):
         _check_options(inner, options, f"{path}: {attribute}", place)
         with _calling(path, f"{attribute}({', '.join(options)})"):
@@ -147,6 +154,7 @@ def load_user_task(
         name=attribute,
         options=options,
         source=source,
+        modules=modules,
         hashes={"train": _hash(train), "test": _hash(test)},
         inner=inner,
         train=train,
@@ -166,48 +174,29 @@ def _calling(path: Path, what: str) -> Iterator[None]:
         raise TaskError(f"{path}: {what} failed:\n{short_traceback(error)}") from error
 
 
-class _Loader(importlib.machinery.SourceFileLoader):
-    """Loads a file as it was when it was read, whatever is in it, and in Python's cache of it, by now."""
-
-    def __init__(self, name: str, path: str, source: bytes) -> None:
-        super().__init__(name, path)
-        self._source = source
-
-    def get_code(self, fullname: str) -> CodeType:
-        # Tracebacks show these lines; an entry without a time is not compared with the file.
-        text = importlib.util.decode_source(self._source)
-        linecache.cache[self.path] = len(text), None, [f"{line}\n" for line in text.split("\n")], self.path
-        return self.source_to_code(self._source, self.path)
-
-    def get_data(self, path: str) -> bytes:
-        return self._source if path == self.path else super().get_data(path)
-
-
-def _import(path: Path, source: bytes) -> Any:
+def _import(path: Path, source: bytes, modules: Modules) -> Any:
     """The module of a file that held `source`."""
-    name = f"eggroll_llm_user_task_{path.stem}"
-    loader = _Loader(name, str(path.absolute()), source)
-    spec = importlib.util.spec_from_file_location(name, path, loader=loader)
-    assert spec is not None
-    module = importlib.util.module_from_spec(spec)
-    # Dataclasses and pickle look their module up by name.
-    sys.modules[name] = module
     try:
         with _calling(path, "importing it"):
-            loader.exec_module(module)
-    except BaseException:
-        del sys.modules[name]
+            return load_module(path, source, modules)
+    except TaskError as error:
+        name = str(getattr(error.__cause__, "name", None)).partition(".")[0]
+        if isinstance(error.__cause__, ImportError) and is_hidden(path, name):
+            raise TaskError(
+                f"{error}\nThe {name} beside {path.name} is not imported, as an installed or loaded module has that "
+                "name. Rename yours."
+            ) from error
         raise
-    return module
 
 
-def _read(path: Path) -> bytes:
+def _read(path: Path) -> tuple[bytes, Modules]:
     if not path.is_file():
         raise TaskError(f"{path}: there is no such file. Give task as file.py:NAME, relative to the recipe's folder.")
     if path.suffix != ".py":
         raise TaskError(f"{path}: this is not a Python file. Its name must end with .py.")
     with _calling(path, "reading it"):
-        return path.read_bytes()
+        source = path.read_bytes()
+        return source, find_modules(path, source)
 
 
 def _attribute(module: Any, name: str, path: Path) -> Any:

@@ -1,6 +1,7 @@
 """The process that calls a user's `score`, at the other end of two pipes from `process`.
 
-    {"name": "/home/me/sums.py:Sums", "source": "import ...", "options": "digits = 2\\n", "memory": 4294967296}
+    {"name": "/home/me/sums.py:Sums", "source": "import ...", "modules": {"helper": ["/home/me/helper.py", "def ..."]},
+     "options": "digits = 2\\n", "memory": 4294967296}
         -> {"train": "60303a...", "test": "fd61a0..."}                               or {"failed": "Traceback ..."}
     {"split": "train", "index": 5, "text": " 82", "truncated": false, "voted": true}
         -> {"score": [1.0, true, "sum"], "vote": "82"}                or {"failed": "Traceback ...", "vote": "82"}
@@ -26,6 +27,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, cast
 from eggroll_llm.errors import UserError
 from eggroll_llm.inert import inert
 from eggroll_llm.tasks.base import Answer, Verdict, judge, short_traceback
+from eggroll_llm.tasks.modules import Module
 from eggroll_llm.tasks.user import UserTask, load_user_task
 
 if TYPE_CHECKING:
@@ -55,9 +57,14 @@ def main(parent: int, requests: int, replies: int) -> None:
         try:
             hello = json.loads(text)
             _limit_memory(hello["memory"])
-            task = load_user_task(
-                hello["name"], tomllib.loads(hello["options"]), Path(), source=hello["source"].encode("latin-1")
+            read = (
+                _bytes(hello["source"]),
+                {
+                    name: Module(path=path, source=None if text is None else _bytes(text))
+                    for name, (path, text) in hello["modules"].items()
+                },
             )
+            task = load_user_task(hello["name"], tomllib.loads(hello["options"]), Path(), read=read)
             reply(number, task.hashes)
         except BaseException as error:
             reply(number, {"failed": str(error) if isinstance(error, UserError) else short_traceback(error)})
@@ -67,6 +74,11 @@ def main(parent: int, requests: int, replies: int) -> None:
                 number, text = line.split(b" ", 1)
                 reply(number, _verdict(task, json.loads(text)))
     os._exit(0)  # without waiting for what the user's code has left running
+
+
+def _bytes(text: str) -> bytes:
+    """Return what `process` has sent as text, a character a byte."""
+    return text.encode("latin-1")
 
 
 def _verdict(task: UserTask, request: Mapping[str, Any]) -> dict[str, Any]:
