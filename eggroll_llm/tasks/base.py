@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 from eggroll_llm.errors import TaskError
+from eggroll_llm.toml_text import is_unicode
 from rewards import Score
 
 Problem = Mapping[str, Any]
@@ -124,6 +125,11 @@ def check_golds(task: Task, judge_all: Callable[[Sequence[Answer]], Iterable[Ver
     for split in SPLITS:
         given = [(problem, task.gold(problem)) for problem in task.problems(split)]
         golds = [Answer(text=gold, problem=problem) for problem, gold in given if gold is not None]
+        if bad := next((gold for gold in golds if not is_unicode(gold.text)), None):
+            raise TaskError(
+                f"Problem {bad.problem.get('id')!r} ({split}): its gold answer {bad.text!a:.200} is not valid Unicode: "
+                "it holds half of a surrogate pair. Correct it."
+            )
         verdicts = judge_all(golds) if judge_all else (judge(task, gold, voted=False) for gold in golds)
         for gold, verdict in zip(golds, verdicts, strict=True):
             score, name = verdict.score, f"Problem {gold.problem.get('id')!r} ({split})"

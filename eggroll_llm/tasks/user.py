@@ -18,7 +18,6 @@ modules beside it (`modules`).
 import contextlib
 import difflib
 import hashlib
-import inspect
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +26,8 @@ from typing import Any
 from eggroll_llm.errors import TaskError
 from eggroll_llm.tasks.base import Message, Place, Problem, Split, no_place, problem_text, short_traceback
 from eggroll_llm.tasks.modules import Modules, find_modules, is_hidden, load_module, source_hash
+from eggroll_llm.tasks.signatures import check_calls, check_factory, takes_truncated
+from eggroll_llm.toml_text import is_unicode
 from rewards import Score
 
 
@@ -132,22 +133,17 @@ def load_user_task(
     file, _, attribute = name.rpartition(":")
     path = base_dir / file
     source, modules = read or _read(path)
-    inner = _attribute(_import(path, source, modules), attribute, path)
+    inner, where = _attribute(_import(path, source, modules), attribute, path), f"{path}: {attribute}"
     if isinstance(inner, type) or (callable(inner) and not hasattr(inner, "problems")):
-        _check_options(inner, options, f"{path}: {attribute}", place)
+        check_factory(inner, options, where, place)
         with _calling(path, f"{attribute}({', '.join(options)})"):
             inner = inner(**options)
     elif options:
         raise TaskError(
-            f"{place(next(iter(options)))}: {path}: {attribute} is an object, so it takes no task_options, but "
+            f"{place(next(iter(options)))}: {where} is an object, so it takes no task_options, but "
             f"{', '.join(options)} is set. Make {attribute} a class or function that takes them, or remove them."
         )
-    missing = [method for method in ("problems", "prompt", "score") if not callable(getattr(inner, method, None))]
-    if missing:
-        raise TaskError(
-            f"{path}: {attribute} has no method {missing[0]}. A task needs problems(split), prompt(problem), "
-            f"score(completion, problem)."
-        )
+    check_calls(inner, where)
     train, test = _rows(inner, "train", path), _rows(inner, "test", path)
     return UserTask(
         path=path,
@@ -161,7 +157,7 @@ def load_user_task(
         test=test,
         stop=_texts(inner, "stop", path),
         notes=_texts(inner, "notes", path),
-        takes_truncated=_takes_truncated(inner.score),
+        takes_truncated=takes_truncated(inner.score),
     )
 
 
@@ -210,20 +206,6 @@ def _attribute(module: Any, name: str, path: Path) -> Any:
     )
 
 
-def _check_options(factory: Any, options: Mapping[str, Any], name: str, place: Place) -> None:
-    """Raise TaskError when the user's class or function does not take the options."""
-    try:
-        signature = inspect.signature(factory)
-    except (TypeError, ValueError):  # some classes in C have none: the call itself decides
-        return
-    try:
-        signature.bind(**options)
-    except TypeError as error:
-        unknown = [key for key in options if key not in signature.parameters]
-        key = [*unknown, *options, ""][0]
-        raise TaskError(f"{place(key)}: {name} does not accept task_options {dict(options)}: {error}.") from error
-
-
 def _rows(inner: Any, split: str, path: Path) -> list[Problem]:
     with _calling(path, f'problems("{split}")'):
         rows = list(inner.problems(split))
@@ -246,15 +228,11 @@ def _texts(inner: Any, name: str, path: Path) -> tuple[str, ...]:
         texts = [given] if isinstance(given, str) or not isinstance(given, Iterable) else list(given)
     if not all(isinstance(text, str) for text in texts):
         raise TaskError(f"{path}: {name} = {given!r:.80} is not text. Write a text, or a tuple of texts.")
+    if name == "stop" and not all(texts):
+        raise TaskError(f"{path}: stop = {given!r:.80} has an empty text, at which every answer would end. Remove it.")
+    if not is_unicode("".join(texts)):
+        raise TaskError(f"{path}: {name} = {given!a:.80} is not valid Unicode text: it holds half of a surrogate pair.")
     return tuple(texts)
-
-
-def _takes_truncated(score: Any) -> bool:
-    try:
-        parameters = inspect.signature(score).parameters
-    except (TypeError, ValueError):
-        return False
-    return "truncated" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
 
 def _is_message(message: object) -> bool:

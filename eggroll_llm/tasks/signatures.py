@@ -1,0 +1,127 @@
+"""How a user's object will be called, checked before it is: a mistake then costs no start of the engine."""
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+from eggroll_llm.errors import TaskError
+from eggroll_llm.tasks.base import Place
+
+_CALLS = {
+    "problems": ("split",),
+    "prompt": ("problem",),
+    "score": ("completion", "problem"),
+    "gold": ("problem",),
+    "answer": ("completion",),
+}
+"""Methods of a task and what each is called with."""
+_OPTIONAL = ("gold", "answer")
+NEEDED = "A task needs problems(split), prompt(problem), score(completion, problem)"
+_PAGE = "See docs/your_own_reward.md"
+
+
+def check_calls(inner: Any, where: str) -> None:
+    """Raise TaskError when a method of the user's object is missing, or does not take what it will be called with."""
+    for name, arguments in _CALLS.items():
+        if not hasattr(inner, name):
+            if name in _OPTIONAL:
+                continue
+            raise TaskError(f"{where} has no method {name}. {NEEDED}.")
+        method = getattr(inner, name)
+        if not callable(method):
+            remedy = f"Write def {name}(self, {', '.join(arguments)})" + (
+                ", or remove it." if name in _OPTIONAL else "."
+            )
+            raise TaskError(f"{where}: {name} = {method!r:.60} is not a method. {remedy}")
+        _check_call(method, name, arguments, where)
+
+
+def takes_truncated(score: Any) -> bool:
+    """Whether a score has the argument."""
+    if (signature := _signature(score)) is None:
+        return False
+    return "truncated" in signature.parameters or _takes_any(signature)
+
+
+def check_factory(factory: Any, options: Mapping[str, Any], name: str, place: Place) -> None:
+    """Raise TaskError when a user's class or function does not make a task of these options."""
+    if (signature := _signature(factory)) is None:  # the call itself decides
+        return
+    if _is_trl(signature) and not isinstance(factory, type):
+        function = name.rpartition(" ")[2]
+        raise TaskError(
+            f"{name}{signature} is a reward function of TRL, and not a task. {NEEDED}; in its class, write "
+            f"{_adapter(signature, function)}. {_PAGE}."
+        )
+    try:
+        signature.bind(**options)
+    except TypeError as error:
+        if options:
+            key = next((key for key in options if key not in signature.parameters), next(iter(options)))
+            raise TaskError(f"{place(key)}: {name} does not accept task_options {dict(options)}: {error}.") from error
+        if not isinstance(factory, type):
+            raise TaskError(
+                f"{name}{signature} is a function that cannot be called without task_options: {error}. {NEEDED}: put a "
+                f"score into a class with the others. {_PAGE}."
+            ) from error
+        raise TaskError(f"{name}{signature} needs task_options: {error}. Set it in [task_options].") from error
+
+
+def _check_call(method: Any, name: str, arguments: tuple[str, ...], where: str) -> None:
+    call = f"{name}({', '.join(arguments)})"
+    if inspect.iscoroutinefunction(method) or inspect.isasyncgenfunction(method):
+        raise TaskError(f"{where}: {name} is asynchronous, and is called as {call} without await. Write def {name}.")
+    if name != "problems" and inspect.isgeneratorfunction(method):
+        raise TaskError(f"{where}: {name} yields, and is called as {call}. Return its value.")
+    if (signature := _signature(method)) is None:
+        return
+    options = {"truncated": False} if name == "score" and takes_truncated(method) else {}
+    fault = ""
+    try:
+        signature.bind(*arguments, **options)
+    except TypeError as error:
+        fault = f"cannot be called as {call}: {error}"
+    if name == "score" and _is_trl(signature) and (fault or _is_for_columns(signature)):
+        raise TaskError(
+            f"{where}: score{signature} is a reward function of TRL. Move it out of the class as reward, and write "
+            f"{_adapter(signature, 'reward')}. {_PAGE}."
+        )
+    if fault:
+        known = 'What else it needs, the problem holds: problem["answer"]. ' if "problem" in arguments else ""
+        raise TaskError(
+            f"{where}: {name}{signature} {fault}. {known}Write def {name}(self, {', '.join(arguments)}) in a class."
+        )
+
+
+def _signature(function: Any) -> inspect.Signature | None:
+    try:
+        return inspect.signature(function)
+    except (TypeError, ValueError):  # some callables in C have none
+        return None
+
+
+def _takes_any(signature: inspect.Signature) -> bool:
+    return any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
+
+
+def _is_trl(signature: inspect.Signature) -> bool:
+    """Whether it is called like reward(completions, **columns), each a list."""
+    return "completions" in signature.parameters
+
+
+def _is_for_columns(signature: inspect.Signature) -> bool:
+    """Whether such a function, which can be called with a completion and a problem, expects something else there."""
+    names = list(signature.parameters)
+    return names[0] != "completions" or (_takes_any(signature) and "problem" not in names)
+
+
+def _adapter(signature: inspect.Signature, function: str) -> str:
+    """Return the line that calls a reward function of TRL for one completion."""
+    given = {"completions": "[completion]", "prompts": "[self.prompt(problem)]"}
+    names = [name for name, p in signature.parameters.items() if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
+    if _takes_any(signature):
+        arguments = [f"{name}={given[name]}" for name in names if name in given]
+        arguments.append("**{key: [value] for key, value in problem.items()}")
+    else:
+        arguments = [f"{name}={given.get(name, f'[problem[{chr(34)}{name}{chr(34)}]]')}" for name in names]
+    return f"def score(self, completion, problem): return {function}({', '.join(arguments)})[0]"
