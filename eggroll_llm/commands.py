@@ -175,7 +175,7 @@ def run_eval(options: argparse.Namespace, settings: list[tuple[str, str]]) -> in
         task=_absolute_task(options.task) if options.task else None,
         protocol=options.protocol,
         shots=options.num_fewshot,
-        chat=options.apply_chat_template,
+        apply_chat_template=options.apply_chat_template,
         limit=options.limit,
         max_tokens=options.max_tokens,
         samples=options.samples,

@@ -21,6 +21,7 @@ from eggroll_llm.toml_table import parse_table
 from eggroll_llm.toml_text import Origin, Sourced, format_value, read_toml, write_toml
 
 __all__ = [
+    "ChatConfig",
     "CheckpointConfig",
     "EngineConfig",
     "EsConfig",
@@ -48,6 +49,8 @@ __all__ = [
 
 Schedule = Literal["constant", "linear", "cosine"]
 _MAY_CHANGE = ("steps", "minutes", "eval.every", "grpo.gradient_checkpointing")
+_ADDED = {"chat.system": ""}
+"""Settings that were added since, with their defaults: the hash of a run that does not use them stays what it was."""
 METHOD_TABLES = ("es", "grpo")
 """Tables of settings that only the method of that name has."""
 
@@ -66,6 +69,16 @@ class SamplingConfig:
     """Sampling temperature; 0 decodes greedily, the population being the exploration."""
     top_p: float = 1.0
     """Probability mass that nucleus sampling keeps; 1 keeps all."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ChatConfig:
+    """How chat messages become a prompt, for tasks that ask in chat messages; in training and evaluation alike."""
+
+    system: str = ""
+    """System prompt, put before the task's messages; empty for none."""
+    template_args: Mapping[str, Any] = field(default_factory=dict)
+    """Arguments of the model's chat template, such as enable_thinking = false."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -246,6 +259,8 @@ class RunConfig:
     """Training time in minutes, evaluations not counted, after which the run ends; 0 sets no limit."""
     task_options: Mapping[str, Any] = field(default_factory=dict)
     """Options of the task, see its documentation."""
+    chat: ChatConfig = field(default_factory=ChatConfig)
+    """How chat messages become a prompt."""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     """How completions are sampled in training."""
     reward: RewardConfig = field(default_factory=RewardConfig)
@@ -344,7 +359,11 @@ def check_resume(saved: RunConfig, now: RunConfig, *, saved_in: str) -> None:
 
 def frozen_hash(config: RunConfig) -> str:
     """SHA-256 of the settings that may not change within a run."""
-    frozen = {key: value for key, value in flat(config).items() if applies(key, config) and not may_change(key)}
+    frozen = {
+        key: value
+        for key, value in flat(config).items()
+        if applies(key, config) and not may_change(key) and (key not in _ADDED or value != _ADDED[key])
+    }
     return hashlib.sha256(json.dumps(frozen, sort_keys=True, default=str).encode()).hexdigest()
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal, get_origin
 
 from eggroll_llm.errors import ConfigError
 from eggroll_llm.toml_table import convert, field_types
-from eggroll_llm.toml_text import Origin, format_value
+from eggroll_llm.toml_text import Origin, format_value, is_unicode
 
 if TYPE_CHECKING:
     from eggroll_llm.config import RunConfig
@@ -87,6 +87,8 @@ _BELOW = {
     "grpo.adam_beta1": 1,
     "grpo.adam_beta2": 1,
 }
+_SET_HERE = ("messages", "conversation", "add_generation_prompt", "continue_final_message", "tokenize")
+"""Arguments of a chat template, and of what applies it, that are not left to the user."""
 _NEEDED = {"es": ("es.sigma", "es.learning_rate"), "grpo": ("grpo.learning_rate",)}
 """Settings of a method that have no default: 0 means not given."""
 
@@ -153,6 +155,7 @@ class _Check:
                 self.fail("is not a name", f"Name a {key}", key)
         if config.steps == 0 and config.minutes == 0:
             self.fail("the run would never end", "Set steps or minutes (or both) above 0", "steps", "minutes")
+        self.of_chat()
         if config.method == "es":
             self.of_es()
         else:
@@ -181,6 +184,23 @@ class _Check:
                     f'Set steps above 0, or {key} to "constant"',
                     key,
                     "steps",
+                )
+
+    def of_chat(self) -> None:
+        chat = self.config.chat
+        if not is_unicode(chat.system):
+            raise ConfigError(
+                f"{self.origin.at('chat.system')}: chat.system = {chat.system!a:.80}: is not valid Unicode text, as it "
+                "holds half of a surrogate pair. Write the whole character."
+            )
+        for name, value in chat.template_args.items():
+            key = f"chat.template_args.{name}"
+            at = f"{self.origin.at(key)}: {key} = {value!r:.60}"
+            if name in _SET_HERE:
+                raise ConfigError(f"{at}: is set by the run itself. Remove it.")
+            if str(value).lower() in ("true", "false", "none") and isinstance(value, str):
+                raise ConfigError(
+                    f"{at}: is text, which a template takes for true. Write true or false without quotes."
                 )
 
     def of_es(self) -> None:

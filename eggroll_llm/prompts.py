@@ -7,8 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from eggroll_llm.errors import ConfigError, ModelError
+from eggroll_llm.chat import with_system
+from eggroll_llm.config import ChatConfig
+from eggroll_llm.errors import ConfigError, ModelError, TaskError
 from eggroll_llm.tasks import Problem, problem_text
+from eggroll_llm.toml_text import is_unicode
 
 Prompt = str | Sequence[Mapping[str, str]]
 """Plain text to be continued, or chat messages with "role" and "content"."""
@@ -32,11 +35,11 @@ _VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "tekken.json", "*.
 class Prompter:
     """Turns prompts into tokens with a model's tokenizer and chat template."""
 
-    def __init__(self, model_dir: Path) -> None:
+    def __init__(self, model_dir: Path, chat: ChatConfig | None = None) -> None:
         """Raises ModelError when there is no tokenizer, or it is damaged or needs code of its own."""
         from transformers import AutoTokenizer
 
-        self.model_dir = model_dir
+        self.model_dir, self.chat = model_dir, chat or ChatConfig()
         if not any(found for pattern in _VOCABULARIES for found in model_dir.glob(pattern)):
             raise ModelError(
                 f"{model_dir} has no tokenizer (none of {', '.join(_VOCABULARIES)}): copy it from the original model"
@@ -74,13 +77,21 @@ class Prompter:
                 f"{self.model_dir}: the tokenizer has no chat template, which the task's chat messages need: "
                 'use prompt_style = "few_shot" in [task_options], or an instruct model'
             )
-        messages = [dict(message) for message in prompt]
+        return self.apply_template(with_system(self.chat, prompt))
+
+    def apply_template(self, messages: Sequence[Mapping[str, str]]) -> str:
+        """Return the text of messages, no system prompt added. Raises ModelError when the template does."""
         try:
-            return str(self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
+            return str(
+                self.tokenizer.apply_chat_template(
+                    [*messages], add_generation_prompt=True, tokenize=False, **self.chat.template_args
+                )
+            )
         except Exception as error:
+            remedy = "remove chat.system, or change" if self.chat.system else "change"
             raise ModelError(
                 f"{self.model_dir}: the chat template does not take the task's messages ({type(error).__name__}: "
-                f"{_shown(error, 200)}): change the task's prompt, or use another model"
+                f"{_shown(error, 200)}): {remedy} the task's prompt, or use another model"
             ) from error
 
     def encode(self, prompt: Prompt, *, bos_by_text: bool = False) -> tuple[int, ...]:
@@ -96,6 +107,12 @@ class Prompter:
     ) -> ProblemSet:
         """Return the problems with their prompts, which are given in the same order, in tokens."""
         texts = [self.render(prompt) for prompt in prompts]
+        for problem, text in zip(problems, texts, strict=True):
+            if not is_unicode(text):
+                raise TaskError(
+                    f"the prompt of problem {problem.get('id')!a:.60} is not valid Unicode text, as it holds half of a "
+                    "surrogate pair: write the whole character, or remove the problem"
+                )
         return ProblemSet(
             problems=problems,
             prompts=[
@@ -134,15 +151,19 @@ def needed_context(
     max_tokens: int,
     limit: int,
     model_limit: int,
-    remedy: str = "lower sampling.max_tokens, raise engine.max_model_len or shorten the prompts",
+    *,
+    length_key: str = "sampling.max_tokens",
+    context_key: str = "engine.max_model_len",
+    shorten: str = "shorten the prompts",
 ) -> int:
     """Return the context length to serve: `limit` when set, else just what is needed, in whole blocks of 32 tokens.
 
-    Raises ConfigError, with how many there are, when prompts with their completions do not fit: none is truncated.
+    Raises ConfigError, with how many there are, when prompts with their completions do not fit: none is truncated. The
+    keys are those of `max_tokens` and `limit`; only what would help is proposed.
     """
     if limit > model_limit:
         raise ConfigError(
-            f"engine.max_model_len = {limit}: the model takes {model_limit} tokens: set it to that or less, or to 0"
+            f"{context_key} = {limit}: the model takes {model_limit} tokens: set it to that or less, or to 0"
         )
     lengths = [
         (len(prompt), problem.get("id", number))
@@ -150,16 +171,20 @@ def needed_context(
         for number, (prompt, problem) in enumerate(zip(problems.prompts, problems.problems, strict=True))
     ]
     longest = max(tokens for tokens, _ in lengths)
-    allowed = limit or model_limit
+    allowed, needed = limit or model_limit, longest + max_tokens
     if too_long := [each for each in lengths if each[0] + max_tokens > allowed]:
-        key = f"engine.max_model_len = {limit}" if limit else f"the model's context of {model_limit} tokens"
+        key = f"{context_key} = {limit}" if limit else f"the model's context of {model_limit} tokens"
         (tokens, name), are = too_long[0], "is" if len(too_long) == 1 else "are"
+        remedies = [f"raise {context_key} to {needed}"] if needed <= model_limit else []
+        remedies += [f"lower {length_key} to {allowed - longest}"] if longest < allowed else []
+        remedies += [shorten] + (["use a model with a longer context"] if needed > model_limit else [])
+        remedy = " or ".join([*([", ".join(remedies[:-1])] if remedies[1:] else []), remedies[-1]])
         raise ConfigError(
             f"{len(too_long):,} of {len(lengths):,} prompts {are} too long, first {_shown(name, 60)} with {tokens} "
             f"tokens; the longest prompt has {longest} tokens and completions up to {max_tokens}, together "
-            f"{longest + max_tokens}, but {key} allows {allowed}: {remedy}"
+            f"{needed}, but {key} allows {allowed}: {remedy}"
         )
-    return limit or min(model_limit, -(-(longest + max_tokens) // 32) * 32)
+    return limit or min(model_limit, -(-needed // 32) * 32)
 
 
 def _shown(value: object, limit: int) -> str:

@@ -13,6 +13,7 @@ from typing import Any
 
 from eggroll_llm import embedded
 from eggroll_llm.budget import check_memory
+from eggroll_llm.chat import check_chat
 from eggroll_llm.checkpoint import Checkpoint, clean
 from eggroll_llm.config import RunConfig, check_resume, flat, frozen_hash, load_recipe, to_toml
 from eggroll_llm.errors import ConfigError, EngineError, TaskError, TrainingError
@@ -112,7 +113,8 @@ def prepare(config: RunConfig, recipe_dir: Path, *, memory: bool = True) -> Prep
         check_rank(model_dir, "es.rank", config.es.rank)
     else:
         check_rank(model_dir, "grpo.lora_rank", config.grpo.lora_rank)
-    prompter = Prompter(model_dir)
+    prompter = Prompter(model_dir, config.chat)
+    check_chat(prompter, [task.prompt(problem) for problem in train])
     train_set = encode(prompter, task, train)
     held_out_set = encode(prompter, task, held_out)
     context = needed_context(
@@ -120,6 +122,7 @@ def prepare(config: RunConfig, recipe_dir: Path, *, memory: bool = True) -> Prep
         max(config.sampling.max_tokens, config.eval.max_tokens),
         config.engine.max_model_len,
         context_limit(model_dir),
+        length_key="eval.max_tokens" if config.eval.max_tokens > config.sampling.max_tokens else "sampling.max_tokens",
     )
     config = dataclasses.replace(config, engine=dataclasses.replace(config.engine, max_model_len=context))
     prepared = Prepared(

@@ -187,7 +187,11 @@ def _format_key(key: object, where: str) -> str:
 
 def is_unicode(text: str) -> bool:
     """Whether a text can be written in UTF-8: what the command line could not decode has halves of surrogate pairs."""
-    return not any("\ud800" <= char <= "\udfff" for char in text)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _format_string(value: str, key: str) -> str:

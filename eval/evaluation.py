@@ -12,7 +12,17 @@ from pathlib import Path
 from typing import Any
 
 from eggroll_llm import interruption
-from eggroll_llm.config import EngineConfig, EsConfig, RewardConfig, RunConfig, parse_table, sourced, validate
+from eggroll_llm.chat import check_chat, is_chat
+from eggroll_llm.config import (
+    ChatConfig,
+    EngineConfig,
+    EsConfig,
+    RewardConfig,
+    RunConfig,
+    parse_table,
+    sourced,
+    validate,
+)
 from eggroll_llm.environment import package_versions
 from eggroll_llm.errors import ConfigError
 from eggroll_llm.evaluate import answer, grade_again
@@ -42,7 +52,7 @@ class Settings:
     task_options: Mapping[str, Any]
     shots: int | None = None
     """Worked examples; None takes the protocol's number."""
-    chat: bool = False
+    apply_chat_template: bool = False
     """Whether the prompts of lm-eval go through the model's chat template."""
     limit: int = 0
     """Number of problems, from the start of the test split; 0 takes all."""
@@ -56,6 +66,7 @@ class Settings:
     """Probability mass that nucleus sampling keeps."""
     seed: int = 0
     """Seed of sampling."""
+    chat: ChatConfig = field(default_factory=ChatConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
 
@@ -78,6 +89,8 @@ class Changeable:
 
     task_options: Mapping[str, Any] = field(default_factory=dict)
     """Options of the task."""
+    chat: ChatConfig = field(default_factory=ChatConfig)
+    """How chat messages become a prompt."""
     engine: EngineConfig = field(default_factory=EngineConfig)
     """The engine."""
     reward: RewardConfig = field(default_factory=RewardConfig)
@@ -103,7 +116,7 @@ def settings_for(
     protocol = protocol or ("lm-eval" if task in lm_eval.TASKS else "task")
     if protocol == "lm-eval" and name not in lm_eval.TASKS:
         raise ConfigError(f"--protocol lm-eval: there is no such protocol for {name}: it is for gsm8k and gsm8k_cot")
-    if protocol == "task" and (how.get("shots") is not None or how.get("chat")):
+    if protocol == "task" and (how.get("shots") is not None or how.get("apply_chat_template")):
         raise ConfigError("--num-fewshot and --apply-chat-template belong to --protocol lm-eval: leave them out")
     base: dict[str, Any] = {}
     if config is not None:
@@ -113,16 +126,19 @@ def settings_for(
             options = {key: value for key, value in options.items() if key == "data_dir"}
         engine = dataclasses.asdict(config.engine) | {"max_model_len": 0}
         base = {"task_options": options, "engine": engine, "reward": dataclasses.asdict(config.reward)}
+        base["chat"] = dataclasses.asdict(config.chat)
         if protocol == "task" and name == config.task and not how.get("max_tokens"):
             how["max_tokens"] = config.eval.max_tokens or config.sampling.max_tokens
     changed = parse_table(Changeable, apply_overrides(Changeable, base, flags), where="", source="flags")
     step = EsConfig(sigma=1.0, learning_rate=1.0)
-    validate(RunConfig(task="countdown", steps=1, es=step, engine=changed.engine, reward=changed.reward))  # ranges
+    ranges = RunConfig(task="-", steps=1, es=step, chat=changed.chat, engine=changed.engine, reward=changed.reward)
+    validate(ranges)
     settings = Settings(
         subject=subject,
         task=name,
         protocol=protocol,
         task_options=sourced(changed.task_options, Sourced.origin, flags),
+        chat=changed.chat,
         engine=changed.engine,
         reward=changed.reward,
         **how,
@@ -143,7 +159,12 @@ def questions_for(settings: Settings, base_dir: Path) -> Questions:
     if settings.protocol == "lm-eval":
         task: lm_eval.LmEvalTask = "gsm8k" if settings.task == "gsm8k" else "gsm8k_cot"
         return lm_eval_questions(
-            task, settings.task_options, base_dir, limit=settings.limit, shots=settings.shots, chat=settings.chat
+            task,
+            settings.task_options,
+            base_dir,
+            limit=settings.limit,
+            shots=settings.shots,
+            chat=settings.apply_chat_template,
         )
     return task_questions(
         settings.task,
@@ -170,10 +191,11 @@ def evaluate_subject(
     """
     questions = questions_for(settings, base_dir)
     model_dir = settings.subject.model_dir
-    prompter = Prompter(model_dir)
-    if settings.chat and not prompter.has_chat_template:
+    prompter = Prompter(model_dir, _chat(settings, questions))
+    if settings.apply_chat_template and not prompter.has_chat_template:
         raise ConfigError(f"--apply-chat-template: {model_dir} has no chat template: leave the flag out")
     published = settings.protocol == "lm-eval"
+    check_chat(prompter, questions.prompts, *(["add --apply-chat-template"] if published else []))
     problems = prompter.encode_all(questions.problems, questions.prompts, bos_by_text=published)
     eos = prompter.tokenizer.eos_token
     decoding = Decoding(
@@ -189,9 +211,9 @@ def evaluate_subject(
         decoding.max_tokens,
         settings.engine.max_model_len,
         context_limit(model_dir),
-        remedy="lower --max-tokens or --num-fewshot, or raise --engine.max_model_len"
-        if published
-        else "lower --max-tokens, raise --engine.max_model_len or shorten the prompts",
+        length_key="--max-tokens",
+        context_key="--engine.max_model_len",
+        shorten="lower --num-fewshot" if published else "shorten the prompts",
     )
     total = len(problems.problems) * settings.samples
     with contextlib.ExitStack() as stack:
@@ -230,6 +252,13 @@ def evaluate_subject(
     return Results(settings=settings, questions=questions, samples=ordered, facts=facts)
 
 
+def _chat(settings: Settings, questions: Questions) -> ChatConfig:
+    """Return the settings of [chat] but for those of the run, where the prompts are plain text."""
+    run = settings.subject.config
+    plain = run is not None and settings.chat == run.chat and not is_chat(questions.prompts)
+    return ChatConfig() if plain else settings.chat
+
+
 def start_engine(settings: Settings, context: int) -> Any:
     """Start vLLM on the subject, for prompts and completions of `context` tokens together."""
     from eggroll_llm.engine.engine import Engine
@@ -255,7 +284,8 @@ def _facts(settings: Settings, questions: Questions, problems: ProblemSet, decod
             key: value for key, value in settings.task_options.items() if key not in PATH_OPTIONS.get(settings.task, ())
         },
         "num_fewshot": questions.shots,
-        "apply_chat_template": settings.chat,
+        "apply_chat_template": settings.apply_chat_template,
+        **({} if (chat := _chat(settings, questions)) == ChatConfig() else {"chat": dataclasses.asdict(chat)}),
         "problems": len(problems.problems),
         "prompts": set_hash(problems.hashes),
         "max_tokens": decoding.max_tokens,

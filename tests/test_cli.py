@@ -167,16 +167,16 @@ def test_an_error_that_quotes_an_answer_does_nothing_to_the_terminal(
     recipe: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A user's grader that fails on its gold answer, and has it in its message; its traceback keeps its lines."""
-    hostile = "    def gold(self, problem):\n        return '\\x1b[2J\\x9b31m\\u202e\\ud800 five'\n"
-    task = TASK.replace("return float(", "raise ValueError(completion)\n        return float(") + hostile
+    hostile = "    def gold(self, problem):\n        return '\\x1b[2J\\x9b31m\\u202e five'\n"
+    task = TASK.replace("return float(", "raise ValueError(completion + '\\ud800')\n        return float(") + hostile
     (recipe.parent / "words.py").write_text(task)
     capsys.readouterr()
     assert main(["train", str(recipe)]) == 2
     error = capsys.readouterr().err
     lines = error.removesuffix("\n").split("\n")
     assert lines[0].startswith("error: Problem 'train-1' (train): score() failed on its own gold answer")
-    assert "    raise ValueError(completion)" in lines
-    assert lines[-1] == "ValueError: \\x1b[2J\\x9b31m\\u202e\\ud800 five"
+    assert "    raise ValueError(completion + '\\ud800')" in lines
+    assert lines[-1] == "ValueError: \\x1b[2J\\x9b31m\\u202e five\\ud800"
     assert all(line.isprintable() for line in lines)
 
 

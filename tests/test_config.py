@@ -107,7 +107,7 @@ def test_byte_order_mark_and_crlf_are_read(recipe: Path) -> None:
          "[sampling] with keys from: prompts_per_step, samples_per_prompt, max_tokens, temperature, top_p."),
         ("steps = 30", "sigma = 30", "recipe.toml:3: unknown key sigma. Did you mean es.sigma?"),
         ("steps = 30", "qqq = 30", "recipe.toml:3: unknown key qqq. Valid keys: model, task, method, seed, steps, minutes, "
-         "task_options, sampling, reward, es, grpo, engine, eval, checkpoint, log."),
+         "task_options, chat, sampling, reward, es, grpo, engine, eval, checkpoint, log."),
         ("steps = 30", "engine.max_sequences = [1]", "recipe.toml:3: engine.max_sequences = [1] is an array, but an integer is "
          "expected. Write max_sequences = <an integer>."),
         ('task = "countdown"', "", "recipe.toml: task is missing. Add task = <a string in quotes>."),

@@ -168,17 +168,27 @@ def test_the_longer_of_training_and_evaluation_counts(config: RunConfig, folder:
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"sampling": SamplingConfig(max_tokens=500)}, "the model's context of 512 tokens allows 512"),
-        ({"engine": EngineConfig(max_model_len=30)}, "engine.max_model_len = 30 allows 30"),
+        (
+            {"sampling": SamplingConfig(max_tokens=500)},
+            r"model's context of 512 tokens allows 512: lower sampling\.max_tokens to \d+, shorten the prompts or use "
+            "a model with a longer context$",
+        ),
+        (
+            {"eval": EvalConfig(problems=3, max_tokens=500)},
+            r"allows 512: lower eval\.max_tokens to \d+, shorten the prompts or use a model with a longer context$",
+        ),
+        (
+            {"engine": EngineConfig(max_model_len=30)},
+            r"max_model_len = 30 allows 30: raise engine\.max_model_len to \d+, lower sampling\.max_tokens to \d+ or "
+            "shorten the prompts$",
+        ),
     ],
 )
 def test_a_context_that_is_too_short_is_refused(
     config: RunConfig, folder: Path, changes: dict[str, Any], said: str
 ) -> None:
-    with pytest.raises(ConfigError, match="the longest prompt has") as info:
+    with pytest.raises(ConfigError, match=f"the longest prompt has .*{said}"):
         prepare(dataclasses.replace(config, **changes), folder)
-    assert said in str(info.value)
-    assert "lower sampling.max_tokens, raise engine.max_model_len or shorten the prompts" in str(info.value)
 
 
 def test_prompts_that_are_too_long_are_counted(config: RunConfig, folder: Path) -> None:

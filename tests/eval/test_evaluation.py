@@ -89,7 +89,7 @@ def test_another_task_takes_the_engine_alone() -> None:
         ({"task": "gsm8k"}, [("engine.kv_cache", "1")], "Did you mean --engine.kv_cache_gib"),
         ({"task": "gsm8k"}, [("engine.slots", "x")], 'engine.slots = "x" is a string'),
         ({"task": "countdown", "protocol": "lm-eval"}, [], "no such protocol for countdown"),
-        ({"task": "countdown", "chat": True}, [], "belong to --protocol lm-eval"),
+        ({"task": "countdown", "apply_chat_template": True}, [], "belong to --protocol lm-eval"),
         ({"task": "countdown", "shots": 0}, [], "belong to --protocol lm-eval"),
         ({"task": "gsm8k", "samples": 4}, [], "--samples 4: greedy decoding gives the same answer"),
         ({"task": "gsm8k", "temperature": -1.0}, [], "--temperature -1.0: must be 0 or more"),
@@ -169,7 +169,7 @@ def test_interrupted_anywhere_it_comes_to_the_same(
     assert run(path, 0) == whole  # complete: no engine is started
     assert parrots[-1].asked == 0
     assert len(path.read_text().splitlines()) == 21
-    for change in ({"seed": 1}, {"temperature": 0.5}, {"limit": 6}, {"chat": True}):
+    for change in ({"seed": 1}, {"temperature": 0.5}, {"limit": 6}, {"apply_chat_template": True}):
         with pytest.raises(SamplesError, match="is of another evaluation"):
             run(path, 99, **change)
     assert run(None, 99, seed=1) != whole
