@@ -10,11 +10,10 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
-from eggroll_llm import embedded
+from eggroll_llm import embedded, own_module
 from eggroll_llm.checkpoint import MANIFEST, TRAINING_STATE, verify_checkpoint
 from eggroll_llm.errors import ModelError
 from eggroll_llm.model_files import check_model, model_identity
@@ -95,7 +94,7 @@ def _convert_into(gguf: Path, destination: Path) -> None:
     log.info("converting the embedded model %s, once, about 20 s, into %s", embedded.NAME, destination)
     with tempfile.TemporaryDirectory(prefix=prefix, dir=destination.parent, ignore_cleanup_errors=True) as parent:
         scratch = Path(parent) / "model"
-        command = [sys.executable, "-m", "eggroll_llm.embedded", str(gguf), str(scratch)]
+        command = own_module.command("eggroll_llm.embedded", str(gguf), str(scratch))
         outcome = subprocess.run(command, capture_output=True, text=True, check=False)
         if outcome.returncode != 0:
             reason = outcome.stderr.strip().rpartition("\n")[2]

@@ -19,12 +19,12 @@ which training diverges) is told and does not stop the others.
 
 import signal
 import subprocess
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from eggroll_llm import own_module
 from eggroll_llm.atomic import describe_failure
 from eggroll_llm.config import RunConfig, applies, flat, load_recipe, may_change
 from eggroll_llm.errors import ConfigError, RunDirError
@@ -162,7 +162,7 @@ def _is_as_asked(saved: RunConfig, asked: RunConfig) -> bool:
 def _train(run: Planned, directory: Path) -> int:
     flags = [word for key, text in run.flags for word in (f"--{key}", text)]
     place = ["--run-dir", str(directory), "--on-existing", "resume"]
-    command = [sys.executable, "-m", "eggroll_llm.cli", "train", str(run.recipe), *place, *flags]
+    command = own_module.command("eggroll_llm.cli", "train", str(run.recipe), *place, *flags)
     with subprocess.Popen(command, preexec_fn=_leave_the_terminal_to_us) as process:
         try:
             return process.wait()

@@ -1,5 +1,8 @@
 """Copies of the metrics for TensorBoard and Weights & Biases. Neither can stop, delay or block a run.
 
+A resumed run goes on in both where it was logged before: steps that are done again replace those in TensorBoard, and
+W&B, which takes no step twice, keeps the equal ones that it has.
+
 Each tracker is a process of its own (`python -m eggroll_llm.trackers`), fed by a thread behind a queue:
 whatever it raises, a network that does not answer, and what it would do at exit stay there. The first failure
 becomes one warning, given by the thread that trains, and switches that tracker off. metrics.jsonl has every row
@@ -11,6 +14,7 @@ import dataclasses
 import json
 import os
 import queue
+import secrets
 import signal
 import subprocess
 import sys
@@ -20,10 +24,13 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import IO, Any
 
+from eggroll_llm import own_module
+from eggroll_llm.atomic import write_text
 from eggroll_llm.config import LogConfig
 from eggroll_llm.jsonl import to_json
 
 QUEUED_ROWS = 1000  # a tracker that is further behind has stopped working
+WANDB_ID = "wandb-id"  # file of a run directory, so that a resumed run goes on where it was logged before
 CLOSE_SECONDS = 15.0  # patience at the end of a run, for all trackers together
 
 Row = Mapping[str, Any]
@@ -113,7 +120,7 @@ class _Tracker:
         try:
             # Of its own session: Ctrl-C ends the run, which then lets the tracker finish.
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "eggroll_llm.trackers"],
+                own_module.command("eggroll_llm.trackers"),
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 text=True,
@@ -174,6 +181,8 @@ def _to_wandb(target: Target, rows: Iterable[Row]) -> None:
 
     run = wandb.init(
         project=target.project,
+        id=_run_id(Path(target.run_dir) / WANDB_ID),
+        resume="allow",  # a run of that id goes on, and is made where there is none
         name=os.path.basename(target.run_dir),
         dir=target.run_dir,
         config=dict(target.settings),
@@ -185,6 +194,15 @@ def _to_wandb(target: Target, rows: Iterable[Row]) -> None:
             step=row["step"],
         )
     run.finish()
+
+
+def _run_id(path: Path) -> str:
+    """Return the run's id at Weights & Biases: the one in the file, or a new one, which is put there."""
+    known = path.read_text(encoding="utf-8").strip() if path.is_file() else ""
+    if not known:
+        known = secrets.token_hex(8)
+        write_text(path, f"{known}\n")
+    return known
 
 
 if __name__ == "__main__":

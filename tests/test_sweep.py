@@ -202,10 +202,10 @@ def test_each_run_is_a_command_that_a_user_could_type(
     (run, *_) = read_sweep(file)
     said: list[str] = []
     assert run_sweep([run], tmp_path / "out", said.append) == []
-    words = asked.read_text().splitlines()
-    assert words[:4] == ["-m", "eggroll_llm.cli", "train", str(run.recipe)]
-    assert words[4:8] == ["--run-dir", str(tmp_path / "out" / "plain-seed3"), "--on-existing", "resume"]
-    assert words[8:] == [
+    words = asked.read_text().partition("eggroll_llm.cli\n")[2].splitlines()
+    assert words[:2] == ["train", str(run.recipe)]
+    assert words[2:6] == ["--run-dir", str(tmp_path / "out" / "plain-seed3"), "--on-existing", "resume"]
+    assert words[6:] == [
         "--minutes", "1.5", "--es.sigma", "0.02", "--task_options.operators", "+-*", "--task_options.count", "[2, 2]",
         "--seed", "3",
     ]  # fmt: skip

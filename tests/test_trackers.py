@@ -96,6 +96,7 @@ def run(path: Path, config: LogConfig, *rows: dict[str, Any], settle: float = 0.
     """Log the rows and close; the warnings, and how long each call took."""
     warnings: list[str] = []
     seconds = []
+    (path / "run").mkdir(exist_ok=True)
     logged = Trackers(config, path / "run", {"es.sigma": 0.01, "seed": 3}, warnings.append)
     for row in rows:
         start = time.perf_counter()
@@ -124,6 +125,8 @@ def test_both_get_every_number_of_every_row(
             "init",
             {
                 "project": "mine",
+                "id": (tmp_path / "run" / "wandb-id").read_text().strip(),
+                "resume": "allow",
                 "name": "run",
                 "dir": str(tmp_path / "run"),
                 "config": {"es.sigma": 0.01, "seed": 3},
@@ -142,6 +145,41 @@ def test_both_get_every_number_of_every_row(
         ["reward/mean", 0.75, 4],
         ["close"],
     ]
+
+
+def test_a_resumed_run_goes_on_in_the_same_run_of_both(
+    tmp_path: Path, install: Callable[..., None], said: Callable[[str], list[Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though it was moved meanwhile; one that is overwritten, or another one, is a new run there."""
+    install()
+    bench = Bench(tmp_path, monkeypatch)
+    log = dataclasses.replace(CONFIG.log, wandb="mine", tensorboard=True)
+    bench.train("run", log=log, steps=2)
+    bench.train("run", log=log, steps=4, on_existing="resume")
+    (tmp_path / "run").rename(tmp_path / "moved")
+    bench.train("moved", log=log, steps=5, on_existing="resume")
+    bench.train("moved", log=log, steps=1, on_existing="overwrite")
+    bench.train("other", log=log, steps=1)
+    starts = [line[1] for line in said("wandb") if line[0] == "init"]
+    first, second, third, fourth, fifth = (start["id"] for start in starts)
+    assert first == second == third
+    assert len({first, fourth, fifth}) == 3
+    assert {start["resume"] for start in starts} == {"allow"}
+    assert [line[2] for line in said("wandb") if line[0] == "log"][:6] == [0, 1, 2, 3, 4, 5]
+    opened = [line[1:] for line in said("tensorboard") if line[0] == "open"]
+    assert [purge_step for _, purge_step in opened] == [0, 3, 5, 0, 0]
+
+
+def test_files_in_the_current_directory_do_it_no_harm(
+    tmp_path: Path, install: Callable[..., None], said: Callable[[str], list[Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install()
+    for name in ("json", "queue", "random", "rewards", "secrets"):
+        (tmp_path / f"{name}.py").write_text(f"raise SystemExit('{name} of the current directory')")
+    monkeypatch.chdir(tmp_path)
+    warnings, _ = run(tmp_path, BOTH, ROW)
+    assert warnings == []
+    assert said("wandb")[-1] == ["finish"]
 
 
 @pytest.mark.parametrize(
@@ -208,6 +246,7 @@ def test_they_get_no_text_of_a_model_and_settings_as_valid_text(
     tmp_path: Path, install: Callable[..., None], said: Callable[[str], list[Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     install()
+    (tmp_path / "run").mkdir()
     logged = Trackers(BOTH, tmp_path / "run", {"task_options.note": HOSTILE}, pytest.fail)
     logged.log(ROW)
     logged.close()
