@@ -2,7 +2,7 @@
 
 import difflib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from eggroll_llm.config import ChatConfig
@@ -48,10 +48,10 @@ def check_chat(
             f"{remedy}"
         )
     text = prompter.render(messages)
-    known = _arguments(prompter.tokenizer.get_chat_template())
-    if known is not None and (unknown := [name for name in chat.template_args if name not in known]):
-        nearest = difflib.get_close_matches(unknown[0], known, n=1)
-        hint = f"Did you mean {nearest[0]}?" if nearest else f"It has: {', '.join(sorted(known)) or 'none'}."
+    free, likely = _arguments(prompter.tokenizer.get_chat_template(), chat.template_args)
+    if unknown := [name for name in chat.template_args if name not in free]:
+        nearest = difflib.get_close_matches(unknown[0], likely, n=1)
+        hint = f"Did you mean {nearest[0]}?" if nearest else f"It has: {', '.join(sorted(likely)) or 'none'}."
         raise ConfigError(
             f"chat.template_args.{unknown[0]}: the chat template of {prompter.model_dir} has no such argument. {hint}"
         )
@@ -63,15 +63,29 @@ def check_chat(
         )
 
 
-def _arguments(template: str) -> set[str] | None:
-    """Return the names that a chat template takes from its caller; None when it is not known."""
+def _arguments(template: str, unknown: Iterable[str]) -> tuple[set[str], set[str]]:
+    """Return the names that a chat template may take from its caller, and those that are most likely meant for it.
+
+    Where the template cannot be parsed, both are those that are `unknown`.
+    """
     import jinja2.ext
     import jinja2.meta
+    from jinja2 import nodes
 
     environment = jinja2.Environment(extensions=[jinja2.ext.loopcontrols], autoescape=True)  # nothing is rendered
     try:
         tree = environment.parse(_GENERATION.sub("", template))
+        free = jinja2.meta.find_undeclared_variables(tree)
     except jinja2.TemplateError:
-        return None
-    given = {"messages", "add_generation_prompt", "raise_exception", "strftime_now", *environment.globals}
-    return {name for name in jinja2.meta.find_undeclared_variables(tree) - given if not name.endswith("_token")}
+        return set(unknown), set(unknown)
+    free -= {"messages", "add_generation_prompt", "raise_exception", "strftime_now", *environment.globals}
+    # A name that is set in one branch is free in another: of those, arguments are the ones with a default.
+    own = {name.name for name in tree.find_all(nodes.Name) if name.ctx == "store"}
+    defaults = [
+        each
+        for kind, names in ((nodes.Test, ("defined", "undefined")), (nodes.Filter, ("default", "d")))
+        for each in tree.find_all(kind)
+        if each.name in names
+    ]
+    own -= {each.node.name for each in defaults if isinstance(each.node, nodes.Name)}
+    return free, {name for name in free - own if not name.endswith("_token")}

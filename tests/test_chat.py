@@ -231,8 +231,28 @@ def test_what_is_the_templates_default_is_no_reason_to_refuse(config: RunConfig,
 def test_a_template_that_cannot_be_parsed_here_is_left_to_transformers(tiny_model: Callable[[str], Path]) -> None:
     prompter = Prompter(tiny_model("llama"), ChatConfig(template_args={"anything": 1}))
     prompter.apply_template = lambda messages: "text"  # type: ignore[method-assign]
-    prompter.tokenizer.chat_template = "{% some_tag_of_transformers %}"
-    check_chat(prompter, [[{"role": "user", "content": "x"}]])
+    for template in ("{% some_tag_of_transformers %}", "{{ messages | some_filter_of_transformers }}"):
+        prompter.tokenizer.chat_template = template
+        check_chat(prompter, [[{"role": "user", "content": "x"}]])
+
+
+def test_names_that_a_template_sets_itself_are_not_proposed(tiny_model: Callable[[str], Path]) -> None:
+    """Unless they have a default there: Llama 3.1 has its date so, and Qwen3 the content of a message."""
+    template = (
+        "{% if not date_string is defined %}{% set date_string = '26 Jul 2024' %}{% endif %}{{ date_string }}"
+        "{% set depth = depth | default(1) %}{{ depth }}{% if messages %}{% set content = 'x' %}{% endif %}"
+        "{{ content }}{{ bos_token }}{{ enable_thinking }}{% for i in range(2) %}{{ i }}{% endfor %}"
+    )
+
+    def check(name: str) -> None:
+        prompter = Prompter(tiny_model("llama"), ChatConfig(template_args={name: 1}))
+        prompter.tokenizer.chat_template = template
+        check_chat(prompter, [[{"role": "user", "content": "x"}]])
+
+    for name in ("date_string", "depth", "enable_thinking", "bos_token"):
+        check(name)
+    with pytest.raises(ConfigError, match=r"has no such argument\. It has: date_string, depth, enable_thinking\.$"):
+        check("i")
 
 
 def test_half_a_surrogate_pair_in_a_system_prompt_is_named(config: RunConfig) -> None:
