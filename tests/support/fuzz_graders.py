@@ -43,8 +43,11 @@ def check_countdown(data: bytes) -> None:
     for use_all in (True, False):
         for answer_format in ("tag", "line"):
             _check_countdown(text, numbers, target, use_all, answer_format)
-    for same in (f"<think>{text}</think>{text}", f"Thinking.\n{text}", f"{text}\n"):
+    for same in (f"<think>{text}</think>{text}", f"Thinking.\n{text}", f"{text}\n", f"{text}\n</s>"):
         assert countdown.score(same, numbers, target) == countdown.score(text, numbers, target)
+    assert countdown.score(text, numbers, target, thought_open=True) == countdown.score(
+        f"<think>{text}", numbers, target
+    )
 
 
 def _problem(line: str) -> tuple[Any, Any]:
@@ -119,6 +122,7 @@ def check_gsm8k(data: bytes) -> None:
     assert readings["robust", True] in (None, readings["robust", False])
     for same in (f"<think>{text}</think>{text}", f"Thinking.\n{text}", f"{text}\n", f"{text}</s>"):
         assert gsm8k.read_answer(same) == readings["robust", False]
+    assert gsm8k.read_answer(text, thought_open=True) == gsm8k.read_answer(f"<think>{text}")
     messages = [{"role": "assistant", "content": [{"type": "text", "text": text}, {"type": "image"}]}]
     assert text_of(messages) == text
 
