@@ -9,8 +9,9 @@
 
 The file is imported, so it can do anything; name only files that you trust. `TASK` may also be a class or
 function that takes the task options and returns such an object. `stop`, `notes`, `gold` and `answer(completion)`
-(what majority votes count) are optional, and so is `truncated` in `score`, which may return a number (correct
-from 1 on) or a `rewards.Score`; anything else is a failure, like an exception. In a run, `score` and `answer` are
+(what majority votes count) are optional, and so are `truncated` (the length limit cut the completion off) and
+`thought_open` (the prompt ended in a thought) in `score`, which may return a number (correct from 1 on) or a
+`rewards.Score`; anything else is a failure, like an exception. In a run, `score` and `answer` are
 called in a process of their own (`process`), which imports once more what was read from the file here.
 """
 
@@ -52,8 +53,8 @@ class UserTask:
     test: Sequence[Problem]
     stop: tuple[str, ...]
     notes: tuple[str, ...]
-    takes_truncated: bool
-    """Whether the user's score has the argument."""
+    takes: frozenset[str]
+    """Which of the optional arguments, `truncated` and `thought_open`, the user's score has."""
 
     def problems(self, split: Split) -> Sequence[Problem]:
         """All problems of the split."""
@@ -73,12 +74,13 @@ class UserTask:
             "dict with a role and a content."
         )
 
-    def score(self, completion: str, problem: Problem, *, truncated: bool = False) -> Score:
+    def score(self, completion: str, problem: Problem, *, truncated: bool = False, thought_open: bool = False) -> Score:
         """The user's score; what it raises is not caught. Raises TypeError when it is none."""
-        options = {"truncated": truncated} if self.takes_truncated else {}
+        given = {"truncated": truncated, "thought_open": thought_open}
+        options = {name: value for name, value in given.items() if name in self.takes}
         return as_score(self.inner.score(completion, problem, **options))
 
-    def answer(self, completion: str, *, truncated: bool = False) -> str | None:
+    def answer(self, completion: str, *, truncated: bool = False, thought_open: bool = False) -> str | None:
         """The user's answer, if there is such a method."""
         if not hasattr(self.inner, "answer"):
             return None
@@ -153,7 +155,7 @@ def load_user_task(
         test=test,
         stop=_texts(inner, "stop", path),
         notes=_texts(inner, "notes", path),
-        takes_truncated=_takes_truncated(inner.score),
+        takes=_taken(inner.score),
     )
 
 
@@ -260,12 +262,14 @@ def _texts(inner: Any, name: str, path: Path) -> tuple[str, ...]:
     return tuple(texts)
 
 
-def _takes_truncated(score: Any) -> bool:
+def _taken(score: Any) -> frozenset[str]:
+    """The optional arguments of a user's score; one that takes any gets `truncated`, as it always did."""
     try:
         parameters = inspect.signature(score).parameters
     except (TypeError, ValueError):
-        return False
-    return "truncated" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+        return frozenset()
+    anything = {"truncated"} if any(p.kind is p.VAR_KEYWORD for p in parameters.values()) else set()
+    return frozenset(({"truncated", "thought_open"} & parameters.keys()) | anything)
 
 
 def _is_message(message: object) -> bool:
