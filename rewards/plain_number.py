@@ -65,11 +65,17 @@ _NOT_DIGIT = re.compile("[^0-9]")
 _ZEROS = {"hundred": 2, "thousand": 3, "lakh": 5, "million": 6, "crore": 7, "billion": 9, "trillion": 12}
 _SCALE_WORDS = re.compile(rf"(?i){'|'.join(_ZEROS)}")
 _SCALE = rf"(?:{'|'.join(_ZEROS)})s?\b"
-_SCALED = re.compile(rf"(?i)({_NUMBER.pattern})\s{{0,6}}-?((?:\s?{_SCALE}){{1,2}})(?!-)")
+_SCALED = re.compile(rf"(?i)(?<![0-9])(?<![0-9][.,])((?>{_NUMBER.pattern}))\s{{0,6}}-?((?:\s?{_SCALE}){{1,2}})(?!-)")
 
-_NEW_SENTENCE = re.compile(r"[.;]\s+(?=[A-Za-z\"'(])")
+_NEW_SENTENCE = re.compile(r"(?<!\bMr)(?<!\bMs)(?<!\bDr)(?<!\bSt)(?<!\bMrs)[.;]\s+(?=[A-Za-z\"'(])")
 _RETRACTION = re.compile(r"(?i)[\"'(]?(?:or|no|not|wait|maybe|perhaps|actually|alternatively|otherwise)\b")
 _REASON = re.compile(r"(?i),?\s(?:because|since|as|so|which|given|after|when|where|for a total)\b")
+# What follows is concluded from the number, so that it is the answer: "She has 3, so there are 10 - 3 = 7."
+_CONCLUSION = re.compile(
+    r"(?i)(?:,?\s|^)(?:so|thus|hence|therefore|then|for a total|in total|leaving|giving"
+    r"|(?:this|that|which) (?:means|makes|gives|leaves|rounds))\b"
+    r"|\A,?\s(?:as|which|after|when|where|given)\b(?=[^=]*=)"
+)
 _BRACKETS = re.compile(r"\([^()]*\)|\[[^\[\]]*\]")
 _ENUMERATION = re.compile(r"(?i)[,;]\s|\b(?:and|or)\b")
 
@@ -83,6 +89,7 @@ _NUMBER_WORD = rf"(?:{_one_of(_DIGIT_WORDS)}|\b(?:thir|four|fif|six|seven|eigh|n
 _SCALE_WORD = re.compile(
     r"(?i)\b(?:hundred|thousand|million|billion|trillion|lakh|crore|dozen)s?\b|"
     + _one_of("halves thirds fourths fifths sixths eighths tenths hundredths thousandths squared cubed factorial")
+    + r"|\b(?:doubled|tripled|halved|below\s(?:zero|freezing))\b"
     + r"|\band\s+(?:an?|one|two|three)[\s-]+(?:half|third|quarter|fourth|fifth|eighth|tenth)"
 )
 _SCALE_LETTER = re.compile(r"\s?(?:[kKMBT]|bn|mn|mil)\b(?!\.)")
@@ -142,7 +149,8 @@ def read_number(text: str) -> str:
         text = pattern.sub(replacement, text)
     text = _SPACED.sub(lambda spaced: _NOT_DIGIT.sub("", spaced.group()), text)
     text = _SCALED.sub(_written_out, text)
-    side = _right_side(_up_to_reason(text))
+    answer, rest = _split_reason(text)
+    side = _right_side(answer)
     match = _NUMBER.search(side)
     if match is None:
         raise RefusedError("no_number")
@@ -150,6 +158,7 @@ def read_number(text: str) -> str:
     if _NUMBER.search(after):
         raise RefusedError("several_numbers")
     _check_surroundings(before, after)
+    _check_conclusion(rest, match.group())
     value = canonical(_sign(before) + match.group())
     if value is None:
         raise RefusedError("not_plain")
@@ -167,17 +176,30 @@ def _written_out(scaled: re.Match[str]) -> str:
     return f"{digits}.{fraction[zeros:]}" if fraction[zeros:] else digits
 
 
-def _up_to_reason(text: str) -> str:
+def _split_reason(text: str) -> tuple[str, str]:
+    """The text up to the end of the sentence, or the reason, that follows the first number; and what follows it."""
     first = _NUMBER.search(text)
     if first is None:
-        return text
+        return text, ""
+    end = len(text)
     sentence = _NEW_SENTENCE.search(text, first.end())
     if sentence is not None:
         if _RETRACTION.match(text, sentence.end()):
             raise RefusedError("hedged")
-        text = text[: sentence.start()]
-    reason = _REASON.search(text, first.end())
-    return text[: reason.start()] if reason else text
+        end = sentence.start()
+    reason = _REASON.search(text, first.end(), end)
+    end = reason.start() if reason else end
+    return text[:end], text[end:]
+
+
+def _check_conclusion(rest: str, number: str) -> None:
+    """Refuse a number from which the rest goes on to conclude another."""
+    conclusion = _CONCLUSION.search(rest)
+    if conclusion is None:
+        return
+    concluded = _NUMBER.findall(rest[conclusion.end() :].rpartition("=")[2])
+    if concluded and canonical(number) not in map(canonical, concluded):
+        raise RefusedError("several_numbers")
 
 
 def _right_side(text: str) -> str:
@@ -236,7 +258,7 @@ def _sign(before: str) -> str:
         return ""
     sign, head = head[-1], head[:-1]
     spaced = before[-1:].isspace()
-    if head[-1:].isalpha() or (spaced and head.rstrip()[-1:].isalpha()):
+    if not _CURRENCY_CODE.search(head) and (head[-1:].isalpha() or (spaced and head.rstrip()[-1:].isalpha())):
         return ""
     if _CURRENCY_BEFORE.sub("", head).endswith(("-", "+")):
         raise RefusedError("not_plain")

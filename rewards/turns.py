@@ -110,7 +110,7 @@ def _turn_at(text: str, position: int, cue: str) -> int | None:
         start = text.rfind(cue[0] if cue[0] in "<[" else _BEFORE_CUE[cue], max(0, position - 8), position + 1)
         return start if start >= 0 and (TURN_END.match(text, start) or TURN_START.match(text, start)) else None
     after, window = position + len(cue), max(0, position - _REACH)
-    begin = text.rfind("\n", window, position) + 1
+    begin = text.rfind("\n", max(0, window - 1), position) + 1
     line = _LINE_START.fullmatch(text, begin, position) if begin or not window else None
     alone = _ALONE.match(text, after)
     if cue in _ROLES:

@@ -135,6 +135,13 @@ def test_time_is_linear_up_to_a_megabyte(name, ends):
         assert is_linear(name, short, long), piece
 
 
+@pytest.mark.parametrize("end", ["", " x18", "!"])
+def test_the_longest_text_that_is_read_as_a_number_takes_milliseconds(end):
+    for piece in (*PIECES, "9", "9,", "9 000", "9 million ", "a}", " x", "&lt;", "\\text{a}", "\u00a0"):
+        text = f"#### {piece * (980 // len(piece))}{end}"
+        assert seconds("robust", text) < 0.02, piece
+
+
 @functools.cache
 def mixed(seed: int) -> str:
     """A megabyte of a few pieces in random order: what opens and never closes, with something to search in between."""
