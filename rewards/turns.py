@@ -21,7 +21,7 @@ TURN_END = re.compile(
 )
 """Special tokens after which the model has said all that it had to say."""
 TURN_START = re.compile(
-    rf"<s>|<bos>|<start_of_turn>|\[/?INST\]|<<SYS>>|<{_BAR}(?i:im_start|start_header_id|start_of_role|begin_of_text"
+    rf"<s>|<bos>|<start_of_turn>|\[/?INST\]|<<SYS>>|<(?i:user|human|assistant|system)>|<{_BAR}(?i:im_start|start_header_id|start_of_role|begin_of_text"
     rf"|begin[\u2581_]of[\u2581_]sentence|user|assistant|system|human|START_OF_TURN_TOKEN){_BAR}>"
 )
 """Special tokens after which somebody speaks."""
@@ -31,8 +31,21 @@ MAX_CUES = 128
 MAX_TURNS = 16
 """Next turns that are reported, from the first."""
 
-_TOKEN_CUES = ("</s>", "<s>", "<eos>", "<bos>", "_of_turn>", "INST]", "<<SYS>>", "<|", "<\uff5c")
-_BEFORE_CUE = {"_of_turn>": "<", "INST]": "["}
+_TOKEN_CUES = (
+    "</s>",
+    "<s>",
+    "<eos>",
+    "<bos>",
+    "_of_turn>",
+    "INST]",
+    "<<SYS>>",
+    "<|",
+    "<\uff5c",
+    "user>",
+    "human>",
+    "User>",
+)
+_BEFORE_CUE = {"INST]": "["}
 _ROLES = ("Human", "User", "Assistant", "HUMAN", "USER", "ASSISTANT", "human", "user", "assistant", "system", "model")
 _TOPICS = (
     *("Question", "Problem", "Exercise", "Instruction", "Example", "QUESTION", "PROBLEM", "EXERCISE"),
@@ -46,7 +59,7 @@ _LINE_START = re.compile(
 _SENTENCE_END = re.compile(r"[0-9.!?)}\]$*`>][ \t*]{0,3}\Z")
 _ANSWER_END = re.compile(r"[0-9.!?)}\]$*>%]\Z")
 _REACH = 60
-_COLON = re.compile(r"[ \t]?#?(?:[0-9]{1,4})?[ \t*_]{0,4}(?::|\.(?!\w))")
+_COLON = re.compile(r"[ \t]?#?(?:[0-9]{1,4})?[ \t*_]{0,4}(?:[:\uff1a]|\.(?!\w))")
 _ALONE = re.compile(r"[ \t]?#?(?P<number>[0-9]{1,4})?[ \t*_:#]{0,6}(?=\r?\n|\Z)")
 
 
@@ -107,7 +120,7 @@ def next_turns(text: str, start: int = 0) -> list[int]:
 def _turn_at(text: str, position: int, cue: str) -> int | None:
     """Where the turn begins whose cue stands there; None when it is none."""
     if cue in _TOKEN_CUES:
-        start = text.rfind(cue[0] if cue[0] in "<[" else _BEFORE_CUE[cue], max(0, position - 8), position + 1)
+        start = text.rfind(_BEFORE_CUE.get(cue, "<"), max(0, position - 8), position + 1)
         return start if start >= 0 and (TURN_END.match(text, start) or TURN_START.match(text, start)) else None
     after, window = position + len(cue), max(0, position - _REACH)
     begin = text.rfind("\n", max(0, window - 1), position) + 1
@@ -116,10 +129,10 @@ def _turn_at(text: str, position: int, cue: str) -> int | None:
     if cue in _ROLES:
         if alone:
             return position if line or _ANSWER_END.search(text, window, position) else None
-        colon = text.startswith((":", "**:"), after)
+        colon = text.startswith((":", "**:", "\uff1a"), after)
         spoken = line or (not cue.islower() and _SENTENCE_END.search(text, window, position))
         return position if colon and spoken else None
-    if cue == "Question" and text.startswith(":", after):
+    if cue == "Question" and text.startswith((":", "\uff1a"), after):
         return position
     numbered = line and alone and (alone["number"] or line["heading"])
     return position if numbered or (line and _COLON.match(text, after)) else None
