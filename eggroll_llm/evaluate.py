@@ -121,7 +121,7 @@ def answer(
     with contextlib.closing(engine.stream(requests, decoding)) as arriving:
         for i, completion in arriving:
             p, s = wanted[i]
-            problem = problems.problems[p]
+            completion, problem = problems.answered(p, completion)
             on_sample(
                 Sample(
                     problem=p,
@@ -137,9 +137,10 @@ def answer(
             )
 
 
-def grade_again(sample: Sample, problem: Problem, graders: Mapping[str, Grader]) -> Sample:
+def grade_again(sample: Sample, problems: ProblemSet, graders: Mapping[str, Grader]) -> Sample:
     """Return the sample with what graders say now, of the problem as it is now."""
-    completion = Completion(text=sample.completion, token_ids=(), truncated=sample.truncated, prompt_tokens=0)
+    text = Completion(text=sample.completion, token_ids=(), truncated=sample.truncated, prompt_tokens=0)
+    completion, problem = problems.answered(sample.problem, text)
     return dataclasses.replace(
         sample, id=problem.get("id", sample.problem), doc=problem, scores=_grades(completion, problem, graders)
     )

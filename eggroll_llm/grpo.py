@@ -134,8 +134,8 @@ class GrpoTrainer:
         completions = self.rollouts.completions
         assert [list(completion.token_ids) for completion in completions] == [list(ids) for ids in completion_ids]
         self.scorer.start_counting()
-        problems = [self.train_set.problems[int(prompt)] for prompt in prompts]
-        self._scores = self.scorer.score_all(list(zip(completions, problems, strict=True)))
+        pairs = [self.train_set.answered(int(p), c) for p, c in zip(prompts, completions, strict=True)]
+        self._scores = self.scorer.score_all(pairs)
         if self.loop.step == 1:
             self.scorer.check(of=" of the first step")
         rewards = [score.reward if math.isfinite(score.reward) else None for score in self._scores]

@@ -1,8 +1,9 @@
 """Prompts in tokens. Loads the tokenizer, not the model, so that lengths are known before the engine starts."""
 
+import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,10 @@ from typing import Any
 from eggroll_llm.chat import with_system
 from eggroll_llm.config import ChatConfig
 from eggroll_llm.errors import ConfigError, ModelError, TaskError
+from eggroll_llm.sampler import Completion
 from eggroll_llm.tasks import Problem, problem_text
 from eggroll_llm.toml_text import is_unicode
+from rewards.turns import ends_in_thought
 
 Prompt = str | Sequence[Mapping[str, str]]
 """Plain text to be continued, or chat messages with "role" and "content"."""
@@ -26,6 +29,14 @@ class ProblemSet:
     """In tokens."""
     hashes: Sequence[str]
     """SHA-256 of the prompts' texts."""
+    in_thought: Set[int] = frozenset()
+    """Indices of the prompts that end in a thought, as the chat templates of reasoning models do."""
+
+    def answered(self, index: int, completion: Completion) -> tuple[Completion, Problem]:
+        """Return what a grader gets of a completion of the prompt with that index."""
+        if index in self.in_thought:
+            completion = dataclasses.replace(completion, thought_open=True)
+        return completion, self.problems[index]
 
 
 _VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "tekken.json", "*.model")
@@ -120,6 +131,7 @@ class Prompter:
                 for text, prompt in zip(texts, prompts, strict=True)
             ],
             hashes=[text_hash(text) for text in texts],
+            in_thought={index for index, text in enumerate(texts) if ends_in_thought(text)},
         )
 
     def _tokens(self, text: str, *, plain: bool, bos_by_text: bool) -> tuple[int, ...]:

@@ -53,13 +53,15 @@ class Completion:
     """What a member answered."""
 
     text: str
-    """Text up to a stop string, without special tokens."""
+    """Text up to a stop string, or to the end of the turn, without special tokens."""
     token_ids: tuple[int, ...]
     """Generated tokens, the one that ended it included."""
     truncated: bool
-    """The length limit ended it."""
+    """The length limit cut the text off."""
     prompt_tokens: int
     """Length of the prompt."""
+    thought_open: bool = False
+    """The prompt ended in a thought, which the text goes on with."""
     logprobs: tuple[float, ...] = ()
     """Of the generated tokens, temperature and nucleus included, when they were asked for; NaN where there is none."""
 

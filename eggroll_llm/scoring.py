@@ -82,7 +82,10 @@ class Scorer(Closing):
             )
 
     def _judge(self, pairs: Sequence[tuple[Completion, Problem]], *, voted: bool) -> Iterable[Verdict]:
-        answers = [Answer(text=c.text, problem=problem, truncated=c.truncated) for c, problem in pairs]
+        answers = [
+            Answer(text=c.text, problem=problem, truncated=c.truncated, thought_open=c.thought_open)
+            for c, problem in pairs
+        ]
         if self._process:
             return self._process.judge(answers, voted=voted)
         return (judge(self._task, answer, voted=voted) for answer in answers)

@@ -82,9 +82,9 @@ class EsTrainer:
         reward_start = time.perf_counter()
         self.scorer.start_counting()
         pairs = [
-            (completion, problem)
+            self.train_set.answered(index, completion)
             for row_PS in completions_MPS
-            for row_S, problem in zip(row_PS, problems_P, strict=True)
+            for row_S, index in zip(row_PS, indices_P, strict=True)
             for completion in row_S
         ]
         scores = iter(self.scorer.score_all(pairs))

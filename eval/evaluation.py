@@ -25,7 +25,7 @@ from eggroll_llm.config import (
 )
 from eggroll_llm.environment import package_versions
 from eggroll_llm.errors import ConfigError
-from eggroll_llm.evaluate import answer, grade_again
+from eggroll_llm.evaluate import Grader, answer, grade_again
 from eggroll_llm.hardware import resolve_dtype, serves_on_cpu
 from eggroll_llm.jsonl import to_json
 from eggroll_llm.models import model_identity
@@ -222,7 +222,7 @@ def evaluate_subject(
             stack.enter_context(questions.scorer)
         file = stack.enter_context(SampleFile(path, facts, overwrite=overwrite)) if path else None
         if file:
-            _grade_again(file, questions)
+            _grade_again(file, problems, questions.graders)
         samples: dict[tuple[int, int], Sample] = file.samples if file else {}
 
         def keep(sample: Sample) -> None:
@@ -266,9 +266,9 @@ def start_engine(settings: Settings, context: int) -> Any:
     return Engine(settings.subject.model_dir, settings.engine, slots=1, rank=1, max_model_len=context, trainable=False)
 
 
-def _grade_again(file: SampleFile, questions: Questions) -> None:
+def _grade_again(file: SampleFile, problems: ProblemSet, graders: Mapping[str, Grader]) -> None:
     """Graders and gold answers may have been corrected since the completions were sampled."""
-    again = [grade_again(s, questions.problems[s.problem], questions.graders) for s in file.samples.values()]
+    again = [grade_again(sample, problems, graders) for sample in file.samples.values()]
     if [to_json(asdict(sample)) for sample in again] != [to_json(asdict(sample)) for sample in file.samples.values()]:
         file.replace(again)
 

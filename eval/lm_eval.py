@@ -17,7 +17,7 @@ import random
 from collections.abc import Iterator, Sequence
 from functools import cache, partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from eggroll_llm.evaluate import Grader
 from eggroll_llm.prompts import Prompt
@@ -70,8 +70,9 @@ def graders(task: LmEvalTask) -> dict[str, Grader]:
 
 def _grade(completion: Completion, problem: Problem, method: gsm8k.Method) -> Graded:
     # The whole published solution, as lm-eval's normalisation applies to the gold answer too.
-    score = gsm8k.score(completion.text, problem["solution"], truncated=completion.truncated, method=method)
-    answer = gsm8k.read_answer(completion.text, truncated=completion.truncated, method=method)
+    how: dict[str, Any] = {"truncated": completion.truncated, "thought_open": completion.thought_open, "method": method}
+    score = gsm8k.score(completion.text, problem["solution"], **how)
+    answer = gsm8k.read_answer(completion.text, **how)
     return Graded(correct=score.correct, reward=score.reward, detail=score.detail, answer=answer)
 
 

@@ -1,10 +1,12 @@
 """Countdown: an expression over the given numbers that equals the target.
 
-    <answer>(44 + 19) * 35</answer>     answer_format "tag": the last pair of tags in the visible text
+    <answer>(44 + 19) * 35</answer>     answer_format "tag": the last pair of tags
     (44 + 19) * 35 = 2205               answer_format "line": the first line; "= target" may follow
 
     expression = term (("+" | "-") term)*        term = factor (("*" | "/") factor)*
     factor = [sign] primary                      primary = integer | "(" expression ")"
+
+Only text outside thoughts counts, and after an answer only that before a next turn (`turns`).
 
 Numbers are ASCII digits without leading zeros, signs + and -, and U+2212, x, ×, ÷ and the middle dot stand
 for -, *, / and *. At most 512 characters and 32 parentheses deep. The numbers are compared with the given
@@ -24,7 +26,8 @@ from decimal import Decimal
 from fractions import Fraction
 from typing import Literal
 
-from rewards.score import Score, visible
+from rewards.score import Score
+from rewards.turns import closes_thought, next_turns, visible
 
 MAX_LENGTH = 512
 """Longest expression in characters; the value of a shorter one has at most as many digits."""
@@ -72,6 +75,7 @@ def score(
     use_all: bool = True,
     answer_format: Literal["tag", "line"] = "tag",
     format_reward: float = 0.1,
+    thought_open: bool = False,
 ) -> Score:
     """Score a completion.
 
@@ -81,11 +85,12 @@ def score(
         use_all: whether every number must be used.
         answer_format: where the expression stands; see the module's docstring.
         format_reward: reward of a wrong answer in the right format.
+        thought_open: whether the prompt ended in a thought, which the completion goes on with.
 
     Raises:
         ValueError: answer_format is neither "tag" nor "line".
     """
-    answer = read_answer(completion, answer_format=answer_format)
+    answer = read_answer(completion, answer_format=answer_format, thought_open=thought_open)
     given, goal = _given(numbers), _number(target)
     if given is None or goal is None:
         return Score(0.0, False, "bad_problem")
@@ -98,7 +103,9 @@ def score(
     return Score(float(format_reward) if attempted else 0.0, False, detail)
 
 
-def read_answer(completion: str, *, answer_format: Literal["tag", "line"] = "tag") -> str | None:
+def read_answer(
+    completion: str, *, answer_format: Literal["tag", "line"] = "tag", thought_open: bool = False
+) -> str | None:
     """Return what stands where the answer belongs, whether or not it is an expression; None when nothing does.
 
     Raises:
@@ -106,20 +113,23 @@ def read_answer(completion: str, *, answer_format: Literal["tag", "line"] = "tag
     """
     if answer_format not in ("tag", "line"):
         raise ValueError(f'answer_format "{answer_format}" is not valid. Valid: "tag", "line".')
-    return (_in_tag(completion) if answer_format == "tag" else _first_line(completion)) or None
+    text = visible(completion, thought_open=thought_open)
+    if answer_format == "tag":
+        return _in_tag(text) or None
+    # After thoughts the answer has a line of its own; otherwise it goes on in the line of the prompt.
+    return _first_line(text.lstrip() if closes_thought(completion) else text) or None
 
 
-def _in_tag(completion: str) -> str:
-    text = visible(completion)
-    opening = text.rfind("<answer>", 0, max(0, text.rfind("</answer>")))
+def _in_tag(text: str) -> str:
+    closed = text.find("</answer>", max(0, text.find("<answer>")))
+    end = next(iter(next_turns(text, closed)), len(text)) if closed >= 0 else 0
+    opening = text.rfind("<answer>", 0, max(0, text.rfind("</answer>", 0, end)))
     return text[opening + len("<answer>") : text.find("</answer>", opening)].strip() if opening >= 0 else ""
 
 
-def _first_line(completion: str) -> str:
-    text = visible(completion)
-    # After thoughts the answer has a line of its own; otherwise it goes on in the line of the prompt.
-    text = text.lstrip() if "</think>" in completion else text
-    return text.partition("\n")[0].strip()
+def _first_line(text: str) -> str:
+    line = text.partition("\n")[0]
+    return line[: next(iter(next_turns(line)), len(line))].strip()
 
 
 def _check(answer: str, given: Counter[int], goal: Fraction, use_all: bool, *, may_state_result: bool) -> str:

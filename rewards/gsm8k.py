@@ -1,20 +1,22 @@
 """GSM8K: the number that a completion gives as its answer equals the gold number.
 
-`robust`, the reward. In the visible text, up to the follow-up question that a model may invent, the last
+`robust`, the reward. In the text outside thoughts, up to a next turn that the model may invent, the last
 explicit marker counts:
 
     \\boxed{18}    #### 18    <answer>18</answer>    The answer is 18.    Answer: 18
 
-(`markers` says which text that is, `plain_number` how a number is read from it.) It must hold exactly one
-plain number, in ASCII digits, correct thousands separators allowed, with or without a currency sign, percent
-sign or unit. Scale words (18 million), expressions that are not evaluated (36/2), alternatives (18 or 17) and
-hedges (about 18) are refused; an equation counts by its right side (9 * 2 = 18). Numbers are compared as
+(`turns` says which text that is, `markers` what is marked in it, `plain_number` how a number is read.) It must
+hold exactly one plain number, in ASCII digits, correct thousands separators allowed, with or without a currency
+sign, percent sign or unit. A scale word belongs to the number (1.45 million is 1450000). Abbreviated scales (18k),
+expressions that are not evaluated (36/2), alternatives (18 or 17) and hedges (about 18) are refused; an equation
+counts by its right side (9 * 2 = 18). Numbers are compared as
 decimals, exactly. Where the completion was cut off by the length limit, an answer counts only if something
 after it shows that it was complete.
 
 `strict` and `flexible` are the filters "strict-match" and "flexible-extract" of the task `gsm8k` of
 lm-evaluation-harness, and its normalisation before exact match, for comparison with published numbers;
-`strict_cot` is "strict-match" of its task `gsm8k_cot`. They read the whole text and ignore `truncated`.
+`strict_cot` is "strict-match" of its task `gsm8k_cot`. They read the whole text, thoughts and all, and ignore
+`truncated`.
 
 Reward: 1 if correct, else 0. A gold answer without a number scores 0 with detail "bad_gold" (the task loader
 refuses it before that).
@@ -25,7 +27,8 @@ from typing import Literal
 
 from rewards.markers import answer_text
 from rewards.plain_number import RefusedError, canonical, read_number
-from rewards.score import Score, visible
+from rewards.score import Score
+from rewards.turns import visible
 
 Method = Literal["robust", "strict", "strict_cot", "flexible"]
 
@@ -59,6 +62,7 @@ def score(
     answer: str | int,
     *,
     truncated: bool = False,
+    thought_open: bool = False,
     method: Method = "robust",
 ) -> Score:
     """Score a completion.
@@ -66,6 +70,7 @@ def score(
     Args:
         answer: gold number, or the gold solution, whose number follows its last `#### `.
         truncated: whether the completion was cut off by the length limit.
+        thought_open: whether the prompt ended in a thought, which the completion goes on with.
 
     Raises:
         ValueError: method is none of the four.
@@ -74,21 +79,23 @@ def score(
     if gold is None:
         return Score(0.0, False, "bad_gold")
     try:
-        found = _read(completion, truncated, method)
+        found = _read(completion, truncated, thought_open, method)
     except RefusedError as refusal:
         return Score(0.0, False, str(refusal))
     correct = found == gold
     return Score(float(correct), correct, "correct" if correct else "wrong_value")
 
 
-def read_answer(completion: str, *, truncated: bool = False, method: Method = "robust") -> str | None:
+def read_answer(
+    completion: str, *, truncated: bool = False, thought_open: bool = False, method: Method = "robust"
+) -> str | None:
     """Return the answer that `score` compares with the gold one, normalised as the method does; None without one.
 
     Raises:
         ValueError: method is none of the four.
     """
     try:
-        return _read(completion, truncated, method)
+        return _read(completion, truncated, thought_open, method)
     except RefusedError:
         return None
 
@@ -98,9 +105,9 @@ def gold_number(answer: str) -> str | None:
     return canonical(answer.rpartition("#### ")[2].strip())
 
 
-def _read(completion: str, truncated: bool, method: Method) -> str:
+def _read(completion: str, truncated: bool, thought_open: bool, method: Method) -> str:
     if method == "robust":
-        return read_number(answer_text(visible(completion), truncated=truncated))
+        return read_number(answer_text(visible(completion, thought_open=thought_open), truncated=truncated))
     if method in _STRICT:
         match = _STRICT[method].search(completion)
         return _normalise(_found(match.group(1) if match else None, "no_marker"))

@@ -1,23 +1,24 @@
 """The text that a completion marks as its answer: what the last explicit marker holds.
 
-    \\boxed{...}   <answer>...</answer>      up to the matching brace or tag; one that is not closed is no
-    answer #### ...       up to the end of the line answer is ...  Answer: ...               up to the end of
-    the line
+    \\boxed{...}   <answer>...</answer>      up to the matching brace or tag; one that is not closed is no answer
+    #### ...       up to the end of the line
+    answer is ...  Answer: ...               up to the end of the line
 
 A marker of the last two kinds counts only if a number follows it on its line, or comes first on the next line
-with text. Headings (#### 2. Explanation) and remarks (the answer is correct) are passed over. Text after the
-first follow-up question that comes after an answer is not the model's answer to this problem and is not read.
+with text, after a list bullet or not. Headings (#### 2. Explanation) and remarks (the answer is correct) are passed
+over. Text after the first next turn that comes after an answer (`turns`) is not the model's answer to this problem
+and is not read.
 """
 
 import re
+from collections import deque
 from dataclasses import dataclass
 
-from rewards.plain_number import MAX_TEXT, RefusedError
+from rewards.plain_number import MAX_TEXT, RefusedError, read_number
+from rewards.turns import next_turns
 
 MAX_MARKERS = 256
 """Markers looked at, from the last; more without a number are an attack on the clock."""
-MAX_FOLLOW_UPS = 16
-"""Follow-up questions looked at, from the first."""
 
 _LITERALS = ("####", "\\boxed", "\\fbox", "<answer>", "nswer", "NSWER")
 _BOX = re.compile(r"\\(?:boxed|fbox)\s{0,4}\{")
@@ -39,13 +40,13 @@ _CONTINUED = re.compile(
     r"(?i)(?:[\s$*)\]}]|\\[)\]]|\\text\s?\{)*(?:or\b|and\s\D{0,12}[0-9]"
     r"|hundred|thousand|million|billion|trillion|dozen|[\^/×+-]\s?[0-9]|\.[0-9])"
 )
-_ALTERNATIVE = re.compile(r"[0-9][^0-9\n]{0,20}\b(?:or|and)\b[\s$*\\(\[{]*$|(?:boxed|fbox)\s?\{[^{}]*\}[\s$,/]*$")
-_FOLLOW_UP_CUES = ("Question", "Problem", "Exercise", "Instruction", "Human", "User", "Q", "</s>", "<|")
-_FOLLOW_UP = re.compile(
-    r"Question:|</s>|<\|(?:im_end|im_start|eot_id|end_of_text|endoftext|end)\|>"
-    r"|(?:(?<=\n)|(?<=\n[#*>])|(?<=[#*] )|(?<=\*\*))(?:Question|Problem|Exercise|Instruction|Human|User|Q)"
-    r"[ \t]?[0-9]{0,4}[ \t*]{0,4}[:.]"
-)
+_ALTERNATIVE = re.compile(r"[0-9][^0-9\n]{0,20}\b(?:or|and)\b[\s$*\\(\[{]*$")
+_BULLET = re.compile(r"[ \t]*[-+*\u2022\u2023\u2043\u2010-\u2015\u2212\u25aa\u25cf\u25e6\u00b7][ \t\u00a0]+(?=\S)")
+_LISTED = re.compile(rf"\n{_BULLET.pattern}")
+_MATH = re.compile(r"\s*(?:\$\$|\\\[)\s*")
+# Between two boxes, or two tags, that offer one number each: then the last is no correction of the first.
+_BETWEEN_BOXES = re.compile(r"\}[\s$,/]*\Z")
+_BETWEEN_TAGS = re.compile(r"</answer>\s*[,/][\s,/]*\Z")
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,29 +65,16 @@ def answer_text(text: str, *, truncated: bool) -> str:
     Raises:
         RefusedError: no marker, or the last one is empty, not closed, continued after it, or cut off.
     """
-    for follow_up in _follow_ups(text):
+    for turn in next_turns(text):
         try:
-            return _last(text, follow_up).text
-        except RefusedError:
-            continue
+            return _last(text, turn).text
+        except RefusedError as refusal:
+            if str(refusal) == "hedged":
+                raise
     span = _last(text, len(text))
     if truncated and not span.complete:
         raise RefusedError("truncated")
     return span.text
-
-
-def _follow_ups(text: str) -> list[int]:
-    found = []
-    for cue in _FOLLOW_UP_CUES:
-        # Finding a literal is many times faster than searching for the pattern.
-        position = text.find(cue)
-        for _ in range(MAX_MARKERS):
-            if position < 0:
-                break
-            if _FOLLOW_UP.match(text, position):
-                found.append(position)
-            position = text.find(cue, position + 1)
-    return sorted(found)[:MAX_FOLLOW_UPS]
 
 
 def _last(text: str, end: int) -> _Span:
@@ -117,24 +105,61 @@ def _tag(text: str, start: int, end: int) -> _Span:
     close = text.find("</answer>", begin, end)
     if close < 0:
         raise RefusedError("unclosed")
-    return _enclosed(text, start, begin, close, close + len("</answer>"))
+    content = _enclosed(text, start, begin, close, close + len("</answer>"), end)
+    return _Span(_LISTED.sub("\n", content), complete=True)
 
 
 def _box(text: str, start: int, begin: int, end: int) -> _Span:
+    brace = _closing_brace(text, begin, end)
+    if brace < 0:
+        raise RefusedError("unclosed")
+    return _Span(_enclosed(text, start, begin, brace, brace + 1, end), complete=True)
+
+
+def _closing_brace(text: str, begin: int, end: int) -> int:
+    """Where the brace is that closes one before `begin`; -1 where there is none."""
     depth = 1
     for brace in _BRACE.finditer(text, begin, min(end, begin + 2 * MAX_TEXT)):
         depth += {"{": 1, "}": -1}.get(brace.group(), 0)
         if depth == 0:
-            return _enclosed(text, start, begin, brace.start(), brace.end())
-    raise RefusedError("unclosed")
+            return brace.start()
+    return -1
 
 
-def _enclosed(text: str, start: int, begin: int, close: int, after: int) -> _Span:
+def _enclosed(text: str, start: int, begin: int, close: int, after: int, end: int) -> str:
+    content = text[begin : min(close, begin + MAX_TEXT + 1)]
     earlier = text[max(0, start - 64) : start]
     another = any(literal in earlier for literal in _LITERALS) and _ALTERNATIVE.search(earlier)
-    if another or _CONTINUED.match(text, after, after + 64):
+    listed = _listed_before(text, start)
+    if another or _CONTINUED.match(text, after, min(after + 64, end)):
         raise RefusedError("hedged")
-    return _Span(text[begin : min(close, begin + MAX_TEXT + 1)], complete=True)
+    if listed is not None and _number(listed) != _number(content):
+        raise RefusedError("hedged")
+    return content
+
+
+def _listed_before(text: str, start: int) -> str | None:
+    """What the box or tag holds that this one follows in a list; None where there is none."""
+    window = max(0, start - MAX_TEXT)
+    earlier = text[window:start]
+    if _BETWEEN_TAGS.search(earlier):
+        content = earlier.rpartition("</answer>")[0].rpartition("<answer>")
+        return content[2] if content[1] else None
+    if not _BETWEEN_BOXES.search(earlier):
+        return None
+    for opening in deque(_BOX.finditer(earlier), maxlen=1):
+        close = _closing_brace(earlier, opening.end(), len(earlier))
+        if close == earlier.rfind("}"):
+            return earlier[opening.end() : close]
+    return None
+
+
+def _number(text: str) -> str | None:
+    """The number of the text, or the text itself where it has no plain one."""
+    try:
+        return read_number(text)
+    except RefusedError:
+        return text
 
 
 def _line_marker(text: str, literal: str, start: int, end: int) -> int | None:
@@ -152,7 +177,7 @@ def _line(text: str, begin: int, end: int) -> _Span | None:
     span = _until_newline(text, begin, end)
     if re.search("[0-9]", span.text):
         return span
-    position = begin
+    position, in_math = begin, False
     for _ in range(4):
         if not _ANSWER_HEADING.fullmatch(span.text):
             return None
@@ -161,8 +186,19 @@ def _line(text: str, begin: int, end: int) -> _Span | None:
             return None
         span = _until_newline(text, position, end)
         if _NUMBER_FIRST.match(span.text):
-            return span
+            return span if in_math else _without_bullet(text, position, end, span)
+        in_math = in_math or bool(_MATH.fullmatch(span.text))
     return None
+
+
+def _without_bullet(text: str, position: int, end: int, span: _Span) -> _Span:
+    """The span without the bullet of a list that has no other numbers."""
+    if not _BULLET.match(span.text):
+        return span
+    another = _BULLET.match(text, text.find("\n", position, end) + 1 or end, end)
+    if another and re.search("[0-9]", _until_newline(text, another.end(), end).text):
+        raise RefusedError("several_numbers")
+    return _Span(_BULLET.sub("", span.text, count=1), span.complete)
 
 
 def _until_newline(text: str, begin: int, end: int) -> _Span:

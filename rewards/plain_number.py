@@ -1,12 +1,13 @@
 """The one plain number in a short piece of text, or why there is none.
 
-Reading goes in four steps: markup is taken away (LaTeX, Markdown, HTML, GSM8K's `<<9*2=18>>`); the text ends
-after the sentence, or before the reason, that follows the first number; of an equation the right side is
-kept; then the side must hold exactly one number, and nothing around it may change its value (operators,
-powers, scale words) or take it back (or, not, about). Remarks in brackets after the number are ignored unless
-they do the same.
+Reading goes in five steps: markup is taken away (LaTeX, Markdown, HTML, GSM8K's `<<9*2=18>>`); numbers are written as
+one run of digits (12 500 and 12.5 thousand as 12500); the text ends after the sentence, or before the reason, that
+follows the first number; of an equation the right side is kept; then the side must hold exactly one number, and nothing
+around it may change its value (operators, powers, abbreviated scales) or take it back (or, not, about). Remarks in
+brackets after the number are ignored unless they do the same.
 """
 
+import html
 import re
 import unicodedata
 
@@ -17,30 +18,64 @@ _NUMBER = re.compile(r"[0-9]+(?:,[0-9]+)*(?:\.[0-9]+)?|(?<![A-Za-z.])\.[0-9]+")
 _PLAIN = re.compile(r"([-+]?)([0-9]{1,3}(?:,[0-9]{3})+|[0-9]*)(?:\.([0-9]+))?")
 _CURRENCY = "$€£¥₹₩¢"
 
-_INVISIBLE = dict.fromkeys([0xAD, 0xFEFF, *range(0x200B, 0x2010), *range(0x202A, 0x202F), *range(0x2060, 0x2065)], " ")
-_CHARACTERS = str.maketrans({**_INVISIBLE, 0x2212: "-", 0x2013: "-", "×": "*", "÷": "/"})
+_INVISIBLE = dict.fromkeys([0xFEFF, *range(0x200B, 0x2010), *range(0x202A, 0x202F), *range(0x2060, 0x2065)], " ")
+# Hyphens, dashes and minus signs: in front of a number each is a sign. Other characters like them are refused there.
+_DASHES = "\u02d7\u2010\u2011\u2012\u2013\u2014\u2015\u207b\u2212\u2796\ufe58\ufe63\uff0d"
+_DASH_NAME = re.compile("MINUS|HYPHEN|DASH|HORIZONTAL|PROLONGED")
+_CHARACTERS = str.maketrans(_INVISIBLE | dict.fromkeys(map(ord, _DASHES), "-") | {0xD7: "*", 0xF7: "/", 0xFF0B: "+"})
+_UNIT = "(?:[cdkm]?m|[cdkm]?(?:meter|metre)s?|centi(?:meter|metre)s?|feet|foot|inch(?:es)?|yards?|miles?|ft|in|yd|mi)"
 _MARKUP: list[tuple[re.Pattern[str], str]] = [
     (re.compile(pattern), replacement)
     for pattern, replacement in [
-        (r"<<[^<>]{0,200}>>", ""),
+        (r"<<[^<>]{0,200}=[^<>]{0,200}>>", ""),
+        (r"<{1,2}([^<>=A-Za-z]{0,20}[0-9][^<>=]{0,60})>{1,2}", r" \1 "),  # a placeholder of the prompt, copied
+        (
+            r"(?<=[A-Za-wz])[\s}$]{0,3}(?:\^\s?\{?\s?-?[1-4](?![0-9])\s?\}?|\*\*[23]\b|[²³]"
+            r"|\\textsuperscript\s?\{[23]\}|<sup>[23]</sup>)",
+            " ",
+        ),
+        (rf"(?<=[0-9\s]){_UNIT}[23]\b", " "),
+        (rf"(?i)(?<=[0-9\s]){_UNIT}\s(?:squared|cubed)\b", " "),
         (r"</?[A-Za-z][^<>]{0,60}>|<\|[^<>|]{0,30}\|>", " "),
         (r"\{,\}", ","),
         (r"\\!", ""),
-        (r"(?<=[0-9])\\[,:; ](?=[0-9]{3}(?![0-9]))", ","),
-        (r"\^\s?\{?\s?\\circ\s?\}?", " degrees "),
-        (r"\\(?:text(?:bf|it|rm)?|math(?:rm|bf|it)|mbox|emph|underline|f?box(?:ed)?)\s?(?=\{)", " "),
+        (r"(?<=[0-9])\\(?:[,:; ]|thinspace\s)(?=[0-9]{3}(?![0-9]))", ","),
+        (r"\^\s?\{?\s?\\circ\s?\}?|\\degree(?![A-Za-z])", " degrees "),
+        (
+            r"\\(?:text(?:bf|it|rm|sf|tt)?|math(?:rm|bf|it|sf|tt)|boldsymbol|operatorname|[mh]box|emph|underline|unit"
+            r"|f?box(?:ed)?)\s?(?=\{)",
+            " ",
+        ),
+        (r"\\[dt]?frac(?=[\s{}A-Za-z]{2,60}(?:[^\s{}A-Za-z0-9]|\Z))", " "),
+        (r"(?<=[A-Za-z])\}?\s?\\cdot(?=[\s{]{0,3}[A-Za-z])", " "),
+        (r"\\(?:pounds|euro|textdollar)(?![A-Za-z])", " "),
         (r"\\(?:left|right|displaystyle|quad|qquad)(?![A-Za-z])|\\[,:; ()\[\]\\]", " "),
         (r"\\(?=[$%#&_])", ""),
-        (r"(?<=[A-Za-z])(?:\^\s?\{?[23]\}?|[²³])", " "),
-        (r"(?<=[0-9}])~", " "),
+        (r"(?<=[0-9}])~|(?<=\{)~(?=[A-Za-z])", " "),
         (r"[*_`{}#|]", " "),
         (r"=+>|-+>|[→⇒⟹]", "="),
     ]
 ]
 
-_NEW_SENTENCE = re.compile(r"[.;]\s+(?=[A-Za-z\"'(])")
+# One space, of any kind, between groups of three digits.
+_SPACED = re.compile(
+    r"(?<![0-9.,/:])[1-9][0-9]{0,2}(?:[ \u00a0\u2000-\u200a\u202f\u205f\u3000][0-9]{3})+(?![0-9]|,[0-9])"
+)
+_NOT_DIGIT = re.compile("[^0-9]")
+_ZEROS = {"hundred": 2, "thousand": 3, "lakh": 5, "million": 6, "crore": 7, "billion": 9, "trillion": 12}
+_SCALE_WORDS = re.compile(rf"(?i){'|'.join(_ZEROS)}")
+_SCALE = rf"(?:{'|'.join(_ZEROS)})s?\b"
+_SCALED = re.compile(rf"(?i)(?<![0-9])(?<![0-9][.,])((?>{_NUMBER.pattern}))\s{{0,6}}-?((?:\s?{_SCALE}){{1,2}})(?!-)")
+
+_NEW_SENTENCE = re.compile(r"(?<!\bMr)(?<!\bMs)(?<!\bDr)(?<!\bSt)(?<!\bMrs)[.;]\s+(?=[A-Za-z\"'(])")
 _RETRACTION = re.compile(r"(?i)[\"'(]?(?:or|no|not|wait|maybe|perhaps|actually|alternatively|otherwise)\b")
 _REASON = re.compile(r"(?i),?\s(?:because|since|as|so|which|given|after|when|where|for a total)\b")
+# What follows is concluded from the number, so that it is the answer: "She has 3, so there are 10 - 3 = 7."
+_CONCLUSION = re.compile(
+    r"(?i)(?:,?\s|^)(?:so|thus|hence|therefore|then|for a total|in total|leaving|giving"
+    r"|(?:this|that|which) (?:means|makes|gives|leaves|rounds))\b"
+    r"|\A,?\s(?:as|which|after|when|where|given)\b(?=[^=]*=)"
+)
 _BRACKETS = re.compile(r"\([^()]*\)|\[[^\[\]]*\]")
 _ENUMERATION = re.compile(r"(?i)[,;]\s|\b(?:and|or)\b")
 
@@ -54,10 +89,12 @@ _NUMBER_WORD = rf"(?:{_one_of(_DIGIT_WORDS)}|\b(?:thir|four|fif|six|seven|eigh|n
 _SCALE_WORD = re.compile(
     r"(?i)\b(?:hundred|thousand|million|billion|trillion|lakh|crore|dozen)s?\b|"
     + _one_of("halves thirds fourths fifths sixths eighths tenths hundredths thousandths squared cubed factorial")
+    + r"|\b(?:doubled|tripled|halved|below\s(?:zero|freezing))\b"
     + r"|\band\s+(?:an?|one|two|three)[\s-]+(?:half|third|quarter|fourth|fifth|eighth|tenth)"
 )
-_SCALE_LETTER = re.compile(r"\s?(?:[kKMBT]|bn|mn|mil|mm)\b(?!\.)")
-_SCALE_LETTER_OF_MONEY = re.compile(r"[mb]\b")
+_SCALE_LETTER = re.compile(r"\s?(?:[kKMBT]|bn|mn|mil)\b(?!\.)")
+_SCALE_LETTER_OF_MONEY = re.compile(r"\s?(?:mm|MM)\b|[mb]\b")
+_NUMBER_GOES_ON = re.compile(rf"(?i)[\s,]*(?:and\s+)?(?:{_NUMBER_WORD}|{_SCALE}|{_one_of('half dozen')})")
 _CHANGED_AFTER = re.compile(r"-\s*$|\s*(?:[\^×÷·⋅±√!<>≈~&]|/(?!\s?[A-Za-z])|\+|[xX][0-9A-Fa-f]{2})")
 _CHANGED_BEFORE = re.compile(
     r"(?i)(?:[\^/·⋅±√!&]|"
@@ -78,8 +115,10 @@ _HEDGE_BEFORE = re.compile(
 _HEDGE_AFTER = re.compile(
     r"(?i)\s*\?|ish\b|\bgive or take\b|" + _one_of("wrong incorrect plus minus") + rf"|\band\s+{_NUMBER_WORD}"
 )
-_MINUS_WORD = re.compile(r"(?i)\b(?:negative|minus)\s*$")
-_CURRENCY_CODE = re.compile(r"(?:^|[^A-Za-z])(?:USD?|Rs|INR|EUR|GBP|CAD|AUD)$")
+_MINUS_WORD = re.compile(r"(?i)\b(?:negative|minus)[\s:\"']*$")
+_CODE = "(?:USD?|Rs|INR|EUR|GBP|CAD|AUD)"
+_CURRENCY_CODE = re.compile(rf"(?:^|[^A-Za-z]){_CODE}$")
+_CURRENCY_BEFORE = re.compile(rf"(?:[{_CURRENCY}\s(\[]|(?<![A-Za-z]){_CODE}\.?)+$")
 
 
 class RefusedError(Exception):
@@ -105,10 +144,13 @@ def read_number(text: str) -> str:
     """
     if len(text) > MAX_TEXT:
         raise RefusedError("not_plain")
-    text = text.translate(_CHARACTERS)
+    text = html.unescape(text).translate(_CHARACTERS)
     for pattern, replacement in _MARKUP:
         text = pattern.sub(replacement, text)
-    side = _right_side(_up_to_reason(text))
+    text = _SPACED.sub(lambda spaced: _NOT_DIGIT.sub("", spaced.group()), text)
+    text = _SCALED.sub(_written_out, text)
+    answer, rest = _split_reason(text)
+    side = _right_side(answer)
     match = _NUMBER.search(side)
     if match is None:
         raise RefusedError("no_number")
@@ -116,23 +158,48 @@ def read_number(text: str) -> str:
     if _NUMBER.search(after):
         raise RefusedError("several_numbers")
     _check_surroundings(before, after)
+    _check_conclusion(rest, match.group())
     value = canonical(_sign(before) + match.group())
     if value is None:
         raise RefusedError("not_plain")
     return value
 
 
-def _up_to_reason(text: str) -> str:
+def _written_out(scaled: re.Match[str]) -> str:
+    """The digits of "1.45 million"; as it is where that is no plain number, or goes on in words."""
+    number = canonical(scaled[1])
+    if number is None or _NUMBER_GOES_ON.match(scaled.string, scaled.end()):
+        return scaled.group()
+    zeros = sum(_ZEROS[word.lower()] for word in _SCALE_WORDS.findall(scaled[2]))
+    whole, _, fraction = number.partition(".")
+    digits = whole + fraction[:zeros].ljust(zeros, "0")
+    return f"{digits}.{fraction[zeros:]}" if fraction[zeros:] else digits
+
+
+def _split_reason(text: str) -> tuple[str, str]:
+    """The text up to the end of the sentence, or the reason, that follows the first number; and what follows it."""
     first = _NUMBER.search(text)
     if first is None:
-        return text
+        return text, ""
+    end = len(text)
     sentence = _NEW_SENTENCE.search(text, first.end())
     if sentence is not None:
         if _RETRACTION.match(text, sentence.end()):
             raise RefusedError("hedged")
-        text = text[: sentence.start()]
-    reason = _REASON.search(text, first.end())
-    return text[: reason.start()] if reason else text
+        end = sentence.start()
+    reason = _REASON.search(text, first.end(), end)
+    end = reason.start() if reason else end
+    return text[:end], text[end:]
+
+
+def _check_conclusion(rest: str, number: str) -> None:
+    """Refuse a number from which the rest goes on to conclude another."""
+    conclusion = _CONCLUSION.search(rest)
+    if conclusion is None:
+        return
+    concluded = _NUMBER.findall(rest[conclusion.end() :].rpartition("=")[2])
+    if concluded and canonical(number) not in map(canonical, concluded):
+        raise RefusedError("several_numbers")
 
 
 def _right_side(text: str) -> str:
@@ -182,15 +249,23 @@ def _check_surroundings(before: str, after: str) -> None:
 
 def _sign(before: str) -> str:
     """The sign in front of the number: "-$18", "$-18", "minus 18", but not the dash of "Total - 18"."""
-    if _MINUS_WORD.search(before):
+    head = _CURRENCY_BEFORE.sub("", before)
+    if _MINUS_WORD.search(head):
         return "-"
-    head = before.rstrip(" \t\r\n([" + _CURRENCY)
+    if _is_other_dash(head[-1:]):
+        raise RefusedError("not_plain")
     if not head.endswith(("-", "+")):
         return ""
     sign, head = head[-1], head[:-1]
     spaced = before[-1:].isspace()
-    if head[-1:].isalpha() or (spaced and head.rstrip()[-1:].isalpha()):
+    if not _CURRENCY_CODE.search(head) and (head[-1:].isalpha() or (spaced and head.rstrip()[-1:].isalpha())):
         return ""
-    if head.rstrip(" ([" + _CURRENCY).endswith(("-", "+")):
+    if _CURRENCY_BEFORE.sub("", head).endswith(("-", "+")):
         raise RefusedError("not_plain")
     return sign
+
+
+def _is_other_dash(character: str) -> bool:
+    if not character or character.isascii():
+        return False
+    return unicodedata.category(character) == "Pd" or bool(_DASH_NAME.search(unicodedata.name(character, "")))

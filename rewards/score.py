@@ -1,4 +1,4 @@
-"""What a grader says of a completion, and which part of a completion it reads."""
+"""What a grader says of a completion."""
 
 from dataclasses import dataclass
 
@@ -13,9 +13,3 @@ class Score:
     """What accuracy counts."""
     detail: str
     """Why: a word of the grader's `DETAILS`."""
-
-
-def visible(text: str) -> str:
-    """The text after the last `</think>`, and before a `<think>` that is never closed."""
-    text = text[text.rfind("</think>") + len("</think>") :] if "</think>" in text else text
-    return text.partition("<think>")[0]

@@ -13,12 +13,17 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from rewards.score import Score
+from rewards.turns import ends_in_thought
 
 Completion = str | Sequence[Mapping[str, Any]]
 
 
 def reward_function(score: Callable[..., Score], **options: Any) -> Callable[..., list[float]]:
     """Adapt a grader `score(completion, column, ..., **options)`.
+
+    A grader with the argument `thought_open` gets it from the prompt: of a text whether it ends in a thought, of
+    messages whether the last one, where it is the assistant's, does. What a chat template adds TRL does not show: where
+    that opens a thought, give `thought_open=True`.
 
     The parameters of `score` after the completion that have no default, and are not among `options`, are the
     columns. The function is named after the module of `score`, which is the name that TRL logs it under.
@@ -27,6 +32,7 @@ def reward_function(score: Callable[..., Score], **options: Any) -> Callable[...
         ValueError: from the returned function, when a column is missing or not one value per completion.
     """
     names = _columns(score, options)
+    asks = "thought_open" in inspect.signature(score).parameters and "thought_open" not in options
 
     def reward(prompts: Sequence[Any], completions: Sequence[Completion], **columns: Any) -> list[float]:
         missing = [name for name in names if name not in columns]
@@ -36,6 +42,9 @@ def reward_function(score: Callable[..., Score], **options: Any) -> Callable[...
             if len(columns[name]) != len(completions):
                 raise ValueError(f"Column {name!r} has {len(columns[name])} values for {len(completions)} completions.")
         rows = [{name: columns[name][i] for name in names} for i in range(len(completions))]
+        if asks:
+            for row, prompt in zip(rows, prompts, strict=True):
+                row["thought_open"] = ends_in_thought(_begun(prompt))
         return [
             score(text_of(completion), **row, **options).reward
             for completion, row in zip(completions, rows, strict=True)
@@ -53,6 +62,13 @@ def text_of(completion: Completion) -> str:
     if isinstance(content, str) or not content:
         return content or ""
     return "".join(part.get("text") or "" for part in content)
+
+
+def _begun(prompt: Any) -> str:
+    """The part of a prompt that the completion goes on with."""
+    if isinstance(prompt, str):
+        return prompt
+    return text_of(prompt) if prompt and prompt[-1].get("role") == "assistant" else ""
 
 
 def _columns(score: Callable[..., Score], options: Mapping[str, Any]) -> list[str]:

@@ -1,5 +1,6 @@
 """What an evaluation asks of the engine, and its figures by hand."""
 
+import dataclasses
 import math
 from collections.abc import Generator, Sequence
 from types import SimpleNamespace
@@ -7,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from eggroll_llm.evaluate import Evaluation, answer, evaluate
+from eggroll_llm.evaluate import Evaluation, answer, evaluate, grade_again
 from eggroll_llm.prompts import ProblemSet
 from eggroll_llm.sampler import Completion, Decoding, Request, sampling_seed
 from eggroll_llm.samples import TASK, Graded, Sample
@@ -102,3 +103,24 @@ def test_what_stops_in_the_middle_closes_the_stream() -> None:
     with pytest.raises(KeyboardInterrupt):
         answer(engine, PROBLEMS, {}, DECODING, stop)
     assert closed == [True]
+
+
+class Thinking(Grader):
+    def score(self, text: str, problem: dict[str, str], *, truncated: bool, thought_open: bool = False) -> Score:
+        return Score(float(thought_open), thought_open, text)
+
+    def answer(self, text: str, *, truncated: bool, thought_open: bool = False) -> str | None:
+        return str(thought_open)
+
+
+def test_graders_hear_of_an_open_thought_then_and_when_they_grade_again() -> None:
+    engine: Any = Engine()
+    task: Any = Thinking()
+    problems = dataclasses.replace(PROBLEMS, in_thought={1})
+    samples: list[Sample] = []
+    answer(engine, problems, {TASK: Scorer(task).grade}, DECODING, samples.append)
+    assert [(s.problem, s.scores[TASK].reward, s.scores[TASK].answer) for s in samples] == [
+        (1, 1.0, "True"),
+        (0, 0.0, "False"),
+    ]
+    assert [grade_again(sample, problems, {TASK: Scorer(task).grade}) for sample in samples] == samples

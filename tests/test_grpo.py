@@ -6,7 +6,7 @@ With the stand-in engine, but for the last part, which is the real one on tiny m
 import dataclasses
 import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,7 +17,7 @@ from grpo_stub import Bench, Recorder, StubEngine, final, rows, same_run, write_
 from safetensors.torch import load_file
 from torch import Tensor
 
-from eggroll_llm import grpo, interruption, session, trainer
+from eggroll_llm import grpo, interruption, prompts, session, trainer
 from eggroll_llm.checkpoint import verify_checkpoint
 from eggroll_llm.config import load_recipe
 from eggroll_llm.errors import ConfigError, EngineError, ModelError, TaskError, TrainingError
@@ -26,7 +26,9 @@ from eggroll_llm.loop import Loop
 from eggroll_llm.push import plan_push
 from eggroll_llm.run_dir import RunDir, is_run_dir
 from eggroll_llm.run_weights import weights_at
-from eggroll_llm.sampler import Decoding, Request
+from eggroll_llm.sampler import Completion, Decoding, Request
+from eggroll_llm.scoring import Scorer
+from eggroll_llm.tasks import Problem, Verdict
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -80,6 +82,28 @@ def test_the_same_completion_gets_the_same_reward(bench: Bench) -> None:
     assert len(graded[0]) == 12
     assert graded[0].items() <= graded[1].items()
     assert len(rows(bench.folder / "grpo", "completions.jsonl")) == 48
+
+
+@pytest.mark.parametrize("method", ["es", "grpo"])
+def test_graders_hear_of_a_thought_that_the_prompt_opened(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    """In training and evaluation, of each problem whose prompt does."""
+    opened = set("acegikmoqsuwyA")
+    monkeypatch.setattr(prompts, "ends_in_thought", lambda text: text[-1] in opened)
+    judged: list[tuple[Completion, Problem]] = []
+    judge = Scorer._judge
+
+    def recording(self: Scorer, pairs: Sequence[tuple[Completion, Problem]], *, voted: bool) -> Iterable[Verdict]:
+        judged.extend(pairs)
+        return judge(self, pairs, voted=voted)
+
+    monkeypatch.setattr(Scorer, "_judge", recording)
+    bench.train("run", method=method, steps=1)
+    assert {(voted["id"].split("-")[0], completion.thought_open) for completion, voted in judged} == {
+        (split, thought) for split in ("train", "test") for thought in (False, True)
+    }
+    assert all(completion.thought_open == (problem["letter"] in opened) for completion, problem in judged)
 
 
 def test_a_group_is_of_one_problem_and_its_answers_have_different_seeds(bench: Bench) -> None:

@@ -1,5 +1,6 @@
 """Prompts in tokens, with the tokenizer and the chat template of the model; and how much context they need."""
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from tokenizers.processors import TemplateProcessing
 
 from eggroll_llm.errors import ConfigError, ModelError, TaskError
 from eggroll_llm.prompts import ProblemSet, Prompter, needed_context, problems_hash
+from eggroll_llm.sampler import Completion
 
 TEXT = "Make 9 from 4 and 5:"
 MESSAGES = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": TEXT}]
@@ -244,3 +246,33 @@ def test_a_chat_template_that_fails_says_so(prompter: Prompter, template: str, s
     prompter.tokenizer.chat_template = template
     with pytest.raises(ModelError, match=f"the chat template does not take the task's messages .*({said})"):
         prompter.encode(MESSAGES)
+
+
+OPENED = (
+    "<think>",
+    "Reason first.\n<think>\n",
+    "<|im_start|>assistant\n<think>\n",
+    "Assistant: <think>\nLet me see.",
+    "[THINK]",
+)
+MENTIONED = (
+    "",
+    "Reason between <think> and </think>.\nAnswer:",
+    "Reason in <think> tags.\nAnswer:",
+    "<|im_start|>user\nBegin with:\n<think><|im_end|>\n<|im_start|>assistant\n",
+    "<|im_start|>assistant\n<think>\n\n</think>\n\n",
+)
+
+
+@pytest.mark.parametrize(("text", "opened"), [*((t, True) for t in OPENED), *((t, False) for t in MENTIONED)])
+def test_prompts_that_end_in_a_thought_are_marked(prompter: Prompter, text: str, opened: bool) -> None:
+    problems = prompter.encode_all([{}, {}], [TEXT, text])
+    assert problems.in_thought == ({1} if opened else set())
+
+
+def test_a_chat_template_that_opens_a_thought_is_seen_by_the_grader(prompter: Prompter) -> None:
+    prompter.tokenizer.chat_template += "{% if add_generation_prompt %}<think>\n{% endif %}"
+    problems = prompter.encode_all([{"id": 7}], [MESSAGES])
+    completion = Completion(text="so 9", token_ids=(), truncated=True, prompt_tokens=1)
+    graded, problem = problems.answered(0, completion)
+    assert (graded, problem) == (dataclasses.replace(completion, thought_open=True), {"id": 7})

@@ -23,6 +23,7 @@ from eggroll_llm import trainer
 from eggroll_llm.checkpoint import load_training_state, save_checkpoint, verify_checkpoint
 from eggroll_llm.config import CheckpointConfig, EvalConfig, RunConfig, field_help, flat, load_recipe, may_change
 from eggroll_llm.display import ConsoleDisplay
+from eggroll_llm.engine.text import TextRules
 from eggroll_llm.errors import CheckpointError, ConfigError, JournalError, RunDirError
 from eggroll_llm.journal import Journal, read_journal
 from eggroll_llm.replay import replay
@@ -492,8 +493,9 @@ def test_the_final_model_is_the_same_in_transformers_and_vllm(
         for ids in prompts
     ]
     assert len(set(ours)) >= 15  # of 20, or little would be proven
-    assert ours == [tokenizer.decode(ids, skip_special_tokens=True) for ids in plain]
-    assert ours == [tokenizer.decode(ids, skip_special_tokens=True) for ids in found]
+    turn = TextRules(tokenizer).turn
+    assert ours == [turn(ids)[0] for ids in plain]
+    assert ours == [turn(ids)[0] for ids in found]
 
     stored, state = load_file(final / "model.safetensors"), model.state_dict()
     base = load_file(tiny_model(kind) / "model.safetensors")

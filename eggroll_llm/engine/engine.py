@@ -285,11 +285,11 @@ class Engine:
         reason, generated = sample.finish_reason, len(sample.token_ids)
         if reason in ("abort", "error"):
             raise EngineError(f"the inference engine gave up a request after {generated} tokens ({reason})")
-        text = sample.text if decoding.special_tokens else self.text_rules.text(sample.token_ids)
+        text, ended = (sample.text, False) if decoding.special_tokens else self.text_rules.turn(sample.token_ids)
         return Completion(
             text=before_stop(text, decoding.stop),
             token_ids=tuple(sample.token_ids),
-            truncated=reason == "length" or (reason is None and generated >= decoding.max_tokens),
+            truncated=not ended and (reason == "length" or (reason is None and generated >= decoding.max_tokens)),
             prompt_tokens=len(output.prompt_token_ids or ()),
             logprobs=tuple(
                 at[token_id].logprob

@@ -2,11 +2,16 @@
 
 A stop string of one ASCII character ends a completion exactly when a token with that character appears, which the
 engine can see from the token id alone. Longer ones may straddle tokens, so that the engine has to detokenise.
+
+Special tokens are no part of the text, except tags of thoughts, which graders need. One that ends a turn, or begins the
+next one, ends the text: without it, what a model invents after its answer would run together with the answer.
 """
 
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, cached_property
 from typing import Any
+
+from rewards.turns import THOUGHT, TURN_END, TURN_START
 
 
 def before_stop(text: str, stop: Sequence[str]) -> str:
@@ -27,9 +32,43 @@ class TextRules:
             return None
         return sorted({token_id for string in stop for token_id in self._ids_with(string)})
 
-    def text(self, token_ids: Sequence[int]) -> str:
-        """Return the text without special tokens."""
+    def turn(self, token_ids: Sequence[int]) -> tuple[str, bool]:
+        """Return the text of the first turn, and whether a special token shows where it ends."""
+        for i, token_id in enumerate(token_ids):
+            # Before any text, a token that begins a turn begins this one.
+            if token_id in self._ends or (token_id in self._starts and self._text(token_ids[:i]).strip()):
+                return self._text(token_ids[:i]), True
+        return self._text(token_ids), False
+
+    def _text(self, token_ids: Sequence[int]) -> str:
+        pieces, start = [], 0
+        for i, token_id in enumerate(token_ids):
+            if tag := self._thoughts.get(token_id):
+                pieces += [self._decode(token_ids[start:i]), tag]
+                start = i + 1
+        return "".join([*pieces, self._decode(token_ids[start:])])
+
+    def _decode(self, token_ids: Sequence[int]) -> str:
         return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=True))
+
+    @cached_property
+    def _special(self) -> dict[int, str]:
+        added = getattr(self._tokenizer, "added_tokens_decoder", {})  # mistral-common's has none
+        return {token_id: token.content for token_id, token in added.items() if token.special}
+
+    @cached_property
+    def _ends(self) -> set[int]:
+        ends = {token_id for token_id, content in self._special.items() if TURN_END.fullmatch(content)}
+        return ends | {self._tokenizer.eos_token_id}
+
+    @cached_property
+    def _starts(self) -> set[int]:
+        starts = {token_id for token_id, content in self._special.items() if TURN_START.fullmatch(content)}
+        return (starts | {self._tokenizer.bos_token_id}) - self._ends
+
+    @cached_property
+    def _thoughts(self) -> dict[int, str]:
+        return {token_id: content for token_id, content in self._special.items() if THOUGHT.fullmatch(content)}
 
     def _find_ids_with(self, character: str) -> list[int]:
         ids = range(len(self._tokenizer))

@@ -62,10 +62,13 @@ class Task(Protocol):
     def prompt(self, problem: Problem) -> str | list[Message]:
         """Text to complete, or chat messages."""
 
-    def score(self, completion: str, problem: Problem, *, truncated: bool = False) -> Score:
-        """Grade a completion; `truncated` says that it was cut off by the length limit."""
+    def score(self, completion: str, problem: Problem, *, truncated: bool = False, thought_open: bool = False) -> Score:
+        """Grade a completion.
 
-    def answer(self, completion: str, *, truncated: bool = False) -> str | None:
+        `truncated` says that the length limit cut it off, `thought_open` that the prompt ended in a thought.
+        """
+
+    def answer(self, completion: str, *, truncated: bool = False, thought_open: bool = False) -> str | None:
         """What the completion gives as its answer, equal for equal answers, for majority votes; None for nothing."""
 
     def gold(self, problem: Problem) -> str | None:
@@ -79,7 +82,14 @@ class Answer:
     text: str
     problem: Problem
     truncated: bool = False
-    """Whether the length limit ended it."""
+    """Whether the length limit cut it off."""
+    thought_open: bool = False
+    """Whether the prompt ended in a thought."""
+
+    @property
+    def options(self) -> dict[str, bool]:
+        """What a task's methods get beside text and problem; a task whose prompts open no thought never hears of it."""
+        return {"truncated": self.truncated} | ({"thought_open": True} if self.thought_open else {})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -100,13 +110,13 @@ def judge(task: Task, answer: Answer, *, voted: bool, catch: type[BaseException]
     """Return the task's verdict on anything. What is not a `catch` is not caught."""
     score, failure, out_of_memory, vote = None, "", False, None
     try:
-        given: Any = task.score(answer.text, answer.problem, truncated=answer.truncated)
+        given: Any = task.score(answer.text, answer.problem, **answer.options)
         score = Score(reward=float(given.reward), correct=bool(given.correct), detail=str(given.detail))
     except catch as error:
         failure, out_of_memory = short_traceback(error), isinstance(error, MemoryError)
     if voted:
         with contextlib.suppress(catch):  # like a score that fails, it costs its own completion
-            vote = task.answer(answer.text, truncated=answer.truncated)
+            vote = task.answer(answer.text, **answer.options)
     return Verdict(score=score, failure=failure, vote=vote, out_of_memory=out_of_memory)
 
 

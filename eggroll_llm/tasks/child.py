@@ -1,6 +1,6 @@
 """The other process of a user's task: lines go out and come back on two pipes, each within a limit of time.
 
-    3 {"split": "train", "index": 5, "text": " 82", "truncated": false, "voted": true}
+    3 {"split": "train", "index": 5, "text": " 82", "options": {"truncated": false}, "voted": true}
         -> 3 {"score": [1.0, true, "sum"], "vote": "82"}
 
 A running number in front of each line, which the reply repeats, tells of a reply that is not to this line.

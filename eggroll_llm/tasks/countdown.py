@@ -111,7 +111,7 @@ class CountdownTask:
         content = _CHAT.format(target=target, numbers=_listed(numbers), usage=usage, operators=operators)
         return [{"role": "user", "content": content}]
 
-    def score(self, completion: str, problem: Problem, *, truncated: bool = False) -> Score:
+    def score(self, completion: str, problem: Problem, *, truncated: bool = False, thought_open: bool = False) -> Score:
         """Grade a completion; one that was cut off has no closing tag, so `truncated` changes nothing."""
         return countdown.score(
             completion,
@@ -120,16 +120,23 @@ class CountdownTask:
             use_all=self.options.use_all,
             format_reward=self.options.format_reward,
             answer_format=self._answer_format,
+            thought_open=thought_open or self._opens_thought,
         )
 
-    def answer(self, completion: str, *, truncated: bool = False) -> str | None:
+    def answer(self, completion: str, *, truncated: bool = False, thought_open: bool = False) -> str | None:
         """The expression, without spaces."""
-        answer = countdown.read_answer(completion, answer_format=self._answer_format)
+        answer = countdown.read_answer(
+            completion, answer_format=self._answer_format, thought_open=thought_open or self._opens_thought
+        )
         return "".join(answer.split()) if answer else None
 
     @property
     def _answer_format(self) -> Literal["tag", "line"]:
         return "line" if self.options.prompt_style == "few_shot" else "tag"
+
+    @property
+    def _opens_thought(self) -> bool:
+        return self.options.prompt_style == "tinyzero"
 
     def gold(self, problem: Problem) -> str | None:
         """The solution in the format of the prompt style; None for problems that came without one."""
@@ -137,7 +144,8 @@ class CountdownTask:
             return None
         if self.options.prompt_style == "few_shot":
             return f" {problem['solution']}"
-        return f"<answer>{problem['solution']}</answer>"
+        answer = f"<answer>{problem['solution']}</answer>"
+        return f"</think>\n{answer}" if self._opens_thought else answer
 
 
 def load_countdown(options: CountdownOptions, base_dir: Path, place: Place = no_place) -> CountdownTask:

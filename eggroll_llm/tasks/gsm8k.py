@@ -80,13 +80,19 @@ class Gsm8kTask:
         ]
         return "".join(shots) + f"Question: {problem['question']}\nAnswer:"
 
-    def score(self, completion: str, problem: Problem, *, truncated: bool = False) -> Score:
+    def score(self, completion: str, problem: Problem, *, truncated: bool = False, thought_open: bool = False) -> Score:
         """Grade a completion."""
-        return gsm8k.score(completion, problem["answer"], truncated=truncated, method=self.options.grader)
+        return gsm8k.score(
+            completion,
+            problem["answer"],
+            truncated=truncated,
+            thought_open=thought_open,
+            method=self.options.grader,
+        )
 
-    def answer(self, completion: str, *, truncated: bool = False) -> str | None:
+    def answer(self, completion: str, *, truncated: bool = False, thought_open: bool = False) -> str | None:
         """The number, in the form that the grader compares."""
-        return gsm8k.read_answer(completion, truncated=truncated, method=self.options.grader)
+        return gsm8k.read_answer(completion, truncated=truncated, thought_open=thought_open, method=self.options.grader)
 
     def gold(self, problem: Problem) -> str | None:
         """The published solution."""

@@ -96,7 +96,7 @@ class UserProcess(Closing):
 
     def _line(self, answer: Answer, voted: bool) -> bytes:
         split, index = self._places[id(answer.problem)]
-        request = {"split": split, "index": index, "text": answer.text, "truncated": answer.truncated, "voted": voted}
+        request = {"split": split, "index": index, "text": answer.text, "options": answer.options, "voted": voted}
         return _json(request)
 
     def _verdict(self, reply: dict[str, Any]) -> Verdict:

@@ -36,11 +36,12 @@ def check_calls(inner: Any, where: str) -> None:
         _check_call(method, name, arguments, where)
 
 
-def takes_truncated(score: Any) -> bool:
-    """Whether a score has the argument."""
+def optional_arguments(score: Any) -> frozenset[str]:
+    """Return which of `truncated` and `thought_open` a score has; one that takes any gets `truncated`."""
     if (signature := _signature(score)) is None:
-        return False
-    return "truncated" in signature.parameters or _takes_any(signature)
+        return frozenset()
+    anything = {"truncated"} if _takes_any(signature) else set()
+    return frozenset(({"truncated", "thought_open"} & signature.parameters.keys()) | anything)
 
 
 def check_factory(factory: Any, options: Mapping[str, Any], name: str, place: Place) -> None:
@@ -75,7 +76,7 @@ def _check_call(method: Any, name: str, arguments: tuple[str, ...], where: str) 
         raise TaskError(f"{where}: {name} yields, and is called as {call}. Return its value.")
     if (signature := _signature(method)) is None:
         return
-    options = {"truncated": False} if name == "score" and takes_truncated(method) else {}
+    options = dict.fromkeys(optional_arguments(method), False) if name == "score" else {}
     fault = ""
     try:
         signature.bind(*arguments, **options)

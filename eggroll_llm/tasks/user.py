@@ -9,10 +9,11 @@
 
 The file is imported, so it can do anything; name only files that you trust. `TASK` may also be a class or
 function that takes the task options and returns such an object. `stop`, `notes`, `gold` and `answer(completion)`
-(what majority votes count) are optional, and so is `truncated` in `score`, which may return a number (correct
-from 1 on) or a `rewards.Score`; anything else is a failure, like an exception. In a run, `score` and `answer` are
-called in a process of their own (`process`), which imports once more what was read here, from the file and from the
-modules beside it (`modules`).
+(what majority votes count) are optional, and so are `truncated` (the length limit cut the completion off) and
+`thought_open` (the prompt ended in a thought) in `score`, which may return a number (correct from 1 on) or a
+`rewards.Score`; anything else is a failure, like an exception. In a run, `score` and `answer` are called in a process
+of their own (`process`), which imports once more what was read here, from the file and from the modules beside it
+(`modules`).
 """
 
 import contextlib
@@ -26,7 +27,7 @@ from typing import Any
 from eggroll_llm.errors import TaskError
 from eggroll_llm.tasks.base import Message, Place, Problem, Split, no_place, problem_text, short_traceback
 from eggroll_llm.tasks.modules import Modules, find_modules, is_hidden, load_module, source_hash
-from eggroll_llm.tasks.signatures import check_calls, check_factory, takes_truncated
+from eggroll_llm.tasks.signatures import check_calls, check_factory, optional_arguments
 from eggroll_llm.toml_text import is_unicode
 from rewards import Score
 
@@ -52,8 +53,8 @@ class UserTask:
     test: Sequence[Problem]
     stop: tuple[str, ...]
     notes: tuple[str, ...]
-    takes_truncated: bool
-    """Whether the user's score has the argument."""
+    takes: frozenset[str]
+    """Which of the optional arguments, `truncated` and `thought_open`, the user's score has."""
 
     @property
     def file_hash(self) -> str:
@@ -78,12 +79,13 @@ class UserTask:
             "dict with a role and a content."
         )
 
-    def score(self, completion: str, problem: Problem, *, truncated: bool = False) -> Score:
+    def score(self, completion: str, problem: Problem, *, truncated: bool = False, thought_open: bool = False) -> Score:
         """The user's score; what it raises is not caught. Raises TypeError when it is none."""
-        options = {"truncated": truncated} if self.takes_truncated else {}
+        given = {"truncated": truncated, "thought_open": thought_open}
+        options = {name: value for name, value in given.items() if name in self.takes}
         return as_score(self.inner.score(completion, problem, **options))
 
-    def answer(self, completion: str, *, truncated: bool = False) -> str | None:
+    def answer(self, completion: str, *, truncated: bool = False, thought_open: bool = False) -> str | None:
         """The user's answer, if there is such a method."""
         if not hasattr(self.inner, "answer"):
             return None
@@ -157,7 +159,7 @@ def load_user_task(
         test=test,
         stop=_texts(inner, "stop", path),
         notes=_texts(inner, "notes", path),
-        takes_truncated=takes_truncated(inner.score),
+        takes=optional_arguments(inner.score),
     )
 
 

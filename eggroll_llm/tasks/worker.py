@@ -3,7 +3,7 @@
     {"name": "/home/me/sums.py:Sums", "source": "import ...", "modules": {"helper": ["/home/me/helper.py", "def ..."]},
      "options": "digits = 2\\n", "memory": 4294967296}
         -> {"train": "60303a...", "test": "fd61a0..."}                               or {"failed": "Traceback ..."}
-    {"split": "train", "index": 5, "text": " 82", "truncated": false, "voted": true}
+    {"split": "train", "index": 5, "text": " 82", "options": {"truncated": false}, "voted": true}
         -> {"score": [1.0, true, "sum"], "vote": "82"}                or {"failed": "Traceback ...", "vote": "82"}
 
 A line of JSON each, behind the number of the request (`child`), on descriptors that nothing else uses. What the user's
@@ -83,7 +83,7 @@ def _bytes(text: str) -> bytes:
 
 def _verdict(task: UserTask, request: Mapping[str, Any]) -> dict[str, Any]:
     problem = task.problems(request["split"])[request["index"]]
-    answer = Answer(text=request["text"], problem=problem, truncated=request["truncated"])
+    answer = Answer(text=request["text"], problem=problem, **request["options"])
     try:
         verdict = judge(task, answer, voted=request["voted"], catch=BaseException)
     except MemoryError:  # there was too little even for a traceback

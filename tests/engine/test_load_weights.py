@@ -14,6 +14,7 @@ from torch import Tensor
 
 from eggroll_llm.config import EngineConfig
 from eggroll_llm.engine.engine import Engine
+from eggroll_llm.engine.text import TextRules
 from eggroll_llm.errors import ModelError
 from eggroll_llm.sampler import Decoding, Request
 
@@ -175,7 +176,8 @@ def test_a_completion_ends_with_the_token_that_ended_it(served: Served) -> None:
         ends = [token == tokenizer.eos_token_id or "e" in text or "4" in text
                 for token, text in zip(completion.token_ids, texts, strict=True)]  # fmt: skip
         assert not any(ends[:-1])
-        assert ends[-1] != completion.truncated
+        # Cut off is what neither such a token ended nor another one that marks the end of a turn.
+        assert completion.truncated != (ends[-1] or TextRules(tokenizer).turn(completion.token_ids)[1])
         assert len(completion.logprobs) == len(completion.token_ids)
         ended += ends[-1]
     assert ended > 12

@@ -69,8 +69,8 @@ class Words:
     def stop_token_ids(self, stop: Sequence[str]) -> list[int]:
         return []
 
-    def text(self, tokens: Sequence[int]) -> str:
-        return " ".join(map(str, tokens))
+    def turn(self, tokens: Sequence[int]) -> tuple[str, bool]:
+        return " ".join(map(str, tokens)), False
 
 
 def scripted(script: Callable[[list[Any]], list[Any]]) -> tuple[Engine, ScriptedLlm]:

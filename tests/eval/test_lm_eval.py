@@ -3,6 +3,7 @@
 The package gets its own task files with the data replaced by local ones, as there is no hub here.
 """
 
+import dataclasses
 import json
 import re
 import shutil
@@ -148,6 +149,18 @@ def our_verdicts(task: ours.LmEvalTask, text: str, problem: dict[str, str]) -> d
 
 def problem(answer: str, solution: str = "So it is.") -> dict[str, str]:
     return {"question": "?", "answer": f"{solution}\n#### {answer}", "solution": f"{solution}\n#### {answer}"}
+
+
+def test_an_open_thought_changes_our_grade_and_not_the_published_ones() -> None:
+    text = "So it is #### 18\nThe answer is 18. She"
+    given = Completion(text=text, token_ids=(), truncated=True, prompt_tokens=0)
+    for thought_open in (False, True):
+        completion = dataclasses.replace(given, thought_open=thought_open)
+        found = {name: grade(completion, problem("18")) for name, grade in ours.graders("gsm8k").items()}
+        assert found["robust"].correct != thought_open
+        assert found["robust"].answer == (None if thought_open else "18")
+        assert found["strict-match"].correct
+        assert found["flexible-extract"].correct
 
 
 OWN = [

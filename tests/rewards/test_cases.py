@@ -22,7 +22,7 @@ def rows(folder: str, task: str) -> list[dict]:
 def test_countdown_cases(folder):
     wrong = []
     for row in rows(folder, "countdown"):
-        options = {name: row[name] for name in ("use_all", "answer_format") if name in row}
+        options = {name: row[name] for name in ("use_all", "answer_format", "thought_open") if name in row}
         score = rewards.countdown.score(row["completion"], row["numbers"], row["target"], **options)
         verdict = {1.0: "correct", 0.1: "format", 0.0: "none"}[score.reward]
         assert score.correct == (verdict == "correct")
@@ -36,7 +36,8 @@ def test_countdown_cases(folder):
 def test_gsm8k_cases(folder):
     wrong = []
     for row in rows(folder, "gsm8k"):
-        score = rewards.gsm8k.score(row["completion"], row["answer"], truncated=row["truncated"])
+        options = {name: row[name] for name in ("truncated", "thought_open") if name in row}
+        score = rewards.gsm8k.score(row["completion"], row["answer"], **options)
         assert score.reward == float(score.correct)
         assert score.detail in rewards.gsm8k.DETAILS
         if score.correct != row["accept"]:

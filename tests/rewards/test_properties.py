@@ -3,13 +3,14 @@
 import ast
 import functools
 import random
+import re
 import time
 from collections.abc import Callable
 from fractions import Fraction
 
 import pytest
 from fuzz_graders import published
-from hypothesis import example, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from rewards import Score, countdown, gsm8k
@@ -29,6 +30,11 @@ WORDS = [
     *(
         "\nQuestion:",
         "\nQ",
+        "\nuser\n",
+        "Human:",
+        "_of_turn>",
+        "INST]",
+        "[THINK]",
         "</s>",
         "\\text{",
         "{,}",
@@ -36,6 +42,11 @@ WORDS = [
         ">>",
         "or ",
         "million",
+        " thousand",
+        " 000",
+        "- ",
+        "cm^2",
+        "<18>",
         "e5",
         "4+5=9",
         "18",
@@ -56,6 +67,8 @@ GRADERS: dict[str, Callable[[str], Score]] = {
     "strict_cot": lambda text: gsm8k.score(text, "18", method="strict_cot"),
     "flexible": lambda text: gsm8k.score(text, "18", method="flexible"),
 }
+GRADERS["countdown, thought open"] = lambda text: countdown.score(text, [4, 5], 9, thought_open=True)
+GRADERS["robust, thought open"] = lambda text: gsm8k.score(text, "18", thought_open=True)
 READERS: dict[str, Callable[[str], str | None]] = {
     "countdown answer": countdown.read_answer,
     "countdown answer, line": lambda text: countdown.read_answer(text, answer_format="line"),
@@ -120,6 +133,13 @@ def test_time_is_linear_up_to_a_megabyte(name, ends):
     for piece in PIECES:
         short, long = (ends[0] + piece * (size // len(piece)) + ends[1] for size in (50_000, 1_000_000))
         assert is_linear(name, short, long), piece
+
+
+@pytest.mark.parametrize("end", ["", " x18", "!"])
+def test_the_longest_text_that_is_read_as_a_number_takes_milliseconds(end):
+    for piece in (*PIECES, "9", "9,", "9 000", "9 million ", "a}", " x", "&lt;", "\\text{a}", "\u00a0"):
+        text = f"#### {piece * (980 // len(piece))}{end}"
+        assert seconds("robust", text) < 0.02, piece
 
 
 @functools.cache
@@ -197,6 +217,133 @@ def test_gsm8k_reads_every_plain_number_in_every_marker(whole, fraction, zeros):
     ):
         assert gsm8k.score(marked.format(same), gold).correct, marked
         assert not gsm8k.score(marked.format(other), gold).correct, marked
+
+
+MARKERS = ("#### {}", "\\boxed{{{}}}", "<answer>{}</answer>", "The answer is {}.", "Answer: {}", "Answer:\n- {}\n")
+WRAPPINGS = (
+    *(
+        "{}",
+        "**{}**",
+        "${}",
+        "\\$ {}",
+        "<{}>",
+        "[{}]",
+        "{} dollars",
+        "{} mm",
+        "{} cm^2",
+        "{}%",
+        "x = {}",
+        "$ {} $",
+        "USD {}",
+    ),
+    *(
+        "\\text{{{}}}",
+        "{}\\text{{ km}}",
+        "{}\\ \\mathrm{{m}}^{{2}}",
+        "9 * 2 = {}",
+        "{}, because 4 < 5",
+        "{} (see above)",
+    ),
+)
+DASHES = "-\u2010\u2011\u2012\u2013\u2014\u2015\u2212\u207b\ufe58\ufe63\uff0d\u2796"
+SPACES = (" ", "\u00a0", "\u2009", "\u202f", "\\,", "&nbsp;", ",", "{,}", "")
+SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
+TURNS = (
+    *(
+        "\nHuman: {}",
+        "\n\nUser: {}\nAssistant: ok",
+        "\nuser\n{}\nassistant\n",
+        "<|im_end|>\n<|im_start|>user\n{}",
+        "</s>{}",
+    ),
+    *(
+        "\n\n### Question 2\n{}",
+        "\n\nProblem 3: {}",
+        "\n\nQ: {}",
+        "<end_of_turn>\n<start_of_turn>user\n{}",
+        "\n\n**User:** {}",
+    ),
+    *("<|eot_id|><|start_header_id|>user<|end_header_id|>\n\n{}", " [INST] {} [/INST]", "\n\n### Instruction:\n{}"),
+)
+
+
+@settings(max_examples=500)
+@given(
+    value=st.integers(0, 10**13),
+    negative=st.booleans(),
+    dash=st.sampled_from(DASHES),
+    space=st.sampled_from(SPACES),
+    marker=st.sampled_from(MARKERS),
+    wrapping=st.sampled_from(WRAPPINGS),
+)
+def test_gsm8k_reads_the_number_with_its_sign_whatever_is_around_it(value, negative, dash, space, marker, wrapping):
+    """Right answers are read, and no wrapping, dash or space makes another number of any."""
+    written = f"{value:,}".replace(",", space)
+    # On the line after a marker the number comes first, in front of any word.
+    assume("\n" not in marker or not re.search("[A-Za-z]", wrapping.partition("{}")[0]))
+    text = marker.format(wrapping.format(dash + written if negative else written))
+    assert gsm8k.read_answer(text) == str(-value if negative else value), text
+
+
+@settings(max_examples=300)
+@given(
+    thousandths=st.integers(0, 10**7),
+    scale=st.sampled_from(sorted(SCALES)),
+    dash=st.sampled_from(["", *DASHES]),
+    marker=st.sampled_from(MARKERS),
+    wrapping=st.sampled_from(["{}", "${}", "{} dollars", "**{}**", "= {}", "{} (exactly)"]),
+)
+def test_gsm8k_multiplies_by_the_scale_word(thousandths, scale, dash, marker, wrapping):
+    value = Fraction(thousandths, 1000) * 10 ** SCALES[scale] * (-1 if dash else 1)
+    text = marker.format(wrapping.format(f"{dash}{thousandths / 1000:.3f} {scale}"))
+    found = gsm8k.read_answer(text)
+    assert found is not None, text
+    assert Fraction(found) == value, text
+
+
+@settings(max_examples=500)
+@given(
+    answer=st.sampled_from(["17", "18", "$18", "18 eggs", "17 or 18", "about 18", "1.8 million", "-18", "18k", "<18>"]),
+    marker=st.sampled_from(MARKERS),
+    turn=st.sampled_from(TURNS),
+    second=st.sampled_from(["", " ", "\n"]),
+    invented=TEXTS,
+    cut=st.booleans(),
+)
+def test_an_invented_next_turn_changes_nothing(answer, marker, turn, second, invented, cut):
+    """Whatever it says; and it shows that the answer before it was complete."""
+    text = marker.format(answer)
+    followed = text + turn.format(f"Tom has 3. #### 3 <answer>4*5</answer> {invented}") + second
+    assume("think" not in followed and "THINK" not in followed)
+    assert gsm8k.read_answer(followed, truncated=cut) == gsm8k.read_answer(text)
+
+
+@settings(max_examples=300)
+@given(expression=st.sampled_from(["4+5", "4*5", "4+", "9", " "]), turn=st.sampled_from(TURNS), invented=TEXTS)
+def test_an_invented_next_turn_changes_nothing_in_countdown(expression, turn, invented):
+    text = f"So <answer>{expression}</answer>"
+    followed = text + turn.format(f"Make 9. <answer>5+4</answer> {invented}")
+    assume("think" not in followed and "THINK" not in followed)
+    assert countdown.score(followed, [4, 5], 9) == countdown.score(text, [4, 5], 9)
+
+
+@settings(max_examples=500)
+@given(text=TEXTS, cut=st.booleans(), answer_format=st.sampled_from(["tag", "line"]))
+def test_a_thought_that_the_prompt_opened_counts_like_one_of_the_completion(text, cut, answer_format):
+    with_tag = f"<think>{text}"
+    assert gsm8k.read_answer(text, truncated=cut, thought_open=True) == gsm8k.read_answer(with_tag, truncated=cut)
+    assert countdown.read_answer(text, answer_format=answer_format, thought_open=True) == countdown.read_answer(
+        with_tag, answer_format=answer_format
+    )
+
+
+@settings(max_examples=300)
+@given(text=TEXTS, marker=st.sampled_from(MARKERS))
+def test_a_later_thought_changes_no_answer(text, marker):
+    answered = f"{marker.format(18)}\n"
+    for thought in (f"<think>{text.replace('/think', '')}", "<think>#### 17 <answer>4*5</answer></think> Good."):
+        assert gsm8k.read_answer(answered + thought, truncated=True) == gsm8k.read_answer(answered) == "18"
+        assert countdown.score(f"<answer>4+5</answer>{thought}", [4, 5], 9).correct
 
 
 @settings(max_examples=1000)

@@ -52,3 +52,13 @@ def test_wrong_columns_are_named():
         reward(["p"], ["18"], gold=["18"])
     with pytest.raises(ValueError, match="'answer' has 1 values for 2 completions"):
         reward(["p", "p"], ["18", "18"], answer=["18"])
+
+
+def test_a_thought_that_the_prompt_opened_is_seen_where_it_can_be():
+    reward = reward_function(gsm8k.score)
+    begun = [{"role": "user", "content": "How many?"}, {"role": "assistant", "content": "<think>\nOkay"}]
+    prompts = ["How many?", "How many?\n<think>\n", begun, begun[:1], []]
+    for completion, rewards in (("#### 18", [1, 0, 0, 1, 1]), ("#### 17</think>\n#### 18", [1, 1, 1, 1, 1])):
+        assert reward(prompts=prompts, completions=[completion] * 5, answer=["18"] * 5) == rewards
+    given = reward_function(countdown.score, thought_open=True)
+    assert given(begun[:1], ["<answer>4+5</answer>"], numbers=[[4, 5]], target=[9]) == [0.0]

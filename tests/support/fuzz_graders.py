@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from rewards import Score, countdown, gsm8k
 from rewards.trl import reward_function, text_of
+from rewards.turns import THOUGHT
 
 CASES = Path(__file__).parents[1] / "rewards"
 SECONDS = 0.05
@@ -43,8 +44,11 @@ def check_countdown(data: bytes) -> None:
     for use_all in (True, False):
         for answer_format in ("tag", "line"):
             _check_countdown(text, numbers, target, use_all, answer_format)
-    for same in (f"<think>{text}</think>{text}", f"Thinking.\n{text}", f"{text}\n"):
-        assert countdown.score(same, numbers, target) == countdown.score(text, numbers, target)
+    for same in (f"<think>{THOUGHT.sub('', text)}</think>{text}", f"Thinking.\n{text}", f"{text}\n", f"{text}\n</s>"):
+        assert countdown.score(same, numbers, target) == countdown.score(text, numbers, target), ascii(same)
+    assert countdown.score(text, numbers, target, thought_open=True) == countdown.score(
+        f"<think>{text}", numbers, target
+    )
 
 
 def _problem(line: str) -> tuple[Any, Any]:
@@ -117,8 +121,9 @@ def check_gsm8k(data: bytes) -> None:
             else:
                 assert score.correct == published(method, text, gold)
     assert readings["robust", True] in (None, readings["robust", False])
-    for same in (f"<think>{text}</think>{text}", f"Thinking.\n{text}", f"{text}\n", f"{text}</s>"):
-        assert gsm8k.read_answer(same) == readings["robust", False]
+    for same in (f"<think>{THOUGHT.sub('', text)}</think>{text}", f"Thinking.\n{text}", f"{text}\n", f"{text}</s>"):
+        assert gsm8k.read_answer(same) == readings["robust", False], ascii(same)
+    assert gsm8k.read_answer(text, thought_open=True) == gsm8k.read_answer(f"<think>{text}")
     messages = [{"role": "assistant", "content": [{"type": "text", "text": text}, {"type": "image"}]}]
     assert text_of(messages) == text
 

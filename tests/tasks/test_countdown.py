@@ -11,7 +11,7 @@ import pytest
 from eggroll_llm.errors import TaskError
 from eggroll_llm.tasks import load_task
 from eggroll_llm.tasks.countdown_problems import Space, _text, draw_problems, key_of
-from rewards import countdown
+from rewards import Score, countdown
 
 SMALL = {
     "count": [2, 2],
@@ -152,6 +152,19 @@ def test_tinyzero_prompt(tmp_path):
     )
     assert "Using the numbers [3, 7], create an equation that equals 21." in prompt
     assert prompt.endswith("Assistant: Let me solve this step by step.\n<think>")
+
+
+def test_a_tinyzero_answer_inside_the_thought_is_none(tmp_path):
+    """The prompt opens the thought: what is not behind its end was not answered, cut off or not."""
+    task = load(tmp_path, prompt_style="tinyzero", test_size=1, train_size=1)
+    problem = {"numbers": [44, 19, 35], "target": 98, "solution": "44+19+35"}
+    for cut in (False, True):
+        inside = "... it is <answer>44 + 19 + 35</answer>? Wait, must I"
+        assert task.score(inside, problem, truncated=cut) == Score(0.0, False, "no_answer")
+        assert task.answer(inside, truncated=cut) is None
+        assert task.score(f"{inside}</think>\n<answer>44+19+35</answer>", problem, truncated=cut).correct
+    assert task.gold(problem) == "</think>\n<answer>44+19+35</answer>"
+    assert task.score(task.gold(problem), problem).correct
 
 
 def test_the_format_reward_can_be_set(tmp_path):

@@ -7,6 +7,8 @@ import pytest
 
 from eggroll_llm.config import sourced
 from eggroll_llm.errors import ConfigError, TaskError
+from eggroll_llm.sampler import Completion
+from eggroll_llm.scoring import Scorer
 from eggroll_llm.tasks import check_golds, load_task
 from eggroll_llm.toml_text import Origin
 from rewards import Score
@@ -242,6 +244,29 @@ def test_a_user_task_may_define_dataclasses(tmp_path):
     task = load_task("mine.py:Task", {"size": 2}, base_dir=tmp_path)
     assert len(task.problems("train")) == 2
     assert task.score("", {}, truncated=True).reward == 1.0
+
+
+def test_a_user_task_hears_of_an_open_thought_where_it_asks_for_it(user_task):
+    code = """
+        class Mine:
+            def problems(self, split): return [{"word": "drawer"}]
+            def prompt(self, problem): return "Reverse it.\\n<think>"
+            def score(self, completion, problem, %s): return float(%s)
+            def answer(self, completion): return completion
+    """
+    for parameters, reward, expected in (
+        ("thought_open=False", "thought_open", 1.0),
+        ("*, truncated, thought_open", "truncated + 2 * thought_open", 3.0),
+        ("truncated=False", "truncated", 1.0),
+        ("**anything", "anything == {'truncated': True}", 1.0),
+        ("unknown=False", "unknown", 0.0),
+    ):
+        task = user_task(textwrap.dedent(code) % (parameters, reward))
+        problem = task.problems("train")[0]
+        open_thought = Completion(text="reward", token_ids=(), truncated=True, prompt_tokens=1, thought_open=True)
+        with Scorer(task) as scorer:  # in the process that scores
+            graded = scorer.grade(open_thought, problem)
+        assert (graded.reward, graded.answer) == (expected, "reward"), parameters
 
 
 def test_unknown_and_ill_typed_options(tmp_path):

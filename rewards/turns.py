@@ -1,0 +1,138 @@
+"""Which part of a completion answers the prompt: the text outside thoughts, up to the next turn.
+
+    <think>9 * 2</think>                a thought; nothing in it is an answer
+    <|im_end|>   </s>   [INST]          special tokens that end a turn or begin one
+    Human:   Question 2   user          the same in words, where a line begins or a sentence ends
+
+A thought that the prompt has opened, as chat templates of reasoning models do, counts as if the completion began with
+its tag. Everything before a closing tag without an opening one is thought too.
+"""
+
+import re
+from collections import deque
+
+THOUGHT = re.compile(r"<(/?)think(?:ing)?>|\[(/?)THINK\]")
+"""Tags that begin or end a thought."""
+_CLOSING = re.compile(r"</think(?:ing)?>|\[/THINK\]")
+_BAR = "[|\uff5c]"
+TURN_END = re.compile(
+    rf"</s>|<eos>|<end_of_turn>|<{_BAR}(?:im_end|eot_id|eom_id|eot|end|end_of_turn|end_of_text|endoftext"
+    rf"|end[\u2581_]of[\u2581_]sentence|END_OF_TURN_TOKEN){_BAR}>"
+)
+"""Special tokens after which the model has said all that it had to say."""
+TURN_START = re.compile(
+    rf"<s>|<bos>|<start_of_turn>|\[/?INST\]|<<SYS>>|<(?i:user|human|assistant|system)>|<{_BAR}(?i:im_start|start_header_id|start_of_role|begin_of_text"
+    rf"|begin[\u2581_]of[\u2581_]sentence|user|assistant|system|human|START_OF_TURN_TOKEN){_BAR}>"
+)
+"""Special tokens after which somebody speaks."""
+
+MAX_CUES = 128
+"""Places looked at of each cue, from the first; more are an attack on the clock."""
+MAX_TURNS = 16
+"""Next turns that are reported, from the first."""
+
+_TOKEN_CUES = (
+    "</s>",
+    "<s>",
+    "<eos>",
+    "<bos>",
+    "_of_turn>",
+    "INST]",
+    "<<SYS>>",
+    "<|",
+    "<\uff5c",
+    "user>",
+    "human>",
+    "User>",
+)
+_BEFORE_CUE = {"INST]": "["}
+_ROLES = ("Human", "User", "Assistant", "HUMAN", "USER", "ASSISTANT", "human", "user", "assistant", "system", "model")
+_TOPICS = (
+    *("Question", "Problem", "Exercise", "Instruction", "Example", "QUESTION", "PROBLEM", "EXERCISE"),
+    *("question", "problem", "exercise", "Q"),
+)
+# What may stand between the beginning of its line and the cue.
+_LINE_START = re.compile(
+    r"[ \t]*(?P<heading>(?:\#{1,6}|\*\*|[>=_~-]+)?)[ \t>*#]*(?i:(?:now|here|let)[^\n]{0,24}\s)?"
+    r"(?i:(?:the\s)?(?:next|another|a?\s?new|follow[ -]?up|similar|second)\s)?"
+)
+_SENTENCE_END = re.compile(r"[0-9.!?)}\]$*`>][ \t*]{0,3}\Z")
+_ANSWER_END = re.compile(r"[0-9.!?)}\]$*>%]\Z")
+_REACH = 60
+_COLON = re.compile(r"[ \t]?#?(?:[0-9]{1,4})?[ \t*_]{0,4}(?:[:\uff1a]|\.(?!\w))")
+_ALONE = re.compile(r"[ \t]?#?(?P<number>[0-9]{1,4})?[ \t*_:#]{0,6}(?=\r?\n|\Z)")
+
+
+def visible(text: str, *, thought_open: bool = False) -> str:
+    """Return the text outside thoughts, each piece on lines of its own; a thought that is never closed hides the rest.
+
+    `thought_open` says that the prompt ended in a thought.
+    """
+    if not thought_open and "think" not in text and "THINK" not in text:
+        return text
+    pieces: list[str] = []
+    start, hidden = 0, thought_open
+    for tag in THOUGHT.finditer(text):
+        if tag[1] or tag[2]:
+            if not hidden:  # the prompt has opened it
+                pieces.clear()
+            start, hidden = tag.end(), False
+        elif not hidden:
+            pieces.append(text[start : tag.start()])
+            hidden = True
+    closed = [f"{piece}\n" for piece in pieces if piece]
+    return "".join([*closed, "" if hidden else text[start:]])
+
+
+def closes_thought(text: str) -> bool:
+    """Whether a thought ends in the text."""
+    return bool(_CLOSING.search(text))
+
+
+def ends_in_thought(prompt: str) -> bool:
+    """Whether a prompt, chat template applied, ends inside a thought that the completion goes on with.
+
+    The tag must stand where a line or a turn begins: one in the middle of a sentence is only mentioned.
+    """
+    tags = deque(THOUGHT.finditer(prompt), maxlen=1)
+    if not tags or tags[0][1] or tags[0][2]:
+        return False
+    last = tags[0]
+    before = prompt[max(0, last.start() - _REACH) : last.start()].rstrip(" \t")
+    return (not before or before[-1] in "\n:>]") and not next_turns(prompt[last.end() :])
+
+
+def next_turns(text: str, start: int = 0) -> list[int]:
+    """Return where the text may go on to a next turn from `start` on, in order: the first `MAX_TURNS` places."""
+    found = set()
+    # Finding a literal is many times faster than searching for a pattern.
+    for cue in (*_TOKEN_CUES, *_ROLES, *_TOPICS):
+        position = text.find(cue, start)
+        for _ in range(MAX_CUES):
+            if position < 0:
+                break
+            if (turn := _turn_at(text, position, cue)) is not None:
+                found.add(turn)
+            position = text.find(cue, position + 1)
+    return sorted(found)[:MAX_TURNS]
+
+
+def _turn_at(text: str, position: int, cue: str) -> int | None:
+    """Where the turn begins whose cue stands there; None when it is none."""
+    if cue in _TOKEN_CUES:
+        start = text.rfind(_BEFORE_CUE.get(cue, "<"), max(0, position - 8), position + 1)
+        return start if start >= 0 and (TURN_END.match(text, start) or TURN_START.match(text, start)) else None
+    after, window = position + len(cue), max(0, position - _REACH)
+    begin = text.rfind("\n", max(0, window - 1), position) + 1
+    line = _LINE_START.fullmatch(text, begin, position) if begin or not window else None
+    alone = _ALONE.match(text, after)
+    if cue in _ROLES:
+        if alone:
+            return position if line or _ANSWER_END.search(text, window, position) else None
+        colon = text.startswith((":", "**:", "\uff1a"), after)
+        spoken = line or (not cue.islower() and _SENTENCE_END.search(text, window, position))
+        return position if colon and spoken else None
+    if cue == "Question" and text.startswith((":", "\uff1a"), after):
+        return position
+    numbered = line and alone and (alone["number"] or line["heading"])
+    return position if numbered or (line and _COLON.match(text, after)) else None
