@@ -197,6 +197,8 @@ class EngineConfig:
     """Fraction of the GPU's memory that the engine may use."""
     timeout_seconds: float = 1800.0
     """Seconds without progress of the engine, or in its start, after which the process ends (status 124); 0: none."""
+    allow_untested_architecture: bool = False
+    """Whether to try a model of an architecture whose members the tests have not compared with transformers."""
     threads: int = 0
     """CPU threads; 0 takes all cores. Without a C++ compiler the last bits of an update depend on it."""
 

@@ -322,7 +322,7 @@ def adapters(config: RunConfig) -> Any:
         r=config.grpo.lora_rank,
         lora_alpha=config.grpo.lora_alpha,
         lora_dropout=0.0,
-        target_modules=[name for name in TARGET_MODULES if name not in ("qkv_proj", "gate_up_proj")],
+        target_modules=list(TARGET_MODULES),
         task_type="CAUSAL_LM",
     )
 

@@ -9,20 +9,14 @@ Everything wrong raises `ModelError`, and the message says what to do about it.
 
 import hashlib
 import json
-import logging
 import os
 from pathlib import Path
 from typing import Any
 
+from eggroll_llm.architectures import architecture, check_architecture, check_dense
 from eggroll_llm.atomic import LONGEST_NAME
 from eggroll_llm.errors import ModelError
-from eggroll_llm.inert import inert
 from eggroll_llm.nesting import parse_json
-
-log = logging.getLogger(__name__)
-
-TESTED_ARCHITECTURES = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
-"""Served, perturbed and updated by our tests. Others are tried: the engine refuses what vLLM cannot adapt."""
 
 _UNSTABLE_CONFIG_KEYS = (
     "_name_or_path",
@@ -49,27 +43,16 @@ def check_model(directory: Path) -> str:
             f"{where}: the weights are quantized ('quantization_config'), an update cannot be written into "
             f"them: use the unquantized checkpoint"
         )
-    architecture = _architecture(config)
-    if not architecture.endswith("ForCausalLM"):
-        raise ModelError(
-            f"{where}: architecture {architecture!r} is not a causal language model: "
-            f"use one such as {', '.join(TESTED_ARCHITECTURES)}"
-        )
-    if architecture not in TESTED_ARCHITECTURES:
-        log.warning("architecture %s is not covered by our tests", inert(architecture))
+    name = check_architecture(config, where)
     for weights in weight_files(directory):
         _check_complete(weights)
-    return architecture
+    check_dense(config, tensor_shapes(directory), where)
+    return name
 
 
 def architecture_of(directory: Path) -> str:
     """The first architecture that config.json names; empty when it names none. Raises `ModelError`."""
-    return _architecture(_read_config(directory))
-
-
-def _architecture(config: dict[str, Any]) -> str:
-    architectures = config.get("architectures")
-    return str(architectures[0]) if isinstance(architectures, list) and architectures else ""
+    return architecture(_read_config(directory))
 
 
 def model_identity(directory: Path) -> str:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from eggroll_llm import embedded
+from eggroll_llm.architectures import check_method, check_tested
 from eggroll_llm.budget import check_memory
 from eggroll_llm.chat import check_chat
 from eggroll_llm.checkpoint import Checkpoint, clean
@@ -23,6 +24,7 @@ from eggroll_llm.hardware import resolve_dtype, serves_on_cpu
 from eggroll_llm.journal import Journal, JournalHeader
 from eggroll_llm.jsonl import to_json
 from eggroll_llm.loop import Display, Loop
+from eggroll_llm.model_files import architecture_of
 from eggroll_llm.models import model_identity, resolve_model
 from eggroll_llm.prompts import ProblemSet, Prompter, needed_context, problems_hash
 from eggroll_llm.resume import by_checkpoint, by_journal, restore, say_what_was_found
@@ -109,6 +111,9 @@ def prepare(config: RunConfig, recipe_dir: Path, *, memory: bool = True) -> Prep
     train, held_out = _splits(task, config)
     train, notes = _without_held_out(task, train, held_out)
     model_dir = resolve_model(config.model)
+    architecture = architecture_of(model_dir)
+    check_tested(architecture, model_dir, allow_untested=config.engine.allow_untested_architecture)
+    check_method(architecture, config.method, model_dir)
     if config.method == "es":
         check_rank(model_dir, "es.rank", config.es.rank)
     else:

@@ -3,8 +3,10 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from eggroll_llm.architectures import check_tested
 from eggroll_llm.config import RunConfig, load_recipe
 from eggroll_llm.errors import ConfigError
+from eggroll_llm.model_files import architecture_of
 from eggroll_llm.models import check_model, resolve_model
 from eggroll_llm.run_dir import RunDir, is_run_dir
 from eggroll_llm.run_weights import weights_at
@@ -29,7 +31,9 @@ def find_subject(name: str, at: str = "final") -> Subject:
     if not is_run_dir(path):
         if at != "final":
             raise ConfigError(f"--at {at}: {name} is not a run directory, so it has no steps: leave --at out")
-        return Subject(name=name, model_dir=resolve_model(name), config=None)
+        model_dir = resolve_model(name)
+        check_tested(architecture_of(model_dir), model_dir, allow_untested=True)
+        return Subject(name=name, model_dir=model_dir, config=None)
     run = RunDir.open(path)
     directory, step = weights_at(run, at)
     check_model(directory)

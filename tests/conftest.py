@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from kinds import KINDS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -61,16 +62,15 @@ def tiny_tokenizer() -> "PreTrainedTokenizerFast":
 
 
 def save_tiny_model(directory: Path, kind: str) -> None:
-    """A random bfloat16 model: llama has tied embeddings, qwen2 q/k/v biases, qwen3 q/k norms."""
+    """A random bfloat16 model of the kind, with all in it that sets its architecture apart."""
     import torch
-    from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
+    import transformers
 
     tokenizer = tiny_tokenizer()
-    config_class = {"llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}[kind]
-    config = config_class(
-        **SHAPE,
+    name, particular = KINDS[kind]
+    config = getattr(transformers, name)(
+        **{"tie_word_embeddings": False, **SHAPE, **particular},
         vocab_size=len(tokenizer),
-        tie_word_embeddings=kind == "llama",
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
@@ -79,7 +79,7 @@ def save_tiny_model(directory: Path, kind: str) -> None:
     )
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
         # What initialisation sets to 0 or 1 would hide a bias or a norm that is dropped on the way.
         for name, parameter in model.named_parameters():
             if name.endswith("bias"):
@@ -92,7 +92,7 @@ def save_tiny_model(directory: Path, kind: str) -> None:
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """`tiny_model("llama" | "qwen2" | "qwen3")` -> Hugging Face directory, made once a session. Read only."""
+    """`tiny_model(kind)`, one of KINDS -> Hugging Face directory, made once a session. Read only."""
     made: dict[str, Path] = {}
 
     def get(kind: str) -> Path:

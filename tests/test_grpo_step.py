@@ -14,10 +14,11 @@ from typing import Any
 import pytest
 import torch
 from grpo_stub import Recorder, StubEngine, token_logprobs, write_recipe
+from kinds import KINDS
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from eggroll_llm import session
+from eggroll_llm import grpo_trl, session
 from eggroll_llm.config import RunConfig, load_recipe
 from eggroll_llm.grpo import GrpoTrainer
 from eggroll_llm.grpo_weights import checkpoint_tensors
@@ -26,6 +27,7 @@ from eggroll_llm.loop import Loop
 from eggroll_llm.run_dir import RunDir
 from eggroll_llm.sampler import Completion, Request
 from eggroll_llm.scoring import Scorer
+from eggroll_llm.targets import trained_parameters
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -352,3 +354,16 @@ def test_adapters_are_merged_into_copies(step_of: Callable[..., Step]) -> None:
     assert largest_difference(merged, dict(model.merge_and_unload().state_dict())) < 1e-6
     # And that is what the engine was handed last.
     assert largest_difference(dict(step.engine.model.state_dict()), merged) == 0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_adapters_are_on_the_layers_that_es_perturbs(
+    tiny_model: Callable[[str], Path], tmp_path: Path, kind: str
+) -> None:
+    """Also where q, k, v or gate, up are one layer."""
+    from peft import get_peft_model
+
+    config = load_recipe(write_recipe(tmp_path, tiny_model(kind)), [("grpo.lora_rank", "2")])
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_model(kind)), grpo_trl.adapters(config))
+    adapted = {name for name, module in model.get_base_model().named_modules() if hasattr(module, "get_delta_weight")}
+    assert adapted == {name.removesuffix(".weight") for name, _, _ in trained_parameters(tiny_model(kind))}

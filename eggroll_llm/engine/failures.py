@@ -6,11 +6,12 @@ from pathlib import Path
 
 from vllm import ModelRegistry
 
+from eggroll_llm.architectures import TESTED
 from eggroll_llm.config import EngineConfig
 from eggroll_llm.errors import ConfigError, EngineError, ModelError, UserError
 from eggroll_llm.hardware import serves_on_cpu
 from eggroll_llm.inert import inert
-from eggroll_llm.model_files import TESTED_ARCHITECTURES, architecture_of
+from eggroll_llm.model_files import architecture_of
 
 LIMIT = 300  # characters of vLLM's own text, of which the beginning says what is wrong
 _CACHE_NEEDED = re.compile(r"\(([\d.]+) GiB KV cache is needed")
@@ -45,8 +46,8 @@ def start_error(error: Exception, model_dir: Path, config: EngineConfig, max_mod
     architecture = architecture_of(model_dir)
     if architecture not in ModelRegistry.get_supported_archs() or "does not support LoRA" in text:
         return ModelError(
-            f"{model_dir}: vLLM does not serve architecture {inert(architecture)} with adapters: use a Llama- or "
-            f"Qwen-shaped model, such as {', '.join(TESTED_ARCHITECTURES)}"
+            f"{model_dir}: vLLM does not serve architecture {inert(architecture)} with adapters: use one of "
+            f"{', '.join(TESTED)}"
         )
     return EngineError(f"{model_dir}: {call_error('starting', error)}")
 

@@ -5,6 +5,7 @@
 // as it is. Neighbours of one member share what is loaded, up to four at a time; a row depends on nothing but its own
 // token, so results are the same in any batch. A carries sign * sigma / sqrt(r).
 
+#include <algorithm>
 #include <vector>
 
 #include "vector.h"
@@ -68,8 +69,11 @@ void add_term_to(T* y, const T* x, const T* A, const T* B, const Shape& shape, s
     }
 }
 
+// Whether every token's slot exists; if not, nothing is added.
 template <typename T>
-void add_term(T* y, const T* x, const T* A, const T* B, const int32_t* slot, int64_t tokens, const Shape& shape) {
+bool add_term(T* y, const T* x, const T* A, const T* B, const int32_t* slot, int64_t tokens, int64_t slots,
+              const Shape& shape) {
+    if (std::any_of(slot, slot + tokens, [slots](int32_t s) { return s >= slots; })) return false;
     constexpr int64_t SHARE = 16;  // tokens of one piece of work
 #pragma omp parallel
     {
@@ -88,15 +92,18 @@ void add_term(T* y, const T* x, const T* A, const T* B, const int32_t* slot, int
             }
         }
     }
+    return true;
 }
 
 }  // namespace
 
 #define EXPORT(suffix, T)                                                                                           \
-    extern "C" void eggroll_add_term_##suffix(T* y, const T* x, const T* A, const T* B, const int32_t* slot,        \
+    extern "C" bool eggroll_add_term_##suffix(T* y, const T* x, const T* A, const T* B, const int32_t* slot,        \
                                               const int64_t* slice_ends, int64_t tokens, int64_t in, int64_t out,   \
-                                              int64_t rank, int64_t slices, int64_t slot_A, int64_t slot_B) {       \
-        add_term(y, x, A, B, slot, tokens, Shape{in, out, rank, slices, slice_ends, slot_A, slot_B});               \
+                                              int64_t rank, int64_t slices, int64_t slots, int64_t slot_A,          \
+                                              int64_t slot_B) {                                                     \
+        const Shape shape{in, out, rank, slices, slice_ends, slot_A, slot_B};                                       \
+        return add_term(y, x, A, B, slot, tokens, slots, shape);                                                    \
     }
 
 EXPORT(float32, float)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from eggroll_llm.engine import native
-from eggroll_llm.engine.binding import by_dtype
+from eggroll_llm.engine.binding import array_error, by_dtype, check_array, check_format
 
 MAX_RANK = 64  # size of the kernel's buffer on the stack
 FALLBACK_CHUNK = 256  # tokens that the fallback gathers factors for at a time, which bounds its memory
@@ -27,9 +27,10 @@ AddTerm = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Sequence[int]], None
 def add_term(y_TO: Tensor, x_TI: Tensor, A_SV: Tensor, B_SCRI: Tensor, slot_T: Tensor, slices: Sequence[int]) -> None:
     """Add each token's member term to `y_TO` in place.
 
-    `slices` are the out features of the slices, in order; `slot_T` is int32, -1 for the base model. All tensors but
-    `slot_T` have one dtype, float32 or bfloat16, and are contiguous but for any distance from one slot to the next;
-    sums are float32 and rounded once.
+    `slices` are the out features of the slices, in order; `slot_T` is int32, -1 for the base model, and may be longer
+    than T. All tensors but `slot_T` have one dtype, float32 or bfloat16, and are contiguous but for any distance from
+    one slot to the next; sums are float32 and rounded once. Raises ValueError, with nothing added, for other tensors
+    and for a slot that does not exist.
     """
     implementation()(y_TO, x_TI, A_SV, B_SCRI, slot_T, slices)
 
@@ -39,6 +40,28 @@ def implementation() -> AddTerm:
     """Return the compiled kernel, or the fallback where it cannot be built."""
     library = native.library()
     return add_term_torch if library is None else bind(library)
+
+
+def check_arguments(
+    y_TO: Tensor, x_TI: Tensor, A_SV: Tensor, B_SCRI: Tensor, slot_T: Tensor, slices: Sequence[int]
+) -> None:
+    """Raise ValueError for what `add_term` does not take, but for the values in `slot_T`."""
+    check_format("y", y_TO)
+    dtype, tokens, out = y_TO.dtype, len(y_TO), sum(slices)
+    slots, _, rank, inside = B_SCRI.shape if B_SCRI.ndim == 4 else (0, 0, 0, 0)
+    # Strides, as taking the first slot would cost more than all else here, in every layer of every forward pass.
+    shape_A, shape_B, in_a_slot = (slots, rank * out), (slots, len(slices), rank, inside), (rank * inside, inside, 1)
+    if A_SV.shape != shape_A or A_SV.stride(1) != 1 or A_SV.dtype is not dtype or not A_SV.is_cpu:
+        raise array_error("A", A_SV, f"{dtype} {[*shape_A]} on the CPU, contiguous in each slot")
+    if B_SCRI.shape != shape_B or B_SCRI.stride()[1:] != in_a_slot or B_SCRI.dtype is not dtype or not B_SCRI.is_cpu:
+        raise array_error("B", B_SCRI, f"{dtype} {[*shape_B]} on the CPU, contiguous in each slot")
+    check_array("y", y_TO, (tokens, out), dtype)
+    check_array("x", x_TI, (tokens, inside), dtype)
+    check_array("slot", slot_T, (max(tokens, len(slot_T)),), torch.int32)
+
+
+def _no_such_slot(slots: int) -> ValueError:
+    return ValueError(f"a token's slot is none of the {slots} that there are")
 
 
 @cache
@@ -56,6 +79,9 @@ def add_term_torch(
     y_TO: Tensor, x_TI: Tensor, A_SV: Tensor, B_SCRI: Tensor, slot_T: Tensor, slices: Sequence[int]
 ) -> None:
     """The same term in torch operations: correct everywhere, and slower, as factors are copied for every token."""
+    check_arguments(y_TO, x_TI, A_SV, B_SCRI, slot_T, slices)
+    if (slot_T[: len(x_TI)] >= len(A_SV)).any():
+        raise _no_such_slot(len(A_SV))
     for rows in torch.nonzero(slot_T[: len(x_TI)] >= 0).flatten().split(FALLBACK_CHUNK):
         slots = slot_T[rows]
         h_TCR = (x_TI[rows].float()[:, None, None] * B_SCRI[slots].float()).sum(-1)
@@ -70,7 +96,7 @@ def add_term_torch(
 
 def bind(library: ctypes.CDLL) -> AddTerm:
     """Return the compiled kernel of a library as a function of tensors."""
-    functions = by_dtype(library, "add_term", [ctypes.c_void_p] * 6 + [ctypes.c_int64] * 7)
+    functions = by_dtype(library, "add_term", [ctypes.c_void_p] * 6 + [ctypes.c_int64] * 8, ctypes.c_bool)
 
     @cache
     def ends(slices: tuple[int, ...]) -> ctypes.Array[ctypes.c_int64]:
@@ -79,12 +105,10 @@ def bind(library: ctypes.CDLL) -> AddTerm:
     def add_term_native(
         y_TO: Tensor, x_TI: Tensor, A_SV: Tensor, B_SCRI: Tensor, slot_T: Tensor, slices: Sequence[int]
     ) -> None:
-        assert y_TO.is_contiguous(), "the kernel walks rows by their width"
-        assert x_TI.is_contiguous()
-        assert B_SCRI.shape[2] <= MAX_RANK
-        assert A_SV[0].is_contiguous()
-        assert B_SCRI[0].is_contiguous()
-        functions[y_TO.dtype](
+        check_arguments(y_TO, x_TI, A_SV, B_SCRI, slot_T, slices)
+        if B_SCRI.shape[2] > MAX_RANK:
+            raise array_error("B", B_SCRI, f"of rank {MAX_RANK} at most")
+        slots_exist = functions[y_TO.dtype](
             y_TO.data_ptr(),
             x_TI.data_ptr(),
             A_SV.data_ptr(),
@@ -95,8 +119,11 @@ def bind(library: ctypes.CDLL) -> AddTerm:
             y_TO.shape[1],
             B_SCRI.shape[2],
             B_SCRI.shape[1],
+            len(A_SV),
             A_SV.stride(0),
             B_SCRI.stride(0),
         )
+        if not slots_exist:
+            raise _no_such_slot(len(A_SV))
 
     return add_term_native

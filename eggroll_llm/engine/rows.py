@@ -18,7 +18,7 @@ from torch import Tensor
 
 from eggroll_llm import noise as definition
 from eggroll_llm.engine import native
-from eggroll_llm.engine.binding import by_dtype
+from eggroll_llm.engine.binding import by_dtype, check_array, check_format
 from eggroll_llm.noise import NoiseSpec, Shape, names_by_size, parameter_id
 
 # The digits of the definition; C++ has no copy of them.
@@ -70,22 +70,29 @@ def served_rows(noise: NoiseSpec, pairs_K: Tensor, layout: RowLayout, dtype: tor
 
 
 def fill(rows_KV: Tensor, noise: NoiseSpec, pairs_K: Tensor, layout: RowLayout) -> None:
-    """Write the rows of pairs into `rows_KV`, contiguous and on the CPU."""
-    assert noise.rank == layout.rank
-    assert rows_KV.is_contiguous()
-    assert rows_KV.shape == (len(pairs_K), layout.width)
-    library, dtype = native.library(), rows_KV.dtype
+    """Write the rows of pairs into `rows_KV` [K, V], contiguous and on the CPU. Raises ValueError for other tensors."""
+    library = native.library()
     if library is not None:
         fill_native(library, rows_KV, noise, pairs_K, layout)
         return
-    made = definition.served_factors_of(noise, pairs_K, layout.shapes, dtype, "cpu")
+    check_rows(rows_KV, noise, pairs_K, layout)
+    made = definition.served_factors_of(noise, pairs_K, layout.shapes, rows_KV.dtype, "cpu")
     for name, (A_KOR, B_KIR) in layout.factors(rows_KV).items():
         A_KOR.copy_(made[name][0])
         B_KIR.copy_(made[name][1])
 
 
+def check_rows(rows_KV: Tensor, noise: NoiseSpec, pairs_K: Tensor, layout: RowLayout) -> None:
+    """Raise ValueError for what `fill` does not take."""
+    if noise.rank != layout.rank:
+        raise ValueError(f"noise of rank {noise.rank} does not fit rows of rank {layout.rank}")
+    check_format("rows", rows_KV)
+    check_array("rows", rows_KV, (len(pairs_K), layout.width), rows_KV.dtype)
+
+
 def fill_native(library: ctypes.CDLL, rows_KV: Tensor, noise: NoiseSpec, pairs_K: Tensor, layout: RowLayout) -> None:
-    """Write the rows of pairs as `library` computes them."""
+    """Write the rows of pairs as `library` computes them. Raises ValueError as `fill` does."""
+    check_rows(rows_KV, noise, pairs_K, layout)
     pairs_K = pairs_K.to(device="cpu", dtype=torch.int64).contiguous()
     starts, function = layout.starts(), _functions(library)[rows_KV.dtype]
     for (out, inside), names in names_by_size(layout.shapes).items():

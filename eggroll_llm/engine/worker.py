@@ -183,13 +183,17 @@ class SlotOfTokens(PunicaWrapperCPU):
 
 
 def _linear_with_term(layer: Layer, slot_T: Tensor, add_term: AddTerm) -> Callable[..., Tensor]:
-    """Return the layer's x -> x W^T + A_s (B_s^T x); vLLM's A is our B, and the scale is in A already."""
+    """Return the layer's x -> x W^T + A_s (B_s^T x); vLLM's A is our B, and the scale is in A already.
+
+    x is [T, I], or [1, T, I] where vLLM serves a model of transformers through its Transformers backend.
+    """
     base_layer, slices = layer.module.base_layer, list(layer.sizes)
     (B_SCRI,), (A_SV,) = layer.module.lora_a_stacked, layer.module.lora_b_stacked
 
     def apply(x: Tensor, bias: Tensor | None = None) -> Tensor:
         y: Tensor = base_layer.cpu_linear(x, base_layer.weight, bias)
-        add_term(y, x, A_SV, B_SCRI, slot_T, slices)
+        x_TI = x.reshape(-1, x.shape[-1]).contiguous()
+        add_term(y.view(-1, y.shape[-1]), x_TI, A_SV, B_SCRI, slot_T, slices)
         return y
 
     return apply

@@ -1,4 +1,4 @@
-"""What vLLM serves, against transformers with the same weights written down densely: tiny models, three families.
+"""What vLLM serves, against transformers with the same weights written down densely: tiny models, all architectures.
 
 For a member: logits(vLLM, member m) = logits(transformers, W + sign sigma E), E from the factors regenerated here.
 After an update: logits(vLLM, base) = logits(transformers, exported directory). In float32 the tolerance
@@ -6,6 +6,7 @@ is tight; in bfloat16, where transformers computes in float32 what vLLM rounds a
 """
 
 import os
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -14,6 +15,9 @@ from typing import Any
 
 import pytest
 import torch
+from dense import dense_logprobs
+from kinds import KINDS
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from eggroll_llm.config import EngineConfig
@@ -52,14 +56,23 @@ CPU_CASES = [
     Case(kind="qwen3", rank=4),
     Case(kind="llama", rank=8),
     Case(kind="qwen2", rank=16),
+    Case(kind="smollm3", rank=1),
+    Case(kind="olmo2", rank=2),
+    Case(kind="olmo3", rank=1),
+    Case(kind="mistral", rank=1),
+    Case(kind="gemma3", rank=3),
+    Case(kind="phi3", rank=2),
+    Case(kind="granite", rank=1),
     Case(kind="qwen3", rank=1, dtype="bfloat16", tolerance=0.2, apart=0.6),
     Case(kind="qwen3", rank=2, compiled=True),
+    Case(kind="smollm3", rank=1, compiled=True),
     Case(kind="qwen2", rank=1, dtype="bfloat16", tolerance=0.2, apart=0.6, compiled=True),
 ]
 CUDA_CASES = [  # vLLM's adapter kernels there serve bfloat16 only
     Case(kind=kind, rank=rank, dtype="bfloat16", tolerance=0.2, apart=0.6, compiled=compiled)
     for kind, rank, compiled in (("llama", 1, False), ("qwen2", 2, False), ("qwen3", 16, False), ("qwen2", 1, True))
 ]
+assert {case.kind for case in CPU_CASES} == KINDS.keys(), "every architecture that can be trained is served here"
 ON_CPU = serves_on_cpu()
 
 
@@ -120,14 +133,7 @@ def perturbation(engine: Engine, spec: NoiseSpec, member: int) -> dict[str, Tens
 
 
 def transformers_logprobs(model_dir: Path, added: dict[str, Tensor] | None = None) -> Tensor:
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
-    with torch.no_grad():
-        for name, delta in (added or {}).items():
-            model.get_parameter(name).add_(delta)
-        logits = model(torch.tensor(PROMPTS)).logits[:, -1]
-    return logits.log_softmax(-1)
+    return dense_logprobs(model_dir, PROMPTS, added)
 
 
 def served_logprobs(engine: Engine, members: list[int | None]) -> Tensor:
@@ -279,6 +285,25 @@ def test_members_follow_the_updated_weights(served: Served, tmp_path: Path) -> N
     right = transformers_logprobs(tmp_path / "model", perturbation(engine, served.noise(), 0))
     assert (new - right).abs().max() < served.case.tolerance
     assert (new - old).abs().max() > served.case.apart
+
+
+def test_weights_from_outside_are_served(served: Served, tmp_path: Path) -> None:
+    """Every tensor of the checkpoint, moved by more than bfloat16 can hide; and back to the start, to the bit."""
+    engine, before = served.engine, served_logprobs(served.engine, [None])[0]
+    base = load_file(served.model_dir / "model.safetensors")
+    generator = torch.Generator().manual_seed(1)
+    moved = {
+        name: (tensor + 0.2 * tensor.abs().mean() * torch.randn(tensor.shape, generator=generator)).to(engine.dtype)
+        for name, tensor in base.items()
+    }
+    directory = shutil.copytree(served.model_dir, tmp_path / "model")
+    save_file(moved, directory / "model.safetensors", metadata={"format": "pt"})
+    engine.load_weights(moved)
+    found = served_logprobs(engine, [None])[0]
+    engine.load_weights(base)
+    assert (found - transformers_logprobs(directory)).abs().max() < served.case.tolerance
+    assert (found - before).abs().max() > served.case.apart
+    assert torch.equal(served_logprobs(engine, [None])[0], before)
 
 
 def test_nothing_is_ever_subtracted(served: Served) -> None:

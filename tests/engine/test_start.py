@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from eggroll_llm.architectures import TESTED
 from eggroll_llm.config import EngineConfig
 from eggroll_llm.engine import failures
 from eggroll_llm.errors import ConfigError, EngineError, ModelError, UserError
@@ -121,8 +122,7 @@ def test_an_architecture_that_vllm_does_not_know_is_refused(
     kind, _, message = start(model, 0.05)
     assert kind == "ModelError"
     assert message == (
-        f"{model}: vLLM does not serve architecture FooForCausalLM with adapters: use a Llama- or Qwen-shaped model, "
-        "such as LlamaForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM"
+        f"{model}: vLLM does not serve architecture FooForCausalLM with adapters: use one of " + ", ".join(TESTED)
     )
 
 
