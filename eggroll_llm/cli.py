@@ -100,7 +100,8 @@ def _parser() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentPa
     """The parser of all, and that of each command by its name."""
     parser = _Parser(
         prog=NAME,
-        description="Fine-tune language models for math reasoning with evolution strategies at inference speed.",
+        description="Fine-tune language models for math reasoning\nwith evolution strategies at inference speed.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,  # does not wrap the command below
         epilog=f"Start with: {command('train', 'recipes/countdown_smollm2.toml')}",
         allow_abbrev=False,
     )

@@ -17,11 +17,10 @@ from typing import Any, Literal, TextIO
 from rich.console import Console
 from rich.table import Column, Table
 
-from eggroll_llm import embedded, torch_companions
+from eggroll_llm import embedded, installed, torch_companions
 from eggroll_llm.engine import native
 from eggroll_llm.environment import describe_environment
 from eggroll_llm.hardware import NATIVE_BFLOAT16
-from eggroll_llm.installed import install_command
 from eggroll_llm.invocation import child_python, python_command
 from eggroll_llm.models import cache_root, embedded_path
 
@@ -167,13 +166,13 @@ def check_packages(
     """What `probe` found out about each, and the device that will be used."""
     checks = []
     if isinstance(torch, str):
-        checks.append(Check(name="torch", status="wrong", detail=torch, remedy=install_command()))
+        checks.append(Check(name="torch", status="wrong", detail=torch, remedy=installed.remedy("torch")))
     else:
         version, on_cuda = torch["version"].split("+")[0], isinstance(vllm, dict) and vllm["device"] == "cuda"
         status: Literal["ok", "note", "wrong"] = "ok" if version == TORCH_VERSION else "wrong"
         if on_cuda and version in TORCH_SEEN_ON_CUDA:
             status = "note"
-        install = install_command(cuda=on_cuda)
+        install = installed.install_command(cuda=on_cuda)
         checks.append(
             Check(
                 name="torch",
@@ -183,14 +182,16 @@ def check_packages(
             )
         )
     if isinstance(transformers, str):
-        checks.append(Check(name="transformers", status="wrong", detail=transformers, remedy=install_command()))
+        checks.append(
+            Check(name="transformers", status="wrong", detail=transformers, remedy=installed.install_command())
+        )
     else:
         checks.append(Check(name="transformers", status="ok", detail=transformers["version"]))
     if isinstance(vllm, str):
-        checks.append(Check(name="vllm", status="wrong", detail=vllm, remedy=install_command()))
+        checks.append(Check(name="vllm", status="wrong", detail=vllm, remedy=installed.remedy("vllm")))
         return checks
     pinned = vllm["version"].split("+")[0] == VLLM_VERSION
-    remedy = "" if pinned else f"{install_command()}: the engine relies on internals of vLLM {VLLM_VERSION}"
+    remedy = "" if pinned else f"{installed.install_command()}: the engine relies on internals of vLLM {VLLM_VERSION}"
     checks.append(Check(name="vllm", status="ok" if pinned else "wrong", detail=vllm["version"], remedy=remedy))
     checks.append(_device(vllm["device"], [] if isinstance(torch, str) else torch["gpus"]))
     return checks
@@ -201,13 +202,13 @@ def _device(device: str, gpus: Sequence[str]) -> Check:
         if not gpus:
             return Check(name="device", status="ok", detail="on the CPU")
         detail = f"on the CPU, although there is {', '.join(gpus)}"
-        remedy = f"{install_command(cuda=True)} in a fresh environment; {CUDA_SEEN}"
+        remedy = f"{installed.install_command(cuda=True)} in a fresh environment; {CUDA_SEEN}"
         return Check(name="device", status="note", detail=detail, remedy=remedy)
     if device == "cuda":
         detail = f"on {', '.join(gpus) or 'CUDA'}; {CUDA_SEEN}"
         return Check(name="device", status="note", detail=detail)
     detail = f"vLLM chose the device {device!r}"
-    remedy = f"{install_command()}: only vLLM's CPU and CUDA builds are supported"
+    remedy = f"{installed.install_command()}: only vLLM's CPU and CUDA builds are supported"
     return Check(name="device", status="wrong", detail=detail, remedy=remedy)
 
 

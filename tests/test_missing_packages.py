@@ -56,7 +56,7 @@ def test_what_needs_no_engine_works_without(bare: Bare, tmp_path: Path) -> None:
     assert (compared.returncode, compared.stderr) == (0, "")
     found = bare.run("doctor", cwd=tmp_path)
     assert found.returncode == 1
-    assert f"→ torch: make -C {ROOT} install VENV={bare.folder}\n" in found.stdout
+    assert f"→ torch: Run: make -C {ROOT} install VENV={bare.folder}\n" in found.stdout
     assert found.stdout.endswith("Fix this before training: torch, vllm.\n")
 
 

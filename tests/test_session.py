@@ -355,7 +355,7 @@ def test_a_run_whose_score_has_changed_says_so_and_goes_on(
         said.append(f"{source == TASK}")
         with pytest.raises(Started):
             train(config, folder, folder / "run", on_existing, display)  # type: ignore[arg-type]
-    changed = "the task's file is another than the run began with, so that its rewards may be others too"
+    changed = "the task's file changed since the run started, so its rewards may differ"
     assert [text for text in said if text in ("True", "False", changed)] == ["True", "True", "False", changed, "True"]
 
 

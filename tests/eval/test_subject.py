@@ -53,7 +53,7 @@ def test_a_model_is_its_own_subject(model: Path) -> None:
 
 def test_a_run_is_evaluated_at_its_end(run: tuple[Path, RunConfig], model: Path) -> None:
     path, config = run
-    with pytest.raises(ModelError, match="has no final/ yet: finish it with --on-existing resume"):
+    with pytest.raises(ModelError, match=f"has no final/ yet: .*, or finish it with: {command('resume', path)}$"):
         find_subject(str(path))
     copy_of(model)(path / "final")
     write_provenance(path / "final", step=20, base_model="ab")
