@@ -25,6 +25,7 @@ from rich.table import Table
 from eggroll_llm.budget import kept_bytes, member_bytes
 from eggroll_llm.config import RunConfig
 from eggroll_llm.errors import UserError
+from eggroll_llm.invocation import child_python
 from eggroll_llm.output_file import write_output_file
 from eggroll_llm.session import Prepared, prepare
 from eggroll_llm.targets import trained_parameters
@@ -103,7 +104,7 @@ class Worker:
     """A variant's process."""
 
     def __init__(self, variant: Variant, job: dict[str, Any]) -> None:
-        command = [sys.executable, "-W", "ignore", "-m", "eggroll_llm.engine.bench_worker"]
+        command = [*child_python(), "-W", "ignore", "-m", "eggroll_llm.engine.bench_worker"]
         self.variant = variant
         self._messages = tempfile.TemporaryFile("w+")  # noqa: SIM115 - vLLM's remarks, shown if it fails
         self._process = subprocess.Popen(

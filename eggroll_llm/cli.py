@@ -6,41 +6,52 @@ import os
 import signal
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from eggroll_llm import commands, interruption
+from eggroll_llm import commands, installed, interruption
+from eggroll_llm.arguments import SETTINGS, check_no_rest, split
+from eggroll_llm.config import MAY_CHANGE
+from eggroll_llm.environment import package_versions
 from eggroll_llm.errors import ConfigError, UserError
 from eggroll_llm.inert import inert
+from eggroll_llm.invocation import NAME, command, find_own_packages_first, leave_working_directory
+from eggroll_llm.overrides import whole_number
 
+ENGINE = ("torch", "vllm")
+PLOTS = ("matplotlib", "numpy")
 EXIT_MISTAKE = 2
 ERROR_CHARACTERS = 4000  # of a line
-INTERRUPTED = (
-    "interrupted; a run continues with --on-existing resume, a sweep or an evaluation that has --out with the same "
-    "command"
-)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; return the exit status. A user's mistake is one line on standard error and status 2."""
     _open_standard_descriptors()
-    parser = _parser()
+    find_own_packages_first()
+    parser, by_name = _parser()
     _set_up_messages()
+    options = argparse.Namespace(again="")
     try:
         with interruption.handled():
-            options, rest = parser.parse_known_args(arguments)
-            if rest and not options.takes_settings:
-                parser.error(f"unrecognized arguments: {' '.join(rest)}")
-            status = int(options.command(options, _settings(rest)))
+            words, settings = split(sys.argv[1:] if arguments is None else arguments, parser, by_name)
+            _, rest = parser.parse_known_args(words, options)
+            check_no_rest(rest, options.setting_keys is not None)
+            installed.check(options.name, *options.needs)
+            status = int(options.command(options, settings))
             if sys.stdout is not None:
                 sys.stdout.flush()
             return status
     except UserError as error:
         _complain(f"error: {error}")
         return EXIT_MISTAKE
+    except ImportError as error:
+        if not (failure := installed.import_failure(error)):
+            raise
+        _complain(f"error: {failure}")
+        return EXIT_MISTAKE
     except KeyboardInterrupt as error:
-        _complain(INTERRUPTED)
+        _complain(f"interrupted{options.again and f'; {options.again}'}")
         return error.status if isinstance(error, interruption.Interrupted) else 128 + signal.SIGINT
     except BrokenPipeError:
         from eggroll_llm.display import give_up
@@ -69,11 +80,11 @@ def _open_standard_descriptors() -> None:
 
 def _complain(text: str) -> None:
     """Print to standard error; text of models, which a grader's traceback may hold, is inert."""
-    from eggroll_llm.display import give_up
-
     try:
         print(*(inert(line, ERROR_CHARACTERS) for line in text.split("\n")), sep="\n", file=sys.stderr)
     except OSError:  # nobody reads it, and the status says it too
+        from eggroll_llm.display import give_up
+
         give_up(sys.stderr)
 
 
@@ -85,16 +96,22 @@ def _set_up_messages() -> None:
     warnings.filterwarnings("ignore", module="vllm")
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="eggroll-llm",
-        description="Fine-tune language models for math reasoning with evolution strategies at inference speed.",
-        epilog="Start with: eggroll-llm train recipes/countdown_smollm2.toml",
+def _parser() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentParser]]:
+    """The parser of all, and that of each command by its name."""
+    parser = _Parser(
+        prog=NAME,
+        description="Fine-tune language models for math reasoning\nwith evolution strategies at inference speed.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,  # does not wrap the command below
+        epilog=f"Start with: {command('train', 'recipes/countdown_smollm2.toml')}",
         allow_abbrev=False,
     )
+    version = package_versions(NAME).get(NAME, "(not installed, used from a clone)")
+    parser.add_argument("--version", action="version", version=f"{NAME} {version}")
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
-    train = _command(subparsers, "train", commands.run_train, "train a model as a recipe says", takes_settings=True)
+    train = _command(
+        subparsers, "train", commands.run_train, "train a model as a recipe says", needs=ENGINE, keys=_setting_keys
+    )
     train.add_argument("recipe", type=Path, metavar="RECIPE.toml")
     train.add_argument("--run-dir", type=Path, metavar="DIR", help="default: runs/<recipe>-<time>")
     train.add_argument("--on-existing", choices=("fail", "resume", "overwrite"), default="fail")
@@ -105,12 +122,16 @@ def _parser() -> argparse.ArgumentParser:
         "--settings", action=_ListSettings, nargs=0, help="list every setting that --KEY VALUE can change"
     )
 
+    resume = _command(
+        subparsers, "resume", commands.run_resume, "go on with a run, or train on after its end",
+        needs=ENGINE, keys=_setting_keys,
+        epilog=f"Settings that may change: {MAY_CHANGE}. Give them as --KEY VALUE; --steps or --minutes raises the "
+        "limit at which a run has ended.",
+    )  # fmt: skip
+    resume.add_argument("run", type=Path, metavar="RUN")
+
     evaluate = _command(
-        subparsers,
-        "eval",
-        commands.run_eval,
-        "accuracy on a task's test split",
-        takes_settings=True,
+        subparsers, "eval", commands.run_eval, "accuracy on a task's test split", needs=ENGINE, keys=_eval_keys
     )
     evaluate.add_argument("model", metavar="MODEL_OR_RUN", help="directory, hub id, embedded model, or run directory")
     evaluate.add_argument("--task", help="gsm8k, gsm8k_cot, countdown or file.py:NAME; default: the run's, as trained")
@@ -144,23 +165,24 @@ def _parser() -> argparse.ArgumentParser:
     )
     evaluate.add_argument("--on-existing", choices=("resume", "overwrite"), default="resume")
 
-    replay = _command(subparsers, "replay", commands.run_replay, "rebuild the weights of a step from a run's journal")
+    replay = _command(
+        subparsers, "replay", commands.run_replay, "rebuild the weights of a step from a run's journal", needs=["torch"]
+    )
     replay.add_argument("run", type=Path, metavar="RUN")
     replay.add_argument("--step", type=_not_negative, metavar="N", help="default: the last")
     replay.add_argument("--out", type=Path, required=True, metavar="DIR", help="new directory for the model")
 
     sweep = _command(
-        subparsers,
-        "sweep",
-        commands.run_sweep,
-        "train several runs as a file says, and compare them",
-        takes_settings=True,
-    )
+        subparsers, "sweep", commands.run_sweep, "train several runs as a file says, and compare them",
+        needs=ENGINE, keys=_setting_keys,
+    )  # fmt: skip
     sweep.add_argument("sweep", type=Path, metavar="SWEEP.toml")
     sweep.add_argument("--out", type=Path, metavar="DIR", help="for the runs; default: runs/<sweep>")
     sweep.add_argument("--dry-run", action="store_true", help="list the runs, train nothing")
 
-    compare = _command(subparsers, "compare", commands.run_compare, "accuracy of runs, paired tests and plots")
+    compare = _command(
+        subparsers, "compare", commands.run_compare, "accuracy of runs, paired tests and plots", needs=PLOTS
+    )
     compare.add_argument("runs", type=Path, nargs="+", metavar="RUN")
     compare.add_argument(
         "--out",
@@ -178,7 +200,9 @@ def _parser() -> argparse.ArgumentParser:
     push.add_argument("--revision", metavar="BRANCH", help="default: main")
     push.add_argument("--dry-run", action="store_true", help="say what would be uploaded; uses no network")
 
-    bench = _command(subparsers, "bench", commands.run_bench, "speed next to plain vLLM", takes_settings=True)
+    bench = _command(
+        subparsers, "bench", commands.run_bench, "speed next to plain vLLM", needs=ENGINE, keys=_setting_keys
+    )
     bench.add_argument("recipe", type=Path, metavar="RECIPE.toml")
     bench.add_argument("--out", type=Path, metavar="FILE.json")
     bench.add_argument("--repeats", type=_positive, default=3, metavar="N", help="measurements of each variant")
@@ -187,21 +211,43 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--variants", default="", metavar="TEXT", help="only variants with this in their name")
 
     _command(subparsers, "doctor", commands.run_doctor, "what is installed, what will run here, what is wrong")
-    return parser
+    return parser, subparsers.choices
+
+
+class _Parser(argparse.ArgumentParser):
+    """Complains in one line, as all our errors are."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message}; see: {command(*self.prog.split()[1:], '--help')}")
 
 
 def _command(
-    subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]",
+    subparsers: "argparse._SubParsersAction[_Parser]",
     name: str,
     function: object,
     text: str,
     *,
-    takes_settings: bool = False,
+    needs: Sequence[str] = (),
+    keys: Callable[[], list[str]] | None = None,
+    epilog: str = "Any setting of a recipe can be given as --KEY VALUE, such as --es.sigma 5e-4.",
 ) -> argparse.ArgumentParser:
-    epilog = "Any setting of a recipe can be given as --KEY VALUE, such as --es.sigma 5e-4." if takes_settings else None
-    command = subparsers.add_parser(name, help=text, description=text, epilog=epilog, allow_abbrev=False)
-    command.set_defaults(command=function, takes_settings=takes_settings)
-    return command
+    """Add a command, with the modules that it needs and the settings that it takes as flags."""
+    parser = subparsers.add_parser(
+        name, help=text, description=text, epilog=epilog if keys else None, allow_abbrev=False
+    )
+    parser.set_defaults(command=function, name=name, needs=needs, **{SETTINGS: keys})
+    return parser
+
+
+def _setting_keys() -> list[str]:
+    from eggroll_llm.config import RunConfig
+    from eggroll_llm.toml_table import all_keys
+
+    return list(all_keys(RunConfig))
+
+
+def _eval_keys() -> list[str]:
+    return [key for key in _setting_keys() if key.partition(".")[0] in ("task_options", "engine", "reward")]
 
 
 class _ListSettings(argparse.Action):
@@ -215,38 +261,27 @@ class _ListSettings(argparse.Action):
         parser.exit()
 
 
-def _settings(rest: Sequence[str]) -> list[tuple[str, str]]:
-    """Return the (key, text) pairs of `--key value` and `--key=value`."""
-    pairs: list[tuple[str, str]] = []
-    words = iter(rest)
-    for word in words:
-        key, equals, text = word.partition("=")
-        if not key.startswith("--") or len(key) == 2:
-            raise ConfigError(f"{word!r} is neither a flag nor the value of one; settings are --KEY VALUE")
-        value = text if equals else next(words, None)
-        if value is None:
-            raise ConfigError(f"{key} has no value; write {key} VALUE")
-        pairs.append((key, value))
-    return pairs
-
-
 def _ks(text: str) -> list[int]:
     return [_positive(k) for k in text.split(",")]
 
 
 def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text}: must be at least 1")
-    return value
+    return _whole(text, 1, "must be at least 1")
 
 
 def _not_negative(text: str) -> int:
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"{text}: must not be negative")
+    return _whole(text, 0, "must not be negative")
+
+
+def _whole(text: str, least: int, limit: str) -> int:
+    value = whole_number(text)
+    if value is None:
+        raise argparse.ArgumentTypeError(f"{text}: not a whole number")
+    if value < least:
+        raise argparse.ArgumentTypeError(f"{text}: {limit}")
     return value
 
 
 if __name__ == "__main__":
+    leave_working_directory()
     run()

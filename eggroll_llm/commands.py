@@ -11,13 +11,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from eggroll_llm.errors import ConfigError, UserError
+from eggroll_llm.invocation import command
 
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from eggroll_llm.config import RunConfig
     from eggroll_llm.display import ConsoleDisplay
     from eggroll_llm.loop import Display
+    from eggroll_llm.run_dir import OnExisting
     from eggroll_llm.session import Outcome
+
+GO_ON = "the same command goes on where this one stopped"
+"""Said of an interrupted one whose results are on disk."""
 
 
 def run_train(options: argparse.Namespace, settings: list[tuple[str, str]]) -> int:
@@ -36,10 +42,10 @@ def run_train(options: argparse.Namespace, settings: list[tuple[str, str]]) -> i
     recipe_dir = options.recipe.resolve().parent
 
     from eggroll_llm.run_dir import default_run_dir
-    from eggroll_llm.session import prepare, train
 
     if options.dry_run:
         from eggroll_llm.budget import budget
+        from eggroll_llm.session import prepare
 
         prepared = prepare(config, recipe_dir, memory=False)
         print(to_toml(prepared.config))
@@ -47,22 +53,54 @@ def run_train(options: argparse.Namespace, settings: list[tuple[str, str]]) -> i
             print(f"# {line}")
         return 0
 
-    from eggroll_llm.display import ConsoleDisplay
-
     run_path = options.run_dir or default_run_dir(options.recipe, datetime.now())
+    return _train(options, config, recipe_dir, run_path, options.on_existing)
+
+
+def run_resume(options: argparse.Namespace, settings: list[tuple[str, str]]) -> int:
+    """Go on with a run by its own configuration, with those of the settings changed that may change."""
+    from eggroll_llm.config import check_resume, load_recipe
+    from eggroll_llm.run_dir import RunDir
+
+    run = RunDir.open(options.run)
+    config = load_recipe(run.config, settings)
+    check_resume(load_recipe(run.config), config, saved_in=str(run.config))
+    return _train(options, config, run.path.resolve(), run.path, "resume")
+
+
+def _train(
+    options: argparse.Namespace, config: "RunConfig", recipe_dir: Path, run_path: Path, on_existing: "OnExisting"
+) -> int:
+    from eggroll_llm.display import ConsoleDisplay
+    from eggroll_llm.run_dir import is_run_dir
+    from eggroll_llm.session import train
+
     display = ConsoleDisplay()
     display.message(f"run directory: {run_path}")
-    with display:
-        outcome = train(config, recipe_dir, run_path, options.on_existing, display)
+    try:
+        with display:
+            outcome = train(config, recipe_dir, run_path, on_existing, display)
+    except KeyboardInterrupt:
+        if is_run_dir(run_path):
+            options.again = f"go on with: {command('resume', run_path)}"
+        raise
     display.table(_outcome_table(outcome))
     _report(run_path, display)
     display.message(f"model: {outcome.final} (loads in transformers and vLLM)")
-    display.message(
-        f"go on: eggroll-llm train {run_path}/config.toml --run-dir {run_path} --on-existing resume "
-        "--minutes 0 --steps N"
-    )
-    display.message(f"test:  eggroll-llm eval {run_path}")
+    if longer := _twice_as_long(config):
+        display.message(f"go on: {command('resume', run_path, *longer)}")
+    display.message(f"test:  {command('eval', run_path)}")
     return 0
+
+
+def _twice_as_long(config: "RunConfig") -> list[str]:
+    """The flags with which a run that has reached its limits goes on; none where a schedule holds it to its steps."""
+    from eggroll_llm.config import is_scheduled
+
+    if config.steps and is_scheduled(config):
+        return []
+    steps = ["--steps", f"{2 * config.steps}"] if config.steps else []
+    return steps + (["--minutes", f"{2 * config.minutes:g}"] if config.minutes else [])
 
 
 def _report(run_path: Path, display: "Display") -> None:
@@ -87,6 +125,7 @@ def run_sweep(options: argparse.Namespace, settings: list[tuple[str, str]]) -> i
             print(inert(f"{run.name}: {run.recipe} {run.shown}", 4000))
         return 0
     out = options.out or Path("runs") / options.sweep.stem
+    options.again = GO_ON
     display = ConsoleDisplay()
     finished = run_sweep(planned, out, display.message)
     if finished:
@@ -186,6 +225,7 @@ def run_eval(options: argparse.Namespace, settings: list[tuple[str, str]]) -> in
     ks = [k for k in (options.k or [options.samples]) if k > 1]
     if max(ks, default=0) > options.samples:
         raise ConfigError(f"--k {max(ks)}: there are only {options.samples} completions per problem: raise --samples")
+    options.again = GO_ON if options.out else ""
     with ConsoleDisplay() as display:
         results = evaluate_subject(
             how,

@@ -16,11 +16,12 @@ from typing import Any, Literal
 from eggroll_llm.config_rules import validate
 from eggroll_llm.errors import ConfigError
 from eggroll_llm.field_docs import FieldHelp, field_docs, field_help
-from eggroll_llm.overrides import apply_overrides
+from eggroll_llm.overrides import apply_overrides, flags_by_key
 from eggroll_llm.toml_table import parse_table
 from eggroll_llm.toml_text import Origin, Sourced, format_value, read_toml, write_toml
 
 __all__ = [
+    "MAY_CHANGE",
     "ChatConfig",
     "CheckpointConfig",
     "EngineConfig",
@@ -39,6 +40,7 @@ __all__ = [
     "field_help",
     "flat",
     "frozen_hash",
+    "is_scheduled",
     "load_recipe",
     "may_change",
     "parse_table",
@@ -51,6 +53,8 @@ Schedule = Literal["constant", "linear", "cosine"]
 _MAY_CHANGE = ("steps", "minutes", "eval.every", "grpo.gradient_checkpointing")
 _ADDED = {"chat.system": ""}
 """Settings that were added since, with their defaults: the hash of a run that does not use them stays what it was."""
+MAY_CHANGE = f"{', '.join(_MAY_CHANGE)}, [log], [checkpoint], [reward], [engine] except dtype"
+"""What `may_change` allows, in words; steps only without a schedule."""
 METHOD_TABLES = ("es", "grpo")
 """Tables of settings that only the method of that name has."""
 
@@ -289,7 +293,8 @@ def load_recipe(path: Path | str, overrides: Sequence[tuple[str, str]] = ()) -> 
     """
     table, origin = read_toml(Path(path))
     table = apply_overrides(RunConfig, table, overrides)
-    config = parse_table(RunConfig, table, where="", source=origin.name, text=origin.text)
+    origin = dataclasses.replace(origin, flags=flags_by_key(overrides))
+    config = parse_table(RunConfig, table, where="", source=origin.name, text=origin.text, flags=origin.flags)
     validate(config, origin)
     return dataclasses.replace(config, task_options=sourced(config.task_options, origin, overrides))
 
@@ -339,24 +344,26 @@ def applies(key: str, config: RunConfig) -> bool:
 
 def check_resume(saved: RunConfig, now: RunConfig, *, saved_in: str) -> None:
     """Raises ConfigError, showing each difference, when `now` cannot continue the run of `saved` (a file)."""
-    if saved.method == "es":
-        scheduled = {saved.es.sigma_schedule, saved.es.learning_rate_schedule} != {"constant"}
-    else:
-        scheduled = saved.grpo.learning_rate_schedule != "constant"
     keys = [
         key
         for key in differences(saved, now)
-        if applies(key, saved) and (not may_change(key) or (scheduled and key == "steps"))
+        if applies(key, saved) and (not may_change(key) or (key == "steps" and is_scheduled(saved)))
     ]
     if not keys:
         return
     old, new = flat(saved), flat(now)
     shown = "; ".join(f"{key} was {_shown(old, key)} and is now {_shown(new, key)}" for key in keys)
     raise ConfigError(
-        f"{saved_in}: cannot resume with other settings: {shown}. Restore them, or start a new run "
-        "directory. May change: steps, minutes, eval.every, grpo.gradient_checkpointing, [log], [checkpoint], "
-        "[reward], [engine] except dtype."
+        f"{saved_in}: cannot resume with other settings: {shown}. Restore them, or start a new run, which may train on "
+        f"from the weights of this one: --model {Path(saved_in).parent / 'final'}. May change: {MAY_CHANGE}."
     )
+
+
+def is_scheduled(config: RunConfig) -> bool:
+    """Whether something takes a course over the steps, so that their number may not change within a run."""
+    if config.method == "es":
+        return {config.es.sigma_schedule, config.es.learning_rate_schedule} != {"constant"}
+    return config.grpo.learning_rate_schedule != "constant"
 
 
 def frozen_hash(config: RunConfig) -> str:

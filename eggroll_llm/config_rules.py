@@ -109,7 +109,9 @@ class _Check:
 
     def fail(self, problem: str, remedy: str, *keys: str) -> None:
         settings = ", ".join(f"{key} = {format_value(self.get(key), key)}" for key in keys)
-        raise ConfigError(f"{self.origin.at(keys[0])}: {settings}: {problem}. {remedy}.")
+        # A flag among them rather than the file's line of another: it is what the user has just written.
+        blamed = next(filter(self.origin.flag, keys), keys[0])
+        raise ConfigError(f"{self.origin.at(blamed)}: {settings}: {problem}. {remedy}.")
 
     def get(self, key: str) -> object:
         value: object = self.config

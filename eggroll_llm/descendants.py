@@ -8,11 +8,13 @@ from pathlib import Path
 
 
 def kill_descendants(root: int) -> None:
-    """Kill everything that descends from the process `root`, with the process groups that were made there."""
+    """Kill all that descends from the process `root`, but for this process, with the process groups made there."""
     groups = {os.getpgrp()}  # of which there are others
     with contextlib.suppress(OSError):  # it has ended
         groups.add(os.getpgid(root))
     for pid, group in _descendants(root):
+        if pid == os.getpid():
+            continue
         with contextlib.suppress(OSError):  # it has just ended
             if group in groups:
                 os.kill(pid, signal.SIGKILL)

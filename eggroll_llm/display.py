@@ -104,7 +104,8 @@ class ConsoleDisplay(Closing):
     def _print(self, text: str, style: str) -> None:
         with self._surviving():
             self._stop_status()
-            self.console.print(Text(inert(text, 4000), style=style))
+            # Not wrapped here: a path or command that the terminal wraps is copied in one piece.
+            self.console.print(Text(inert(text, 4000), style=style), soft_wrap=True)
 
     def _stop_status(self) -> None:
         if self._status is not None:

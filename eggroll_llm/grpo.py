@@ -24,7 +24,6 @@ own, and what came after it is done again; transformers reads it with `weights_o
 Shapes: P prompt, S sample.
 """
 
-import importlib.util
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -32,8 +31,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from eggroll_llm.checkpoint import Checkpoint, checkpoint_path, is_valid
-from eggroll_llm.config import RunConfig
-from eggroll_llm.errors import ConfigError, ModelError, TaskError, TrainingError
+from eggroll_llm.errors import ModelError, TaskError, TrainingError
 from eggroll_llm.evaluate import Evaluation
 from eggroll_llm.export import export_model
 from eggroll_llm.hardware import keep_freed_memory, serves_on_cpu
@@ -50,15 +48,6 @@ STATE = "trainer"
 """Folder of a checkpoint with transformers' own."""
 TRL_METRICS = ("loss", "grad_norm", "learning_rate", "entropy", "kl", "reward_std", "clip_ratio/", "sampling/")
 """Metrics of TRL, or beginnings of their names, that have no like in ES and keep their names."""
-
-
-def check_installed(config: RunConfig) -> None:
-    """Raise ConfigError when the packages that GRPO needs are not there."""
-    needed = ["trl", "accelerate", "datasets", *(["peft"] if config.grpo.lora_rank else [])]
-    if missing := [name for name in needed if importlib.util.find_spec(name) is None]:
-        raise ConfigError(
-            f'method = "grpo" needs {" and ".join(missing)}, not installed here: pip install "eggroll-llm[grpo]"'
-        )
 
 
 class GrpoTrainer:

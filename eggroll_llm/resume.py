@@ -9,6 +9,7 @@ from typing import Any
 from eggroll_llm.checkpoint import Checkpoint, list_checkpoints, load_training_state, newest_valid, remove_after
 from eggroll_llm.config import RunConfig
 from eggroll_llm.errors import CheckpointError, JournalError, RunDirError
+from eggroll_llm.invocation import command
 from eggroll_llm.journal import Journal, JournalHeader
 from eggroll_llm.loop import Display
 from eggroll_llm.run_dir import RunDir
@@ -71,7 +72,7 @@ def restore(engine: Any, config: RunConfig, run: RunDir, journal: Journal, displ
                 f"{checkpoint.path}: its training state is not that of the weights it was saved with. "
                 "Delete that checkpoint: an earlier one and the journal take its place."
             )
-    display.message(f"resuming after step {journal.last_step}: checkpoint of step {start}, then the journal")
+    display.message(f"resuming after step {journal.last_step}: {_sources(start, journal.last_step)}")
     pending: list[Any] = []
     for entry in journal.entries[start : journal.last_step]:
         if entry.checksum and pending:
@@ -84,6 +85,13 @@ def restore(engine: Any, config: RunConfig, run: RunDir, journal: Journal, displ
     return checkpoint
 
 
+def _sources(checkpoint: int, last: int) -> str:
+    """What the weights of step `last` come from; checkpoint 0 is none."""
+    begin = f"checkpoint of step {checkpoint}" if checkpoint else "base model"
+    count = last - checkpoint
+    return begin + (f" and {count} update{'s' * (count > 1)} from the journal" if count else "")
+
+
 def _check_journal(journal: Journal, run: RunDir, logged: int) -> None:
     """Raise JournalError when journal and metrics, of `logged` steps, differ by more than an interruption can explain.
 
@@ -93,7 +101,7 @@ def _check_journal(journal: Journal, run: RunDir, logged: int) -> None:
     if last > logged + 1:
         raise JournalError(
             f"{run.metrics}: ends at step {logged}, the journal at step {last}: restore it; the weights are not lost: "
-            f"eggroll-llm replay {run.path} --out DIR"
+            f"{command('replay', run.path, '--out', run.path.with_name(f'{run.path.name}-step-{last}'))}"
         )
     dropped = bool(journal.dropped_tail)
     if not last and (logged > dropped or any(step > dropped for step, _ in list_checkpoints(run.checkpoints))):

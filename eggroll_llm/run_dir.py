@@ -30,6 +30,7 @@ from eggroll_llm.atomic import (
 from eggroll_llm.closing import Closing
 from eggroll_llm.environment import describe_environment
 from eggroll_llm.errors import RunDirError
+from eggroll_llm.invocation import command
 from eggroll_llm.jsonl import cut_after_step, last_step, read_rows, to_json
 from eggroll_llm.nesting import parse_json
 from eggroll_llm.run_lock import RunLock
@@ -183,8 +184,8 @@ class RunDir(Closing):
         started = any(file.exists() for file in files) or any(_is_filled(folder) for folder in folders)
         if started and on_existing == "fail":
             raise RunDirError(
-                f"{self.path}: already holds a run. Use --on-existing resume to continue it, "
-                "--on-existing overwrite to delete it, or another --run-dir."
+                f"{self.path}: already holds a run. Choose another --run-dir, delete it with --on-existing overwrite, "
+                f"or continue it with: {command('resume', self.path)}"
             )
         if started and on_existing == "resume":
             for file in (self.config, self.journal):

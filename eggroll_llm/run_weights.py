@@ -12,6 +12,7 @@ from typing import Any
 from eggroll_llm.atomic import write_text
 from eggroll_llm.checkpoint import checkpoint_path, verify_checkpoint
 from eggroll_llm.errors import ConfigError, ModelError
+from eggroll_llm.invocation import command
 from eggroll_llm.nesting import parse_json
 from eggroll_llm.run_dir import RunDir
 
@@ -30,8 +31,8 @@ def weights_at(run: RunDir, at: str) -> tuple[Path, int]:
     if at == "final":
         if finished is None:
             raise ModelError(
-                f"{run.path}: the run has no final/ yet: finish it with --on-existing resume, or take one of its "
-                "checkpoints with --at STEP"
+                f"{run.path}: the run has no final/ yet: take one of its checkpoints with --at STEP, or finish it "
+                f"with: {command('resume', run.path)}"
             )
         return run.final, finished
     if at == "best":
@@ -49,9 +50,10 @@ def weights_at(run: RunDir, at: str) -> tuple[Path, int]:
         raise ModelError(
             f"{directory}: step {step} has no checkpoint, and this run has no journal to rebuild it: take another step"
         )
+    rebuilt = run.path.with_name(f"{run.path.name}-step-{step}")
     raise ModelError(
-        f"{directory}: step {step} has no checkpoint: rebuild it with eggroll-llm replay {run.path} "
-        f"--step {step} --out DIR, and name DIR"
+        f"{directory}: step {step} has no checkpoint: name the directory that this rebuilds it in: "
+        f"{command('replay', run.path, '--step', step, '--out', rebuilt)}"
     )
 
 

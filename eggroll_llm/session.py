@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from eggroll_llm import embedded
+from eggroll_llm import embedded, installed
 from eggroll_llm.architectures import check_method, check_tested
 from eggroll_llm.budget import check_memory
 from eggroll_llm.chat import check_chat
@@ -19,7 +19,7 @@ from eggroll_llm.checkpoint import Checkpoint, clean
 from eggroll_llm.config import RunConfig, check_resume, flat, frozen_hash, load_recipe, to_toml
 from eggroll_llm.errors import ConfigError, EngineError, TaskError, TrainingError
 from eggroll_llm.evaluate import Evaluation
-from eggroll_llm.grpo import GrpoTrainer, check_installed
+from eggroll_llm.grpo import GrpoTrainer
 from eggroll_llm.hardware import resolve_dtype, serves_on_cpu
 from eggroll_llm.journal import Journal, JournalHeader
 from eggroll_llm.jsonl import to_json
@@ -105,8 +105,7 @@ def prepare(config: RunConfig, recipe_dir: Path, *, memory: bool = True) -> Prep
     With `memory` a run that needs more of it than there is, is refused.
     """
     config = settle(config, recipe_dir)
-    if config.method == "grpo":
-        check_installed(config)
+    installed.check_settings(config)
     task = load_task(config.task, config.task_options, base_dir=recipe_dir, limits=config.reward)
     train, held_out = _splits(task, config)
     train, notes = _without_held_out(task, train, held_out)
@@ -263,7 +262,7 @@ def _train_from(
             trainer = EsTrainer(loop, prepared.train)
         else:
             if run.resumed:
-                display.message(f"resuming after step {step}: " + (_FROM if step else _FROM_START))
+                display.message(_FROM.format(step) if step else _FROM_START)
             trainer = GrpoTrainer(loop, prepared.train, model_dir=prepared.model_dir, checkpoint=checkpoint)
         loop.resumed_from = checkpoint.path if checkpoint else None
         evaluation = trainer.run()
@@ -287,8 +286,8 @@ def journal_header(prepared: Prepared) -> JournalHeader:
     )
 
 
-_FROM = "of its checkpoint; what came after it is done again"
-_FROM_START = "no checkpoint, everything is done again"
+_FROM = "resuming after step {}, from its checkpoint; what came later is done again"
+_FROM_START = "resuming from the start: there is no checkpoint"
 
 
 def outcome(run: RunDir, evaluation: Evaluation | None = None) -> Outcome:

@@ -24,10 +24,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from eggroll_llm import own_module
 from eggroll_llm.atomic import describe_failure
 from eggroll_llm.config import RunConfig, applies, flat, load_recipe, may_change
 from eggroll_llm.errors import ConfigError, RunDirError
+from eggroll_llm.invocation import child_python
 from eggroll_llm.run_dir import RunDir
 from eggroll_llm.run_weights import final_step
 from eggroll_llm.session import settle
@@ -162,7 +162,7 @@ def _is_as_asked(saved: RunConfig, asked: RunConfig) -> bool:
 def _train(run: Planned, directory: Path) -> int:
     flags = [word for key, text in run.flags for word in (f"--{key}", text)]
     place = ["--run-dir", str(directory), "--on-existing", "resume"]
-    command = own_module.command("eggroll_llm.cli", "train", str(run.recipe), *place, *flags)
+    command = [*child_python(), "-m", "eggroll_llm", "train", str(run.recipe), *place, *flags]
     with subprocess.Popen(command, preexec_fn=_leave_the_terminal_to_us) as process:
         try:
             return process.wait()

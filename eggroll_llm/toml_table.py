@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from eggroll_llm.errors import ConfigError
+from eggroll_llm.hints import did_you_mean
 from eggroll_llm.toml_text import Origin, format_value
 
 if TYPE_CHECKING:
@@ -24,7 +25,15 @@ Table = TypeVar("Table", bound="DataclassInstance")
 _EXPECTED = {int: "an integer", float: "a number", bool: "true or false", str: "a string in quotes"}
 
 
-def parse_table(cls: type[Table], table: Mapping[str, Any], *, where: str, source: str, text: str = "") -> Table:
+def parse_table(
+    cls: type[Table],
+    table: Mapping[str, Any],
+    *,
+    where: str,
+    source: str,
+    text: str = "",
+    flags: Mapping[str, str] | None = None,
+) -> Table:
     """An instance of the dataclass `cls` from a TOML table.
 
     Args:
@@ -32,11 +41,12 @@ def parse_table(cls: type[Table], table: Mapping[str, Any], *, where: str, sourc
         where: dotted key of the table in its file, empty for the whole file.
         source: file name, for messages.
         text: content of that file, to find line numbers.
+        flags: keys that the command line has set, with the flag of each.
 
     Raises:
         ConfigError: unknown key, missing key, or a value of the wrong type.
     """
-    origin = Origin(name=source, text=text)
+    origin = Origin(name=source, text=text, flags=flags or {})
     return _parse_dataclass(cls, table, where, origin, valid=list(all_keys(cls, where)))
 
 
@@ -58,16 +68,17 @@ def field_types(cls: type) -> dict[str, Any]:
 def unknown_key(key: str, valid: Sequence[str], where: str, dash: str = "") -> ConfigError:
     """The error for a key that does not exist; `dash` is put before key names (flags)."""
     tables = {name.rpartition(".")[0] for name in valid} - {""}
-    names = {name.rpartition(".")[2]: name for name in valid}
-    nearest = difflib.get_close_matches(key, [*valid, *([] if dash else tables)], n=1, cutoff=0.7)
-    # The right name in the wrong table is the other common slip: `sigma` outside of [es].
-    nearest = nearest or [names[n] for n in difflib.get_close_matches(key.rpartition(".")[2], names, n=1, cutoff=0.7)]
-    if nearest:
-        return ConfigError(f"{where}: unknown key {dash}{key}. Did you mean {dash}{nearest[0]}?")
+    problem = f"unknown flag {where}" if dash else f"{where}: unknown key {key}"
+    if hint := did_you_mean(key, [*valid, *([] if dash else tables)], dash):
+        return ConfigError(f"{problem}.{hint}")
     table = key.rpartition(".")[0]
     prefix = f"{table}." if table else ""
     level = [prefix + name.removeprefix(prefix).partition(".")[0] for name in valid if name.startswith(prefix)]
-    return ConfigError(f"{where}: unknown key {dash}{key}. Valid keys: {', '.join(dict.fromkeys(level or valid))}.")
+    names = dict.fromkeys(level or valid)
+    if not dash:
+        return ConfigError(f"{problem}. Valid keys: {', '.join(names)}.")
+    flags = (f"{dash}{name}" if name in valid else f"{dash}{name}.KEY" for name in names)
+    return ConfigError(f"{problem}. " + (f"Valid: {', '.join(flags)}." if names else "This command has no flags."))
 
 
 def convert(value: object, kind: Any, key: str, origin: Origin, valid: Sequence[str] = ()) -> Any:
@@ -115,9 +126,7 @@ def _parse_dataclass(
             values[field.name] = _parse_dataclass(kind, {}, key, origin, valid)
         elif required and field.init:
             table_hint = f" in [{where}]" if where else ""
-            raise ConfigError(
-                f"{origin.at(key)}: {key} is missing. Add {field.name} = <{_expected(kind)}>{table_hint}."
-            )
+            raise ConfigError(f"{origin.at(key)}: {key} is missing. Add {field.name} = <{expected(kind)}>{table_hint}.")
     return cls(**values)
 
 
@@ -132,16 +141,16 @@ def _convert_scalar(value: object, kind: type, key: str, origin: Origin) -> obje
             raise ConfigError(f"{origin.at(key)}: {key} = {value} is not finite. Write an ordinary number.")
         return value
     name = key.rpartition(".")[2]
-    remedy = f"Write {name} = <{_expected(kind)}>."
+    remedy = f"Write {name} = <{expected(kind)}>."
     if isinstance(value, Mapping):
-        remedy = f"Write {name} = <{_expected(kind)}> in place of the table."
+        remedy = f"Write {name} = <{expected(kind)}> in place of the table."
     elif isinstance(value, str) and kind is not str and _reads_as(kind, value):
         remedy = f"Remove the quotes: {value.strip()}."
     elif kind is int and isinstance(value, float) and value.is_integer():
         remedy = f"Write {name} = {int(value)}."
-    elif kind is str and isinstance(value, int | float):
+    elif kind is str and isinstance(value, int | float) and not isinstance(value, bool):
         remedy = f'Put it in quotes: {name} = "{_show(value)}".'
-    raise _wrong(value, _expected(kind), remedy, key, origin)
+    raise _wrong(value, expected(kind), remedy, key, origin)
 
 
 def _convert_choice(value: object, choices: tuple[Any, ...], key: str, origin: Origin) -> object:
@@ -186,11 +195,12 @@ def _wrong(value: object, expected: str, remedy: str, key: str, origin: Origin) 
     return ConfigError(f"{at}: {key} = {_show(value)} is {_describe(value)}, but {expected} is expected. {remedy}")
 
 
-def _expected(kind: Any) -> str:
+def expected(kind: Any) -> str:
+    """What a value of that kind is, in words."""
     if get_origin(kind) is Literal:
         return "one of " + ", ".join(format_value(choice) for choice in get_args(kind))
     if get_origin(kind) in (Union, types.UnionType):
-        return " or ".join(_expected(argument) for argument in get_args(kind) if argument is not type(None))
+        return " or ".join(expected(argument) for argument in get_args(kind) if argument is not type(None))
     return _EXPECTED.get(kind, "an array" if get_origin(kind) in (tuple, list) else "a table")
 
 

@@ -10,7 +10,7 @@ import datetime
 import re
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +37,19 @@ class Origin:
     """File name, or the flag."""
     text: str = ""
     """Source text, searched for the line of a key; empty when there is none."""
+    flags: Mapping[str, str] = field(default_factory=dict)
+    """Dotted keys that the command line has set, with the flag of each as it was written."""
+
+    def flag(self, key: str) -> str:
+        """The flag that has set a dotted key, or a table that it is in; empty when none has."""
+        parts = key.split(".")
+        prefixes = (".".join(parts[:length]) for length in range(len(parts), 0, -1))
+        return next((self.flags[prefix] for prefix in prefixes if prefix in self.flags), "")
 
     def at(self, key: str) -> str:
-        """`file:line` of a dotted key, or of the nearest enclosing table that has a line, or just `file`."""
+        """The flag that set a dotted key, else `file:line` of it or of the nearest table with a line, else `file`."""
+        if flag := self.flag(key):
+            return flag
         line = key_line(self.text, key) if self.text else 0
         return f"{self.name}:{line}" if line else self.name
 

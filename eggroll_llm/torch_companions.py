@@ -13,6 +13,8 @@ import subprocess
 import sys
 from dataclasses import dataclass
 
+from eggroll_llm.invocation import child_python
+
 COMPANIONS = ("torchvision", "torchaudio", "torchcodec")
 
 
@@ -35,7 +37,7 @@ def find_broken(names: tuple[str, ...] = COMPANIONS) -> list[Broken]:
         except importlib.metadata.PackageNotFoundError:
             continue
         # A process of its own, because a failed import of a C++ extension cannot be undone.
-        attempt = subprocess.run([sys.executable, "-c", f"import {name}"], capture_output=True, text=True, check=False)
+        attempt = subprocess.run([*child_python(), "-c", f"import {name}"], capture_output=True, text=True, check=False)
         if attempt.returncode != 0:
             last_line = attempt.stderr.strip().rpartition("\n")[2] or f"exit status {attempt.returncode}"
             broken.append(Broken(name=name, version=version, error=last_line))
@@ -47,7 +49,7 @@ def remove(broken: Broken) -> None:
 
     Raises `subprocess.CalledProcessError` if pip cannot.
     """
-    subprocess.run([sys.executable, "-m", "pip", "uninstall", "--quiet", "--yes", broken.name], check=True)
+    subprocess.run([*child_python(), "-m", "pip", "uninstall", "--quiet", "--yes", broken.name], check=True)
 
 
 def main(arguments: list[str]) -> int:

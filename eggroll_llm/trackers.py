@@ -24,9 +24,10 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import IO, Any
 
-from eggroll_llm import own_module
 from eggroll_llm.atomic import write_text
 from eggroll_llm.config import LogConfig
+from eggroll_llm.installed import import_failure
+from eggroll_llm.invocation import child_python
 from eggroll_llm.jsonl import to_json
 
 QUEUED_ROWS = 1000  # a tracker that is further behind has stopped working
@@ -120,7 +121,7 @@ class _Tracker:
         try:
             # Of its own session: Ctrl-C ends the run, which then lets the tracker finish.
             self._process = subprocess.Popen(
-                own_module.command("eggroll_llm.trackers"),
+                [*child_python(), "-m", "eggroll_llm.trackers"],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 text=True,
@@ -152,7 +153,7 @@ def main() -> int:
     try:
         {"tensorboard": _to_tensorboard, "wandb": _to_wandb}[target.tracker](target, rows)
     except ImportError as error:
-        print(f"{error}: pip install {target.tracker}")
+        print(import_failure(error) or f"ImportError: {error}".replace("\n", " "))
     except BaseException as error:  # SystemExit among them, by which some clients give up
         print(f"{type(error).__name__}: {str(error) or 'no message'}".replace("\n", " "))
     else:

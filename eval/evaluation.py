@@ -29,13 +29,13 @@ from eggroll_llm.evaluate import Grader, answer, grade_again
 from eggroll_llm.hardware import resolve_dtype, serves_on_cpu
 from eggroll_llm.jsonl import to_json
 from eggroll_llm.models import model_identity
-from eggroll_llm.overrides import apply_overrides
+from eggroll_llm.overrides import apply_overrides, flags_by_key
 from eggroll_llm.prompts import ProblemSet, Prompter, needed_context, set_hash
 from eggroll_llm.sampler import Decoding, Progress
 from eggroll_llm.samples import Sample, SampleFile
 from eggroll_llm.session import context_limit
 from eggroll_llm.tasks import PATH_OPTIONS
-from eggroll_llm.toml_text import Sourced
+from eggroll_llm.toml_text import Origin, Sourced
 from eval import lm_eval
 from eval.questions import DEFAULT_MAX_TOKENS, Protocol, Questions, lm_eval_questions, task_questions
 from eval.subject import Subject
@@ -132,7 +132,7 @@ def settings_for(
     changed = parse_table(Changeable, apply_overrides(Changeable, base, flags), where="", source="flags")
     step = EsConfig(sigma=1.0, learning_rate=1.0)
     ranges = RunConfig(task="-", steps=1, es=step, chat=changed.chat, engine=changed.engine, reward=changed.reward)
-    validate(ranges)
+    validate(ranges, Origin(name="flags", flags=flags_by_key(flags)))
     settings = Settings(
         subject=subject,
         task=name,

@@ -4,6 +4,7 @@ With the stand-in engine, but for the last part, which is the real one on tiny m
 """
 
 import dataclasses
+import importlib.util
 import math
 import shutil
 from collections.abc import Callable, Iterable, Sequence
@@ -20,8 +21,9 @@ from torch import Tensor
 from eggroll_llm import grpo, interruption, prompts, session, trainer
 from eggroll_llm.checkpoint import verify_checkpoint
 from eggroll_llm.config import load_recipe
-from eggroll_llm.errors import ConfigError, EngineError, ModelError, TaskError, TrainingError
+from eggroll_llm.errors import EngineError, InstallError, ModelError, TaskError, TrainingError
 from eggroll_llm.grpo_weights import checkpoint_tensors
+from eggroll_llm.invocation import command
 from eggroll_llm.loop import Loop
 from eggroll_llm.push import plan_push
 from eggroll_llm.run_dir import RunDir, is_run_dir
@@ -170,7 +172,7 @@ def test_two_halves_are_the_whole(bench: Bench, flags: dict[str, Any]) -> None:
     outcome = bench.train("halves", "resume", **flags)
     same_run(bench.folder / "whole", bench.folder / "halves")
     assert (outcome.steps, outcome.first["step"], outcome.last["step"]) == (4, 0, 4)
-    assert "resuming after step 2: of its checkpoint; what came after it is done again" in bench.display.messages
+    assert "resuming after step 2, from its checkpoint; what came later is done again" in bench.display.messages
     walls = [row["wall_time"] for row in outcome.metrics]
     assert walls == sorted(walls)
     base = load_file(bench.model / "model.safetensors")
@@ -373,7 +375,7 @@ def test_when_the_engine_fails_the_run_goes_on_from_the_newest_checkpoint(bench:
         bench.train("run", **flags)
     run = bench.folder / "run"
     assert str(info.value).startswith(f"step {step}: the inference engine failed in sampling: RuntimeError. {kept}")
-    assert str(info.value).endswith(f"eggroll-llm train {run}/config.toml --run-dir {run} --on-existing resume")
+    assert str(info.value).endswith(f"go on with: {command('resume', run)}")
     assert bench.engine.closed
     bench.prepare_engine = lambda engine: None
     bench.train("run", "resume", **flags)
@@ -412,18 +414,18 @@ def test_without_trl_one_line_says_what_to_install(
 ) -> None:
     from eggroll_llm.cli import main
 
-    find = grpo.importlib.util.find_spec
+    find = importlib.util.find_spec
     gone = {"trl"}
-    monkeypatch.setattr(grpo.importlib.util, "find_spec", lambda name: None if name in gone else find(name))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in gone else find(name))
     recipe = write_recipe(bench.folder, bench.model)
-    with pytest.raises(ConfigError):
+    with pytest.raises(InstallError):
         session.prepare(load_recipe(recipe), bench.folder)
     assert main(["train", str(recipe), "--dry-run"]) == 2
-    assert capsys.readouterr().err == (
-        'error: method = "grpo" needs trl, not installed here: pip install "eggroll-llm[grpo]"\n'
-    )
+    error = capsys.readouterr().err
+    assert error.startswith('error: method = "grpo" needs trl, not installed here. Run: ')
+    assert " -m pip install 'trl" in error  # with its versions, so quoted
     gone |= {"peft"}
-    with pytest.raises(ConfigError, match="needs trl and peft, not installed"):
+    with pytest.raises(InstallError, match="needs trl and peft, not installed"):
         session.prepare(load_recipe(recipe, [("grpo.lora_rank", "2")]), bench.folder)
     session.prepare(load_recipe(recipe, [("method", "es"), ("sampling.samples_per_prompt", "1")]), bench.folder)
 

@@ -258,7 +258,7 @@ def test_cache_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch, tmp_path:
 def test_failed_conversion_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("EGGROLL_CACHE", str(tmp_path))
     monkeypatch.setattr(embedded, "find_gguf", lambda: tmp_path / "absent.gguf")
-    with pytest.raises(ModelError, match=r"converting .*absent\.gguf failed: .*eggroll-llm doctor"):
+    with pytest.raises(ModelError, match=r"converting .*absent\.gguf failed: .*installation with: .* doctor"):
         resolve_model(embedded.NAME)
     assert [path.name for path in (tmp_path / "models").iterdir() if path.is_dir()] == []
 

@@ -281,6 +281,11 @@ class TestPlan:
             plan_push(model, repo_id)
         assert "\n" not in str(caught.value)
 
+    def test_refuses_a_name_without_its_owner(self, model: Path) -> None:
+        """The hub would put it into the account of whoever's token it is."""
+        with pytest.raises(PushError, match=r"repository 'mine': whose\? Write OWNER/mine"):
+            plan_push(model, "mine")
+
     def test_looks_at_the_repository_id_first(self, tmp_path: Path) -> None:
         with pytest.raises(PushError, match=r"not a name on the hub"):
             plan_push(tmp_path / "nothing", "a/b/c")
@@ -364,7 +369,7 @@ class Hub(ThreadingHTTPServer):
         if path == "/api/repos/create":
             wanted = json.loads(body)
             self.private = wanted.get("visibility") == "private"
-            return 200, {}, {"url": f"{self.url}/{wanted['organization'] or 'me'}/{wanted['name']}"}
+            return 200, {}, {"url": f"{self.url}/{wanted['organization']}/{wanted['name']}"}
         if path == "/api/validate-yaml" or "/branch/" in path:
             return 200, {}, {}
         if path == "/api/models/me/mine":
@@ -486,11 +491,11 @@ def test_what_was_pushed_of_a_run_is_a_run(hub: Hub, run: Path, tmp_path: Path) 
     assert read_journal(fetched.journal).entries == read_journal(run / "journal.jsonl").entries[:2]
 
 
-def test_a_model_in_ones_own_account_goes_where_the_hub_says(hub: Hub, model: Path) -> None:
-    assert push(plan_push(model, "mine")) == f"{hub.url}/me/mine"
+def test_a_plain_model(hub: Hub, model: Path) -> None:
+    assert push(plan_push(model, "me/mine")) == f"{hub.url}/me/mine"
     assert hub.committed() == MODEL | {"README.md": README.encode()}
     (created,) = hub.bodies("/api/repos/create")
-    assert json.loads(created) == {"name": "mine", "organization": None}  # the account's own default of visibility
+    assert json.loads(created) == {"name": "mine", "organization": "me"}  # the account's own default of visibility
 
 
 def test_a_branch_is_created(hub: Hub, model: Path) -> None:

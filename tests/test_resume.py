@@ -19,12 +19,14 @@ import torch
 from fake_engine import CONFIG, Bench, Near, same_run, timeless
 from safetensors.torch import load_file
 
-from eggroll_llm import trainer
+from eggroll_llm import session, trainer
 from eggroll_llm.checkpoint import load_training_state, save_checkpoint, verify_checkpoint
+from eggroll_llm.cli import main
 from eggroll_llm.config import CheckpointConfig, EvalConfig, RunConfig, field_help, flat, load_recipe, may_change
 from eggroll_llm.display import ConsoleDisplay
 from eggroll_llm.engine.text import TextRules
 from eggroll_llm.errors import CheckpointError, ConfigError, JournalError, RunDirError
+from eggroll_llm.invocation import command
 from eggroll_llm.journal import Journal, read_journal
 from eggroll_llm.replay import replay
 from eggroll_llm.run_dir import LOCK
@@ -56,6 +58,39 @@ def every(steps: int, keep: int = 2) -> dict[str, Any]:
 
 def cut_off_a_byte(file: Path) -> None:
     file.write_bytes(file.read_bytes()[:-1])
+
+
+def test_the_command_goes_on_with_the_runs_own_settings(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """But for those that may change and are given; with others nothing is started."""
+    bench.train("whole", steps=4)
+    bench.train("run", steps=2)
+    run, asked, train_ = bench.folder / "run", [], session.train
+
+    def train(config: RunConfig, recipe_dir: Path, *rest: Any) -> Outcome:
+        asked.append((config, recipe_dir, *rest[:2]))
+        return train_(config, recipe_dir, *rest)
+
+    monkeypatch.setattr(session, "train", train)
+    with bench.standing_in("run", dataclasses.replace(CONFIG, steps=4), Near()):
+        assert main(["resume", str(run), "--es.sigma", "0.1", "--steps", "4"]) == 2
+        assert "cannot resume with other settings: es.sigma was 0.05 and is now 0.1." in capsys.readouterr().err
+        assert asked == []
+        assert main(["resume", str(run), "--steps", "4"]) == 0
+    assert asked == [(dataclasses.replace(CONFIG, steps=4), run, run, "resume")]
+    same_run(run, bench.folder / "whole")
+    assert f"go on: {command('resume', run, '--steps', 8)}" in capsys.readouterr().out.splitlines()
+
+
+def test_a_run_that_a_schedule_holds_to_its_steps_offers_no_more(
+    bench: Bench, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = dataclasses.replace(CONFIG, steps=2, es=dataclasses.replace(CONFIG.es, sigma_schedule="linear"))
+    bench.train("run", **{"steps": 2, "es": config.es})
+    with bench.standing_in("run", config, Near()):
+        assert main(["resume", str(bench.folder / "run")]) == 0
+    assert "go on: " not in capsys.readouterr().out
 
 
 def test_a_half_written_checkpoint_is_gone_after_resuming(bench: Bench) -> None:
@@ -162,7 +197,7 @@ def test_checkpoints_of_a_course_that_was_given_up_are_removed(bench: Bench) -> 
     assert bench.display.messages.count(removed) == 1
     assert checkpoints(path) == ["step-000001", "step-000002"]
     bench.train("cut", "resume", steps=5, **every(0))
-    assert "resuming after step 4: checkpoint of step 2, then the journal" in bench.display.messages
+    assert "resuming after step 4: checkpoint of step 2 and 2 updates from the journal" in bench.display.messages
     same_run(bench.folder / "whole", path)
 
 
@@ -297,7 +332,7 @@ def test_grpo_passes_over_a_damaged_checkpoint(grpo: grpo_stub.Bench) -> None:
     cut_off_a_byte(damaged)
     grpo.train("halves", "resume", **flags)
     assert [text for text in grpo.display.messages if text.startswith(f"{damaged}: ")]
-    assert "resuming after step 1: of its checkpoint; what came after it is done again" in grpo.display.messages
+    assert "resuming after step 1, from its checkpoint; what came later is done again" in grpo.display.messages
     grpo_stub.same_run(grpo.folder / "whole", path)
 
 
@@ -315,7 +350,7 @@ def test_grpo_without_a_valid_checkpoint_begins_again_and_leaves_one(grpo: grpo_
     assert {file: file.read_bytes() for file in before} == before
     shutil.rmtree(checkpoint)
     grpo.train("run", "resume", **flags)
-    assert "resuming after step 0: no checkpoint, everything is done again" in grpo.display.messages
+    assert "resuming from the start: there is no checkpoint" in grpo.display.messages
     verify_checkpoint(checkpoint)
     grpo_stub.same_run(grpo.folder / "whole", grpo.folder / "run")
 

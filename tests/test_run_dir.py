@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from eggroll_llm.errors import RunDirError
+from eggroll_llm.invocation import command
 from eggroll_llm.run_dir import LOCK, OnExisting, RunDir, default_run_dir, is_run_dir
 
 CONFIG = "steps = 1\n"
@@ -79,8 +80,8 @@ def test_existing_run_is_refused_unless_told_otherwise(path: Path) -> None:
     finished_run(path)
     before = {file: file.read_bytes() for file in path.rglob("*") if file.is_file()}
     assert refusal(path) == (
-        f"{path}: already holds a run. Use --on-existing resume to continue it, --on-existing overwrite to delete it, "
-        "or another --run-dir."
+        f"{path}: already holds a run. Choose another --run-dir, delete it with --on-existing overwrite, or continue "
+        f"it with: {command('resume', path)}"
     )
     assert {file: file.read_bytes() for file in path.rglob("*") if file.is_file()} == before
 
@@ -107,7 +108,7 @@ def test_resume_without_an_essential_file_is_refused(path: Path, name: str) -> N
 @pytest.mark.parametrize(
     ("mode", "said"),
     [
-        ("fail", "{path}: already holds a run. Use --on-existing resume to continue it, "),
+        ("fail", "{path}: already holds a run. Choose another --run-dir, "),
         ("resume", "{path}/journal.jsonl: missing, no way to resume. Restore it, or use --on-existing overwrite."),
     ],
 )

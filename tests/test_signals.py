@@ -12,8 +12,10 @@ import pytest
 from fake_engine import CONFIG, Bench, same_run
 from process_tree import ROOT, ProcessTree, wait_for
 
-from eggroll_llm.cli import INTERRUPTED, main
+from eggroll_llm.cli import main
+from eggroll_llm.commands import GO_ON
 from eggroll_llm.config import CheckpointConfig, to_toml
+from eggroll_llm.invocation import command
 from eggroll_llm.journal import read_journal
 from eggroll_llm.sampler import Completion, Decoding, Request
 from eval import evaluation
@@ -56,7 +58,8 @@ class Run:
     def ends_in_order(self, number: signal.Signals) -> None:
         self.process.send_signal(number)
         assert self.process.wait(60) == 128 + number
-        assert self.messages.read_text().splitlines()[-1] == INTERRUPTED
+        again = f"go on with: {command('resume', self.folder / 'run')}"
+        assert self.messages.read_text().splitlines()[-1] == f"interrupted; {again}"
         assert self.tree.all_end()
 
     def goes_on(self, bench: Bench) -> None:
@@ -77,7 +80,7 @@ def test_a_run_ends_in_order_in_any_phase(
     tree: ProcessTree, tmp_path: Path, bench: Bench, phase: str, number: signal.Signals
 ) -> None:
     run = Run(tree, tmp_path, phase, "raise")
-    assert len(tree.alive()) == 3
+    assert len(tree.alive()) == 4  # with the second process of the watchdog
     run.ends_in_order(number)
     assert "Traceback" not in run.messages.read_text()
     assert not [path.name for path in (tmp_path / "run").rglob(".*") if path.name.startswith((".tmp-", ".old-"))]
@@ -123,7 +126,7 @@ def test_no_thread_of_a_task_keeps_a_command_that_was_interrupted() -> None:
     outcome = subprocess.run(
         [sys.executable, "-c", THREADS], cwd=ROOT, capture_output=True, text=True, check=False, timeout=60
     )
-    assert (outcome.returncode, outcome.stderr) == (143, INTERRUPTED + "\n")
+    assert (outcome.returncode, outcome.stderr) == (143, "interrupted\n")
 
 
 @pytest.mark.parametrize(("phase", "how", "updates"), [("reward", "swallow", 1), ("update", "unraisable", 2)])
@@ -162,7 +165,7 @@ def test_a_second_signal_ends_it_at_once(
     (packages / "wandb.py").write_text(WANDB.format(path=f"{tmp_path}/wandb.up"))
     run = Run(tree, tmp_path, "reward", how, "--log.wandb", "mine", path=[packages])
     run.wait_for_file("wandb.up")
-    assert len(tree.alive()) == 5
+    assert len(tree.alive()) == 6
     run.process.send_signal(first)
     if how == "deaf":
         run.wait_for_file("run.swallowed")
@@ -308,7 +311,7 @@ def test_a_users_reward_that_loops_ends_with_the_command(
     assert len(tree.alive()) == 2
     process.send_signal(signal.SIGINT)
     _, messages = process.communicate(timeout=60)
-    assert (process.returncode, messages.splitlines()[-1]) == (130, INTERRUPTED)
+    assert (process.returncode, messages.splitlines()[-1]) == (130, "interrupted")
     assert tree.all_end()
 
 
@@ -346,7 +349,7 @@ def test_an_evaluation_ends_in_order_and_continues(
     process.send_signal(number)
     _, messages = process.communicate(timeout=60)
     assert process.returncode == 128 + number
-    assert messages.splitlines()[-1] == INTERRUPTED
+    assert messages.splitlines()[-1] == f"interrupted; {GO_ON}"
     samples = out.with_suffix(".samples.jsonl")
     assert len(samples.read_text().splitlines()) == 1 + 3
     assert not out.exists()

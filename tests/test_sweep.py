@@ -16,9 +16,11 @@ from fake_engine import CONFIG, Bench, same_run
 from process_tree import ROOT, ProcessTree, wait_for
 
 from eggroll_llm import sweep
-from eggroll_llm.cli import INTERRUPTED, main
+from eggroll_llm.cli import main
+from eggroll_llm.commands import GO_ON
 from eggroll_llm.config import load_recipe, to_toml
 from eggroll_llm.errors import ConfigError, RunDirError
+from eggroll_llm.invocation import command
 from eggroll_llm.session import settle
 from eggroll_llm.sweep import Planned, read_sweep, run_sweep
 
@@ -95,7 +97,7 @@ def test_without_seeds_each_trial_is_one_run(file: Path) -> None:
         ('name = "large"', "", r"the name of a trial is ''"),
         ('"large"', r'"\u001b[2J"', r"the name of a trial is '\\x1b\[2J'"),
         ('"large"', f'"{"x" * 201}"', r"the name of a trial is 'x{50}"),
-        ("sigma = 0.5", "sigmma = 0.5", r'trial "large": --es.sigmma: unknown key.*Did you mean --es.sigma'),
+        ("sigma = 0.5", "sigmma = 0.5", r'trial "large": unknown flag --es.sigmma. Did you mean --es.sigma'),
         ("sigma = 0.5", "sigma = -0.5", r'trial "large": .*sigma'),
         ('"folder/other.toml"', '"none.toml"', r'trial "other": .*none.toml'),
         ('recipe = "base.toml"', "", r'trial "plain" has no recipe'),
@@ -202,10 +204,10 @@ def test_each_run_is_a_command_that_a_user_could_type(
     (run, *_) = read_sweep(file)
     said: list[str] = []
     assert run_sweep([run], tmp_path / "out", said.append) == []
-    words = asked.read_text().partition("eggroll_llm.cli\n")[2].splitlines()
-    assert words[:2] == ["train", str(run.recipe)]
-    assert words[2:6] == ["--run-dir", str(tmp_path / "out" / "plain-seed3"), "--on-existing", "resume"]
-    assert words[6:] == [
+    words = asked.read_text().splitlines()
+    assert words[:4] == ["-m", "eggroll_llm", "train", str(run.recipe)]
+    assert words[4:8] == ["--run-dir", str(tmp_path / "out" / "plain-seed3"), "--on-existing", "resume"]
+    assert words[8:] == [
         "--minutes", "1.5", "--es.sigma", "0.02", "--task_options.operators", "+-*", "--task_options.count", "[2, 2]",
         "--seed", "3",
     ]  # fmt: skip
@@ -246,7 +248,7 @@ def test_a_sweep_that_is_ended_ends_its_run_with_one_signal(
         process.send_signal(number)
     _, messages = process.communicate(timeout=60)
     assert process.returncode == 128 + number
-    assert messages == f"{INTERRUPTED}\n"
+    assert messages == f"interrupted; {GO_ON}\n"
     assert log.read_text() == "TERM\n"
     assert tree.all_end()
 
@@ -269,7 +271,8 @@ def test_a_sweep_goes_on_where_it_was_ended(tree: ProcessTree, tmp_path: Path, m
     assert process.returncode == 143
     assert "run 1 of 2, fails: failed with exit status 2, see above" in output
     assert f"error: {out}/fails: is a file. Choose another --run-dir." in messages
-    assert messages.endswith(f"{INTERRUPTED}\n" * 2)  # of the run, and of the sweep
+    again = f"go on with: {command('resume', out / 'run')}"
+    assert messages.endswith(f"interrupted; {again}\ninterrupted; {GO_ON}\n")  # of the run, and of the sweep
     assert tree.all_end()
 
     bench = Bench(out, monkeypatch)

@@ -185,7 +185,7 @@ def test_files_in_the_current_directory_do_it_no_harm(
 @pytest.mark.parametrize(
     ("place", "code", "reason"),
     [
-        ("on_import", "raise ImportError('no such thing')", "no such thing: pip install wandb"),
+        ("on_import", "raise ImportError('no such thing')", "ImportError: no such thing"),
         ("on_import", "1 / 0", "ZeroDivisionError: division by zero"),
         ("in_init", "raise ConnectionError('no\\nroute')", "ConnectionError: no route"),
         ("in_init", "raise SystemExit(1)", "SystemExit: 1"),
@@ -269,7 +269,11 @@ def test_a_package_that_is_not_installed(tmp_path: Path, monkeypatch: pytest.Mon
     if importlib.util.find_spec("wandb"):
         pytest.skip("it is installed here")
     warnings, _ = run(tmp_path, ONLY_WANDB, ROW)
-    assert warnings == ["wandb is off from here on, metrics.jsonl goes on: No module named 'wandb': pip install wandb"]
+    assert len(warnings) == 1
+    assert warnings[0].startswith(
+        "wandb is off from here on, metrics.jsonl goes on: wandb is not installed here. Run: "
+    )
+    assert warnings[0].endswith(" -m pip install wandb")
 
 
 @pytest.mark.parametrize("place", ["in_init", "in_log", "in_finish"])

@@ -30,6 +30,7 @@ from eggroll_llm import loop, session, trainer
 from eggroll_llm.checkpoint import verify_checkpoint
 from eggroll_llm.config import CheckpointConfig, EvalConfig, LogConfig, RewardConfig, SamplingConfig
 from eggroll_llm.errors import EngineError, TaskError, TrainingError
+from eggroll_llm.invocation import command
 from eggroll_llm.journal import read_journal
 from eggroll_llm.sampler import Decoding, Request
 from eggroll_llm.samples import TASK, read_samples
@@ -81,8 +82,10 @@ def test_two_halves_are_the_whole(bench: Bench, optimizer: Any, checkpoint_every
     for name, tensor in whole.items():
         assert torch.equal(tensor, state[name]), name
     assert (outcome.steps, outcome.first["step"], outcome.last["step"]) == (6, 0, 6)
-    start = 3 // checkpoint_every * checkpoint_every if checkpoint_every else 0
-    assert f"resuming after step 3: checkpoint of step {start}, then the journal" in bench.display.messages
+    sources = {0: "base model and 3 updates from the journal", 3: "checkpoint of step 3"}.get(
+        checkpoint_every, "checkpoint of step 2 and 1 update from the journal"
+    )
+    assert f"resuming after step 3: {sources}" in bench.display.messages
 
 
 def test_the_answers_of_every_evaluation_are_kept(bench: Bench) -> None:
@@ -226,7 +229,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_named(bench: Bench) -> None:
     damaged.write_bytes(damaged.read_bytes()[:-1])
     bench.train("halves", "resume", steps=4, **changes)
     assert any(message.startswith(f"{damaged}: ") for message in bench.display.messages)
-    assert "resuming after step 2: checkpoint of step 1, then the journal" in bench.display.messages
+    assert "resuming after step 2: checkpoint of step 1 and 1 update from the journal" in bench.display.messages
     same_run(bench.folder / "whole", bench.folder / "halves")
 
 
@@ -598,7 +601,7 @@ def test_when_the_engine_fails_it_is_said_how_to_go_on_and_nothing_is_lost(
     run = bench.folder / "run"
     assert str(info.value) == (
         f"step {step}: the inference engine failed in sampling: RuntimeError. The journal is on disk up to step "
-        f"{saved}; go on with: eggroll-llm train {run}/config.toml --run-dir {run} --on-existing resume"
+        f"{saved}; go on with: {command('resume', run)}"
     )
     assert info.value.__cause__ is not None
     assert info.value.__cause__.__cause__ is failure

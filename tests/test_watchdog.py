@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 from fake_engine import CONFIG, Bench, same_run
 
+from eggroll_llm.invocation import command
 from eggroll_llm.watchdog import EXIT_STATUS, LOOKS, Watchdog
 
 SUPPORT = Path(__file__).parent / "support"
@@ -86,11 +88,16 @@ def test_a_process_that_hangs_ends_with_all_that_it_started() -> None:
     assert outcome.returncode == EXIT_STATUS == 124
     assert outcome.stderr == (
         "error: the inference engine has made no progress for engine.timeout_seconds = 0.5 seconds, and the process "
-        "ends; raise it if the engine is slow and does not hang. A run continues with --on-existing resume, an "
+        f"ends; raise it if the engine is slow and does not hang. A run continues with: {command('resume', 'RUN')}; an "
         "evaluation that has --out with the same command.\n"
     )
-    pids = [int(pid) for pid in outcome.stdout.split()]
-    assert len(pids) == 2
+    all_end(outcome.stdout, 2)
+
+
+def all_end(output: str, count: int) -> None:
+    """The processes whose numbers were printed."""
+    pids = [int(pid) for pid in output.split()]
+    assert len(pids) == count
     deadline = time.monotonic() + 60
     while any(is_running(pid) for pid in pids) and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -103,6 +110,56 @@ def is_running(pid: int) -> bool:
     except OSError:
         return False
     return state != "Z"  # killed, and not yet waited for by who inherited it
+
+
+HOLDS_THE_LOCK = """
+import ctypes, subprocess
+from eggroll_llm.watchdog import Watchdog
+inner = subprocess.Popen(["sleep", "600"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+watchdog = Watchdog(0.5)
+with watchdog:
+    pass
+print(inner.pid, watchdog._second.pid, flush=True)
+with watchdog:
+    ctypes.PyDLL(None).sleep(600)
+"""
+
+
+def test_a_call_that_keeps_the_interpreter_locked_ends_as_well() -> None:
+    """No thread of the process can run any Python then, so that another process must act."""
+    outcome = child(HOLDS_THE_LOCK)
+    assert outcome.returncode == -signal.SIGABRT
+    assert outcome.stderr.startswith(
+        "error: the inference engine has made no progress for engine.timeout_seconds = 0.5 seconds"
+    )
+    assert f"A run continues with: {command('resume', 'RUN')};" in outcome.stderr
+    assert 'File "<string>", line 10 in <module>' in outcome.stderr  # where it hangs
+    all_end(outcome.stdout, 2)
+
+
+STOPS = """
+import sys, time
+from eggroll_llm.watchdog import Watchdog
+watchdog = Watchdog(1.0)
+with watchdog:
+    print("within", flush=True)
+    for _ in range(5):
+        time.sleep(0.1)
+watchdog.close()
+print("out", flush=True)
+"""
+
+
+def test_a_process_that_was_stopped_is_not_taken_for_one_that_hangs() -> None:
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    with subprocess.Popen([sys.executable, "-c", STOPS], stdout=subprocess.PIPE, text=True, env=environment) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "within\n"
+        process.send_signal(signal.SIGSTOP)
+        time.sleep(2.0)
+        process.send_signal(signal.SIGCONT)
+        assert process.stdout.read() == "out\n"
+    assert process.returncode == 0
 
 
 FULL = """
@@ -150,7 +207,7 @@ def test_a_run_whose_engine_hangs_goes_on_from_its_journal(tmp_path: Path, monke
     assert outcome.stderr == (
         "error: step 3: the inference engine has made no progress for engine.timeout_seconds = 1 seconds, and the "
         "process ends; raise it if the engine is slow and does not hang. The journal is on disk up to step 2; go on "
-        f"with: eggroll-llm train {run / 'config.toml'} --run-dir {run} --on-existing resume\n"
+        f"with: {command('resume', run)}\n"
     )
     bench = Bench(tmp_path, monkeypatch)
     bench.train("run", "resume", engine=dataclasses.replace(CONFIG.engine, timeout_seconds=0.0))

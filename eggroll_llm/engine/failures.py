@@ -11,6 +11,7 @@ from eggroll_llm.config import EngineConfig
 from eggroll_llm.errors import ConfigError, EngineError, ModelError, UserError
 from eggroll_llm.hardware import serves_on_cpu
 from eggroll_llm.inert import inert
+from eggroll_llm.invocation import command
 from eggroll_llm.model_files import architecture_of
 
 LIMIT = 300  # characters of vLLM's own text, of which the beginning says what is wrong
@@ -20,7 +21,7 @@ _CACHE_AVAILABLE = re.compile(r"\(([\d.]+)/[\d.]+ GiB\) on kv cache allocation i
 
 def call_error(what: str, error: Exception) -> EngineError:
     """Say that the engine failed in `what`."""
-    remedy = "`eggroll-llm doctor` checks the installation."
+    remedy = f"Check the installation with: {command('doctor')}"
     if isinstance(error, MemoryError) or "memory" in str(error).lower():
         remedy = f"If memory ran out, lower engine.max_sequences, engine.slots or {_cache_key()}."
     return EngineError(f"the inference engine failed in {what}: {_described(error)}. {remedy}")

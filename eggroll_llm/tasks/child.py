@@ -27,6 +27,8 @@ _ENDING_SECONDS = 1.0  # from the end of a process's descriptors to its own
 _START = """
 import sys
 numbers, sys.path[:] = map(int, sys.argv[1:4]), sys.argv[4:]
+from eggroll_llm.invocation import find_own_packages_first
+find_own_packages_first()
 from eggroll_llm.tasks.worker import main
 main(*numbers)
 """

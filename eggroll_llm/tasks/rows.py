@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from eggroll_llm.errors import TaskError
+from eggroll_llm.installed import remedy
 from eggroll_llm.nesting import parse_json
 from eggroll_llm.toml_text import is_unicode
 
@@ -130,7 +131,7 @@ def load_hub(name: str, split: str, config: str | None = None, *, instead: str) 
         import datasets
     except ImportError:
         raise TaskError(
-            f"{name} is on the hub, which needs the package datasets. Run pip install datasets, or {instead}."
+            f"{name} is on the hub, which needs the package datasets. {remedy('datasets')}, or {instead}."
         ) from None
     try:
         return datasets.load_dataset(name, config, split=split)

@@ -9,6 +9,7 @@ import pytest
 
 from eggroll_llm.engine.engine import Engine
 from eggroll_llm.errors import EngineError, ModelError
+from eggroll_llm.invocation import command
 from eggroll_llm.sampler import Completion, Decoding, Request
 from eggroll_llm.update import NonFiniteUpdate
 from eggroll_llm.watchdog import Watchdog
@@ -210,7 +211,7 @@ def test_what_vllm_raises_is_told_in_one_line() -> None:
     message = str(info.value)
     assert message.startswith("the inference engine failed in sampling: RuntimeError: CUDA error: illegal ")
     assert r"illegal \x1b[2J address (test_scripted.py:" in message
-    assert message.endswith("`eggroll-llm doctor` checks the installation.")
+    assert message.endswith(f"Check the installation with: {command('doctor')}")
     assert message.isprintable()
     assert info.value.__cause__ is failure
     assert llm.aborted == []  # it is not asked for anything more

@@ -85,9 +85,10 @@ def test_another_task_takes_the_engine_alone() -> None:
     ("how", "flags", "said"),
     [
         ({}, [], "it: which task? Add --task gsm8k, gsm8k_cot, countdown or file.py:NAME"),
-        ({"task": "gsm8k"}, [("es.sigma", "1")], "unknown key --es.sigma"),
+        ({"task": "gsm8k"}, [("es.sigma", "1")], "unknown flag --es.sigma"),
+        ({"task": "gsm8k"}, [("--engine.threads", "-1")], "--engine.threads: engine.threads = -1: must be at least 0"),
         ({"task": "gsm8k"}, [("engine.kv_cache", "1")], "Did you mean --engine.kv_cache_gib"),
-        ({"task": "gsm8k"}, [("engine.slots", "x")], 'engine.slots = "x" is a string'),
+        ({"task": "gsm8k"}, [("engine.slots", "x")], "--engine.slots x: an integer is expected"),
         ({"task": "countdown", "protocol": "lm-eval"}, [], "no such protocol for countdown"),
         ({"task": "countdown", "apply_chat_template": True}, [], "belong to --protocol lm-eval"),
         ({"task": "countdown", "shots": 0}, [], "belong to --protocol lm-eval"),

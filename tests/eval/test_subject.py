@@ -11,6 +11,7 @@ import pytest
 from eggroll_llm.checkpoint import save_checkpoint
 from eggroll_llm.config import EsConfig, RunConfig, to_toml
 from eggroll_llm.errors import CheckpointError, ConfigError, ModelError
+from eggroll_llm.invocation import command
 from eggroll_llm.run_dir import RunDir
 from eggroll_llm.run_weights import final_step, weights_at, write_provenance
 from eval.subject import Subject, find_subject
@@ -52,7 +53,7 @@ def test_a_model_is_its_own_subject(model: Path) -> None:
 
 def test_a_run_is_evaluated_at_its_end(run: tuple[Path, RunConfig], model: Path) -> None:
     path, config = run
-    with pytest.raises(ModelError, match="has no final/ yet: finish it with --on-existing resume"):
+    with pytest.raises(ModelError, match=f"has no final/ yet: .*, or finish it with: {command('resume', path)}$"):
         find_subject(str(path))
     copy_of(model)(path / "final")
     write_provenance(path / "final", step=20, base_model="ab")
@@ -94,7 +95,7 @@ def test_or_at_its_best_step_or_at_a_checkpoint(run: tuple[Path, RunConfig], at:
 
 def test_what_a_run_does_not_have(run: tuple[Path, RunConfig]) -> None:
     path, _ = run
-    with pytest.raises(ModelError, match=rf"eggroll-llm replay {path} --step 7 --out DIR"):
+    with pytest.raises(ModelError, match=f"{command('replay', path, '--step', 7, '--out', f'{path}-step-7')}$"):
         find_subject(str(path), "7")
     for at in ("last", "-1", "1.5"):
         with pytest.raises(ConfigError, match=f"--at {at}: write"):

@@ -186,7 +186,7 @@ def test_the_hub_out_of_reach(monkeypatch):
     with pytest.raises(TaskError, match=r"openai/gsm8k cannot be loaded .*ConnectionError: no route\). .*Set data_dir"):
         load_task("gsm8k", {}, base_dir=Path())
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(TaskError, match="Run pip install datasets, or set data_dir"):
+    with pytest.raises(TaskError, match=r"Run: .* -m pip install .*datasets.*, or set data_dir"):
         load_task("gsm8k", {}, base_dir=Path())
 
 
