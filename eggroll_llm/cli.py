@@ -78,7 +78,11 @@ def _complain(text: str) -> None:
 
 
 def _set_up_messages() -> None:
-    """Show what we have to say, and not vLLM's remarks about how it starts: what stops it is an exception."""
+    """Show what we have to say, and not vLLM's remarks about how it starts: what stops it is an exception.
+
+    Those of its C++ (where it has bound its memory) are torch's to print, which reads its level when it is imported.
+    """
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     logging.getLogger("eggroll_llm").setLevel(logging.INFO)
     logging.getLogger("vllm").setLevel(logging.ERROR)

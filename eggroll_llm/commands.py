@@ -35,11 +35,9 @@ def run_train(options: argparse.Namespace, settings: list[tuple[str, str]]) -> i
     config = load_recipe(options.recipe, settings)
     recipe_dir = options.recipe.resolve().parent
 
-    from eggroll_llm.run_dir import default_run_dir
-    from eggroll_llm.session import prepare, train
-
     if options.dry_run:
         from eggroll_llm.budget import budget
+        from eggroll_llm.session import prepare
 
         prepared = prepare(config, recipe_dir, memory=False)
         print(to_toml(prepared.config))
@@ -48,11 +46,15 @@ def run_train(options: argparse.Namespace, settings: list[tuple[str, str]]) -> i
         return 0
 
     from eggroll_llm.display import ConsoleDisplay
+    from eggroll_llm.run_dir import default_run_dir
 
     run_path = options.run_dir or default_run_dir(options.recipe, datetime.now())
     display = ConsoleDisplay()
     display.message(f"run directory: {run_path}")
     with display:
+        display.working("loading task and model")
+        from eggroll_llm.session import train
+
         outcome = train(config, recipe_dir, run_path, options.on_existing, display)
     display.table(_outcome_table(outcome))
     _report(run_path, display)
@@ -104,14 +106,14 @@ def run_compare(options: argparse.Namespace, settings: list[tuple[str, str]]) ->
 
 def _compare(paths: Sequence[Path], out: Path, display: "ConsoleDisplay") -> None:
     from eval.compare import compare_runs
-    from eval.runs import read_runs
+    from eval.runs import about, read_runs
     from eval.tables import tables
 
     runs = read_runs(paths)
     comparison = compare_runs(runs)
     for table in tables(comparison):
         display.table(table)
-    for note in comparison.notes:
+    for note in (*about(runs), *comparison.notes):
         display.message(note)
 
     from eval.report import write_comparison
@@ -123,10 +125,14 @@ def _outcome_table(outcome: "Outcome") -> "Table":
     from rich.table import Table
 
     from eggroll_llm.card import accuracy_text
+    from eggroll_llm.inert import inert
     from eggroll_llm.run_weights import best_step
 
     first, last = outcome.first, outcome.last
-    table = Table(title=f"{outcome.steps} updates in {outcome.wall_time / 60:.1f} minutes of training")
+    table = Table(
+        title=f"{outcome.steps} updates in {outcome.wall_time / 60:.1f} minutes of training",
+        caption=f"before: the base model, {inert(outcome.base_model)}",
+    )
     for column in ("", "before", "after", "change"):
         table.add_column(column, justify="left" if not column else "right")
     gain = last["eval/accuracy"] - first["eval/accuracy"]
@@ -136,6 +142,9 @@ def _outcome_table(outcome: "Outcome") -> "Table":
         accuracy_text(last),
         f"{gain:+.3f}",
     )
+    if outcome.constant:
+        label = f"the best constant answer to them: {outcome.constant.pattern}"
+        table.add_row(label, "", f"{outcome.constant.accuracy:.3f}", "")
     best = best_step(outcome.metrics)
     if best and best["step"] and best["eval/accuracy"] > last["eval/accuracy"]:
         table.add_row(

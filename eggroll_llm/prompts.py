@@ -23,6 +23,8 @@ class ProblemSet:
     """In tokens."""
     hashes: Sequence[str]
     """SHA-256 of the prompts' texts."""
+    questions: Sequence[str] = ()
+    """What a reader is shown of the prompts; see `questions_of`."""
 
 
 _VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "tekken.json", "*.model")
@@ -103,6 +105,7 @@ class Prompter:
                 for text, prompt in zip(texts, prompts, strict=True)
             ],
             hashes=[text_hash(text) for text in texts],
+            questions=questions_of(prompts),
         )
 
     def _tokens(self, text: str, *, plain: bool, bos_by_text: bool) -> tuple[int, ...]:
@@ -111,6 +114,18 @@ class Prompter:
             bos = self.tokenizer.bos_token or self.tokenizer.eos_token
             special = bos is None or not text.startswith(bos)
         return tuple(self.tokenizer(text, add_special_tokens=special)["input_ids"])
+
+
+def questions_of(prompts: Sequence[Prompt]) -> list[str]:
+    """Return the last line of each prompt that is not in all of them, at most 200 characters of it.
+
+    That is the question, without examples, instructions and what opens the answer.
+    """
+    texts = [p if isinstance(p, str) else "\n".join(str(message.get("content")) for message in p) for p in prompts]
+    lines_P = [[line.strip() for line in text.splitlines() if line.strip()] for text in texts]
+    common = set.intersection(*map(set, lines_P)) if len(lines_P) > 1 else set()
+    own_P = [next((line for line in reversed(lines) if line not in common), "".join(lines[-1:])) for lines in lines_P]
+    return [line[:200] for line in own_P]
 
 
 def set_hash(hashes: Sequence[str]) -> str:

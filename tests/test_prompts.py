@@ -9,7 +9,7 @@ import pytest
 from tokenizers.processors import TemplateProcessing
 
 from eggroll_llm.errors import ConfigError, ModelError
-from eggroll_llm.prompts import ProblemSet, Prompter, needed_context, problems_hash
+from eggroll_llm.prompts import ProblemSet, Prompter, needed_context, problems_hash, questions_of
 
 TEXT = "Make 9 from 4 and 5:"
 MESSAGES = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": TEXT}]
@@ -226,3 +226,19 @@ def test_a_chat_template_that_fails_says_so(prompter: Prompter, template: str, s
     prompter.tokenizer.chat_template = template
     with pytest.raises(ModelError, match=f"the chat template does not take the task's messages .*({said})"):
         prompter.encode(MESSAGES)
+
+
+def test_the_question_is_what_differs_between_prompts() -> None:
+    """Examples, instructions and what opens the answer are the same in all of them."""
+    few_shot = [f"1 + 1 = 2\n2 + 2 = 4\n{n} + {n} =" for n in (3, 4)]
+    assert questions_of(few_shot) == ["3 + 3 =", "4 + 4 ="]
+    opened = [f"User: What is {n}?\nAssistant: Let me think.\n<think>" for n in (3, 4)]
+    assert questions_of(opened) == ["User: What is 3?", "User: What is 4?"]
+    chats = [
+        [{"role": "system", "content": "Be brief."}, {"role": "user", "content": f"Is {n} even?\n\nThink first."}]
+        for n in (3, 4)
+    ]
+    assert questions_of(chats) == ["Is 3 even?", "Is 4 even?"]
+    assert questions_of(["a\nb"]) == ["b"]
+    assert questions_of(["a\nsame", "a\nsame"]) == ["same", "same"]
+    assert questions_of(["", "x" * 300]) == ["", "x" * 200]
