@@ -8,7 +8,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, TextIO
 
 from eggroll_llm import commands, interruption
 from eggroll_llm.errors import ConfigError, UserError
@@ -83,10 +83,18 @@ def _set_up_messages() -> None:
     Those of its C++ (where it has bound its memory) are torch's to print, which reads its level when it is imported.
     """
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    logging.basicConfig(format="%(message)s", level=logging.WARNING, handlers=[_StandardError()])
     logging.getLogger("eggroll_llm").setLevel(logging.INFO)
     logging.getLogger("vllm").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="vllm")
+
+
+class _StandardError(logging.StreamHandler[TextIO]):
+    """Writes to standard error as it is at the time: a line that moves puts itself in its place."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.stream = sys.stderr
+        super().emit(record)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -197,7 +197,7 @@ class ConsoleDisplay(Closing):
                 # What others print goes above the line. What they send to a file stays in that.
                 redirect = sys.stderr is not None and sys.stderr.isatty()
                 self._live = _Live(self._line, console=self.console, transient=True, redirect_stderr=redirect)
-                self._live.start()
+                self._live.start(refresh=True)
 
     def _sample(self, sample: dict[str, Any]) -> Text:
         """Return question, answer, reward and why, on a terminal in one line of it."""

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import os
+import pty
 import re
 import subprocess
 import sys
@@ -306,3 +307,35 @@ def test_a_full_disk_behind_standard_output() -> None:
     with Path("/dev/full").open("w") as full:
         result = chatter(stdout=full)
     assert (result.returncode, result.stderr) == (0, "survived\n")
+
+
+LOGGED = """
+import logging, sys, time
+from eggroll_llm import cli
+from eggroll_llm.display import ConsoleDisplay
+cli._set_up_messages()
+with ConsoleDisplay() as display:
+    display.working("loading")
+    logging.getLogger("eggroll_llm").info("converting the model")
+    time.sleep(0.3)
+"""
+
+
+def test_a_message_stands_above_the_line_that_moves() -> None:
+    """On the terminal. What goes to a file goes there, whatever the terminal shows."""
+    assert re.search(r"\r\x1b\[2Kconverting the model\r\n", on_a_terminal(LOGGED))
+    result = subprocess.run(
+        [sys.executable, "-c", LOGGED], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, check=True
+    )
+    assert result.stderr == b"converting the model\n"
+
+
+def on_a_terminal(code: str) -> str:
+    ours, theirs = pty.openpty()
+    environment = os.environ | {"TERM": "xterm", "COLUMNS": "80"}
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env=environment, stdout=theirs, stderr=theirs)
+    os.close(theirs)
+    assert process.wait(timeout=60) == 0
+    shown = os.read(ours, 65536).decode()
+    os.close(ours)
+    return shown
