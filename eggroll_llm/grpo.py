@@ -150,7 +150,6 @@ class GrpoTrainer:
         indices_P = problems_of_step(
             len(self.train_set.problems), config.sampling.prompts_per_step, seed=config.seed, step=step
         )
-        problems_P = [self.train_set.problems[index] for index in indices_P]
         rewards_PS = torch.tensor([score.reward for score in self._scores], dtype=torch.float64).view(-1, samples)
         tied = sum(len({reward for reward in row if math.isfinite(reward)}) <= 1 for row in rewards_PS.tolist())
         row = {
@@ -170,8 +169,8 @@ class GrpoTrainer:
         }
         completions_SP = [rollouts.completions[s::samples] for s in range(samples)]
         scores_SP = [self._scores[s::samples] for s in range(samples)]
-        shown = sample_rows(step, "sample", problems_P, indices_P, completions_SP, scores_SP)
-        self._evaluation = loop.end_step(row, shown, tied=_TIED if tied == len(problems_P) else "")
+        shown = sample_rows(step, "sample", self.train_set, indices_P, completions_SP, scores_SP)
+        self._evaluation = loop.end_step(row, shown, tied=_TIED if tied == len(indices_P) else "")
         if loop.checkpoint_due():
             self.save()
         return loop.finished()
@@ -198,7 +197,7 @@ class GrpoTrainer:
         return {name: tensors[name].detach().cpu() for name in stored}
 
     def _show_progress(self, done: int, total: int) -> None:
-        self.loop.sampling(f"step {self.loop.step}", done, total)
+        self.loop.sampling(self.loop.step_label, done, total)
 
 
 _TIED = (

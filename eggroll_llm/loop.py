@@ -8,6 +8,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -24,7 +25,7 @@ from eggroll_llm.run_dir import RunDir
 from eggroll_llm.run_weights import best_step, write_provenance
 from eggroll_llm.sampler import Completion, Decoding
 from eggroll_llm.scoring import Scorer, unusable
-from eggroll_llm.tasks import Problem, Score
+from eggroll_llm.tasks import Score
 from eggroll_llm.trackers import Trackers
 
 if TYPE_CHECKING:
@@ -34,8 +35,26 @@ TIED_STEPS_WARNING = 3  # steps in a row without any difference between rewards 
 TIED = "rewards tied, nothing learned"
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Course:
+    """Where a run stands."""
+
+    fraction: float | None
+    """Of the limit that is nearest, 0 to 1; None without limits."""
+    seconds_left: float | None
+    """Until that limit, evaluations not counted; None without limits, or where nothing is known yet."""
+    best: float | None
+    """Highest accuracy so far; None before the first evaluation."""
+
+
 class Display(Protocol):
     """Where progress is shown."""
+
+    def working(self, text: str) -> None:
+        """Show that something of unknown length has begun."""
+
+    def course(self, course: Course) -> None:
+        """Show where the run stands."""
 
     def sampling(self, label: str, done: int, total: int) -> None:
         """Show how far the sampling of a step or an evaluation is."""
@@ -85,12 +104,19 @@ class Loop:
         self.greedy = Decoding(max_tokens=config.eval.max_tokens or sampling.max_tokens, stop=stop)
         self._tied_in_a_row = 0
         self._saving_seconds = 0.0
+        display.course(self._course())
 
     def finished(self) -> bool:
         """Whether a limit of the configuration is reached."""
         interruption.check()
         out_of_steps = bool(self.config.steps) and self.step >= self.config.steps
         return out_of_steps or (bool(self.config.minutes) and self.wall_time >= 60 * self.config.minutes)
+
+    @property
+    def step_label(self) -> str:
+        """Return "step 3 of 50", or "step 3" where no limit of steps is set."""
+        steps = self.config.steps
+        return f"step {self.step:>{len(str(steps))}} of {steps}" if steps else f"step {self.step}"
 
     def sampling(self, label: str, done: int, total: int) -> None:
         """Show how far the sampling of a step or an evaluation is."""
@@ -193,6 +219,7 @@ class Loop:
         with self.saving():
             self.run_dir.append_metrics(row)
         self.best = best_step([*([self.best] if self.best else []), row])
+        self.display.course(self._course())
         if self.trackers:
             self.trackers.log(row)
 
@@ -221,8 +248,20 @@ class Loop:
         every = self.config.eval.every
         return self.finished() or (bool(every) and self.step % every == 0)
 
+    def _course(self) -> Course:
+        steps, minutes = self.config.steps, self.config.minutes
+        done = [self.step / steps] if steps else []
+        done += [self.wall_time / (60 * minutes)] if minutes else []
+        return Course(
+            fraction=min(1.0, max(done)) if done else None,
+            seconds_left=self._seconds_left(),
+            best=float(self.best["eval/accuracy"]) if self.best else None,
+        )
+
     def _seconds_left(self) -> float | None:
-        """Estimate from the limit that will be reached first."""
+        """Estimate from the limit that will be reached first; None without limits, and before the first step."""
+        if not self.step:
+            return None
         estimates = []
         if self.config.steps:
             estimates.append(self.wall_time / self.step * (self.config.steps - self.step))
@@ -268,24 +307,25 @@ def _evaluation_row(evaluation: Evaluation) -> dict[str, float]:
 def sample_rows(
     step: int,
     who: str,
-    problems_P: Sequence[Problem],
+    problems: ProblemSet,
     indices_P: Sequence[int],
     completions_MP: Sequence[Sequence[Completion]],
     scores_MP: Sequence[Sequence[Score]],
 ) -> list[dict[str, Any]]:
     """Return a row of each completion for the log, neighbours of different M and problems; `who` is what M is."""
-    members, prompts = len(completions_MP), len(problems_P)
+    members, prompts = len(completions_MP), len(indices_P)
     together = math.lcm(members, prompts)  # after so many rows the same pairs would come again
     rows = []
     for i in range(members * prompts):
         p = i % prompts
         m = (step + i + i // together) % members
-        completion, score = completions_MP[m][p], scores_MP[m][p]
+        completion, score, index = completions_MP[m][p], scores_MP[m][p], indices_P[p]
         rows.append(
             {
                 "step": step,
                 who: m,
-                "problem": problems_P[p].get("id", indices_P[p]),
+                "problem": problems.problems[index].get("id", index),
+                "question": problems.questions[index] if problems.questions else "",
                 "completion": completion.text,
                 "truncated": completion.truncated,
                 "reward": score.reward,

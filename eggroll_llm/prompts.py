@@ -31,6 +31,8 @@ class ProblemSet:
     """SHA-256 of the prompts' texts."""
     in_thought: Set[int] = frozenset()
     """Indices of the prompts that end in a thought, as the chat templates of reasoning models do."""
+    questions: Sequence[str] = ()
+    """What a reader is shown of the prompts; see `questions_of`."""
 
     def answered(self, index: int, completion: Completion) -> tuple[Completion, Problem]:
         """Return what a grader gets of a completion of the prompt with that index."""
@@ -132,6 +134,7 @@ class Prompter:
             ],
             hashes=[text_hash(text) for text in texts],
             in_thought={index for index, text in enumerate(texts) if ends_in_thought(text)},
+            questions=questions_of(prompts),
         )
 
     def _tokens(self, text: str, *, plain: bool, bos_by_text: bool) -> tuple[int, ...]:
@@ -140,6 +143,18 @@ class Prompter:
             bos = self.tokenizer.bos_token or self.tokenizer.eos_token
             special = bos is None or not text.startswith(bos)
         return tuple(self.tokenizer(text, add_special_tokens=special)["input_ids"])
+
+
+def questions_of(prompts: Sequence[Prompt]) -> list[str]:
+    """Return the last line of each prompt that is not in all of them, at most 200 characters of it.
+
+    That is the question, without examples, instructions and what opens the answer.
+    """
+    texts = [p if isinstance(p, str) else "\n".join(str(message.get("content")) for message in p) for p in prompts]
+    lines_P = [[line.strip() for line in text.splitlines() if line.strip()] for text in texts]
+    common = set.intersection(*map(set, lines_P)) if len(lines_P) > 1 else set()
+    own_P = [next((line for line in reversed(lines) if line not in common), "".join(lines[-1:])) for lines in lines_P]
+    return [line[:200] for line in own_P]
 
 
 def set_hash(hashes: Sequence[str]) -> str:

@@ -32,6 +32,7 @@ from eggroll_llm.run_dir import OnExisting, RunDir
 from eggroll_llm.scoring import Scorer
 from eggroll_llm.targets import check_rank
 from eggroll_llm.tasks import PATH_OPTIONS, Problem, Task, load_task
+from eggroll_llm.tasks.constant import Constant, best_constant
 from eggroll_llm.trackers import Trackers
 from eggroll_llm.trainer import EsTrainer
 
@@ -64,6 +65,10 @@ class Outcome:
     """Metrics of the last evaluation."""
     metrics: Sequence[dict[str, Any]]
     """All lines of metrics.jsonl."""
+    base_model: str
+    """What it is called beside its figures."""
+    constant: Constant | None
+    """The best fixed answer pattern on the held-out problems; None where the task has none, or `evaluation` is None."""
     final: Path
     evaluation: Evaluation | None
     """The last evaluation, when this process did it."""
@@ -224,7 +229,7 @@ def train(config: RunConfig, recipe_dir: Path, run_path: Path, on_existing: OnEx
             else:
                 step, checkpoint = by_checkpoint(run, display)
             evaluation = _train_from(step, checkpoint, prepared, scorer, run, journal, display)
-        return outcome(run, evaluation)
+        return outcome(run, config, evaluation)
 
 
 def _train_from(
@@ -238,7 +243,7 @@ def _train_from(
 ) -> Evaluation | None:
     """Start the engine, train on after `step`, and write `final/`; return the last evaluation if it was done here."""
     config = prepared.config
-    display.message("starting the engine")
+    display.working("starting the engine")
     engine = start_engine(prepared)
     trackers = Trackers(config.log, run.path, flat(config), display.message)
     try:
@@ -266,6 +271,7 @@ def _train_from(
             trainer = GrpoTrainer(loop, prepared.train, model_dir=prepared.model_dir, checkpoint=checkpoint)
         loop.resumed_from = checkpoint.path if checkpoint else None
         evaluation = trainer.run()
+        display.working("writing the model")
         run.write_final(trainer.export)
     except EngineError as error:
         raise TrainingError(loop.stopped_by(str(error))) from error
@@ -290,16 +296,19 @@ _FROM = "resuming after step {}, from its checkpoint; what came later is done ag
 _FROM_START = "resuming from the start: there is no checkpoint"
 
 
-def outcome(run: RunDir, evaluation: Evaluation | None = None) -> Outcome:
+def outcome(run: RunDir, config: RunConfig, evaluation: Evaluation | None = None) -> Outcome:
     """Read what a run has come to from its directory."""
     metrics = run.read_metrics()
     evaluated = [row for row in metrics if "eval/accuracy" in row]
+    held_out = [sample.doc for sample in evaluation.samples] if evaluation else []
     return Outcome(
         steps=int(metrics[-1]["step"]),
         wall_time=float(metrics[-1]["wall_time"]),
         first=evaluated[0],
         last=evaluated[-1],
         metrics=metrics,
+        base_model=embedded.called(config.model),
+        constant=best_constant(config.task, config.task_options, held_out),
         final=run.final,
         evaluation=evaluation,
     )

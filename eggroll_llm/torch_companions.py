@@ -59,8 +59,9 @@ def main(arguments: list[str]) -> int:
     for broken in found:
         if removing:
             remove(broken)
-        verb = "removed" if removing else "found"
-        print(f"{verb} {broken.name} {broken.version}, useless beside this torch: {broken.error}")
+            print(f"removed {broken.name} {broken.version}: built for another torch, and not needed for text models")
+        else:
+            print(f"{broken.name} {broken.version} cannot be imported beside this torch: {broken.error}")
     return 1 if found and not removing else 0
 
 

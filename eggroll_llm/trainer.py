@@ -63,7 +63,6 @@ class EsTrainer:
         indices_P = problems_of_step(
             len(self.train_set.problems), config.sampling.prompts_per_step, seed=config.seed, step=step
         )
-        problems_P = [self.train_set.problems[index] for index in indices_P]
 
         noise_seconds = self.engine.begin(noise_of(config, step), config.es.population, antithetic=config.es.antithetic)
         sampling_start = time.perf_counter()
@@ -75,7 +74,7 @@ class EsTrainer:
             self.loop.decoding,
             seed=config.seed,
             step=step,
-            on_progress=lambda done, total: self.loop.sampling(f"step {step}", done, total),
+            on_progress=lambda done, total: self.loop.sampling(self.loop.step_label, done, total),
         )
         sampling_seconds = time.perf_counter() - sampling_start
 
@@ -110,7 +109,7 @@ class EsTrainer:
         graded_MP = [list(map(_shown, *rows)) for rows in zip(completions_MPS, scores_MPS, strict=True)]
         completions_MP = [[completion for completion, _ in row_P] for row_P in graded_MP]
         scores_MP = [[score for _, score in row_P] for row_P in graded_MP]
-        samples = sample_rows(step, "member", problems_P, indices_P, completions_MP, scores_MP)
+        samples = sample_rows(step, "member", self.train_set, indices_P, completions_MP, scores_MP)
         row = {
             "step": step,
             "wall_time": self.loop.wall_time,

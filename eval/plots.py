@@ -106,7 +106,8 @@ def caption(groups: Sequence[Group], *, reward: bool = False) -> str:
         means = ", averaged over seeds" if seeds else ""
         parts.append(
             f"Training reward: dots are means of a step{thinned}, lines running means over {_range(windows)} "
-            f"steps{means}."
+            f"steps{means}. Each step takes other problems, so its reward moves with their difficulty, too: whether "
+            "the model improves is seen in the accuracy."
         )
     if reward and (missing := [name for name, n in rewards.items() if not n]):
         parts.append(f"No training reward is recorded of {', '.join(missing)}.")

@@ -23,7 +23,7 @@ from eggroll_llm.inert import inert
 from eggroll_llm.jsonl import read_rows
 from eval import plots
 from eval.compare import BUDGETS, Comparison, Example, PairedTest, Seeds, Summary, compare_runs, groups_of
-from eval.runs import Budget, Group, Point, Run, number, read_runs
+from eval.runs import Budget, Group, Point, Run, about, number, read_runs
 from eval.statistics import LEAST_DISCORDANT
 from eval.tables import Grid, amount, grids, interval_text, p_text, pair_text, percent, points, problem_text
 
@@ -45,7 +45,7 @@ def write_run_report(run_path: Path | str) -> Path:
     run, comparison, groups = runs[0], compare_runs(runs), groups_of(runs)
     test = comparison.tests[0] if comparison.tests else None
     body = [
-        _notes(comparison),
+        _notes([*about(runs), *comparison.notes]),
         _section("Learning curves", _overview(groups)),
         _section("Evaluations", _table(_evaluations_grid(run))),
         _section("Answers that changed", _examples(test)) if test else "",
@@ -75,7 +75,7 @@ def write_comparison(runs: Sequence[Run], comparison: Comparison, out_dir: Path 
         if test.won or test.lost
     )
     body = [
-        _notes(comparison),
+        _notes([*about(runs), *comparison.notes]),
         _section("Learning curves", _overview(groups)),
         *(_section(grid.title, _table(grid)) for grid in grids(comparison)),
         _section("Answers that changed", *details),
@@ -173,9 +173,9 @@ def _data_uri(figure: Figure) -> str:
     return "data:image/svg+xml;base64," + base64.b64encode(plots.svg(figure).encode()).decode()
 
 
-def _notes(comparison: Comparison) -> str:
-    items = "".join(f"<li>{_text(note)}</li>" for note in comparison.notes)
-    return f'<ul class="notes">{items}</ul>' if items else ""
+def _notes(notes: Iterable[str]) -> str:
+    items = "".join(f"<li>{_text(note)}</li>" for note in notes)
+    return f'<ul class="notes">{items}</ul>'
 
 
 def _run_headline(run: Summary, test: PairedTest | None) -> str:
@@ -340,12 +340,17 @@ def _sum(rows: Iterable[Mapping[str, Any]], key: str) -> float:
 def _last_completions(run: Run) -> list[str]:
     rows = read_rows(run.directory.completions) if run.directory.completions.is_file() else []
     last = [row for row in rows if row.get("step") == rows[-1].get("step")]
-    return [
-        f'<article class="example"><p><span class="{"won" if row.get("correct") else "lost"}">'
-        f"{'right' if row.get('correct') else 'wrong'}</span> · step {_text(row.get('step'))}, "
-        f"problem {_text(row.get('problem'))}</p><pre>{_text(str(row.get('completion', '')).strip())}</pre></article>"
-        for row in last
-    ]
+    return [_last_completion(row) for row in last]
+
+
+def _last_completion(row: Mapping[str, Any]) -> str:
+    right = bool(row.get("correct"))
+    question = row.get("question") or f"problem {row.get('problem')}"
+    return (
+        f'<article class="example"><p><span class="{"won" if right else "lost"}">{"right" if right else "wrong"}</span>'
+        f" · step {_text(row.get('step'))}, {_text(question)}</p>"
+        f"<pre>{_text(str(row.get('completion', '')).strip())}</pre></article>"
+    )
 
 
 def _reproduce(run: Run) -> list[str]:

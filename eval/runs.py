@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from eggroll_llm.config import RunConfig, applies, differences, flat, load_recipe, may_change
+from eggroll_llm.embedded import called
 from eggroll_llm.errors import ConfigError, RunDirError
 from eggroll_llm.inert import inert
 from eggroll_llm.jsonl import read_rows
@@ -23,6 +24,7 @@ from eggroll_llm.nesting import parse_json
 from eggroll_llm.run_dir import RunDir, earlier_starts
 from eggroll_llm.run_weights import best_step, final_step
 from eggroll_llm.samples import TASK, Sample, read_samples
+from eggroll_llm.tasks.constant import Constant, best_constant
 from eggroll_llm.toml_text import format_value
 
 Budget = Literal["completions", "tokens", "seconds"]
@@ -230,6 +232,25 @@ def _whole(row: Mapping[str, Any], key: str) -> int:
 def _starts(path: Path) -> tuple[Mapping[str, Any], ...]:
     """A run without this file is as good as any other: nothing is computed from it."""
     return tuple(start for start in earlier_starts(path) if isinstance(start, dict))
+
+
+def about(runs: Sequence[Run]) -> list[str]:
+    """Return what the figures of the runs are to be compared with: base model, and the best constant answer."""
+    models = dict.fromkeys(called(run.config.model) for run in runs)
+    constants = dict.fromkeys(constant for run in runs if (constant := _constant(run)))
+    said = [f"Base model{'s' if len(models) > 1 else ''}: {'; '.join(models)}."]
+    for constant in constants:
+        share = f"{100 * constant.accuracy:.1f} %"
+        said.append(f"The best constant answer to these problems ({constant.pattern}) is right for {share}.")
+    return said
+
+
+def _constant(run: Run) -> Constant | None:
+    try:
+        answers = run.answers(run.evaluations[-1].step)
+    except RunDirError:  # they were not recorded
+        return None
+    return best_constant(run.config.task, run.config.task_options, [sample.doc for sample in answers.values()])
 
 
 def _base_model(journal: Path) -> str:

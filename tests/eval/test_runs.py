@@ -11,7 +11,7 @@ from made_up_runs import PROBLEMS, make_config, write_run
 from eggroll_llm.config import EngineConfig, LogConfig, SamplingConfig
 from eggroll_llm.errors import ConfigError, RunDirError, SamplesError
 from eggroll_llm.run_weights import write_provenance
-from eval.runs import group_seeds, read_runs
+from eval.runs import about, group_seeds, read_runs
 
 
 def test_a_row_is_what_all_steps_up_to_it_took(tmp_path: Path) -> None:
@@ -75,6 +75,20 @@ def test_what_was_not_finite_is_not_a_number(tmp_path: Path) -> None:
     assert (run.points[1].tokens, run.points[2].tokens) == (0, 100)
     assert [point.step for point in run.evaluations] == [0]
     assert len(run.points) == 3
+
+
+def test_figures_are_to_be_compared_with_the_base_model_and_the_best_constant_answer(tmp_path: Path) -> None:
+    demo = write_run(tmp_path / "demo", {0: "01"})
+    said = [
+        "Base model: SmolLM2-135M-Instruct, 4-bit GGUF expanded to bfloat16.",
+        "The best constant answer to these problems (a + b) is right for 100.0 %.",
+    ]
+    assert about(read_runs([demo])) == said
+    other = write_run(tmp_path / "other", {0: "01"}, config=make_config(model="/data/mine", task="gsm8k"))
+    both = about(read_runs([demo, other]))
+    assert both == ["Base models: SmolLM2-135M-Instruct, 4-bit GGUF expanded to bfloat16; mine.", said[1]]
+    next((demo / "evaluations").iterdir()).unlink()
+    assert about(read_runs([demo])) == said[:1]
 
 
 def test_an_edited_problem_is_another_one(tmp_path: Path) -> None:

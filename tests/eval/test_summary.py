@@ -151,6 +151,8 @@ def test_the_table(capsys: pytest.CaptureFixture[str]) -> None:
     ]
     greedy = table(summarize(results([["r"], ["w"]], available=2, temperature=0.0, samples=1), []))
     assert "LIMITED" not in greedy
+    embedded = table(summarize(results([["r"], ["w"]]), []) | {"model_name": "smollm2-135m-instruct"})
+    assert "\nSmolLM2-135M-Instruct, 4-bit GGUF expanded to bfloat16 (bfloat16, weights 0123): " in embedded
     assert "2 problems, 1 completion each, greedy, at most 256" in greedy
 
 

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from eggroll_llm import session
 from eggroll_llm.config import CheckpointConfig, EsConfig, EvalConfig, LogConfig, RunConfig, SamplingConfig
 from eggroll_llm.journal import read_journal
+from eggroll_llm.loop import Course
 from eggroll_llm.noise import NoiseSpec, served_factors
 from eggroll_llm.prompts import ProblemSet
 from eggroll_llm.sampler import Completion, Decoding, Request
@@ -166,6 +167,14 @@ class Recorder:
         self.steps: list[tuple[int, list[dict[str, Any]], float | None]] = []
         self.evaluations: list[tuple[int, float]] = []
         self.notes: list[str] = []
+        self.activities: list[str] = []
+        self.courses: list[Course] = []
+
+    def working(self, text: str) -> None:
+        self.activities.append(text)
+
+    def course(self, course: Course) -> None:
+        self.courses.append(course)
 
     def sampling(self, label: str, done: int, total: int) -> None:
         self.progress = (label, done, total)
@@ -225,6 +234,7 @@ def problem_set(task: Any, split: str) -> ProblemSet:
         problems=problems,
         prompts=[tuple(problem["x"]) for problem in problems],
         hashes=[problem["id"] for problem in problems],
+        questions=[f"What of {problem['id']}?" for problem in problems],
     )
 
 

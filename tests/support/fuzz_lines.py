@@ -159,7 +159,7 @@ def check_shown(data: bytes, folder: Path) -> None:
     display.message(text)
     display.step(
         {"step": 1, "reward/mean": 0, "reward/accuracy": 0, "throughput/tokens_per_second": 0, "time/step": 0},
-        [{"problem": text[:20], "completion": text, "correct": False}],
+        [{"question": text, "completion": text, "correct": False, "reward": 0.0, "detail": text}],
         seconds_left=None,
     )
     lines = output.getvalue().split("\n")

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from eggroll_llm import session
 from eggroll_llm.config import load_recipe
+from eggroll_llm.loop import Course
 from eggroll_llm.sampler import Completion, Decoding, Request
 from eggroll_llm.watchdog import Watchdog
 
@@ -174,6 +175,12 @@ class Recorder:
     messages: list[str] = dataclasses.field(default_factory=list)
     steps: list[int] = dataclasses.field(default_factory=list)
     notes: list[str] = dataclasses.field(default_factory=list)
+
+    def working(self, text: str) -> None:
+        assert text
+
+    def course(self, course: Course) -> None:
+        assert course.fraction is not None
 
     def sampling(self, label: str, done: int, total: int) -> None:
         assert done <= total
