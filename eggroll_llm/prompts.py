@@ -23,6 +23,8 @@ class ProblemSet:
     """In tokens."""
     hashes: Sequence[str]
     """SHA-256 of the prompts' texts."""
+    example: str = ""
+    """Text of the first prompt, chat template applied, to be shown."""
 
 
 _VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "tekken.json", "*.model")
@@ -103,6 +105,7 @@ class Prompter:
                 for text, prompt in zip(texts, prompts, strict=True)
             ],
             hashes=[text_hash(text) for text in texts],
+            example=texts[0] if texts else "",
         )
 
     def _tokens(self, text: str, *, plain: bool, bos_by_text: bool) -> tuple[int, ...]:

@@ -15,7 +15,8 @@ from typing import Any
 from eggroll_llm import embedded
 from eggroll_llm.budget import check_memory
 from eggroll_llm.checkpoint import Checkpoint, clean
-from eggroll_llm.config import RunConfig, check_resume, flat, frozen_hash, load_recipe, to_toml
+from eggroll_llm.config import RunConfig, applies, check_resume, flat, frozen_hash, load_recipe, to_toml
+from eggroll_llm.diagnosis import Finding, diagnose
 from eggroll_llm.errors import ConfigError, EngineError, TaskError, TrainingError
 from eggroll_llm.evaluate import Evaluation
 from eggroll_llm.grpo import GrpoTrainer, check_installed
@@ -65,6 +66,8 @@ class Outcome:
     final: Path
     evaluation: Evaluation | None
     """The last evaluation, when this process did it."""
+    findings: Sequence[Finding] = ()
+    """What kept the run from learning."""
 
 
 def settle(config: RunConfig, recipe_dir: Path) -> RunConfig:
@@ -88,7 +91,7 @@ def settle(config: RunConfig, recipe_dir: Path) -> RunConfig:
         model=str(model.resolve()) if model.is_dir() and config.model != embedded.NAME else config.model,
         task=task,
         task_options=options,
-        grpo=dataclasses.replace(grpo, dtype=resolve_dtype(grpo.dtype)),
+        grpo=dataclasses.replace(grpo, dtype=resolve_dtype(grpo.dtype)) if config.method == "grpo" else grpo,
         engine=dataclasses.replace(
             engine,
             dtype=resolve_dtype(engine.dtype),
@@ -218,7 +221,7 @@ def train(config: RunConfig, recipe_dir: Path, run_path: Path, on_existing: OnEx
             else:
                 step, checkpoint = by_checkpoint(run, display)
             evaluation = _train_from(step, checkpoint, prepared, scorer, run, journal, display)
-        return outcome(run, evaluation)
+        return outcome(run, config, evaluation)
 
 
 def _train_from(
@@ -234,7 +237,8 @@ def _train_from(
     config = prepared.config
     display.message("starting the engine")
     engine = start_engine(prepared)
-    trackers = Trackers(config.log, run.path, flat(config), display.message)
+    settings = {key: value for key, value in flat(config).items() if applies(key, config)}
+    trackers = Trackers(config.log, run.path, settings, display.message)
     try:
         loop = Loop(
             config,
@@ -285,7 +289,7 @@ _FROM = "of its checkpoint; what came after it is done again"
 _FROM_START = "no checkpoint, everything is done again"
 
 
-def outcome(run: RunDir, evaluation: Evaluation | None = None) -> Outcome:
+def outcome(run: RunDir, config: RunConfig, evaluation: Evaluation | None = None) -> Outcome:
     """Read what a run has come to from its directory."""
     metrics = run.read_metrics()
     evaluated = [row for row in metrics if "eval/accuracy" in row]
@@ -297,4 +301,5 @@ def outcome(run: RunDir, evaluation: Evaluation | None = None) -> Outcome:
         metrics=metrics,
         final=run.final,
         evaluation=evaluation,
+        findings=diagnose(config, metrics, ended=True),
     )

@@ -339,9 +339,9 @@ def test_paths_in_flags_are_relative_to_where_the_user_stands(
 
 def finished(run_path: Path) -> Outcome:
     metrics: list[dict[str, Any]] = [
-        {"step": 0, "wall_time": 0.0, "eval/accuracy": 0.25, "eval/stderr": 0.03, "eval/problems": 256},
+        {"step": 0, "wall_time": 0.0, "eval/accuracy": 0.25, "eval/problems": 256},
         {
-            "step": 1, "wall_time": 90.0, "eval/accuracy": 0.5, "eval/stderr": 0.04, "eval/problems": 256,
+            "step": 1, "wall_time": 90.0, "eval/accuracy": 0.5, "eval/problems": 256,
             "tokens/prompt": 3000, "tokens/generated": 2000, "time/sample": 4.0, "time/noise": 0.1, "time/update": 0.2,
             "time/serve": 0.1, "time/step": 10.0,
         },
@@ -372,7 +372,14 @@ def test_a_run_ends_with_its_table_and_how_to_go_on(
     assert seen == [(5, tmp_path, path, "resume")]
     output = capsys.readouterr().out
     # 0.5 - 0.25, 5000 tokens in 4 s, 0.4 s of 10.
-    for text in ("0.250 ± 0.030", "0.500 ± 0.040", "+0.250", "1,250", "4.0%", "1 updates in 1.5 minutes"):
+    for text in (
+        "25.0 % [20.1, 30.6]",
+        "50.0 % [43.9, 56.1]",
+        "+25.0 points, p < 0.0001",
+        "1,250",
+        "4.0%",
+        "1 updates in 1.5 minutes",
+    ):
         assert text in output
     flat = output.replace("\n", "")
     assert f"model: {path / 'final'}" in flat

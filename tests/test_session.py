@@ -418,7 +418,7 @@ def test_outcome_is_read_from_the_directory(tmp_path: Path) -> None:
             {"step": 3, "wall_time": 31.0},
         ):
             run.append_metrics(row)
-        found = outcome(run)
+        found = outcome(run, RunConfig(task="countdown", steps=3))
     assert (found.steps, found.wall_time, len(found.metrics)) == (3, 31.0, 4)
     assert (found.first["eval/accuracy"], found.last["eval/accuracy"], found.last["step"]) == (0.25, 0.5, 2)
     assert (found.final, found.evaluation) == (tmp_path / "run" / "final", None)

@@ -225,6 +225,7 @@ def problem_set(task: Any, split: str) -> ProblemSet:
         problems=problems,
         prompts=[tuple(problem["x"]) for problem in problems],
         hashes=[problem["id"] for problem in problems],
+        example="what is near?",
     )
 
 
