@@ -40,10 +40,11 @@ def run_train(options: argparse.Namespace, settings: list[tuple[str, str]]) -> i
 
     if options.dry_run:
         from eggroll_llm.budget import budget
+        from eggroll_llm.step_time import estimate_lines, measure
 
         prepared = prepare(config, recipe_dir, memory=False)
         print(to_toml(prepared.config))
-        for line in budget(prepared):
+        for line in [*budget(prepared), *estimate_lines(prepared, measure(prepared))]:
             print(f"# {line}")
         return 0
 

@@ -107,7 +107,7 @@ def caption(groups: Sequence[Group], *, reward: bool = False) -> str:
         means = ", averaged over seeds" if seeds else ""
         parts.append(
             f"Training reward: dots are means of a step{thinned}, lines running means over {_range(windows)} "
-            f"steps{means}."
+            f"steps{means}. Each step has other problems, so it varies with how hard they are."
         )
     if reward and (missing := [name for name, n in rewards.items() if not n]):
         parts.append(f"No training reward is recorded of {', '.join(missing)}.")
