@@ -87,7 +87,7 @@ def news(said: Mapping[str, int], found: Sequence[Finding]) -> list[Finding]:
 def p_value(base: Row, last: Row) -> float:
     """Return that of an evaluation against the base model's: of pairs where they were counted, else of two shares."""
     won, lost = number(last, "eval/won"), number(last, "eval/lost")
-    if min(won, lost) >= 0 and math.isfinite(won + lost):
+    if min(won, lost) >= 0 and won + lost <= _problems(last):
         return mcnemar(int(won), int(lost))
     shares, counts = zip(*((number(row, "eval/accuracy"), _problems(row)) for row in (base, last)), strict=True)
     return two_shares(shares, counts)
@@ -207,8 +207,8 @@ class _Course:
         if not self.base:
             return None
         last, best = self.evaluations[-1], max(self.evaluations, key=lambda row: number(row, "eval/accuracy"))
-        before, now, p = number(self.base, "eval/accuracy"), number(last, "eval/accuracy"), p_value(self.base, last)
-        if now >= before or p >= SIGNIFICANT:
+        before, now = number(self.base, "eval/accuracy"), number(last, "eval/accuracy")
+        if now >= before or (p := p_value(self.base, last)) >= SIGNIFICANT:
             return None
         key, rate = self._rate()
         remedy = f"start again with {key} lowered from {rate:g}, or change reward or length limit"
