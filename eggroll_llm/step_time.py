@@ -8,9 +8,8 @@
     GRPO: training  three passes' worth of operations a token of completions and distinct prompts, one more for the
                     probabilities before the update and one for the base model's; weights, gradient and AdamW's moments
 
-It is an estimate: a range from answers of a quarter of the length limit, prefixes of prompts computed once a member and
-most of the measured rate, to answers at the limit, no shared prefix and a fraction of the rate. What scores answers is
-not in it.
+What prompts begin with in common is computed once a member. It is an estimate: a range from answers of a quarter of the
+length limit at most of the measured rate to answers at the limit at a fraction of it. What scores answers is not in it.
 """
 
 import math
@@ -121,25 +120,24 @@ def estimate_lines(prepared: "Prepared", machine: Machine) -> list[str]:
     """Return a sentence on a step, one on an evaluation and one on the run."""
     config, model = prepared.config, model_sizes(prepared)
     ends = (
-        (SHORT_ANSWER, machine.passes[0], EFFICIENCY[0], True),
-        (1.0, machine.passes[1], EFFICIENCY[1], False),
+        (SHORT_ANSWER, machine.passes[0], EFFICIENCY[0]),
+        (1.0, machine.passes[1], EFFICIENCY[1]),
     )
     steps, evaluations = [], []
-    for length, overhead, efficiency, shares in ends:
+    for length, overhead, efficiency in ends:
         at = replace(
             machine,
             serving=efficiency * machine.serving,
             training=efficiency * machine.training,
             passes=(overhead, overhead),
         )
-        steps.append(step_seconds(prepared, model, at, length=length, shares=shares))
+        steps.append(step_seconds(prepared, model, at, length=length))
         evaluation = sampled(
             prepared.held_out.prompts,
             members=1,
             problems=len(prepared.held_out.prompts),
             samples=1,
             length=length * (config.eval.max_tokens or config.sampling.max_tokens),
-            shares=shares,
         )
         evaluations.append(_sampling_seconds(evaluation, model, at, prepared))
     lines = [
@@ -170,7 +168,7 @@ def model_sizes(prepared: "Prepared") -> Model:
     )
 
 
-def step_seconds(prepared: "Prepared", model: Model, machine: Machine, *, length: float, shares: bool) -> float:
+def step_seconds(prepared: "Prepared", model: Model, machine: Machine, *, length: float) -> float:
     """Return the time of a step whose answers have that share of the length limit."""
     config, es = prepared.config, prepared.config.es
     sampling = config.sampling
@@ -181,7 +179,6 @@ def step_seconds(prepared: "Prepared", model: Model, machine: Machine, *, length
         problems=sampling.prompts_per_step,
         samples=sampling.samples_per_prompt,
         length=length * sampling.max_tokens,
-        shares=shares,
     )
     seconds = _sampling_seconds(drawn, model, machine, prepared)
     size = _SIZE[config.engine.dtype]
@@ -200,14 +197,10 @@ def step_seconds(prepared: "Prepared", model: Model, machine: Machine, *, length
     return seconds + passes * forward / machine.training + (adamw + (4 + size) * model.every) / machine.bandwidth
 
 
-def sampled(
-    prompts: Sequence[Sequence[int]], *, members: int, problems: int, samples: int, length: float, shares: bool
-) -> Sampled:
-    """Return what is sampled at once; with `shares` what prompts have in common is computed once a member."""
-    mean = _mean_length(prompts)
-    common = _common(prompts[:EXAMPLES]) if shares else 0
-    each = mean - common
-    passing = members * (common + problems * each) if shares else members * problems * samples * mean
+def sampled(prompts: Sequence[Sequence[int]], *, members: int, problems: int, samples: int, length: float) -> Sampled:
+    """Return what is sampled at once."""
+    mean, common = _mean_length(prompts), _common(prompts[:EXAMPLES])
+    passing = members * (common + problems * (mean - common))
     return Sampled(
         completions=members * problems * samples, prompt_tokens=passing, length=length, context=mean + length / 2
     )

@@ -212,28 +212,28 @@ SMALL = Model(linear=1000, head=500, every=2000, attention=10)
 
 
 def test_time_of_a_step_of_es(model: Path) -> None:
-    """36 answers of 50 tokens, all at once, to prompts of 25: 50 passes, 2,700 tokens that attend to 50 positions."""
-    operations = 2700 * (2 * 1000 + 4 * 10 * 50) + 2 * (36 + 1800) * 500
+    """36 answers of 50 tokens, all at once, to prompts of 25, of which 10 are the same: 50 passes over 50 positions."""
+    tokens = 6 * (10 + 3 * 15) + 36 * 50
+    operations = tokens * (2 * 1000 + 4 * 10 * 50) + 2 * (36 + 1800) * 500
     sampling = operations / 1e6 + 50 * 2 * (1000 + 500) / 1e6 + 50 * 0.1
     update = 2 * 1000 * 3 * 4 / 1e5 + (4 + 4 + 2) * 1000 / 1e6  # three pairs of rank 4; masters and served weights
-    found = step_seconds(prepared(model), SMALL, SLOW, length=1.0, shares=False)
-    assert found == pytest.approx(sampling + update) == pytest.approx(18.036)
+    found = step_seconds(prepared(model), SMALL, SLOW, length=1.0)
+    assert found == pytest.approx(sampling + update) == pytest.approx(15.756)
 
 
 def test_time_of_a_step_of_grpo(model: Path) -> None:
     """Six answers; three passes' worth to train and one before, over 300 tokens of them and 75 of prompts."""
-    sampling = (450 * 4000 + 2 * (6 + 300) * 500) / 1e6 + 50 * 2 * 1500 / 1e6 + 50 * 0.1
+    sampling = ((10 + 3 * 15 + 300) * 4000 + 2 * (6 + 300) * 500) / 1e6 + 50 * 2 * 1500 / 1e6 + 50 * 0.1
     training = 4 * (375 * 4000 + 2 * 300 * 500) / 1e5 + (36 + 4 + 2) * 2000 / 1e6
     grpo = GrpoConfig(learning_rate=1e-5, micro_batch=2)
-    found = step_seconds(prepared(model, method="grpo", grpo=grpo), SMALL, SLOW, length=1.0, shares=False)
-    assert found == pytest.approx(sampling + training) == pytest.approx(79.34)
+    found = step_seconds(prepared(model, method="grpo", grpo=grpo), SMALL, SLOW, length=1.0)
+    assert found == pytest.approx(sampling + training) == pytest.approx(78.96)
 
 
 def test_what_prompts_have_in_common_is_computed_once_a_member() -> None:
     prompts = [(1, 2, 3, 4), (1, 2, 5, 6), (1, 2, 3, 7)]
-    shared = sampled(prompts, members=6, problems=3, samples=2, length=8, shares=True)
+    shared = sampled(prompts, members=6, problems=3, samples=2, length=8)
     assert (shared.prompt_tokens, shared.completions, shared.context) == (6 * (2 + 3 * 2), 36, 8)
-    assert sampled(prompts, members=6, problems=3, samples=2, length=8, shares=False).prompt_tokens == 36 * 4
 
 
 def test_the_estimate_of_a_run(model: Path) -> None:
