@@ -140,7 +140,7 @@ def _outcome_table(outcome: "Outcome") -> "Table":
     for column in ("", "before", "after", "change"):
         table.add_column(column, justify="right" if column else "left", no_wrap=bool(column))
     problems = f"accuracy on {last['eval/problems']} held-out problems"
-    table.add_row(problems, shown(first), shown(last), f"{gain(last)}, {p_text(p_value(first, last))}")
+    table.add_row(problems, shown(first), shown(last), f"{gain(last)}\n{p_text(p_value(first, last))}")
     best = best_step(outcome.metrics)
     if best and best["step"] and best["eval/accuracy"] > last["eval/accuracy"]:
         table.add_row(

@@ -161,7 +161,7 @@ class _Course:
             severity="failure" if ratio >= DESTRUCTIVE else "warning",
             text=text + (", which destroys a model" if ratio >= DESTRUCTIVE else ""),
             remedy=f"start again with {key} lowered from {rate:g} to about {rate * GOOD_STEP / ratio:.0e}",
-            level=1 + max(0, int(math.log10(ratio / LARGE_STEP))),
+            level=1 + int(math.log10(min(ratio, 1e9) / LARGE_STEP)),
         )
 
     def sigma_size(self) -> Finding | None:
@@ -285,15 +285,15 @@ class _Course:
 
 
 def _sum(rows: Sequence[Row], key: str) -> float:
-    return math.fsum(value for row in rows if math.isfinite(value := number(row, key)))
+    return sum(value for row in rows if math.isfinite(value := number(row, key)))
 
 
 def _share(rows: Sequence[Row], key: str) -> float:
     """Mean of a share of completions over steps; NaN of none."""
     pairs = [(number(row, key), number(row, "completions")) for row in rows]
     pairs = [(share, count) for share, count in pairs if math.isfinite(share * count)]
-    total = math.fsum(count for _, count in pairs)
-    return math.fsum(share * count for share, count in pairs) / total if total else math.nan
+    total = sum(count for _, count in pairs)
+    return sum(share * count for share, count in pairs) / total if total else math.nan
 
 
 def _problems(row: Row) -> int:
@@ -306,4 +306,6 @@ def _accuracy(row: Row) -> str:
 
 
 def _times(ratio: float) -> str:
-    return f"{ratio:,.3g} times" if ratio >= 1 else f"{100 * ratio:.0f} % of"
+    if ratio < 1:
+        return f"{100 * ratio:.0f} % of"
+    return f"{ratio:,.0f} times" if 100 <= ratio < 1e6 else f"{ratio:.3g} times"

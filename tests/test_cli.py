@@ -1,5 +1,6 @@
 """A user's mistake is one line that says what to do, and status 2; help and dry runs start nothing."""
 
+import dataclasses
 import os
 import re
 import signal
@@ -17,6 +18,7 @@ from eggroll_llm import session
 from eggroll_llm.cli import INTERRUPTED, main
 from eggroll_llm.commands import _samples_file
 from eggroll_llm.config import RunConfig, field_help, load_recipe
+from eggroll_llm.diagnosis import Finding
 from eggroll_llm.errors import TaskError
 from eggroll_llm.run_dir import RunDir
 from eggroll_llm.session import Outcome
@@ -322,6 +324,8 @@ def test_a_dry_run_prints_settings_and_budget_and_trains_nothing(
     assert printed["engine"]["max_model_len"] % 32 == 0
     assert "# per step: 8 completions = 4 members x 2 prompts x 1 samples\n" in output
     assert "# in all: 3 steps, 24 completions\n" in output
+    assert "# time, estimated: " in output
+    assert "grpo" not in printed
     assert [path for path in sorted(tmp_path.iterdir()) if path.name != "__pycache__"] == before
 
 
@@ -375,7 +379,8 @@ def test_a_run_ends_with_its_table_and_how_to_go_on(
     for text in (
         "25.0 % [20.1, 30.6]",
         "50.0 % [43.9, 56.1]",
-        "+25.0 points, p < 0.0001",
+        "+25.0 points",
+        "p < 0.0001",
         "1,250",
         "4.0%",
         "1 updates in 1.5 minutes",
@@ -385,6 +390,17 @@ def test_a_run_ends_with_its_table_and_how_to_go_on(
     assert f"model: {path / 'final'}" in flat
     assert f"--run-dir {path} --on-existing resume" in flat
     assert f"eggroll-llm eval {path}" in flat
+
+
+def test_the_last_lines_of_a_run_that_failed_do_not_look_like_success(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    finding = Finding(kind="worse", severity="failure", text="the model got worse", remedy="lower the rate")
+    found = dataclasses.replace(finished(tmp_path / "run"), findings=[finding])
+    monkeypatch.setattr(session, "train", lambda *_: found)
+    assert main(["train", str(recipe), "--run-dir", str(tmp_path / "run")]) == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last == "failure: the model got worse: lower the rate"
 
 
 def test_the_default_run_directory_is_named_after_recipe_and_time(
