@@ -259,6 +259,8 @@ class _Course:
         without = [row for row, one in zip(self.steps, tied, strict=True) if one][-RECENT:]
         if _share(without, "reward/accuracy") >= ALL_RIGHT:
             return "every answer was right: choose harder problems"
+        if self.sigma_size() or self.members_worse():
+            return f"lower es.sigma (now {self.config.es.sigma:g}), with which members solve nothing"
         if _share(without, "completions/truncated") > 2 * CUT_OFF:
             return f"raise sampling.max_tokens (now {sampling.max_tokens}): the answers were cut off"
         easier = "or choose problems that the model solves now and then"
@@ -267,8 +269,6 @@ class _Course:
                 f"raise sampling.samples_per_prompt (now {sampling.samples_per_prompt}), sampling.prompts_per_step "
                 f"(now {sampling.prompts_per_step}) or sampling.temperature (now {sampling.temperature:g}), {easier}"
             )
-        if self.sigma_size() or self.members_worse():
-            return f"lower es.sigma (now {self.config.es.sigma:g}), with which members solve nothing"
         return (
             f"raise es.sigma (now {self.config.es.sigma:g}) so that answers differ, or sampling.prompts_per_step "
             f"(now {sampling.prompts_per_step}), {easier}"

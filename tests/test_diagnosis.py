@@ -100,6 +100,7 @@ def test_the_remedy_of_tied_rewards_depends_on_why_they_tie() -> None:
     assert remedy(reward__accuracy=0.0).startswith("lower es.sigma (now 0.004)")  # the weights solve a quarter
     huge = dataclasses.replace(ES, es=dataclasses.replace(ES.es, sigma=1e3))
     assert remedy(huge).startswith("lower es.sigma (now 1000)")
+    assert remedy(huge, completions__truncated=1.0).startswith("lower es.sigma (now 1000)")
 
 
 def test_answers_that_are_cut_off() -> None:
