@@ -12,15 +12,19 @@ from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
 from eggroll_llm import embedded
+from eggroll_llm.accuracy import accuracy_text
 from eggroll_llm.atomic import write_text
 from eggroll_llm.config import RunConfig, to_toml
+from eggroll_llm.diagnosis import diagnose
 from eggroll_llm.errors import JournalError
+from eggroll_llm.inert import inert_lines
 from eggroll_llm.journal import read_journal
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult
 
 CARD = "README.md"
+PROMPT_LIMIT = 20_000  # characters
 
 _EMBEDDED_LICENSE = "apache-2.0"
 _GSM8K = "openai/gsm8k"
@@ -44,14 +48,21 @@ def write_card(
     step: int,
     metrics: Sequence[Mapping[str, Any]],
     journal: Path,
+    prompt: str = "",
 ) -> None:
     """Write README.md into a model directory, replacing one that is there. Arguments and errors: see `card_text`."""
-    text = card_text(config=config, base_model=base_model, step=step, metrics=metrics, journal=journal)
+    text = card_text(config=config, base_model=base_model, step=step, metrics=metrics, journal=journal, prompt=prompt)
     write_text(directory / CARD, text)
 
 
 def card_text(
-    *, config: RunConfig, base_model: str, step: int, metrics: Sequence[Mapping[str, Any]], journal: Path
+    *,
+    config: RunConfig,
+    base_model: str,
+    step: int,
+    metrics: Sequence[Mapping[str, Any]],
+    journal: Path,
+    prompt: str = "",
 ) -> str:
     """The model card of the weights after `step` updates.
 
@@ -61,17 +72,22 @@ def card_text(
         step: updates applied to the weights; 0 is the base model.
         metrics: rows of metrics.jsonl; those of later steps are not looked at.
         journal: journal.jsonl of the run; only that of ES holds updates.
+        prompt: one in full, to be shown; empty for none.
 
     Raises:
         JournalError: damaged, or without the updates up to `step`.
     """
-    evaluated = [row for row in metrics if row["step"] <= step and row.get("eval/accuracy") is not None]
+    rows = [row for row in metrics if row["step"] <= step]
+    evaluated = [row for row in rows if row.get("eval/accuracy") is not None]
+    found = [finding.text for finding in diagnose(config, rows, ended=True) if finding.severity != "note"]
     parts = [
         f"---\n{_front_matter(config, step, evaluated)}\n---",
         f"# {_name(config, step)}",
         _summary(config, base_model, step),
         "## Results",
         _results(config, step, evaluated),
+        *(f"**Warning:** {text}." for text in found),
+        *(["## Prompt", _PROMPT, _fenced(f"{inert_lines(prompt, PROMPT_LIMIT)}\n", "text")] if prompt else []),
         "## Recipe",
         _fenced(to_toml(config), "toml"),
         "## How to get these weights again",
@@ -87,6 +103,7 @@ def card_text(
     return "\n\n".join(parts) + "\n"
 
 
+_PROMPT = "The first held-out problem as the model sees it, with the chat template where the task uses one:"
 _LOADING = """\
 PATH is this directory, or the name of the repository that it was pushed to. In transformers:
 
@@ -162,14 +179,18 @@ def _results(config: RunConfig, step: int, evaluated: Sequence[Mapping[str, Any]
     if not evaluated:
         return "These weights were not evaluated."
     first, last = evaluated[0], evaluated[-1]
-    accuracies = {row["step"]: accuracy_text(row) for row in (first, last) if row["step"] in (0, last["step"])}
+    accuracies = {
+        row["step"]: accuracy_text(row["eval/accuracy"], row["eval/problems"])
+        for row in (first, last)
+        if row["step"] in (0, last["step"])
+    }
     lines = ["| updates | accuracy |", "|---|---|"]
     lines += [f"| {done or '0, the base model'} | {accuracy} |" for done, accuracy in accuracies.items()]
     source = "the test split" if config.eval.split == "test" else "the training split, where they were left out"
     lines += [
         "",
-        f"Evaluated in training, on {last['eval/problems']} held-out problems of {source}: one greedy answer each, ± "
-        "is one standard error over the problems.",
+        f"Evaluated in training, on {last['eval/problems']} held-out problems of {source}: one greedy answer each, in "
+        "brackets the 95 % interval over the problems (Wilson).",
     ]
     if last["step"] != step:
         lines.append(f"The weights of this directory, of step {step}, are later ones and were not evaluated.")
@@ -185,12 +206,6 @@ def _selected_of(evaluated: Sequence[Mapping[str, Any]]) -> int:
     """Of how many evaluations of trained weights the last was the best, and perhaps chosen for it; 0 for neither."""
     trained = [row["eval/accuracy"] for row in evaluated if row["step"] > 0]
     return len(trained) if len(trained) > 1 and trained[-1] == max(trained) else 0
-
-
-def accuracy_text(row: Mapping[str, Any]) -> str:
-    """Return the held-out accuracy of a row of metrics with its standard error, where there is one."""
-    stderr = row.get("eval/stderr")  # of a single problem there is none: NaN, or null in the file
-    return f"{row['eval/accuracy']:.3f}" + (f" ± {stderr:.3f}" if stderr is not None and stderr == stderr else "")
 
 
 def _reproduction(config: RunConfig, step: int, journal: Path) -> str:

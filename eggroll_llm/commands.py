@@ -5,10 +5,10 @@ A command gets the parsed arguments and the (key, text) pairs of settings, and r
 
 import argparse
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from eggroll_llm.errors import ConfigError, UserError
 from eggroll_llm.invocation import command
@@ -46,10 +46,11 @@ def run_train(options: argparse.Namespace, settings: list[tuple[str, str]]) -> i
     if options.dry_run:
         from eggroll_llm.budget import budget
         from eggroll_llm.session import prepare
+        from eggroll_llm.step_time import estimate_lines, measure
 
         prepared = prepare(config, recipe_dir, memory=False)
         print(to_toml(prepared.config))
-        for line in budget(prepared):
+        for line in [*budget(prepared), *estimate_lines(prepared, measure(prepared))]:
             print(f"# {line}")
         return 0
 
@@ -92,6 +93,8 @@ def _train(
     if longer := _twice_as_long(config):
         display.message(f"go on: {command('resume', run_path, *longer)}")
     display.message(f"test:  {command('eval', run_path)}")
+    for finding in outcome.findings:  # last, and status 0: the files are whole, and scripts go by them
+        display.message(f"{finding}")
     return 0
 
 
@@ -163,9 +166,16 @@ def _compare(paths: Sequence[Path], out: Path, display: "ConsoleDisplay") -> Non
 def _outcome_table(outcome: "Outcome") -> "Table":
     from rich.table import Table
 
-    from eggroll_llm.card import accuracy_text
+    from eggroll_llm.accuracy import accuracy_text, p_text, percent, points
+    from eggroll_llm.diagnosis import p_value
     from eggroll_llm.inert import inert
     from eggroll_llm.run_weights import best_step
+
+    def shown(row: Mapping[str, Any]) -> str:
+        return accuracy_text(row["eval/accuracy"], row["eval/problems"])
+
+    def gain(row: Mapping[str, Any]) -> str:
+        return f"{points(row['eval/accuracy'] - first['eval/accuracy'])} points"
 
     first, last = outcome.first, outcome.last
     table = Table(
@@ -173,24 +183,19 @@ def _outcome_table(outcome: "Outcome") -> "Table":
         caption=f"before: the base model, {inert(outcome.base_model)}",
     )
     for column in ("", "before", "after", "change"):
-        table.add_column(column, justify="left" if not column else "right")
-    gain = last["eval/accuracy"] - first["eval/accuracy"]
-    table.add_row(
-        f"accuracy on {last['eval/problems']} held-out problems",
-        accuracy_text(first),
-        accuracy_text(last),
-        f"{gain:+.3f}",
-    )
+        table.add_column(column, justify="right" if column else "left", no_wrap=bool(column))
+    problems = f"accuracy on {last['eval/problems']} held-out problems"
+    table.add_row(problems, shown(first), shown(last), f"{gain(last)}\n{p_text(p_value(first, last))}")
     if outcome.constant:
         label = f"the best constant answer to them: {outcome.constant.pattern}"
-        table.add_row(label, "", f"{outcome.constant.accuracy:.3f}", "")
+        table.add_row(label, "", percent(outcome.constant.accuracy), "")
     best = best_step(outcome.metrics)
     if best and best["step"] and best["eval/accuracy"] > last["eval/accuracy"]:
         table.add_row(
             f"best of the evaluations, after step {best['step']} (optimistic)",
             "",
-            accuracy_text(best),
-            f"{best['eval/accuracy'] - first['eval/accuracy']:+.3f}",
+            shown(best),
+            gain(best),
         )
     steps = [row for row in outcome.metrics if "time/sample" in row]
     if steps:
@@ -296,7 +301,15 @@ def run_replay(options: argparse.Namespace, settings: list[tuple[str, str]]) -> 
         nonlocal checksum
         checksum = replay(config, base, run.journal, step, directory)
         write_provenance(directory, step=step, base_model=identity)
-        write_card(directory, config=config, base_model=identity, step=step, metrics=metrics, journal=run.journal)
+        write_card(
+            directory,
+            config=config,
+            base_model=identity,
+            step=step,
+            metrics=metrics,
+            journal=run.journal,
+            prompt=run.example_prompt(),
+        )
 
     try:
         options.out.parent.mkdir(parents=True, exist_ok=True)

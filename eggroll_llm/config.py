@@ -296,7 +296,17 @@ def load_recipe(path: Path | str, overrides: Sequence[tuple[str, str]] = ()) -> 
     origin = dataclasses.replace(origin, flags=flags_by_key(overrides))
     config = parse_table(RunConfig, table, where="", source=origin.name, text=origin.text, flags=origin.flags)
     validate(config, origin)
-    return dataclasses.replace(config, task_options=sourced(config.task_options, origin, overrides))
+    config = dataclasses.replace(config, task_options=sourced(config.task_options, origin, overrides))
+    return of_its_method(config)
+
+
+def of_its_method(config: RunConfig) -> RunConfig:
+    """The configuration with the table of every other method at its defaults: nothing depends on it."""
+    return dataclasses.replace(
+        config,
+        es=config.es if config.method == "es" else EsConfig(),
+        grpo=config.grpo if config.method == "grpo" else GrpoConfig(),
+    )
 
 
 def sourced(options: Mapping[str, Any], origin: Origin, overrides: Sequence[tuple[str, str]]) -> Sourced:
@@ -309,8 +319,12 @@ def sourced(options: Mapping[str, Any], origin: Origin, overrides: Sequence[tupl
 
 
 def to_toml(config: RunConfig) -> str:
-    """The resolved configuration as TOML that `load_recipe` reads back as an equal one."""
-    return write_toml(dataclasses.asdict(config))
+    """The resolved configuration as TOML that `load_recipe` reads back as an equal one, without other methods' tables.
+
+    One that was built in Python is read back `of_its_method`.
+    """
+    table = dataclasses.asdict(config)
+    return write_toml({key: value for key, value in table.items() if applies(key, config)})
 
 
 def flat(config: RunConfig) -> dict[str, Any]:

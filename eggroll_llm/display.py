@@ -18,6 +18,7 @@ from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
+from eggroll_llm.accuracy import accuracy_text
 from eggroll_llm.closing import Closing
 from eggroll_llm.evaluate import Evaluation
 from eggroll_llm.inert import inert
@@ -170,8 +171,8 @@ class ConsoleDisplay(Closing):
     def evaluation(self, step: int, evaluation: Evaluation) -> None:
         """Show an evaluation."""
         self._print(
-            f"eval  {step:>4}  accuracy {evaluation.accuracy:.3f} ± {evaluation.stderr:.3f} on {evaluation.problems} "
-            f"held-out problems, {evaluation.seconds:.1f} s",
+            f"eval  {step:>4}  accuracy {accuracy_text(evaluation.accuracy, evaluation.problems)} on "
+            f"{evaluation.problems} held-out problems, {evaluation.seconds:.1f} s",
             style="bold",
         )
 

@@ -43,11 +43,6 @@ class Evaluation:
         return mean([sample.scores[TASK].correct for sample in self.samples])
 
     @property
-    def stderr(self) -> float:
-        """Return the standard error of the accuracy."""
-        return stderr([sample.scores[TASK].correct for sample in self.samples])
-
-    @property
     def reward(self) -> float:
         """Return the mean of the finite rewards."""
         return mean(finite_rewards(self.samples, TASK))
@@ -71,8 +66,9 @@ def mean(values: Sequence[float]) -> float:
 def stderr(values: Sequence[float]) -> float:
     """Return the standard error of the mean, sample standard deviation / sqrt(n); NaN below two values.
 
-    For values 0 and 1 with mean p this is sqrt(p (1 - p) / (n - 1)), which lm-evaluation-harness reports. With several
-    completions per problem the values are means over a problem: completions of one problem are not independent.
+    For values 0 and 1 with mean p this is sqrt(p (1 - p) / (n - 1)), which lm-evaluation-harness reports; it is 0 when
+    all are equal, so accuracies are shown with the interval of `accuracy.wilson` instead. With several completions per
+    problem the values are means over a problem: completions of one problem are not independent.
     """
     if len(values) < 2:
         return math.nan

@@ -35,7 +35,7 @@ from eggroll_llm.errors import ModelError, TaskError, TrainingError
 from eggroll_llm.evaluate import Evaluation
 from eggroll_llm.export import export_model
 from eggroll_llm.hardware import keep_freed_memory, serves_on_cpu
-from eggroll_llm.loop import TIED_STEPS_WARNING, Loop, reward_row, sample_rows, throughput_row
+from eggroll_llm.loop import Loop, reward_row, sample_rows, throughput_row
 from eggroll_llm.model_files import tensor_shapes
 from eggroll_llm.problems import problems_of_step
 from eggroll_llm.prompts import ProblemSet
@@ -143,6 +143,8 @@ class GrpoTrainer:
         config, loop, step, rollouts = self.config, self.loop, self.loop.step, self.rollouts
         self._check_finite(logs)
         self.trl.sync_weights()
+        report = rollouts.report
+        assert report is not None  # the weights were served before the step too
         seconds = time.perf_counter() - self._step_start
         loop.wall_time += seconds
 
@@ -165,12 +167,15 @@ class GrpoTrainer:
             "time/update": seconds - rollouts.sampling_seconds - self._reward_seconds - rollouts.sync_seconds,
             "time/serve": rollouts.sync_seconds,
             "time/step": seconds,
+            "update/rms": report.rms,
+            "update/changed": report.changed,
+            "weights/rms": report.weights_rms,
             **{name: value for name, value in logs.items() if name.startswith(TRL_METRICS)},
         }
         completions_SP = [rollouts.completions[s::samples] for s in range(samples)]
         scores_SP = [self._scores[s::samples] for s in range(samples)]
         shown = sample_rows(step, "sample", self.train_set, indices_P, completions_SP, scores_SP)
-        self._evaluation = loop.end_step(row, shown, tied=_TIED if tied == len(indices_P) else "")
+        self._evaluation = loop.end_step(row, shown, tied=tied == len(indices_P))
         if loop.checkpoint_due():
             self.save()
         return loop.finished()
@@ -198,10 +203,3 @@ class GrpoTrainer:
 
     def _show_progress(self, done: int, total: int) -> None:
         self.loop.sampling(self.loop.step_label, done, total)
-
-
-_TIED = (
-    f"all completions of a problem got the same reward in {TIED_STEPS_WARNING} steps, so nothing is learned: raise "
-    "sampling.samples_per_prompt, sampling.prompts_per_step or sampling.temperature, or choose a task that the model "
-    "solves now and then"
-)

@@ -32,8 +32,9 @@ from eggroll_llm.grpo_weights import checkpoint_tensors
 from eggroll_llm.problems import problems_of_step
 from eggroll_llm.prompts import ProblemSet
 from eggroll_llm.sampler import Completion, Decoding, Progress, Request, sampling_seed
-from eggroll_llm.targets import TARGET_MODULES
+from eggroll_llm.targets import TARGET_MODULES, is_trained
 from eggroll_llm.update import schedule
+from eggroll_llm.weight_change import UpdateReport, sampled_rows, update_report
 
 with warnings.catch_warnings():
     # That vLLM is newer than TRL knows: its vLLM code is not used, and the engine pins its own version.
@@ -73,6 +74,9 @@ class Rollouts:
         """What the last call of `generate` returned, in order."""
         self.sampling_seconds = self.sync_seconds = 0.0
         """Spent since they were set to 0."""
+        self.report: UpdateReport | None = None
+        """How far the weights moved between the last two times that they were served."""
+        self._rows: list[torch.Tensor] = []
 
     def sync_weights(self) -> None:
         """Serve the weights of the model in training, rounded to the engine's format.
@@ -87,6 +91,9 @@ class Rollouts:
                 f"step {self.step}: {len(lost)} tensors are not finite any more, first {lost[0]}: start a new run with "
                 "a lower grpo.learning_rate"
             )
+        rows = sampled_rows([tensor.detach() for name, tensor in weights.items() if is_trained(name)])
+        self.report = update_report(self._rows, rows, self._engine.dtype) if self._rows else None
+        self._rows = rows
         self._engine.load_weights(weights)
         self.sync_seconds += time.perf_counter() - start
 

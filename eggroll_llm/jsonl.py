@@ -19,6 +19,15 @@ def to_json(value: object) -> str:
     return json.dumps(_plain(value), allow_nan=False)
 
 
+def number(row: Mapping[str, Any], key: str) -> float:
+    """Return a value of a row of metrics; NaN where it is missing or was not finite."""
+    value = row.get(key)
+    try:
+        return float(value) if isinstance(value, int | float) else math.nan
+    except OverflowError:
+        return math.nan
+
+
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """Return the objects of a file with one on each line; a last line that was cut short is left out.
 
@@ -29,13 +38,13 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     except OSError as error:
         raise RunDirError(f"{path}: cannot be read ({error.strerror}). Name a directory that training wrote.") from None
     rows = []
-    for number, line in enumerate(lines, start=1):
+    for at, line in enumerate(lines, start=1):
         try:
             row = parse_json(line)
         except ValueError:
             row = None
         if not isinstance(row, dict):
-            raise RunDirError(f"{path}:{number}: is damaged. Delete the line, or restore the file.")
+            raise RunDirError(f"{path}:{at}: is damaged. Delete the line, or restore the file.")
         rows.append(row)
     return rows
 

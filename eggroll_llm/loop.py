@@ -16,6 +16,8 @@ from eggroll_llm import interruption
 from eggroll_llm.card import write_card
 from eggroll_llm.checkpoint import checkpoint_path, is_valid, list_checkpoints, prune, save_checkpoint
 from eggroll_llm.config import RunConfig
+from eggroll_llm.diagnosis import diagnose, news
+from eggroll_llm.errors import SamplesError
 from eggroll_llm.evaluate import Evaluation, evaluate
 from eggroll_llm.hardware import peak_memory
 from eggroll_llm.invocation import command
@@ -24,6 +26,7 @@ from eggroll_llm.prompts import ProblemSet, set_hash
 from eggroll_llm.run_dir import RunDir
 from eggroll_llm.run_weights import best_step, write_provenance
 from eggroll_llm.sampler import Completion, Decoding
+from eggroll_llm.samples import TASK
 from eggroll_llm.scoring import Scorer, unusable
 from eggroll_llm.tasks import Score
 from eggroll_llm.trackers import Trackers
@@ -31,7 +34,6 @@ from eggroll_llm.trackers import Trackers
 if TYPE_CHECKING:
     from torch import Tensor
 
-TIED_STEPS_WARNING = 3  # steps in a row without any difference between rewards before the user is told what to do
 TIED = "rewards tied, nothing learned"
 
 
@@ -94,6 +96,9 @@ class Loop:
         self.run_dir, self.journal, self.display, self.trackers = run, journal, display, trackers
         self.step, self.wall_time = step, float(metrics[-1]["wall_time"]) if metrics else 0.0
         self.best = best_step(metrics)
+        self.rows = [*metrics]
+        """Rows of metrics so far."""
+        self._said: dict[str, int] = {}  # kinds of findings that were shown, with their level
         self.resumed_from: Path | None = None
         """Checkpoint that this process went on from; it is kept."""
         sampling = config.sampling
@@ -102,7 +107,6 @@ class Loop:
         )
         """How completions are sampled in training."""
         self.greedy = Decoding(max_tokens=config.eval.max_tokens or sampling.max_tokens, stop=stop)
-        self._tied_in_a_row = 0
         self._saving_seconds = 0.0
         display.course(self._course())
 
@@ -136,21 +140,21 @@ class Loop:
         self._log({"step": 0, "wall_time": 0.0} | _evaluation_row(evaluation))
         return evaluation
 
-    def end_step(self, row: dict[str, Any], samples: Sequence[dict[str, Any]], *, tied: str = "") -> Evaluation | None:
-        """Show and record a finished step; evaluate when it is due. `tied` says what to do if all rewards were tied."""
+    def end_step(self, row: dict[str, Any], samples: Sequence[dict[str, Any]], *, tied: bool) -> Evaluation | None:
+        """Show and record a finished step; evaluate when it is due. `tied`: all its rewards were."""
         shown = samples[: self.config.log.samples]
         self.display.step(row, shown, seconds_left=self._seconds_left(), note=TIED if tied else "")
-        self._tied_in_a_row = self._tied_in_a_row + 1 if tied else 0
-        if self._tied_in_a_row == TIED_STEPS_WARNING:
-            self.display.message(tied)
         evaluation = self._evaluate() if self._evaluation_due() else None
         if evaluation:
-            row |= _evaluation_row(evaluation)
+            row |= _evaluation_row(evaluation) | self._against_base(evaluation)
         row["memory/peak_gib"] = peak_memory() / 2**30
         with self.saving():
             self.run_dir.append_completions(self._recorded(samples))
         row["time/save"], self._saving_seconds = self._saving_seconds, 0.0
         self._log(row)
+        for finding in news(self._said, diagnose(self.config, self.rows)):
+            self._said[finding.kind] = finding.level
+            self.display.message(f"{finding}")
         return evaluation
 
     def checkpoint_due(self) -> bool:
@@ -188,8 +192,9 @@ class Loop:
             config=self.config,
             base_model=self.journal.header.base_model,
             step=self.step,
-            metrics=self.run_dir.read_metrics(),
+            metrics=self.rows,
             journal=self.journal.path,
+            prompt=self.run_dir.example_prompt(),
         )
 
     def stopped_by(self, problem: str) -> str:
@@ -218,6 +223,7 @@ class Loop:
     def _log(self, row: dict[str, Any]) -> None:
         with self.saving():
             self.run_dir.append_metrics(row)
+        self.rows.append(row)
         self.best = best_step([*([self.best] if self.best else []), row])
         self.display.course(self._course())
         if self.trackers:
@@ -236,6 +242,7 @@ class Loop:
             "split": self.config.eval.split,
             "step": self.step,
             "prompts": set_hash(self.held_out.hashes),
+            "prompt": self.held_out.example,
             "max_tokens": self.greedy.max_tokens,
             "temperature": self.greedy.temperature,
         }
@@ -243,6 +250,24 @@ class Loop:
             self.run_dir.write_evaluation(self.step, settings, evaluation.samples)
         self.display.evaluation(self.step, evaluation)
         return evaluation
+
+    def _against_base(self, evaluation: Evaluation) -> dict[str, int]:
+        """Return on how many problems the answer is right and the base model's is not, and the reverse."""
+        try:
+            base = self.run_dir.read_evaluation(0)
+        except SamplesError:
+            return {}
+        right = {(sample.problem, sample.prompt_hash): sample.scores[TASK].correct for sample in base}
+        pairs = [
+            (sample.scores[TASK].correct, right.get((sample.problem, sample.prompt_hash)))
+            for sample in evaluation.samples
+        ]
+        if any(before is None for _, before in pairs):
+            return {}
+        return {
+            "eval/won": sum(now and not before for now, before in pairs),
+            "eval/lost": sum(bool(before) and not now for now, before in pairs),
+        }
 
     def _evaluation_due(self) -> bool:
         every = self.config.eval.every
@@ -296,7 +321,6 @@ def throughput_row(completions: Sequence[Completion], seconds: float) -> dict[st
 def _evaluation_row(evaluation: Evaluation) -> dict[str, float]:
     return {
         "eval/accuracy": evaluation.accuracy,
-        "eval/stderr": evaluation.stderr,
         "eval/problems": evaluation.problems,
         "eval/reward": evaluation.reward,
         "eval/truncated": evaluation.truncated,

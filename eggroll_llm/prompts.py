@@ -33,6 +33,8 @@ class ProblemSet:
     """Indices of the prompts that end in a thought, as the chat templates of reasoning models do."""
     questions: Sequence[str] = ()
     """What a reader is shown of the prompts; see `questions_of`."""
+    example: str = ""
+    """Text of the first prompt, chat template applied, to be shown."""
 
     def answered(self, index: int, completion: Completion) -> tuple[Completion, Problem]:
         """Return what a grader gets of a completion of the prompt with that index."""
@@ -135,6 +137,7 @@ class Prompter:
             hashes=[text_hash(text) for text in texts],
             in_thought={index for index, text in enumerate(texts) if ends_in_thought(text)},
             questions=questions_of(prompts),
+            example=texts[0] if texts else "",
         )
 
     def _tokens(self, text: str, *, plain: bool, bos_by_text: bool) -> tuple[int, ...]:

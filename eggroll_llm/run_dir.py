@@ -29,12 +29,12 @@ from eggroll_llm.atomic import (
 )
 from eggroll_llm.closing import Closing
 from eggroll_llm.environment import describe_environment
-from eggroll_llm.errors import RunDirError
+from eggroll_llm.errors import RunDirError, SamplesError
 from eggroll_llm.invocation import command
 from eggroll_llm.jsonl import cut_after_step, last_step, read_rows, to_json
 from eggroll_llm.nesting import parse_json
 from eggroll_llm.run_lock import RunLock
-from eggroll_llm.samples import Sample, samples_text
+from eggroll_llm.samples import Sample, read_samples, samples_text
 
 OnExisting = Literal["fail", "resume", "overwrite"]
 
@@ -139,6 +139,18 @@ class RunDir(Closing):
     def write_evaluation(self, step: int, settings: Mapping[str, Any], samples: Iterable[Sample]) -> None:
         """Write the graded answers of an evaluation to evaluations/, whole or not at all."""
         self._write_text(self.evaluations / f"step-{step:06d}.jsonl", samples_text(settings, samples))
+
+    def read_evaluation(self, step: int) -> list[Sample]:
+        """Return the graded answers of an evaluation. Raises SamplesError when they are missing or damaged."""
+        return read_samples(self.evaluations / f"step-{step:06d}.jsonl")[1]
+
+    def example_prompt(self) -> str:
+        """Return a prompt in full, as the base model's evaluation has recorded it; empty where it has not."""
+        try:
+            text = read_samples(self.evaluations / f"step-{0:06d}.jsonl")[0].get("prompt")
+        except SamplesError:
+            return ""
+        return text if isinstance(text, str) else ""
 
     def write_final(self, write: Callable[[Path], None]) -> None:
         """Put the model that `write` writes into a new directory in the place of final/, whole or not at all."""

@@ -16,7 +16,8 @@ from eggroll_llm.architectures import check_method, check_tested
 from eggroll_llm.budget import check_memory
 from eggroll_llm.chat import check_chat
 from eggroll_llm.checkpoint import Checkpoint, clean
-from eggroll_llm.config import RunConfig, check_resume, flat, frozen_hash, load_recipe, to_toml
+from eggroll_llm.config import RunConfig, applies, check_resume, flat, frozen_hash, load_recipe, to_toml
+from eggroll_llm.diagnosis import Finding, diagnose
 from eggroll_llm.errors import ConfigError, EngineError, TaskError, TrainingError
 from eggroll_llm.evaluate import Evaluation
 from eggroll_llm.grpo import GrpoTrainer
@@ -72,6 +73,8 @@ class Outcome:
     final: Path
     evaluation: Evaluation | None
     """The last evaluation, when this process did it."""
+    findings: Sequence[Finding] = ()
+    """What kept the run from learning."""
 
 
 def settle(config: RunConfig, recipe_dir: Path) -> RunConfig:
@@ -95,7 +98,7 @@ def settle(config: RunConfig, recipe_dir: Path) -> RunConfig:
         model=str(model.resolve()) if model.is_dir() and config.model != embedded.NAME else config.model,
         task=task,
         task_options=options,
-        grpo=dataclasses.replace(grpo, dtype=resolve_dtype(grpo.dtype)),
+        grpo=dataclasses.replace(grpo, dtype=resolve_dtype(grpo.dtype)) if config.method == "grpo" else grpo,
         engine=dataclasses.replace(
             engine,
             dtype=resolve_dtype(engine.dtype),
@@ -245,7 +248,8 @@ def _train_from(
     config = prepared.config
     display.working("starting the engine")
     engine = start_engine(prepared)
-    trackers = Trackers(config.log, run.path, flat(config), display.message)
+    settings = {key: value for key, value in flat(config).items() if applies(key, config)}
+    trackers = Trackers(config.log, run.path, settings, display.message)
     try:
         loop = Loop(
             config,
@@ -311,4 +315,5 @@ def outcome(run: RunDir, config: RunConfig, evaluation: Evaluation | None = None
         constant=best_constant(config.task, config.task_options, held_out),
         final=run.final,
         evaluation=evaluation,
+        findings=diagnose(config, metrics, ended=True),
     )

@@ -20,6 +20,11 @@ TARGET_MODULES = (
 )
 
 
+def is_trained(name: str) -> bool:
+    """Whether a tensor of this name is the weight of a trained layer."""
+    return name.endswith(".weight") and name.split(".")[-2] in TARGET_MODULES
+
+
 def trained_parameters(model_dir: Path) -> list[Shape]:
     """Return (name, out features, in features) of every trained tensor of a checkpoint.
 
@@ -28,7 +33,7 @@ def trained_parameters(model_dir: Path) -> list[Shape]:
     shapes = [
         (name, shape[0], shape[1])
         for name, shape in tensor_shapes(model_dir).items()
-        if name.endswith(".weight") and name.split(".")[-2] in TARGET_MODULES and len(shape) == 2
+        if is_trained(name) and len(shape) == 2
     ]
     if not shapes:
         raise ModelError(

@@ -20,11 +20,10 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from eggroll_llm.config import RunConfig
 from eggroll_llm.errors import TaskError, TrainingError
 from eggroll_llm.evaluate import Evaluation
 from eggroll_llm.fitness import Fitness, shape_fitness
-from eggroll_llm.loop import TIED_STEPS_WARNING, Loop, reward_row, sample_rows, throughput_row
+from eggroll_llm.loop import Loop, reward_row, sample_rows, throughput_row
 from eggroll_llm.problems import problems_of_step
 from eggroll_llm.prompts import ProblemSet
 from eggroll_llm.sampler import Completion, sample_population
@@ -127,11 +126,11 @@ class EsTrainer:
             "time/step": step_seconds,
             "update/rms": times.report.rms,
             "update/changed": times.report.changed,
+            "weights/rms": times.report.weights_rms,
             "sigma": entry.sigma,
             "learning_rate": entry.learning_rate,
         }
-        tied = _tied_advice(config) if fitness.all_tied else ""
-        evaluation = self.loop.end_step(row, samples, tied=tied)
+        evaluation = self.loop.end_step(row, samples, tied=fitness.all_tied)
         if self.loop.checkpoint_due():
             self.save()
         return evaluation
@@ -148,14 +147,6 @@ class EsTrainer:
     def _due_checksum(self) -> str:
         """The weights before a step are recorded now and then, for replays to be checked against."""
         return self.engine.checksum() if (self.loop.step - 1) % CHECKSUM_EVERY == 0 else ""
-
-
-def _tied_advice(config: RunConfig) -> str:
-    return (
-        f"all members got the same rewards in {TIED_STEPS_WARNING} steps, so nothing is learned: "
-        f"raise es.sigma (now {config.es.sigma:g}) so that answers differ, or sampling.prompts_per_step, "
-        "or choose a task that the model solves now and then"
-    )
 
 
 def _flat(items_MPS: Sequence[Sequence[Sequence[Item]]]) -> list[Item]:

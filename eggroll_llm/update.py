@@ -40,14 +40,12 @@ import torch
 from torch import Tensor
 
 from eggroll_llm.noise import NoiseSpec, Shape, check_parameter_ids, served_factors_of
+from eggroll_llm.weight_change import UpdateReport, sampled_rows, update_report, weights_rms
 
 # Pairs in one GEMM. Part of the bits: a journal replayed with another value would differ in the last place.
 PAIR_CHUNK = 64
 # Random values generated in one call. Small parameters share a call, which saves most of its overhead.
 FACTOR_BATCH = 1 << 23
-# Rows on which the size of an update is measured, spread evenly over the model's weights. All rows of a model of 135M
-# parameters would take a third of the time of the update; these take little and are off by about 2 %.
-REPORT_ROWS = 1024
 
 # No normal exceeds sqrt(62 ln 2) = 6.56, 6.6 after rounding to bf16: no entry of E exceeds 44 sqrt(r).
 LARGEST_PRODUCT = 44.0
@@ -146,18 +144,6 @@ class OptimizerSettings:
             betas = (self.adam_beta1, self.adam_beta2)
             return torch.optim.Adam([parameter], lr=1.0, betas=betas, eps=self.adam_eps, foreach=False)
         return torch.optim.SGD([parameter], lr=1.0, momentum=self.momentum, foreach=False)
-
-
-@dataclass(frozen=True, kw_only=True)
-class UpdateReport:
-    """What an update did, measured on about `REPORT_ROWS` evenly spaced rows, or all when the model has fewer."""
-
-    rms: float
-    """Root-mean-square change of a master weight."""
-    changed: float
-    """Fraction of the served weights that changed."""
-    finite: bool
-    """The changes were finite. The check before the update assures it: False is a fault of the machine."""
 
 
 def pair_coefficients(fitness_M: Sequence[float], antithetic: bool) -> Tensor:
@@ -362,16 +348,17 @@ class MasterWeights:
         """
         check_finite(spec)
         coefficient_K = estimate_coefficients(spec)
+        before = sampled_rows(self._masters.values())
         if not coefficient_K.any():
-            return UpdateReport(rms=0.0, changed=0.0, finite=True)
-        before = self._sampled_rows()
+            return UpdateReport(rms=0.0, weights_rms=weights_rms(before), changed=0.0, finite=True)
         plain = not self._optimizers
         # Plain SGD needs no gradient: W + learning_rate * G is summed in place. The others take the gradient of a loss,
         # -G. One buffer serves all: fresh memory for each would cost more in page faults than the products themselves.
         shapes = [(name, *master.shape) for name, master in self._masters.items()]
         weight_K = _weights_of_products(spec, spec.learning_rate if plain else -1.0)
-        memory = before.new_empty(0 if plain else max(master.numel() for master in self._masters.values()))
-        products_of = _products(shapes, spec.noise, weight_K, self.served_dtype, PAIR_CHUNK, before.device, factors_of)
+        memory = before[0].new_empty(0 if plain else max(master.numel() for master in self._masters.values()))
+        device = memory.device
+        products_of = _products(shapes, spec.noise, weight_K, self.served_dtype, PAIR_CHUNK, device, factors_of)
         for name, products in products_of:
             master = self._masters[name]
             if plain:
@@ -387,15 +374,7 @@ class MasterWeights:
                     served.room(name).copy_(master)
             if served:
                 served.written(name)
-        after = self._sampled_rows()
-        changed = before.to(self.served_dtype) != after.to(self.served_dtype)
-        rms = float(before.sub_(after).square_().mean(dtype=torch.float64).sqrt())
-        return UpdateReport(rms=rms, changed=float(changed.mean(dtype=torch.float64)), finite=math.isfinite(rms))
-
-    def _sampled_rows(self) -> Tensor:
-        """Return a copy of every n-th row of each weight, flat, so that about `REPORT_ROWS` are taken."""
-        every = max(1, sum(map(len, self._masters.values())) // REPORT_ROWS)
-        return torch.cat([master[::every].flatten() for master in self._masters.values()])
+        return update_report(before, sampled_rows(self._masters.values()), self.served_dtype)
 
     def served(self, name: str) -> Tensor:
         """Return a weight as the engine serves it. In float32 it is the master itself: leave it alone."""

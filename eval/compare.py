@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from eggroll_llm.config import flat
+from eggroll_llm.diagnosis import diagnose
 from eggroll_llm.errors import RunDirError, SamplesError
 from eggroll_llm.jsonl import to_json
 from eggroll_llm.samples import TASK, Sample
@@ -102,7 +103,7 @@ class Mean:
 
     value: float
     stderr: float
-    """Over seeds; NaN for one seed."""
+    """Over seeds; NaN for one seed, and where all agree, which does not mean that others would."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -158,6 +159,9 @@ class _Answers:
 def compare_runs(runs: Sequence[Run]) -> Comparison:
     """Compare runs; the first one's group is the one that others are tested against."""
     notes = [_unfinished(run) for run in runs if not run.finished]
+    for run in runs:
+        found = diagnose(run.config, run.rows, ended=True)
+        notes += [f"{run.name}: {finding}" for finding in found if finding.severity != "note"]
     answers = _Answers(notes)
     groups = groups_of(runs)
     grouped = {run.name for group in groups for run in group.runs}
@@ -270,7 +274,7 @@ def _seeds(group: Group, cuts: Sequence[Cut]) -> Seeds:
 
 def _mean(reached: Sequence[Point | None]) -> Mean:
     values = [point.accuracy if point else math.nan for point in reached]
-    return Mean(value=mean(values), stderr=stderr(values))
+    return Mean(value=mean(values), stderr=stderr(values) if len(set(values)) > 1 else math.nan)
 
 
 def _own_tests(runs: Sequence[Run], answers: _Answers, notes: list[str]) -> Iterator[PairedTest]:

@@ -3,7 +3,7 @@
 Several seeds of one experiment are drawn as their mean with a band from the lowest to the highest, over the range of
 the x axis that all of them cover, each interpolated linearly between its points, and each seed as a thin line with a
 dot at each evaluation.
-A single run has a whisker of one standard error over problems at each evaluation.
+A single run has a whisker, the 95 % interval over problems, at each evaluation.
 
 Everything goes through figure objects: no display, no global state. The same runs give the same bytes.
 """
@@ -27,6 +27,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
+from eggroll_llm.accuracy import wilson
 from eval.runs import Group, Point, Run
 
 Axis = Literal["step", "tokens", "seconds"]
@@ -96,7 +97,7 @@ def caption(groups: Sequence[Group], *, reward: bool = False) -> str:
             "have values, interpolated between evaluations; thin lines: single seeds, with a dot at each evaluation."
         )
     if _has_whiskers(groups):
-        parts.append("Whiskers: ± one standard error over problems.")
+        parts.append("Whiskers: 95 % intervals over problems (Wilson).")
     if _common_base(groups) is not None:
         parts.append("Dotted line: base model.")
     rewards = {run.name: len(_rewards(run, "step", 1)[0]) for group in groups for run in group.runs}
@@ -213,7 +214,9 @@ def _draw_accuracy(ax: Axes, groups: Sequence[Group], axis: Axis, theme: Theme) 
         ((x, y),) = curves
         ax.plot(x, y, color=color, linestyle=dash, linewidth=1.6, marker="o", markersize=3.5, clip_on=False, zorder=3)
         if _has_whiskers(groups):
-            error = 100 * np.array([point.stderr for point in group.runs[0].evaluations])
+            # By x as `_curve` has it: of evaluations at the same one the last counts.
+            ends = {getattr(p, axis): wilson(p.accuracy, p.problems) for p in group.runs[0].evaluations}
+            error = np.abs(100 * np.array(list(ends.values())).T - y)
             ax.errorbar(x, y, yerr=error, fmt="none", ecolor=color, elinewidth=0.9, alpha=0.55)
     _label(ax, axis, unit, groups)
 

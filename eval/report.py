@@ -16,22 +16,24 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from eggroll_llm.accuracy import p_text, percent, points
 from eggroll_llm.atomic import describe_failure, write_text
 from eggroll_llm.config import to_toml
 from eggroll_llm.errors import RunDirError
-from eggroll_llm.inert import inert
-from eggroll_llm.jsonl import read_rows
+from eggroll_llm.inert import inert_lines
+from eggroll_llm.jsonl import number, read_rows
 from eval import plots
 from eval.compare import BUDGETS, Comparison, Example, PairedTest, Seeds, Summary, compare_runs, groups_of
-from eval.runs import Budget, Group, Point, Run, about, number, read_runs
+from eval.runs import Budget, Group, Point, Run, about, read_runs
 from eval.statistics import LEAST_DISCORDANT
-from eval.tables import Grid, amount, grids, interval_text, p_text, pair_text, percent, points, problem_text
+from eval.tables import INTERVAL, Grid, amount, grids, interval_text, mean_text, pair_text, point_text, problem_text
 
 _HERE = Path(__file__).parent
 MOST_TILES = 6  # groups that the head of a page shows; the tables show all
 TILE_BUDGET: Budget = "tokens"  # at which they are shown: the one that depends on no machine and on lengths of answers
 TEXT_LIMIT = 4000  # characters of one text; a completion can be a megabyte
 SETTINGS_LIMIT = 1_000_000
+PROMPT_LIMIT = 50_000
 
 
 def write_run_report(run_path: Path | str) -> Path:
@@ -49,6 +51,7 @@ def write_run_report(run_path: Path | str) -> Path:
         _section("Learning curves", _overview(groups)),
         _section("Evaluations", _table(_evaluations_grid(run))),
         _section("Answers that changed", _examples(test)) if test else "",
+        _section("Prompt", _prompt(run.directory.example_prompt())),
         _section("Time and tokens", *_costs(run)),
         _section("Last completions", *_last_completions(run)),
         _section("Reproduce", *_reproduce(run)),
@@ -110,9 +113,7 @@ def _write(folder: Path, page: str, groups: Sequence[Group]) -> Path:
 
 def _text(value: object, limit: int = TEXT_LIMIT) -> str:
     """Return text for HTML in which nothing acts on a browser or on the order of letters; its lines are kept."""
-    text = str(value)
-    shown = text[:limit] + ("…" if len(text) > limit else "")
-    return html.escape("\n".join(inert(line, 10 * limit) for line in shown.split("\n")))
+    return html.escape(inert_lines(str(value), limit))
 
 
 def _page(kind: str, title: str, headline: str, body: Iterable[str]) -> str:
@@ -191,9 +192,8 @@ def _run_headline(run: Summary, test: PairedTest | None) -> str:
         difference, tested = final - base, ""
         if test:
             problems, difference, (base, final) = test.result.problems, test.result.difference, test.accuracies
-            p = p_text(test.result.p_value)
             interval = f"95 % interval {interval_text(test)}, " if test.result.interval else ""
-            tested = f" ({interval}p {p if p.startswith('<') else f'= {p}'})"
+            tested = f" ({interval}{p_text(test.result.p_value)})"
             if not interval:
                 tested += f"; fewer than {LEAST_DISCORDANT} problems changed, too few for an interval"
         sentence = (
@@ -214,7 +214,7 @@ def _comparison_headline(comparison: Comparison) -> str:
         return '<p class="lead">The accuracies of these runs are not comparable: see the notes.</p>'
     groups = comparison.groups
     if len(groups) == 1:
-        sentence = f"Final accuracy: {percent(groups[0].final.value, groups[0].final.stderr)}."
+        sentence = f"Final accuracy: {mean_text(groups[0].final)}."
     elif places := _places(comparison):
         sentence = f"Highest accuracy: {'; '.join(places)}."
     else:
@@ -232,18 +232,18 @@ def _places(comparison: Comparison) -> list[str]:
         values = {group.label: group.within[cut.budget] for group in comparison.groups}
         finite = [mean.value for mean in values.values() if math.isfinite(mean.value)]
         if len(finite) > 1:
-            best = {label: percent(m.value, m.stderr) for label, m in values.items() if m.value == max(finite)}
+            best = {label: mean_text(m) for label, m in values.items() if m.value == max(finite)}
             reached = " and ".join(dict.fromkeys(best.values()))
             found.setdefault(" and ".join(best), []).append(f"{reached} at the {BUDGETS[cut.budget]}")
     return [f"{who}, {', '.join(where)}" for who, where in found.items()]
 
 
 def _group_tile(group: Seeds, *, ranked: bool) -> tuple[str, tuple[str, str]]:
-    final, base = percent(group.final.value, group.final.stderr), f"base model {percent(group.base.value)}"
+    final, base = mean_text(group.final), f"base model {percent(group.base.value)}"
     same = group.within.get(TILE_BUDGET) if ranked else None
     if same is None or not math.isfinite(same.value):
         return group.label, (final, base)
-    return group.label, (percent(same.value, same.stderr), f"at the {BUDGETS[TILE_BUDGET]}; final {final}; {base}")
+    return group.label, (mean_text(same), f"at the {BUDGETS[TILE_BUDGET]}; final {final}; {base}")
 
 
 def _tiles(tiles: Sequence[tuple[str, tuple[str, str]]]) -> str:
@@ -257,21 +257,21 @@ def _tiles(tiles: Sequence[tuple[str, tuple[str, str]]]) -> str:
 def _tile(point: Point | None) -> tuple[str, str]:
     if point is None:
         return "–", "not evaluated"
-    return percent(point.accuracy, point.stderr), f"at step {point.step}"
+    return point_text(point), f"at step {point.step}"
 
 
 def _evaluations_grid(run: Run) -> Grid:
     def cells(point: Point) -> list[str]:
         spent = [f"{point.seconds / 60:.1f}", amount(point.completions), amount(point.tokens)]
-        return [f"{point.step}", percent(point.accuracy, point.stderr), percent(point.truncated), *spent]
+        return [f"{point.step}", point_text(point), percent(point.truncated), *spent]
 
     best = run.best
     return Grid(
         title="Evaluations",
         columns=["step", "accuracy", "cut short", "minutes", "completions", "tokens"],
         rows=[cells(point) for point in run.evaluations],
-        note=f"Greedy answers to {best.problems} held-out problems, ± standard error over problems; cut short: ended "
-        "by the length limit. Minutes, completions and generated tokens are those of training until then. The highest "
+        note=f"Greedy answers to {best.problems} held-out problems; accuracy with {INTERVAL}; cut short: ended by the "
+        "length limit. Minutes, completions and generated tokens are those of training until then. The highest "
         f"accuracy, of step {best.step}, was selected on these very problems, so it is optimistic.",
     )
 
@@ -281,7 +281,7 @@ def _examples(test: PairedTest) -> str:
     won, lost = len(result.wins), len(result.losses)
     text = (
         f"Of {result.problems} problems, {test.second} solves {won} more often than {test.first}, and {lost} less "
-        f"often: p {p_text(result.p_value)}, of an exact sign-flip test. Some of them, with one answer of each side:"
+        f"often: {p_text(result.p_value)}, of an exact sign-flip test. Some of them, with one answer of each side:"
     )
     shown = [("won", example) for example in test.won] + [("lost", example) for example in test.lost]
     return f"<p>{_text(text)}</p>\n" + "\n".join(_example(word, example, test) for word, example in shown)
@@ -296,6 +296,13 @@ def _example(word: str, example: Example, test: PairedTest) -> str:
         f'<article class="example"><p><span class="{word}">{word}</span> · problem {_text(example.id)}</p>'
         f'<pre>{_text(problem_text(example.problem))}</pre><div class="answers">{answers}</div></article>'
     )
+
+
+def _prompt(text: str) -> str:
+    if not text:
+        return ""
+    words = "The first held-out problem as the model sees it, with the chat template where the task uses one:"
+    return f"<p>{words}</p>\n<pre>{_text(text, PROMPT_LIMIT)}</pre>"
 
 
 def _costs(run: Run) -> list[str]:

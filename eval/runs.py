@@ -19,7 +19,7 @@ from eggroll_llm.config import RunConfig, applies, differences, flat, load_recip
 from eggroll_llm.embedded import called
 from eggroll_llm.errors import ConfigError, RunDirError
 from eggroll_llm.inert import inert
-from eggroll_llm.jsonl import read_rows
+from eggroll_llm.jsonl import number, read_rows
 from eggroll_llm.nesting import parse_json
 from eggroll_llm.run_dir import RunDir, earlier_starts
 from eggroll_llm.run_weights import best_step, final_step
@@ -54,8 +54,6 @@ class Point:
     """Mean reward of the step's completions."""
     accuracy: float
     """Fraction of the held-out problems answered correctly."""
-    stderr: float
-    """Standard error of the accuracy over problems."""
     problems: int
     """Number of held-out problems."""
     truncated: float
@@ -171,15 +169,6 @@ def group_seeds(runs: Sequence[Run]) -> list[Group]:
     ]
 
 
-def number(row: Mapping[str, Any], key: str) -> float:
-    """Return a value of a row of metrics; NaN where it is missing or was not finite."""
-    value = row.get(key)
-    try:
-        return float(value) if isinstance(value, int | float) else math.nan
-    except OverflowError:
-        return math.nan
-
-
 def _read_run(directory: RunDir, name: str) -> Run:
     rows = read_rows(directory.metrics)
     steps = [row.get("step") for row in rows]
@@ -215,7 +204,6 @@ def _points(rows: Sequence[Mapping[str, Any]]) -> list[Point]:
             tokens=tokens,
             reward=number(row, "reward/mean"),
             accuracy=number(row, "eval/accuracy"),
-            stderr=number(row, "eval/stderr"),
             problems=_whole(row, "eval/problems"),
             truncated=number(row, "eval/truncated"),
             memory=memory,

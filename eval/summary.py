@@ -1,4 +1,4 @@
-"""Graded samples -> the figures: accuracy, pass@k and maj@k with standard errors, as JSON and as lm-eval's table.
+"""Graded samples -> the figures: accuracy, pass@k and maj@k with their errors, as JSON and as lm-eval's table.
 
 Keys are those of lm-evaluation-harness, "metric,filter". A metric is a mean over problems of a value per problem:
 
@@ -8,6 +8,9 @@ Keys are those of lm-evaluation-harness, "metric,filter". A metric is a mean ove
     maj@k                           whether the most frequent answer of the first k completions is right
 
 Completions without an answer have no vote; a problem where none has one counts as wrong.
+
+The standard error is lm-eval's, and 0 where all problems come out alike; so one more column, ours, has the interval of
+`eggroll_llm.accuracy.wilson`. A mean reward, which need not lie between 0 and 1, has none.
 """
 
 import json
@@ -17,6 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from eggroll_llm.accuracy import wilson
 from eggroll_llm.embedded import called
 from eggroll_llm.evaluate import finite_rewards
 from eggroll_llm.jsonl import to_json
@@ -26,7 +30,9 @@ from eggroll_llm.scoring import FAILED
 from eval.evaluation import Results
 from eval.statistics import majority, mean, pass_at_k, stderr
 
-HEADER = ("Tasks", "Version", "Filter", "n-shot", "Metric", "", "Value", "", "Stderr")
+HEADER = ("Tasks", "Version", "Filter", "n-shot", "Metric", "", "Value", "", "Stderr", "95 % interval")
+
+REWARD = "reward"
 
 
 def summarize(results: Results, ks: Sequence[int]) -> dict[str, Any]:
@@ -36,6 +42,7 @@ def summarize(results: Results, ks: Sequence[int]) -> dict[str, Any]:
     for sample in samples:
         by_problem.setdefault(sample.problem, []).append(sample)
     figures: dict[str, float] = {}
+    intervals: dict[str, tuple[float, float]] = {}
     for grader in questions.graders:
         # A task of one's own need not say what its answers are.
         votes = grader != TASK or any(sample.scores[TASK].answer is not None for sample in samples)
@@ -43,9 +50,12 @@ def summarize(results: Results, ks: Sequence[int]) -> dict[str, Any]:
             values = [v for group in by_problem.values() if math.isfinite(v := value(group))]
             figures[f"{name},{grader}"] = mean(values)
             figures[f"{name}_stderr,{grader}"] = stderr(values)
+            if name != REWARD:
+                intervals[f"{name},{grader}"] = wilson(figures[f"{name},{grader}"], len(values))
     return {
         "model_name": results.settings.subject.name,
         "results": {questions.task: figures},
+        "intervals": {questions.task: intervals},
         "n-samples": {questions.task: {"original": questions.available, "effective": len(by_problem)}},
         "limited": len(by_problem) < questions.available,
         "completions": len(samples),
@@ -65,7 +75,7 @@ def write_summary(path: Path, summary: Mapping[str, Any]) -> None:
 
 
 def table(summary: Mapping[str, Any]) -> str:
-    """Return the figures as a Markdown table in lm-eval's form, and what they hold for."""
+    """Return the figures as a Markdown table, lm-eval's with one more column, and what they hold for."""
     config = summary["config"]
     ((task, figures),) = summary["results"].items()
     count = summary["n-samples"][task]
@@ -77,7 +87,9 @@ def table(summary: Mapping[str, Any]) -> str:
             shots = "" if config["num_fewshot"] is None else str(config["num_fewshot"])
             error = figures[f"{metric}_stderr,{grader}"]
             version = config["version"]
-            rows.append((name, version, grader, shots, metric, "↑", f"{value:.4f}", "±", f"{error:.4f}"))
+            ends = summary["intervals"][task].get(key)
+            interval = f"[{ends[0]:.4f}, {ends[1]:.4f}]" if ends else ""
+            rows.append((name, version, grader, shots, metric, "↑", f"{value:.4f}", "±", f"{error:.4f}", interval))
             name = ""
     return f"{_markdown(rows)}\n\n{_conditions(summary)}"
 
@@ -89,7 +101,7 @@ Metric = Callable[[Sequence[Sample]], float]
 def _metrics(grader: str, metric: str, ks: Sequence[int], *, votes: bool) -> dict[str, Metric]:
     metrics: dict[str, Metric] = {metric: partial(_correct, grader)}
     if grader == TASK:
-        metrics["reward"] = lambda group: mean(finite_rewards(group, grader))
+        metrics[REWARD] = lambda group: mean(finite_rewards(group, grader))
     for k in ks:
         metrics[f"pass@{k}"] = partial(_pass, grader, k)
         if votes:

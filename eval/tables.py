@@ -9,12 +9,15 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from eggroll_llm.accuracy import accuracy_text, p_number, percent, points
 from eggroll_llm.inert import inert
-from eval.compare import BUDGETS, Comparison, Cut, PairedTest, Seeds, Summary
+from eval.compare import BUDGETS, Comparison, Cut, Mean, PairedTest, Seeds, Summary
+from eval.runs import Point
 from eval.statistics import LEAST_DISCORDANT, RESAMPLES
 
 CELL = 400  # characters of a table's cell on a terminal, where it is folded: all of a name
 ANSWER = 160  # and of an answer, which can be a megabyte
+INTERVAL = "its 95 % interval over problems (Wilson)"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -77,7 +80,9 @@ def to_rich(grid: Grid) -> Table:
         pad_edge=False,
     )
     for i, column in enumerate(grid.columns):
-        table.add_column(column, justify="left" if i < grid.texts else "right", overflow="fold")
+        table.add_column(
+            column, justify="left" if i < grid.texts else "right", overflow="fold", no_wrap=i >= grid.texts
+        )
     for row in grid.rows:
         table.add_row(*(Text(inert(cell, ANSWER if grid.texts == len(row) else CELL)) for cell in row))
     return table
@@ -100,21 +105,16 @@ def problem_text(problem: Mapping[str, Any]) -> str:
     return "\n".join(f"{key}: {value}" for key, value in problem.items() if key not in ("id", "solution"))
 
 
-def percent(value: float, error: float = math.nan) -> str:
-    """Return a fraction in per cent, with its standard error where there is one: "51.6 ± 3.1 %"."""
-    if not math.isfinite(value):
-        return "–"
-    return f"{100 * value:.1f} ± {100 * error:.1f} %" if math.isfinite(error) else f"{100 * value:.1f} %"
+def point_text(point: Point | None) -> str:
+    """Return the accuracy of an evaluation with its interval; a dash where there is none."""
+    return accuracy_text(point.accuracy, point.problems) if point else "–"
 
 
-def points(value: float) -> str:
-    """Return a difference of fractions in percentage points, signed."""
-    return f"{100 * value:+.1f}".replace("-", "−")
-
-
-def p_text(p: float) -> str:
-    """Return a p-value to two digits."""
-    return "< 0.0001" if p < 1e-4 else f"{p:.2g}"
+def mean_text(mean: Mean) -> str:
+    """Return a mean accuracy over seeds with its standard error where there is one: "51.6 ± 3.1 %"."""
+    if not math.isfinite(mean.stderr):
+        return percent(mean.value)
+    return f"{100 * mean.value:.1f} ± {100 * mean.stderr:.1f} %"
 
 
 def amount(value: float) -> str:
@@ -128,15 +128,15 @@ def amount(value: float) -> str:
 
 def _accuracy_grid(comparison: Comparison) -> Grid:
     def cells(run: Summary) -> list[str]:
-        reached = [percent(p.accuracy, p.stderr) if p else "–" for p in (run.base, run.final, run.best)]
+        reached = [point_text(run.base), point_text(run.final), percent(run.best.accuracy)]
         return [run.name, f"{run.final.problems}", *reached, f"{run.best.step}"]
 
     return Grid(
         title="Accuracy of each run",
         columns=["run", "problems", "base", "final", "best", "step"],
         rows=[cells(run) for run in comparison.runs],
-        note="On held-out problems, ± standard error over problems. Best: the highest of all evaluations, at that "
-        "step; it was selected on these very problems, so it is optimistic.",
+        note=f"On held-out problems, with {INTERVAL}. Best: the highest of all evaluations, at that step; it was "
+        "selected on these very problems, so it is optimistic, and no interval holds.",
     )
 
 
@@ -158,28 +158,29 @@ def _spent_grid(comparison: Comparison) -> Grid:
 
 def _seeds_grid(comparison: Comparison) -> Grid:
     def cells(group: Seeds) -> list[str]:
-        means = [percent(each.value, each.stderr) for each in (group.base, group.final)]
+        means = [mean_text(each) for each in (group.base, group.final)]
         return [group.label, ", ".join(group.runs), *means]
 
     return Grid(
         title="Same settings, different seeds",
         columns=["group", "runs", "base", "final"],
         rows=[cells(group) for group in comparison.groups],
-        note="Mean accuracy over the runs of a group ± standard error over them, whatever they spent.",
+        note="Mean accuracy over the runs of a group ± standard error over them (none where all are equal), whatever "
+        "they spent.",
         texts=2,
     )
 
 
 def _cut_grid(cut: Cut, groups: Sequence[Seeds]) -> Grid:
     total = f"{cut.amount / 60:.1f} minutes" if cut.budget == "seconds" else amount(cut.amount)
-    reached = [[name, percent(p.accuracy, p.stderr), f"{p.step}"] for name, p in cut.reached.items() if p]
+    reached = [[name, point_text(point), f"{point.step}"] for name, point in cut.reached.items() if point]
     means = [(group.label, group.within[cut.budget]) for group in groups if len(group.runs) > 1]
     return Grid(
         title=f"Accuracy at the {BUDGETS[cut.budget]}: {total}",
         columns=["run", "accuracy", "step"],
-        rows=[*reached, *([f"mean of {label}", percent(mean.value, mean.stderr), ""] for label, mean in means)],
+        rows=[*reached, *([f"mean of {label}", mean_text(mean), ""] for label, mean in means)],
         note=f"All that {cut.set_by} spent, the least of the runs with updates; each run counts with its last "
-        "evaluation within that. ± standard error over problems, of a mean over seeds.",
+        f"evaluation within that, with {INTERVAL}; of a mean over seeds ± standard error over them.",
     )
 
 
@@ -194,7 +195,7 @@ def _tests_grid(comparison: Comparison) -> Grid:
             points(result.difference),
             interval_text(test),
             *changed,
-            p_text(result.p_value),
+            p_number(result.p_value),
         ]
 
     return Grid(

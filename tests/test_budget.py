@@ -14,6 +14,7 @@ from eggroll_llm.errors import ConfigError
 from eggroll_llm.model_files import tensor_shapes
 from eggroll_llm.prompts import ProblemSet
 from eggroll_llm.session import Prepared
+from eggroll_llm.step_time import Machine, Model, estimate_lines, measure, model_sizes, sampled, step_seconds
 
 # Of a layer: q and o 128 x 128, k and v 64 x 128, gate and up 256 x 128, down 128 x 256; two layers.
 WEIGHTS = 2 * (2 * 128 * 128 + 2 * 64 * 128 + 3 * 256 * 128)
@@ -204,3 +205,56 @@ def test_of_a_gpu_what_lies_beside_vllms_share_must_be_free(model: Path, monkeyp
     free["bytes"] -= 1
     with pytest.raises(ConfigError, match=r"^engine\.gpu_memory_utilization = 0\.5: 0\.50 GiB.* lower it to 0\.49, or"):
         check_memory(prepared(model, engine=engine))
+
+
+SLOW = Machine(serving=1e6, training=1e5, bandwidth=1e6, passes=(0.1, 0.1))
+SMALL = Model(linear=1000, head=500, every=2000, attention=10)
+
+
+def test_time_of_a_step_of_es(model: Path) -> None:
+    """36 answers of 50 tokens, all at once, to prompts of 25, of which 10 are the same: 50 passes over 50 positions."""
+    tokens = 6 * (10 + 3 * 15) + 36 * 50
+    operations = tokens * (2 * 1000 + 4 * 10 * 50) + 2 * (36 + 1800) * 500
+    sampling = operations / 1e6 + 50 * 2 * (1000 + 500) / 1e6 + 50 * 0.1
+    update = 2 * 1000 * 3 * 4 / 1e5 + (4 + 4 + 2) * 1000 / 1e6  # three pairs of rank 4; masters and served weights
+    found = step_seconds(prepared(model), SMALL, SLOW, length=1.0)
+    assert found == pytest.approx(sampling + update) == pytest.approx(15.756)
+
+
+def test_time_of_a_step_of_grpo(model: Path) -> None:
+    """Six answers; three passes' worth to train and one before, over 300 tokens of them and 75 of prompts."""
+    sampling = ((10 + 3 * 15 + 300) * 4000 + 2 * (6 + 300) * 500) / 1e6 + 50 * 2 * 1500 / 1e6 + 50 * 0.1
+    training = 4 * (375 * 4000 + 2 * 300 * 500) / 1e5 + (36 + 4 + 2) * 2000 / 1e6
+    grpo = GrpoConfig(learning_rate=1e-5, micro_batch=2)
+    found = step_seconds(prepared(model, method="grpo", grpo=grpo), SMALL, SLOW, length=1.0)
+    assert found == pytest.approx(sampling + training) == pytest.approx(78.96)
+
+
+def test_what_prompts_have_in_common_is_computed_once_a_member() -> None:
+    prompts = [(1, 2, 3, 4), (1, 2, 5, 6), (1, 2, 3, 7)]
+    shared = sampled(prompts, members=6, problems=3, samples=2, length=8)
+    assert (shared.prompt_tokens, shared.completions, shared.context) == (6 * (2 + 3 * 2), 36, 8)
+
+
+def test_the_estimate_of_a_run(model: Path) -> None:
+    """Sizes of the tiny model; a faster machine takes less; evaluations at the start and after every tenth step."""
+    run = prepared(model, steps=25)
+    embedding = tensor_shapes(model)["model.embed_tokens.weight"]
+    found = model_sizes(run)
+    assert (found.linear, found.head, found.attention) == (WEIGHTS, math.prod(embedding), 2 * 128)
+    lines = estimate_lines(run, SLOW)
+    assert lines[0].startswith("time, estimated: ")
+    assert "for 25 steps and 4 evaluations" in lines[1]
+    slow, fast = (
+        float(estimate_lines(run, machine)[0].split()[2]) for machine in (SLOW, dataclasses.replace(SLOW, serving=4e6))
+    )
+    assert fast < slow / 2
+    assert "training ends after 2.5 min" in estimate_lines(prepared(model, minutes=2.5), SLOW)[1]
+    assert len(estimate_lines(prepared(model, steps=0, minutes=2.5), SLOW)) == 1
+
+
+def test_the_machine_is_measured(model: Path) -> None:
+    machine = measure(prepared(model))
+    assert machine.serving > 1e7
+    assert machine.training > 1e7
+    assert 1e7 < machine.bandwidth < 1e13

@@ -22,12 +22,12 @@ CONFIG = RunConfig(
 IDENTITY = "0123456789abcdef"
 
 
-def row(step: int, accuracy: float | None = None, stderr: float | None = 0.03) -> dict[str, Any]:
-    evaluation = {"eval/accuracy": accuracy, "eval/stderr": stderr, "eval/problems": 256}
+def row(step: int, accuracy: float | None = None, problems: int = 256) -> dict[str, Any]:
+    evaluation = {"eval/accuracy": accuracy, "eval/problems": problems}
     return {"step": step, "wall_time": 3.0 * step} | (evaluation if accuracy is not None else {})
 
 
-METRICS = [row(0, 0.3711, 0.0302), row(1), row(2, 0.4531), row(3), row(4, 0.5156, 0.0312)]
+METRICS = [row(0, 0.3711), row(1), row(2, 0.4531), row(3), row(4, 0.5156)]
 
 
 @pytest.fixture
@@ -110,7 +110,7 @@ def test_a_local_model_is_no_base_model_of_the_hub(journal: Path) -> None:
 
 def test_results_from_base_to_this_step(journal: Path) -> None:
     text = card(journal)
-    assert "| 0, the base model | 0.371 ± 0.030 |\n| 4 | 0.516 ± 0.031 |" in text
+    assert "| 0, the base model | 37.1 % [31.4, 43.2] |\n| 4 | 51.6 % [45.5, 57.6] |" in text
     assert "Evaluated in training, on 256 held-out problems of the test split: one greedy answer each" in text
     assert "Of the 2 evaluations of trained weights up to this step none was higher." in text
     assert "optimistic" in text
@@ -127,21 +127,21 @@ def test_the_only_evaluation_was_not_selected(journal: Path) -> None:
 
 def test_rows_of_later_steps_are_not_looked_at(journal: Path) -> None:
     text = card(journal, step=2)
-    assert "| 2 | 0.453 ± 0.030 |" in text
-    assert "0.516" not in text
+    assert "| 2 | 45.3 % [39.3, 51.4] |" in text
+    assert "51.6" not in text
     assert text == card(journal, step=2, metrics=METRICS[:3])
 
 
 def test_an_earlier_evaluation_is_not_passed_off_as_that_of_these_weights(journal: Path) -> None:
     text = card(journal, step=3)
-    assert "| 2 | 0.453 ± 0.030 |" in text
+    assert "| 2 | 45.3 % [39.3, 51.4] |" in text
     assert "of step 3, are later ones and were not evaluated." in text
     assert "model-index" not in ModelCard(text).data.to_dict()
 
 
 def test_the_base_model_itself(journal: Path) -> None:
     text = card(journal, step=0)
-    assert "| 0, the base model | 0.371 ± 0.030 |\n\n" in text
+    assert "| 0, the base model | 37.1 % [31.4, 43.2] |\n\n" in text
     assert "- Updates: 0," in text
 
 
@@ -151,9 +151,30 @@ def test_without_evaluations(journal: Path) -> None:
     assert "model-index" not in ModelCard(text).data.to_dict()
 
 
-@pytest.mark.parametrize("stderr", [None, float("nan")])
-def test_one_problem_has_no_standard_error(journal: Path, stderr: float | None) -> None:
-    assert "| 4 | 1.000 |" in card(journal, metrics=[row(4, 1.0, stderr)])
+def test_nothing_solved_is_not_known_exactly(journal: Path) -> None:
+    text = card(journal, metrics=[row(0, 0.0, problems=8), row(4, 1.0, problems=1)])
+    assert "| 0, the base model | 0.0 % [0.0, 32.4] |\n| 4 | 100.0 % [20.7, 100.0] |" in text
+
+
+def test_a_model_that_got_worse_says_so(journal: Path) -> None:
+    found = card(journal, metrics=[row(0, 0.5), row(4, 0.1) | {"eval/won": 0, "eval/lost": 102}])
+    assert "**Warning:** the model got worse: from 50.0 % [43.9, 56.1] before training to 10.0 % [6.9, 14.3]" in found
+    assert "Warning" not in card(journal)
+
+
+def test_a_prompt_is_shown_and_cannot_break_out(journal: Path) -> None:
+    """By a parser: all of it is the content of one fence, and nothing in it acts on a terminal."""
+    prompt = "<|im_start|>user\n````\n# no heading\n~~~\n</details><script>\r\x1b[2J\u202e|```"
+    config = dataclasses.replace(CONFIG, steps=4)
+    arguments: dict[str, Any] = {"config": config, "base_model": IDENTITY, "step": 4, "metrics": METRICS}
+    text = card_text(**arguments, journal=journal, prompt=prompt)
+    tokens = MarkdownIt().parse(ModelCard(text).text)
+    (fence,) = [token for token in tokens if token.type == "fence" and token.info == "text"]
+    assert fence.content == prompt.replace("\r\x1b", "\\r\\x1b").replace("\u202e", "\\u202e") + "\n"
+    headings = [tokens[i + 1].content for i, token in enumerate(tokens) if token.type == "heading_open"]
+    assert "no heading" not in headings
+    assert headings[2] == "Prompt"
+    assert "## Prompt" not in card(journal)
 
 
 def test_problems_held_out_of_the_training_split(journal: Path) -> None:

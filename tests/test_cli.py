@@ -1,5 +1,6 @@
 """A user's mistake is one line that says what to do, and status 2; help and dry runs start nothing."""
 
+import dataclasses
 import os
 import re
 import signal
@@ -17,6 +18,7 @@ from eggroll_llm import invocation, session
 from eggroll_llm.cli import main
 from eggroll_llm.commands import _samples_file
 from eggroll_llm.config import RunConfig, field_help, flat, load_recipe
+from eggroll_llm.diagnosis import Finding
 from eggroll_llm.embedded import DESCRIPTION
 from eggroll_llm.errors import TaskError
 from eggroll_llm.run_dir import RunDir
@@ -406,6 +408,8 @@ def test_a_dry_run_prints_settings_and_budget_and_trains_nothing(
     assert printed["engine"]["max_model_len"] % 32 == 0
     assert "# per step: 8 completions = 4 members x 2 prompts x 1 samples\n" in output
     assert "# in all: 3 steps, 24 completions\n" in output
+    assert "# time, estimated: " in output
+    assert "grpo" not in printed
     assert [path for path in sorted(tmp_path.iterdir()) if path.name != "__pycache__"] == before
 
 
@@ -423,9 +427,9 @@ def test_paths_in_flags_are_relative_to_where_the_user_stands(
 
 def finished(run_path: Path) -> Outcome:
     metrics: list[dict[str, Any]] = [
-        {"step": 0, "wall_time": 0.0, "eval/accuracy": 0.25, "eval/stderr": 0.03, "eval/problems": 256},
+        {"step": 0, "wall_time": 0.0, "eval/accuracy": 0.25, "eval/problems": 256},
         {
-            "step": 1, "wall_time": 90.0, "eval/accuracy": 0.5, "eval/stderr": 0.04, "eval/problems": 256,
+            "step": 1, "wall_time": 90.0, "eval/accuracy": 0.5, "eval/problems": 256,
             "tokens/prompt": 3000, "tokens/generated": 2000, "time/sample": 4.0, "time/noise": 0.1, "time/update": 0.2,
             "time/serve": 0.1, "time/step": 10.0,
         },
@@ -459,7 +463,15 @@ def test_a_run_ends_with_its_table_and_how_to_go_on(
     assert seen == [(5, tmp_path, path, "resume")]
     output = capsys.readouterr().out
     # 0.5 - 0.25, 5000 tokens in 4 s, 0.4 s of 10.
-    for text in ("0.250 ± 0.030", "0.500 ± 0.040", "+0.250", "1,250", "4.0%", "1 updates in 1.5 minutes"):
+    for text in (
+        "25.0 % [20.1, 30.6]",
+        "50.0 % [43.9, 56.1]",
+        "+25.0 points",
+        "p < 0.0001",
+        "1,250",
+        "4.0%",
+        "1 updates in 1.5 minutes",
+    ):
         assert text in output
     words = " ".join(re.sub("[│┃]", " ", output).split())
     assert "the best constant answer to them: a - b, largest first 0.518" in words
@@ -468,6 +480,17 @@ def test_a_run_ends_with_its_table_and_how_to_go_on(
     assert f"model: {path / 'final'} (loads in transformers and vLLM)" in lines
     assert f"go on: {invocation.command('resume', path, '--steps', '6')}" in lines
     assert f"test:  {invocation.command('eval', path)}" in lines
+
+
+def test_the_last_lines_of_a_run_that_failed_do_not_look_like_success(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    finding = Finding(kind="worse", severity="failure", text="the model got worse", remedy="lower the rate")
+    found = dataclasses.replace(finished(tmp_path / "run"), findings=[finding])
+    monkeypatch.setattr(session, "train", lambda *_: found)
+    assert main(["train", str(recipe), "--run-dir", str(tmp_path / "run")]) == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last == "failure: the model got worse: lower the rate"
 
 
 def test_the_default_run_directory_is_named_after_recipe_and_time(

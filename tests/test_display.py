@@ -146,7 +146,7 @@ def test_messages_and_evaluations() -> None:
     display.evaluation(30, Evaluation(samples=tuple(samples), seconds=2.04))
     message, evaluation = output.getvalue().splitlines()
     assert message.startswith("[bold]careful[/bold] " + r"\x1b[2J")
-    assert evaluation == "eval    30  accuracy 0.750 ± 0.250 on 4 held-out problems, 2.0 s"
+    assert evaluation == "eval    30  accuracy 75.0 % [30.1, 95.4] on 4 held-out problems, 2.0 s"
 
 
 def a_run(display: ConsoleDisplay) -> None:

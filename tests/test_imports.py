@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 OURS = ("rewards", "eggroll_llm", "eval")
 CLI = ("eggroll_llm.__main__", "eggroll_llm.cli", "eggroll_llm.commands")
-PURE = {"eggroll_llm.noise", "eggroll_llm.fitness", "eggroll_llm.update"}
+PURE = {"eggroll_llm.noise", "eggroll_llm.fitness", "eggroll_llm.update", "eggroll_llm.weight_change"}
 PURE_MAY_IMPORT = PURE | {
     "eggroll_llm.errors",
     *(

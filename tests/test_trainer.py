@@ -242,15 +242,56 @@ def test_tied_rewards_change_nothing_and_say_so_after_three_steps(bench: Bench) 
     for entry in read_journal(bench.folder / "run" / "journal.jsonl").entries:
         assert entry.fitness == (0.0,) * MEMBERS
     assert bench.display.notes == ["rewards tied, nothing learned"] * 5
-    said = [text for text in bench.display.messages if "all members got the same rewards in 3 steps" in text]
+    said = [text for text in bench.display.messages if "nothing was learned in all 3 steps, because all mem" in text]
     assert len(said) == 1
-    assert "raise es.sigma (now 0.05)" in said[0]
+    assert "every answer was right: choose harder problems" in said[0]
+    assert [f"{finding}"[:45] for finding in outcome.findings] == ["failure: nothing was learned in all 5 steps, "]
     bench.display.messages.clear()
     bench.train("short", task=Constant(), steps=2)
-    assert not [text for text in bench.display.messages if "same rewards" in text]
+    assert not [text for text in bench.display.messages if "nothing was learned" in text]
     bench.display.notes.clear()
     bench.train("other", steps=2)
     assert bench.display.notes == ["", ""]
+
+
+class Breaking(Near):
+    """Right until the weights have left their place."""
+
+    def score(self, completion: str, problem: Mapping[str, Any], *, truncated: bool = False) -> Score:
+        score = super().score(completion, problem, truncated=truncated)
+        return Score(score.reward, score.reward > -10, "near")
+
+    def problems(self, split: str) -> list[dict[str, Any]]:
+        problems = super().problems(split)
+        return [{**problem, "id": f"{problem['id']}{half}"} for half in "ab" for problem in problems]
+
+
+def test_weights_that_are_destroyed_are_said_to_be(bench: Bench) -> None:
+    """While the run goes on, once each, and at its end: it has exit status 0, as its files are whole."""
+    outcome = bench.train("run", task=Breaking(), steps=3, es=dataclasses.replace(CONFIG.es, learning_rate=1e5))
+    assert (outcome.first["eval/accuracy"], outcome.last["eval/accuracy"]) == (1, 0)
+    assert (outcome.last["eval/won"], outcome.last["eval/lost"]) == (0, 10)
+    assert [finding.severity for finding in outcome.findings[:2]] == ["failure", "failure"]
+    for said in (
+        "got worse: from 100.0 % [72.2, 100.0] before training to 0.0 % [0.0, 27.8]",
+        "which destroys a model",
+    ):
+        assert len([text for text in bench.display.messages if said in text]) == 1
+        assert any(said in finding.text for finding in outcome.findings)
+    assert "**Warning:** the model got worse" in (outcome.final / "README.md").read_text()
+    # What is said and recorded is the same for a run in two pieces.
+    changes: dict[str, Any] = {"task": Breaking(), "es": dataclasses.replace(CONFIG.es, learning_rate=1e5)}
+    bench.train("halves", steps=2, **changes)
+    again = bench.train("halves", "resume", steps=3, **changes)
+    assert again.findings == outcome.findings
+
+
+def test_the_prompt_is_kept_for_report_and_card(bench: Bench) -> None:
+    outcome = bench.train("run", steps=1)
+    run = session.RunDir.open(bench.folder / "run")
+    assert run.example_prompt() == "what is near?"
+    assert "## Prompt\n" in (outcome.final / "README.md").read_text()
+    assert "```text\nwhat is near?\n```" in (outcome.final / "README.md").read_text()
 
 
 def test_an_update_that_is_too_large_is_refused_before_it_is_recorded(bench: Bench) -> None:

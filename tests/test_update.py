@@ -13,7 +13,6 @@ from eggroll_llm.update import (
     MasterWeights,
     NonFiniteUpdate,
     OptimizerSettings,
-    UpdateReport,
     UpdateSpec,
     estimate,
     pair_coefficients,
@@ -273,7 +272,9 @@ def test_a_tied_step_changes_nothing_not_even_the_optimizer(method, fitness_M):
     master = masters(method)
     master.apply(spec())
     before = {key: value.clone() for key, value in master.state().items()}
-    assert master.apply(spec(fitness_M=fitness_M)) == UpdateReport(rms=0.0, changed=0.0, finite=True)
+    report = master.apply(spec(fitness_M=fitness_M))
+    assert (report.rms, report.changed, report.finite) == (0.0, 0.0, True)
+    assert report.weights_rms > 0
     after = master.state()
     assert after.keys() == before.keys()
     assert all(torch.equal(after[key], value) for key, value in before.items())

@@ -30,7 +30,8 @@ from eggroll_llm.engine.served import ServedWeights, initial_weights, keep_linea
 from eggroll_llm.engine.whole import WholeModel, count_ranks_uncompiled
 from eggroll_llm.hardware import cxx_compiler
 from eggroll_llm.noise import NoiseSpec
-from eggroll_llm.update import MasterWeights, OptimizerSettings, UpdateReport, UpdateSpec
+from eggroll_llm.update import MasterWeights, OptimizerSettings, UpdateSpec
+from eggroll_llm.weight_change import UpdateReport
 
 log = logging.getLogger(__name__)
 

@@ -12,6 +12,7 @@ import pytest
 from made_up_runs import make_config, write_run
 from numpy.testing import assert_allclose
 
+from eggroll_llm.accuracy import wilson
 from eggroll_llm.config import LogConfig
 from eval import plots
 from eval.runs import Group, group_seeds, read_runs
@@ -69,14 +70,13 @@ def test_seeds_share_a_range_of_time(tmp_path: Path) -> None:
     assert figure.axes[0].get_xlabel() == "Training time (minutes)"
 
 
-def test_a_single_run_has_whiskers_of_one_standard_error(tmp_path: Path) -> None:
+def test_a_single_run_has_whiskers_of_its_intervals(tmp_path: Path) -> None:
     runs = read_runs([write_run(tmp_path / "run", {0: "0011", 4: "0111"})])
     ax = plots.accuracy_figure(group_seeds(runs), axes=["tokens"]).axes[0]
     assert_allclose(ax.lines[1].get_xydata(), [[0, 50], [400, 75]])
     (whiskers,) = ax.collections
-    errors = [100 * np.sqrt(0.5 * 0.5 / 3), 100 * np.sqrt(0.75 * 0.25 / 3)]
     low_high = [segment[:, 1] for segment in whiskers.get_segments()]
-    assert_allclose(low_high, [[50 - errors[0], 50 + errors[0]], [75 - errors[1], 75 + errors[1]]])
+    assert_allclose(low_high, [100 * np.array(wilson(0.5, 4)), 100 * np.array(wilson(0.75, 4))])
     assert ax.get_xlabel() == "Generated tokens"
 
 
@@ -127,12 +127,10 @@ def test_names_are_drawn_as_they_are(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("right", [{0: "01"}, {2: "1"}, {0: "1", 1: "0"}])
 def test_little_is_drawn_too(tmp_path: Path, right: dict[int, str]) -> None:
-    """No step yet, no base model, one problem (its standard error is none)."""
+    """No step yet, no base model, one problem."""
     path = tmp_path / "run"
     if len(right[max(right)]) == 1:
         write_run(path, {step: marks + marks for step, marks in right.items()})
-        text = (path / "metrics.jsonl").read_text()
-        (path / "metrics.jsonl").write_text(text.replace('"eval/stderr": 0.0', '"eval/stderr": null'))
     else:
         write_run(path, right)
     figure = plots.overview_figure(group_seeds(read_runs([path])))
@@ -201,7 +199,7 @@ def test_the_caption_says_what_is_drawn(tmp_path: Path) -> None:
     assert "Whiskers" not in several
     other = make_config(seed=5, log=LogConfig(samples=0))
     one = plots.caption(group_seeds(read_runs([write_run(tmp_path / "one", {0: "01"}, config=other)])), reward=True)
-    assert "Whiskers: ± one standard error over problems. Dotted line: base model." in one
+    assert "Whiskers: 95 % intervals over problems (Wilson). Dotted line: base model." in one
     assert "bands" not in one
     assert "No training reward is recorded of one." in one
 

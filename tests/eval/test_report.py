@@ -98,7 +98,7 @@ def test_a_run_report_says_what_was_reached(tmp_path: Path) -> None:
     words = " ".join(text.split())
     assert "Accuracy on 8 held-out problems went from 25.0 % to 62.5 % in 4 steps and 4.0 minutes of training" in words
     assert "+37.5 percentage points (p = 0.38); fewer than 10 problems changed, too few for an interval." in words
-    assert "Of 8 problems, a, step 4 solves 4 more often than a, base model, and 1 less often: p 0.38" in words
+    assert "Of 8 problems, a, step 4 solves 4 more often than a, base model, and 1 less often: p = 0.38" in words
     assert "numbers: [1, 2]\ntarget: 3" in text
     assert "4:1:right" in text
     assert "said at 4" in text
@@ -165,15 +165,13 @@ def test_runs_that_cannot_be_compared_are_not_ranked(tmp_path: Path) -> None:
         assert absent not in words
 
 
-def test_one_problem_has_no_standard_error(tmp_path: Path) -> None:
-    path = write_run(tmp_path / "run", {0: "00", 4: "11"})
-    rows = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
-    lines = [json.dumps(row | {"eval/stderr": None} if "eval/stderr" in row else row) for row in rows]
-    (path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+def test_nothing_solved_is_not_known_exactly(tmp_path: Path) -> None:
+    path = write_run(tmp_path / "run", {0: "0" * 8, 4: "1" * 8})
     for page in (write_run_report(path), write_comparison([path], tmp_path / "out")):
         text = Page(page).text
-        assert "100.0 %" in text
-        assert "nan" not in text.lower()
+        assert "0.0 % [0.0, 32.4]" in text
+        assert "100.0 % [67.6, 100.0]" in text
+        assert "± 0.0" not in text
 
 
 def test_the_headline_is_what_the_test_found(tmp_path: Path) -> None:

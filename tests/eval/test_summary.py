@@ -140,11 +140,11 @@ def test_what_limits_the_figures_is_said() -> None:
 def test_the_table(capsys: pytest.CaptureFixture[str]) -> None:
     shown = table(summarize(results([["r", "w", "r", None], ["w", "w", "r", "w"]]), [4]))
     assert shown.splitlines() == [
-        "|Tasks                    |Version|Filter|n-shot|Metric     | | Value| |Stderr|",
-        "|-------------------------|------:|------|-----:|-----------|-|-----:|-|-----:|",
-        "|gsm8k (LIMITED to 2 of 9)|      3|robust|     5|exact_match|↑|0.3750|±|0.1250|",
-        "|                         |      3|robust|     5|pass@4     |↑|1.0000|±|0.0000|",
-        "|                         |      3|robust|     5|maj@4      |↑|0.5000|±|0.5000|",
+        "|Tasks                    |Version|Filter|n-shot|Metric     | | Value| |Stderr|95 % interval   |",
+        "|-------------------------|------:|------|-----:|-----------|-|-----:|-|-----:|----------------|",
+        "|gsm8k (LIMITED to 2 of 9)|      3|robust|     5|exact_match|↑|0.3750|±|0.1250|[0.0561, 0.8583]|",
+        "|                         |      3|robust|     5|pass@4     |↑|1.0000|±|0.0000|[0.3424, 1.0000]|",
+        "|                         |      3|robust|     5|maj@4      |↑|0.5000|±|0.5000|[0.0945, 0.9055]|",
         "",
         "it (bfloat16, weights 0123): 2 problems, 4 completions each, temperature 0.7, top-p 1, seed 3, at most 256 "
         "tokens, 12.5% cut off; prompts abababababababab",
@@ -154,6 +154,16 @@ def test_the_table(capsys: pytest.CaptureFixture[str]) -> None:
     embedded = table(summarize(results([["r"], ["w"]]), []) | {"model_name": "smollm2-135m-instruct"})
     assert "\nSmolLM2-135M-Instruct, 4-bit GGUF expanded to bfloat16 (bfloat16, weights 0123): " in embedded
     assert "2 problems, 1 completion each, greedy, at most 256" in greedy
+
+
+def test_nothing_solved_is_not_known_exactly() -> None:
+    """lm-eval's standard error is 0 then; a mean reward has no such interval."""
+    summary = summarize(results([["w"]] * 8, grader=TASK), [])
+    assert summary["results"]["gsm8k"]["exact_match_stderr,task"] == 0
+    assert summary["intervals"]["gsm8k"] == {"exact_match,task": (0.0, pytest.approx(0.3244, abs=1e-4))}
+    accuracy, reward = table(summary).splitlines()[2:4]
+    assert "|0.0000|±|0.0000|[0.0000, 0.3244]|" in accuracy
+    assert reward.endswith("|0.0000|±|0.0000|                |")
 
 
 def test_what_is_written_is_strict_json(tmp_path: Path) -> None:

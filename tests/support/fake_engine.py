@@ -235,6 +235,7 @@ def problem_set(task: Any, split: str) -> ProblemSet:
         prompts=[tuple(problem["x"]) for problem in problems],
         hashes=[problem["id"] for problem in problems],
         questions=[f"What of {problem['id']}?" for problem in problems],
+        example="what is near?",
     )
 
 

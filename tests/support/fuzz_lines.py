@@ -18,6 +18,7 @@ from fuzz_toml import canonical
 from made_up_runs import write_run
 from rich.console import Console
 
+from eggroll_llm.diagnosis import diagnose
 from eggroll_llm.display import ConsoleDisplay
 from eggroll_llm.errors import JournalError, RunDirError, SamplesError, TaskError
 from eggroll_llm.inert import SAMPLE_CHARACTERS, inert
@@ -121,6 +122,7 @@ def check_jsonl(data: bytes, folder: Path) -> None:
     (run / "metrics.jsonl").write_bytes(data)
     for found in refused(lambda: read_runs([run]), RunDirError) or ():
         assert found.best in found.evaluations
+        assert all(f"{finding}" for finding in diagnose(found.config, found.rows, ended=True))
         assert [point.step for point in found.points] == sorted({row["step"] for row in found.rows})
 
 

@@ -146,7 +146,7 @@ class StubEngine:
         return 0.0
 
     def update(self, spec: Any) -> SimpleNamespace:
-        report = SimpleNamespace(finite=True, rms=0.0, changed=0.0)
+        report = SimpleNamespace(finite=True, rms=0.0, weights_rms=1.0, changed=0.0)
         return SimpleNamespace(report=report, update=0.0, serve=0.0)
 
     def state(self) -> dict[str, torch.Tensor]:

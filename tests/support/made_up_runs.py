@@ -1,7 +1,6 @@
 """Run directories as training writes them, made up: which problems are solved at which step is said by digits."""
 
 import json
-import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -62,7 +61,6 @@ def write_run(
             marks = [mark == "1" for mark in right[step]]
             accuracy = sum(marks) / len(marks)
             row |= {"eval/accuracy": accuracy, "eval/problems": len(marks), "eval/truncated": 0.0, "time/eval": 1.0}
-            row["eval/stderr"] = math.sqrt(accuracy * (1 - accuracy) / (len(marks) - 1))
             samples = [
                 Sample(
                     problem=i,
