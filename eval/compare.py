@@ -19,11 +19,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from eggroll_llm.config import flat
-from eggroll_llm.diagnosis import diagnose
+from eggroll_llm.config.recipe import flat
 from eggroll_llm.errors import RunDirError, SamplesError
-from eggroll_llm.jsonl import to_json
-from eggroll_llm.samples import TASK, Sample
+from eggroll_llm.records.answers import TASK, Sample
+from eggroll_llm.records.diagnosis import diagnose
+from eggroll_llm.system.jsonl import to_json
 from eval.runs import Budget, Group, Point, Run, group_seeds
 from eval.statistics import Paired, compare_paired, mean, stderr
 

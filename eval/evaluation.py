@@ -11,9 +11,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from eggroll_llm import interruption
-from eggroll_llm.chat import check_chat, is_chat
-from eggroll_llm.config import (
+from eggroll_llm.config.flags import apply_overrides, flags_by_key
+from eggroll_llm.config.recipe import (
     ChatConfig,
     EngineConfig,
     EsConfig,
@@ -23,19 +22,20 @@ from eggroll_llm.config import (
     sourced,
     validate,
 )
-from eggroll_llm.environment import package_versions
+from eggroll_llm.config.toml import Origin, Sourced
+from eggroll_llm.engine.interface import Decoding, Progress
 from eggroll_llm.errors import ConfigError
-from eggroll_llm.evaluate import Grader, answer, grade_again
-from eggroll_llm.hardware import resolve_dtype, serves_on_cpu
-from eggroll_llm.jsonl import to_json
-from eggroll_llm.models import model_identity
-from eggroll_llm.overrides import apply_overrides, flags_by_key
-from eggroll_llm.prompts import ProblemSet, Prompter, needed_context, set_hash
-from eggroll_llm.sampler import Decoding, Progress
-from eggroll_llm.samples import Sample, SampleFile
-from eggroll_llm.session import context_limit
-from eggroll_llm.tasks import PATH_OPTIONS
-from eggroll_llm.toml_text import Origin, Sourced
+from eggroll_llm.models.resolve import model_identity
+from eggroll_llm.records.answers import Sample, SampleFile
+from eggroll_llm.system import signals
+from eggroll_llm.system.hardware import resolve_dtype, serves_on_cpu
+from eggroll_llm.system.jsonl import to_json
+from eggroll_llm.system.versions import package_versions
+from eggroll_llm.tasks.chat import check_chat, is_chat
+from eggroll_llm.tasks.load import PATH_OPTIONS
+from eggroll_llm.tasks.prompts import ProblemSet, Prompter, needed_context, set_hash
+from eggroll_llm.training.evaluation import Grader, answer, grade_again
+from eggroll_llm.training.session import context_limit
 from eval import lm_eval
 from eval.questions import DEFAULT_MAX_TOKENS, Protocol, Questions, lm_eval_questions, task_questions
 from eval.subject import Subject
@@ -226,7 +226,7 @@ def evaluate_subject(
         samples: dict[tuple[int, int], Sample] = file.samples if file else {}
 
         def keep(sample: Sample) -> None:
-            interruption.check()
+            signals.check()
             if file:
                 file.append(sample)
             else:
@@ -261,7 +261,7 @@ def _chat(settings: Settings, questions: Questions) -> ChatConfig:
 
 def start_engine(settings: Settings, context: int) -> Any:
     """Start vLLM on the subject, for prompts and completions of `context` tokens together."""
-    from eggroll_llm.engine.engine import Engine
+    from eggroll_llm.engine.vllm.engine import Engine
 
     return Engine(settings.subject.model_dir, settings.engine, slots=1, rank=1, max_model_len=context, trainable=False)
 

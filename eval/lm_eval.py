@@ -19,11 +19,11 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
-from eggroll_llm.evaluate import Grader
-from eggroll_llm.prompts import Prompt
-from eggroll_llm.sampler import Completion
-from eggroll_llm.samples import Graded
-from eggroll_llm.tasks import Problem
+from eggroll_llm.engine.interface import Completion
+from eggroll_llm.records.answers import Graded
+from eggroll_llm.tasks.prompts import Prompt
+from eggroll_llm.tasks.task import Problem
+from eggroll_llm.training.evaluation import Grader
 from rewards import gsm8k
 
 LmEvalTask = Literal["gsm8k", "gsm8k_cot"]

@@ -27,7 +27,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
-from eggroll_llm.accuracy import wilson
+from eggroll_llm.records.accuracy import wilson
 from eval.runs import Group, Point, Run
 
 Axis = Literal["step", "tokens", "seconds"]

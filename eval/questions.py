@@ -5,13 +5,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from eggroll_llm.config import RewardConfig
+from eggroll_llm.config.recipe import RewardConfig
 from eggroll_llm.errors import ConfigError
-from eggroll_llm.evaluate import Grader
-from eggroll_llm.prompts import Prompt
-from eggroll_llm.samples import TASK
-from eggroll_llm.scoring import Scorer
-from eggroll_llm.tasks import Problem, load_task
+from eggroll_llm.records.answers import TASK
+from eggroll_llm.tasks.load import load_task
+from eggroll_llm.tasks.prompts import Prompt
+from eggroll_llm.tasks.task import Problem
+from eggroll_llm.training.evaluation import Grader
+from eggroll_llm.training.scorer import Scorer
 from eval import lm_eval
 
 Protocol = Literal["lm-eval", "task"]

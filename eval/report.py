@@ -16,12 +16,12 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from eggroll_llm.accuracy import p_text, percent, points
-from eggroll_llm.atomic import describe_failure, write_text
-from eggroll_llm.config import to_toml
+from eggroll_llm.config.recipe import to_toml
 from eggroll_llm.errors import RunDirError
-from eggroll_llm.inert import inert_lines
-from eggroll_llm.jsonl import number, read_rows
+from eggroll_llm.records.accuracy import p_text, percent, points
+from eggroll_llm.system.files import describe_failure, write_text
+from eggroll_llm.system.jsonl import number, read_rows
+from eggroll_llm.system.terminal import inert_lines
 from eval import plots
 from eval.compare import BUDGETS, Comparison, Example, PairedTest, Seeds, Summary, compare_runs, groups_of
 from eval.runs import Budget, Group, Point, Run, about, read_runs

@@ -1,7 +1,7 @@
 """Runs read from disk: what was spent up to each step, what was measured there, and which runs are seeds of one.
 
     metrics.jsonl                        a row a step; completions and tokens are summed here, wall time is cumulative
-    evaluations/step-000040.jsonl        an answer a problem, as `eggroll_llm.samples` writes it
+    evaluations/step-000040.jsonl        an answer a problem, as `eggroll_llm.records.answers` writes it
 
 Runs that differ in nothing but `seed`, and in settings on which no update depends, are one experiment repeated.
 """
@@ -15,17 +15,17 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any, Literal
 
-from eggroll_llm.config import RunConfig, applies, differences, flat, load_recipe, may_change
-from eggroll_llm.embedded import called
+from eggroll_llm.config.recipe import RunConfig, applies, differences, flat, load_recipe, may_change
+from eggroll_llm.config.toml import format_value
 from eggroll_llm.errors import ConfigError, RunDirError
-from eggroll_llm.inert import inert
-from eggroll_llm.jsonl import number, read_rows
-from eggroll_llm.nesting import parse_json
-from eggroll_llm.run_dir import RunDir, earlier_starts
-from eggroll_llm.run_weights import best_step, final_step
-from eggroll_llm.samples import TASK, Sample, read_samples
+from eggroll_llm.models.embedded import called
+from eggroll_llm.records.answers import TASK, Sample, read_samples
+from eggroll_llm.records.run_dir import RunDir, earlier_starts
+from eggroll_llm.records.weights import best_step, final_step
+from eggroll_llm.system.jsonl import number, read_rows
+from eggroll_llm.system.nesting import parse_json
+from eggroll_llm.system.terminal import inert
 from eggroll_llm.tasks.constant import Constant, best_constant
-from eggroll_llm.toml_text import format_value
 
 Budget = Literal["completions", "tokens", "seconds"]
 """What is spent, as `Point` names it."""

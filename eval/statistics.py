@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from eggroll_llm.evaluate import mean, stderr
+from eggroll_llm.training.evaluation import mean, stderr
 
 __all__ = [
     "Paired",

@@ -3,13 +3,13 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from eggroll_llm.architectures import check_tested
-from eggroll_llm.config import RunConfig, load_recipe
+from eggroll_llm.config.recipe import RunConfig, load_recipe
 from eggroll_llm.errors import ConfigError
-from eggroll_llm.model_files import architecture_of
-from eggroll_llm.models import check_model, resolve_model
-from eggroll_llm.run_dir import RunDir, is_run_dir
-from eggroll_llm.run_weights import weights_at
+from eggroll_llm.models.architectures import check_tested
+from eggroll_llm.models.files import architecture_of
+from eggroll_llm.models.resolve import check_model, resolve_model
+from eggroll_llm.records.run_dir import RunDir, is_run_dir
+from eggroll_llm.records.weights import weights_at
 
 
 @dataclass(frozen=True, kw_only=True)

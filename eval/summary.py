@@ -10,7 +10,7 @@ Keys are those of lm-evaluation-harness, "metric,filter". A metric is a mean ove
 Completions without an answer have no vote; a problem where none has one counts as wrong.
 
 The standard error is lm-eval's, and 0 where all problems come out alike; so one more column, ours, has the interval of
-`eggroll_llm.accuracy.wilson`. A mean reward, which need not lie between 0 and 1, has none.
+`eggroll_llm.records.accuracy.wilson`. A mean reward, which need not lie between 0 and 1, has none.
 """
 
 import json
@@ -20,13 +20,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from eggroll_llm.accuracy import wilson
-from eggroll_llm.embedded import called
-from eggroll_llm.evaluate import finite_rewards
-from eggroll_llm.jsonl import to_json
-from eggroll_llm.output_file import write_output_file
-from eggroll_llm.samples import TASK, Sample
-from eggroll_llm.scoring import FAILED
+from eggroll_llm.models.embedded import called
+from eggroll_llm.records.accuracy import wilson
+from eggroll_llm.records.answers import TASK, Sample
+from eggroll_llm.system.jsonl import to_json
+from eggroll_llm.system.output_file import write_output_file
+from eggroll_llm.training.evaluation import finite_rewards
+from eggroll_llm.training.scorer import FAILED
 from eval.evaluation import Results
 from eval.statistics import majority, mean, pass_at_k, stderr
 

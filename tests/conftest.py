@@ -108,7 +108,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
 @pytest.fixture(scope="session")
 def embedded_model() -> Path:
     """The directory of the embedded model, converted on first use. Tests that take it are marked `model`."""
-    from eggroll_llm.models import resolve_model
+    from eggroll_llm.models.resolve import resolve_model
 
     return resolve_model("smollm2-135m-instruct")
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from eggroll_llm.samples import read_samples
+from eggroll_llm.records.answers import read_samples
 
 ROOT = Path(__file__).parents[1]
 SMALL = {
@@ -27,7 +27,7 @@ pytestmark = [pytest.mark.model, pytest.mark.vllm, pytest.mark.slow]
 
 def command(*arguments: str) -> str:
     result = subprocess.run(
-        [sys.executable, "-m", "eggroll_llm.cli", *arguments],
+        [sys.executable, "-m", "eggroll_llm", *arguments],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -88,8 +88,8 @@ def test_the_same_greedy_text_everywhere(run: tuple[Path, str]) -> None:
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from eggroll_llm.config import load_recipe
-    from eggroll_llm.tasks import load_task
+    from eggroll_llm.config.recipe import load_recipe
+    from eggroll_llm.tasks.load import load_task
 
     path, _ = run
     config = load_recipe(path / "config.toml")

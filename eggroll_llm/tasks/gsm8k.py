@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from eggroll_llm.errors import TaskError
-from eggroll_llm.tasks.base import Message, Place, Problem, Split, no_place
-from eggroll_llm.tasks.rows import load_file, load_hub
+from eggroll_llm.tasks.read import load_file, load_hub
+from eggroll_llm.tasks.task import Message, Place, Problem, Split, no_place
 from rewards import Score, gsm8k
 
 HUB_NAME = "openai/gsm8k"

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from eggroll_llm.errors import TaskError
-from eggroll_llm.tasks.base import Place
+from eggroll_llm.tasks.task import Place
 
 _CALLS = {
     "problems": ("split",),

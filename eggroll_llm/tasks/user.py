@@ -24,11 +24,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from eggroll_llm.config.toml import is_unicode
 from eggroll_llm.errors import TaskError
-from eggroll_llm.tasks.base import Message, Place, Problem, Split, no_place, problem_text, short_traceback
 from eggroll_llm.tasks.modules import Modules, find_modules, is_hidden, load_module, source_hash
 from eggroll_llm.tasks.signatures import check_calls, check_factory, optional_arguments
-from eggroll_llm.toml_text import is_unicode
+from eggroll_llm.tasks.task import Message, Place, Problem, Split, no_place, problem_text, short_traceback
 from rewards import Score
 
 

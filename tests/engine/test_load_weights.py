@@ -12,11 +12,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from eggroll_llm.config import EngineConfig
-from eggroll_llm.engine.engine import Engine
-from eggroll_llm.engine.text import TextRules
+from eggroll_llm.config.recipe import EngineConfig
+from eggroll_llm.engine.interface import Decoding, Request
+from eggroll_llm.engine.vllm.engine import Engine
+from eggroll_llm.engine.vllm.text import TextRules
 from eggroll_llm.errors import ModelError
-from eggroll_llm.sampler import Decoding, Request
 
 pytestmark = pytest.mark.vllm
 

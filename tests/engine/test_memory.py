@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from eggroll_llm.config import EngineConfig
-from eggroll_llm.engine.bench_worker import resident_gib
-from eggroll_llm.engine.engine import Engine
-from eggroll_llm.noise import NoiseSpec
-from eggroll_llm.sampler import Decoding, Request
-from eggroll_llm.update import UpdateSpec
+from eggroll_llm.bench.worker import resident_gib
+from eggroll_llm.config.recipe import EngineConfig
+from eggroll_llm.engine.interface import Decoding, Request
+from eggroll_llm.engine.vllm.engine import Engine
+from eggroll_llm.es.noise import NoiseSpec
+from eggroll_llm.es.update import UpdateSpec
 
 pytestmark = pytest.mark.vllm
 

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 
-from eggroll_llm.engine.engine import Engine
+from eggroll_llm.engine.interface import Completion, Decoding, Request
+from eggroll_llm.engine.vllm.engine import Engine
+from eggroll_llm.engine.watchdog import Watchdog
 from eggroll_llm.errors import EngineError, ModelError
-from eggroll_llm.invocation import command
-from eggroll_llm.sampler import Completion, Decoding, Request
-from eggroll_llm.update import NonFiniteUpdate
-from eggroll_llm.watchdog import Watchdog
+from eggroll_llm.es.update import NonFiniteUpdate
+from eggroll_llm.system.invocation import command
 
 pytestmark = pytest.mark.vllm
 

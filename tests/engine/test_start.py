@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 
-from eggroll_llm.architectures import TESTED
-from eggroll_llm.config import EngineConfig
-from eggroll_llm.engine import failures
+from eggroll_llm.config.recipe import EngineConfig
+from eggroll_llm.engine.vllm import failures
+from eggroll_llm.engine.watchdog import EXIT_STATUS
 from eggroll_llm.errors import ConfigError, EngineError, ModelError, UserError
-from eggroll_llm.watchdog import EXIT_STATUS
+from eggroll_llm.models.architectures import TESTED
 
 pytestmark = pytest.mark.vllm
 
@@ -78,8 +78,8 @@ def test_what_stops_vllm_is_told_with_the_settings_to_change(
 
 START = """
 import pathlib, sys
-from eggroll_llm.config import EngineConfig
-from eggroll_llm.engine.engine import Engine
+from eggroll_llm.config.recipe import EngineConfig
+from eggroll_llm.engine.vllm.engine import Engine
 from eggroll_llm.errors import UserError
 try:
     Engine(

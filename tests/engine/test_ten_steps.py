@@ -9,10 +9,10 @@ from dense import dense_logprobs
 from safetensors.torch import load_file
 from torch import Tensor
 
-from eggroll_llm.cli import main
-from eggroll_llm.engine.engine import Engine
-from eggroll_llm.jsonl import read_rows
-from eggroll_llm.sampler import Request
+from eggroll_llm.cli.main import main
+from eggroll_llm.engine.interface import Request
+from eggroll_llm.engine.vllm.engine import Engine
+from eggroll_llm.system.jsonl import read_rows
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 

@@ -7,7 +7,7 @@ import pytest
 from tokenizers import AddedToken
 from transformers import AutoTokenizer
 
-from eggroll_llm.engine.text import TextRules
+from eggroll_llm.engine.vllm.text import TextRules
 
 MARKS = ("<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>", "<think>", "</think>", "<|box|>")
 

@@ -14,10 +14,10 @@ from typing import Any
 
 import pytest
 
-from eggroll_llm.config import EngineConfig, EsConfig, EvalConfig, RunConfig, SamplingConfig
+from eggroll_llm.config.recipe import EngineConfig, EsConfig, EvalConfig, RunConfig, SamplingConfig
+from eggroll_llm.engine.interface import Completion, Decoding, Request
 from eggroll_llm.errors import ConfigError, SamplesError, TaskError
-from eggroll_llm.sampler import Completion, Decoding, Request
-from eggroll_llm.samples import read_samples
+from eggroll_llm.records.answers import read_samples
 from eval import evaluation, lm_eval
 from eval.evaluation import Settings, evaluate_subject, questions_for, settings_for
 from eval.questions import DEFAULT_MAX_TOKENS
@@ -247,7 +247,7 @@ def test_killed_and_started_again(data: Path, tiny_model: Callable[[str], Path],
             f"eval {tiny_model('llama')} --task gsm8k --data-dir {data} --num-fewshot 2 --samples 8 --temperature 1 "
             f"--k 2,8 --max-tokens 40 --engine.max_sequences 4 --engine.kv_cache_gib 0.25 --out {out}"
         )
-        command = [sys.executable, "-m", "eggroll_llm.cli", *words.split()]
+        command = [sys.executable, "-m", "eggroll_llm", *words.split()]
         return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
 
     def lines(file: Path) -> int:

@@ -18,10 +18,10 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from eggroll_llm.prompts import Prompter, text_hash
-from eggroll_llm.sampler import Completion
-from eggroll_llm.samples import read_samples
-from eggroll_llm.tasks import load_task
+from eggroll_llm.engine.interface import Completion
+from eggroll_llm.records.answers import read_samples
+from eggroll_llm.tasks.load import load_task
+from eggroll_llm.tasks.prompts import Prompter, text_hash
 from eval import lm_eval as ours
 
 HERE = Path(__file__).parent
@@ -235,7 +235,7 @@ def test_its_own_run_on_vllm_gives_the_same_answers(
     context = 2048 if kind == "embedded" else 512
     job = {"model": str(model), "config": config, "context": context, "limit": 16, "out": str(tmp_path / "theirs")}
     words = f"--task gsm8k --num-fewshot {shots} --limit 16 --engine.dtype float32 --engine.kv_cache_gib 0.25"
-    ours_ = ["-m", "eggroll_llm.cli", "eval", str(model), "--data-dir", str(data), "--out", str(tmp_path / "ours.json")]
+    ours_ = ["-m", "eggroll_llm", "eval", str(model), "--data-dir", str(data), "--out", str(tmp_path / "ours.json")]
     for command in ([str(HERE / "run_lm_eval.py"), json.dumps(job)], [*ours_, *words.split()]):
         done = subprocess.run(
             [sys.executable, *command], capture_output=True, text=True, check=False, cwd=HERE.parents[1]

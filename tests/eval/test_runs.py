@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from made_up_runs import PROBLEMS, make_config, write_run
 
-from eggroll_llm.config import EngineConfig, LogConfig, SamplingConfig
+from eggroll_llm.config.recipe import EngineConfig, LogConfig, SamplingConfig
 from eggroll_llm.errors import ConfigError, RunDirError, SamplesError
-from eggroll_llm.run_weights import write_provenance
+from eggroll_llm.records.weights import write_provenance
 from eval.runs import about, group_seeds, read_runs
 
 

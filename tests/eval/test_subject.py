@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from eggroll_llm.checkpoint import save_checkpoint
-from eggroll_llm.config import EsConfig, RunConfig, to_toml
+from eggroll_llm.config.recipe import EsConfig, RunConfig, to_toml
 from eggroll_llm.errors import CheckpointError, ConfigError, ModelError
-from eggroll_llm.invocation import command
-from eggroll_llm.run_dir import RunDir
-from eggroll_llm.run_weights import final_step, weights_at, write_provenance
+from eggroll_llm.records.checkpoint import save_checkpoint
+from eggroll_llm.records.run_dir import RunDir
+from eggroll_llm.records.weights import final_step, weights_at, write_provenance
+from eggroll_llm.system.invocation import command
 from eval.subject import Subject, find_subject
 
 

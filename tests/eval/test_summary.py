@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from eggroll_llm.errors import ConfigError
-from eggroll_llm.samples import TASK, Graded, Sample
-from eggroll_llm.scoring import FAILED
+from eggroll_llm.records.answers import TASK, Graded, Sample
+from eggroll_llm.training.scorer import FAILED
 from eval.evaluation import Results, Settings
 from eval.questions import Questions
 from eval.subject import Subject

@@ -17,17 +17,17 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from eggroll_llm import session
-from eggroll_llm.config import CheckpointConfig, EsConfig, EvalConfig, LogConfig, RunConfig, SamplingConfig
-from eggroll_llm.journal import read_journal
-from eggroll_llm.loop import Course
-from eggroll_llm.noise import NoiseSpec, served_factors
-from eggroll_llm.prompts import ProblemSet
-from eggroll_llm.sampler import Completion, Decoding, Request
-from eggroll_llm.specs import optimizer_settings
-from eggroll_llm.tasks import Score
-from eggroll_llm.update import MasterWeights, UpdateSpec
-from eggroll_llm.watchdog import Watchdog
+from eggroll_llm.config.recipe import CheckpointConfig, EsConfig, EvalConfig, LogConfig, RunConfig, SamplingConfig
+from eggroll_llm.engine.interface import Completion, Decoding, Request
+from eggroll_llm.engine.watchdog import Watchdog
+from eggroll_llm.es.noise import NoiseSpec, served_factors
+from eggroll_llm.es.update import MasterWeights, UpdateSpec
+from eggroll_llm.records.journal import read_journal
+from eggroll_llm.tasks.prompts import ProblemSet
+from eggroll_llm.tasks.task import Score
+from eggroll_llm.training import session
+from eggroll_llm.training.harness import Course
+from eggroll_llm.training.plan import optimizer_settings
 
 SHAPES = {"a.weight": (6, 4), "b.weight": (3, 6)}
 MEMBERS, PROMPTS = 8, 3

@@ -18,14 +18,14 @@ from fuzz_toml import canonical
 from made_up_runs import write_run
 from rich.console import Console
 
-from eggroll_llm.diagnosis import diagnose
-from eggroll_llm.display import ConsoleDisplay
+from eggroll_llm.cli.display import ConsoleDisplay
 from eggroll_llm.errors import JournalError, RunDirError, SamplesError, TaskError
-from eggroll_llm.inert import SAMPLE_CHARACTERS, inert
-from eggroll_llm.journal import Journal, JournalEntry, JournalHeader, read_journal
-from eggroll_llm.jsonl import cut_after_step, last_step, read_rows, to_json
-from eggroll_llm.samples import read_samples, samples_text
-from eggroll_llm.tasks.countdown_rows import Solutions, file_problems
+from eggroll_llm.records.answers import read_samples, samples_text
+from eggroll_llm.records.diagnosis import diagnose
+from eggroll_llm.records.journal import Journal, JournalEntry, JournalHeader, read_journal
+from eggroll_llm.system.jsonl import cut_after_step, last_step, read_rows, to_json
+from eggroll_llm.system.terminal import SAMPLE_CHARACTERS, inert
+from eggroll_llm.tasks.countdown_read import Solutions, file_problems
 from eggroll_llm.tasks.gsm8k import Gsm8kOptions, load_gsm8k
 from eval.runs import read_runs
 from rewards import countdown, gsm8k

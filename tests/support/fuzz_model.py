@@ -7,9 +7,9 @@ from pathlib import Path
 from fuzz_common import HARD_JSON, SECONDS, refused
 from fuzz_graders import in_time
 
-from eggroll_llm.checkpoint import MANIFEST, verify_checkpoint
 from eggroll_llm.errors import CheckpointError, ModelError
-from eggroll_llm.model_files import architecture_of, check_model, model_identity, tensor_shapes
+from eggroll_llm.models.files import architecture_of, check_model, model_identity, tensor_shapes
+from eggroll_llm.records.checkpoint import MANIFEST, verify_checkpoint
 
 _WEIGHTS = bytes(8)
 """Two float32."""

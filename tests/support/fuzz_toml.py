@@ -9,11 +9,11 @@ from typing import Any
 from fuzz_common import DEEP, SECONDS, refused
 from fuzz_graders import as_text, in_time
 
-from eggroll_llm.config import RunConfig, differences, frozen_hash, load_recipe, to_toml
+from eggroll_llm.cli.sweep import read_sweep
+from eggroll_llm.config.recipe import RunConfig, differences, frozen_hash, load_recipe, to_toml
+from eggroll_llm.config.toml import key_line, read_toml, write_toml
 from eggroll_llm.errors import ConfigError
-from eggroll_llm.inert import inert
-from eggroll_llm.sweep import read_sweep
-from eggroll_llm.toml_text import key_line, read_toml, write_toml
+from eggroll_llm.system.terminal import inert
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 

@@ -15,11 +15,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from eggroll_llm import session
-from eggroll_llm.config import load_recipe
-from eggroll_llm.loop import Course
-from eggroll_llm.sampler import Completion, Decoding, Request
-from eggroll_llm.watchdog import Watchdog
+from eggroll_llm.config.recipe import load_recipe
+from eggroll_llm.engine.interface import Completion, Decoding, Request
+from eggroll_llm.engine.watchdog import Watchdog
+from eggroll_llm.training import session
+from eggroll_llm.training.harness import Course
 
 TASK = """
 import math

@@ -5,10 +5,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from eggroll_llm.config import EsConfig, RunConfig, to_toml
-from eggroll_llm.jsonl import to_json
-from eggroll_llm.run_weights import write_provenance
-from eggroll_llm.samples import TASK, Graded, Sample, write_samples
+from eggroll_llm.config.recipe import EsConfig, RunConfig, to_toml
+from eggroll_llm.records.answers import TASK, Graded, Sample, write_samples
+from eggroll_llm.records.weights import write_provenance
+from eggroll_llm.system.jsonl import to_json
 
 PROBLEMS = tuple({"id": f"p{i}", "numbers": [i, i + 1], "target": 2 * i + 1, "solution": "secret"} for i in range(8))
 ENVIRONMENT = {"time": "2026-01-02T03:04:05+00:00", "python": "3.11.7", "packages": {"torch": "2.13.0"}}

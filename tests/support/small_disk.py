@@ -19,9 +19,9 @@ import torch
 from fake_engine import Bench, same_run
 from safetensors.torch import load_file
 
-from eggroll_llm.checkpoint import verify_checkpoint
-from eggroll_llm.config import CheckpointConfig
+from eggroll_llm.config.recipe import CheckpointConfig
 from eggroll_llm.errors import UserError
+from eggroll_llm.records.checkpoint import verify_checkpoint
 
 PAGE = 4096
 

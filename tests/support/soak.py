@@ -23,7 +23,7 @@ from typing import Any
 import pytest
 import torch
 
-from eggroll_llm.config import CheckpointConfig
+from eggroll_llm.config.recipe import CheckpointConfig
 
 Run = Callable[[str], None]
 """Begins or resumes the run of that name, and makes it to the end."""
@@ -138,7 +138,7 @@ def soak_es(folder: Path) -> None:
 def soak_grpo(folder: Path, model: Path) -> None:
     from grpo_stub import Bench, same_run
 
-    import eggroll_llm.grpo_trl  # noqa: F401  # takes longer than a run
+    import eggroll_llm.training.grpo_trl  # noqa: F401  # takes longer than a run
 
     bench = Bench(folder, model, pytest.MonkeyPatch())
 

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from eggroll_llm.tasks import UserTask, load_task
+from eggroll_llm.tasks.load import load_task
+from eggroll_llm.tasks.user import UserTask
 
 
 @pytest.fixture

@@ -9,8 +9,11 @@ from typing import Any
 
 import pytest
 
-from eggroll_llm.config import RewardConfig
-from eggroll_llm.tasks import Answer, UserProcess, UserTask, Verdict, load_task
+from eggroll_llm.config.recipe import RewardConfig
+from eggroll_llm.tasks.load import load_task
+from eggroll_llm.tasks.sandbox.process import UserProcess
+from eggroll_llm.tasks.task import Answer, Verdict
+from eggroll_llm.tasks.user import UserTask
 
 PATIENT = RewardConfig(timeout_seconds=60.0, memory_gib=0.25)
 LIMITS = RewardConfig(timeout_seconds=3.0, memory_gib=0.25)

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from eggroll_llm.config import load_recipe
-from eggroll_llm.tasks import load_task
+from eggroll_llm.config.recipe import load_recipe
 from eggroll_llm.tasks.constant import Constant, best_constant
+from eggroll_llm.tasks.load import load_task
 from rewards import countdown
 
 RECIPES = Path(__file__).parents[2] / "recipes"

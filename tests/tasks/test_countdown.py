@@ -9,8 +9,8 @@ from fractions import Fraction
 import pytest
 
 from eggroll_llm.errors import TaskError
-from eggroll_llm.tasks import load_task
-from eggroll_llm.tasks.countdown_problems import Space, _text, draw_problems, key_of
+from eggroll_llm.tasks.countdown_generate import Space, _text, draw_problems, key_of
+from eggroll_llm.tasks.load import load_task
 from rewards import Score, countdown
 
 SMALL = {
@@ -397,7 +397,7 @@ def test_parquet_without_the_package_for_it(tmp_path, monkeypatch):
 
 def test_hub_rows_are_drawn_at_random_and_repeated_ones_left_out(tmp_path, monkeypatch):
     table = [{"nums": [n, 1], "target": n + 1} for n in range(2, 42)] + [{"nums": [1, 2], "target": 3}]
-    monkeypatch.setattr("eggroll_llm.tasks.countdown_rows.load_hub", lambda name, split, instead: table)
+    monkeypatch.setattr("eggroll_llm.tasks.countdown_read.load_hub", lambda name, split, instead: table)
     task = load(tmp_path, hub="someone/countdown", test_size=10)
     assert (len(task.test), len(task.train)) == (10, 30)
     assert [row["target"] for row in task.train] != sorted(row["target"] for row in task.train)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from eggroll_llm.errors import TaskError
-from eggroll_llm.tasks import load_task
+from eggroll_llm.tasks.load import load_task
 
 DATA = Path(__file__).parents[3] / "shared" / "data" / "gsm8k"
 

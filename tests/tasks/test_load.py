@@ -5,12 +5,13 @@ import textwrap
 
 import pytest
 
-from eggroll_llm.config import sourced
+from eggroll_llm.config.recipe import sourced
+from eggroll_llm.config.toml import Origin
+from eggroll_llm.engine.interface import Completion
 from eggroll_llm.errors import ConfigError, TaskError
-from eggroll_llm.sampler import Completion
-from eggroll_llm.scoring import Scorer
-from eggroll_llm.tasks import check_golds, load_task
-from eggroll_llm.toml_text import Origin
+from eggroll_llm.tasks.load import load_task
+from eggroll_llm.tasks.task import check_golds
+from eggroll_llm.training.scorer import Scorer
 from rewards import Score
 
 TASK = """

@@ -13,12 +13,15 @@ from pathlib import Path
 
 import pytest
 
-from eggroll_llm.config import RewardConfig
+from eggroll_llm.config.recipe import RewardConfig
+from eggroll_llm.engine.interface import Completion
 from eggroll_llm.errors import TaskError
-from eggroll_llm.sampler import Completion
-from eggroll_llm.samples import Graded
-from eggroll_llm.scoring import FAILED, Scorer
-from eggroll_llm.tasks import Answer, Score, UserProcess, UserTask, load_task
+from eggroll_llm.records.answers import Graded
+from eggroll_llm.tasks.load import load_task
+from eggroll_llm.tasks.sandbox.process import UserProcess
+from eggroll_llm.tasks.task import Answer, Score
+from eggroll_llm.tasks.user import UserTask
+from eggroll_llm.training.scorer import FAILED, Scorer
 
 ROOT = Path(__file__).parents[2]
 LIMITS = RewardConfig(timeout_seconds=3.0, memory_gib=0.25)
@@ -287,11 +290,11 @@ def test_after_an_interruption_no_answer_is_taken_for_another(task: UserTask) ->
 MAIN = """
 import signal, sys
 from pathlib import Path
-from eggroll_llm import interruption
-from eggroll_llm.config import RewardConfig
-from eggroll_llm.sampler import Completion
-from eggroll_llm.scoring import Scorer
-from eggroll_llm.tasks import load_task
+from eggroll_llm.system import signals as interruption
+from eggroll_llm.config.recipe import RewardConfig
+from eggroll_llm.engine.interface import Completion
+from eggroll_llm.training.scorer import Scorer
+from eggroll_llm.tasks.load import load_task
 folder = Path(sys.argv[1])
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell in the background has it ignored
 try:

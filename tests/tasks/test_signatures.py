@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from eggroll_llm.errors import TaskError
-from eggroll_llm.tasks import UserTask, load_task
+from eggroll_llm.tasks.load import load_task
+from eggroll_llm.tasks.user import UserTask
 
 METHODS = {
     "problems": "def problems(self, split): return [{'id': 1, 'answer': 'a', 'word': 'a'}]",

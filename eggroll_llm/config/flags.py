@@ -1,0 +1,149 @@
+"""Flags such as `--es.sigma 5e-4`, laid over the table of a recipe.
+
+A flag's text is read as the type of its field, and more generously than TOML: `--steps 1e3`, `--es.antithetic Yes`.
+Below a free-form table (`--task_options.data_dir DIR`) it is read as a TOML value or as True or False and, when it is
+none, as the string that it is.
+"""
+
+import copy
+import dataclasses
+import types
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, Union, get_args, get_origin
+
+from eggroll_llm.config.parse import all_keys, convert, expected, field_types, unknown_key
+from eggroll_llm.config.toml import Origin, is_unicode, parse_toml
+from eggroll_llm.errors import ConfigError
+from eggroll_llm.system.nesting import too_deep
+
+_BOOLEANS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
+_EXACT = 2.0**53  # up to which a float is the integer that was written
+
+
+def apply_overrides(cls: type, table: Mapping[str, Any], overrides: Sequence[tuple[str, str]]) -> dict[str, Any]:
+    """A copy of the table with each dotted key set; dashes in keys count as underscores.
+
+    Raises:
+        ConfigError: unknown key, or text that is not of the field's type.
+    """
+    result = copy.deepcopy(dict(table))
+    for flag, text in overrides:
+        parts = flag.removeprefix("--").split(".")
+        if not is_unicode(flag + text):
+            raise ConfigError(f"{flag!a} {text!a}: not valid Unicode text. Remove the undecodable bytes.")
+        path, kind = _resolve(cls, parts)
+        origin = Origin(name=f"--{flag.removeprefix('--')}")
+        value = convert(_read(kind, text, origin.name), kind, ".".join(path), origin)
+        target = result
+        for part in path[:-1]:
+            inner = target.setdefault(part, {})
+            if not isinstance(inner, dict):
+                raise ConfigError(
+                    f"{origin.name} {text}: {part} is no table in the recipe. Make it one, or drop the flag."
+                )
+            target = inner
+        # A plain list is what TOML itself would have given.
+        target[path[-1]] = list(value) if isinstance(value, tuple) else value
+        if too_deep(result):
+            raise ConfigError(f"{origin.name:.80}: values are nested too deeply. Flatten them.")
+    return result
+
+
+def flags_by_key(overrides: Sequence[tuple[str, str]]) -> dict[str, str]:
+    """Dotted key of a setting -> the flag that sets it, as it was written."""
+    keys = {}
+    for flag, _ in overrides:
+        name = flag.removeprefix("--")
+        table, dot, rest = name.partition(".")
+        table = table.replace("-", "_")
+        keys[f"{table}.{rest}" if table == "task_options" and dot else name.replace("-", "_")] = f"--{name}"
+    return keys
+
+
+def _resolve(cls: type, parts: Sequence[str]) -> tuple[list[str], Any]:
+    """Field names and type that the dotted key of a flag leads to."""
+    key, kind = ".".join(parts).replace("-", "_"), cls
+    path: list[str] = []
+    for index, part in enumerate(parts):
+        if isinstance(kind, type) and dataclasses.is_dataclass(kind):
+            kinds, name = field_types(kind), part.replace("-", "_")
+            if name not in kinds:
+                raise unknown_key(key, list(all_keys(cls)), f"--{'.'.join(parts)}", dash="--")
+            path, kind = [*path, name], kinds[name]
+        elif _is_mapping(kind) and part:
+            return [*path, *parts[index:]], Any
+        else:
+            raise unknown_key(key, list(all_keys(cls)), f"--{'.'.join(parts)}", dash="--")
+    if _is_mapping(kind) or (isinstance(kind, type) and dataclasses.is_dataclass(kind)):
+        inner = next(iter(field_types(kind))) if dataclasses.is_dataclass(kind) else "KEY"
+        example = f"--{'.'.join(path)}.{inner}"
+        raise ConfigError(
+            f"--{'.'.join(parts)}: {'.'.join(path)} is a table. Set one of its keys, e.g. {example} VALUE."
+        )
+    return path, kind
+
+
+def _read(kind: Any, text: str, flag: str) -> object:
+    """The text as a value of the kind. Raises ConfigError for a number or boolean that is none."""
+    if get_origin(kind) in (Union, types.UnionType):
+        return _read_union([argument for argument in get_args(kind) if argument is not type(None)], text, flag)
+    if kind is str:
+        # Of no setting a sensible name, and `--log.wandb true` would make a project of it.
+        if text.lower() in ("true", "false", "yes", "no"):
+            raise ConfigError(f"{flag} {text}: a name is expected, not yes or no. Write {flag} NAME, or leave it out.")
+        return text
+    if get_origin(kind) is Literal and all(isinstance(choice, str) for choice in get_args(kind)):
+        return next((choice for choice in get_args(kind) if choice.lower() == text.lower()), text)
+    if kind in (bool, int, float):
+        value = _BOOLEANS.get(text.strip().lower()) if kind is bool else _number(kind, text)
+        if value is None:
+            raise ConfigError(f"{flag} {text}: {expected(kind)} is expected.")
+        return value
+    if (get_origin(kind) or kind) in (tuple, list) and not text.strip().startswith("["):
+        text = f"[{text}]"
+    return _toml_value(text)
+
+
+def _read_union(kinds: Sequence[Any], text: str, flag: str) -> object:
+    for kind in kinds[:-1]:
+        try:
+            return _read(kind, text, flag)
+        except ConfigError:
+            continue
+    return _read(kinds[-1], text, flag)
+
+
+def _number(kind: Any, text: str) -> int | float | None:
+    try:
+        return kind(text)
+    except ValueError:
+        return None if kind is float else whole_number(text)
+
+
+def whole_number(text: str) -> int | None:
+    """The integer that a text spells, also as 1e3 or 1000.0; None when it spells none."""
+    try:
+        return int(text)
+    except ValueError:
+        pass
+    try:
+        value = float(text)
+    except ValueError:
+        return None
+    return int(value) if value.is_integer() and abs(value) <= _EXACT else None
+
+
+def _toml_value(text: str) -> object:
+    text = {"True": "true", "False": "false"}.get(text, text)
+    try:
+        table = parse_toml(f"value = {text}")
+    except (ValueError, RecursionError):
+        return text
+    # Dates are no values of any setting, and text with line breaks could spell more keys than one.
+    is_value = set(table) == {"value"} and isinstance(table["value"], bool | int | float | str | list | dict)
+    return table["value"] if is_value else text
+
+
+def _is_mapping(kind: Any) -> bool:
+    family = get_origin(kind) or kind
+    return isinstance(family, type) and issubclass(family, Mapping)

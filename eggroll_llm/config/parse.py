@@ -1,0 +1,239 @@
+"""TOML table -> frozen dataclass, with types checked and errors that say what to do.
+
+Understood field types: int, float (an integer will do, true will not), bool, str, Literal, tuples and lists
+of these, Mapping, nested dataclasses, `X | None`. Every error is a `ConfigError` with file, line where known,
+key, value, what was expected, and for an unknown key the nearest valid one.
+"""
+
+import dataclasses
+import datetime
+import difflib
+import math
+import types
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from eggroll_llm.config.hints import did_you_mean
+from eggroll_llm.config.toml import Origin, format_value
+from eggroll_llm.errors import ConfigError
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+Table = TypeVar("Table", bound="DataclassInstance")
+
+_EXPECTED = {int: "an integer", float: "a number", bool: "true or false", str: "a string in quotes"}
+
+
+def parse_table(
+    cls: type[Table],
+    table: Mapping[str, Any],
+    *,
+    where: str,
+    source: str,
+    text: str = "",
+    flags: Mapping[str, str] | None = None,
+) -> Table:
+    """An instance of the dataclass `cls` from a TOML table.
+
+    Args:
+        cls: dataclass whose fields are the valid keys; a field without default is required.
+        where: dotted key of the table in its file, empty for the whole file.
+        source: file name, for messages.
+        text: content of that file, to find line numbers.
+        flags: keys that the command line has set, with the flag of each.
+
+    Raises:
+        ConfigError: unknown key, missing key, or a value of the wrong type.
+    """
+    origin = Origin(name=source, text=text, flags=flags or {})
+    return _parse_dataclass(cls, table, where, origin, valid=list(all_keys(cls, where)))
+
+
+def all_keys(cls: type, where: str = "") -> Iterator[str]:
+    """Dotted names of the fields of a dataclass, those of nested dataclasses instead of the table itself."""
+    for name, kind in field_types(cls).items():
+        if isinstance(kind, type) and dataclasses.is_dataclass(kind):
+            yield from all_keys(kind, _join(where, name))
+        else:
+            yield _join(where, name)
+
+
+def field_types(cls: type) -> dict[str, Any]:
+    """Resolved type of each field that the constructor takes, in order."""
+    hints = get_type_hints(cls)
+    return {field.name: hints[field.name] for field in dataclasses.fields(cls) if field.init}
+
+
+def unknown_key(key: str, valid: Sequence[str], where: str, dash: str = "") -> ConfigError:
+    """The error for a key that does not exist; `dash` is put before key names (flags)."""
+    tables = {name.rpartition(".")[0] for name in valid} - {""}
+    problem = f"unknown flag {where}" if dash else f"{where}: unknown key {key}"
+    if hint := did_you_mean(key, [*valid, *([] if dash else tables)], dash):
+        return ConfigError(f"{problem}.{hint}")
+    table = key.rpartition(".")[0]
+    prefix = f"{table}." if table else ""
+    level = [prefix + name.removeprefix(prefix).partition(".")[0] for name in valid if name.startswith(prefix)]
+    names = dict.fromkeys(level or valid)
+    if not dash:
+        return ConfigError(f"{problem}. Valid keys: {', '.join(names)}.")
+    flags = (f"{dash}{name}" if name in valid else f"{dash}{name}.KEY" for name in names)
+    return ConfigError(f"{problem}. " + (f"Valid: {', '.join(flags)}." if names else "This command has no flags."))
+
+
+def convert(value: object, kind: Any, key: str, origin: Origin, valid: Sequence[str] = ()) -> Any:
+    """The value as an instance of `kind`. Raises ConfigError when it is none."""
+    family, arguments = get_origin(kind), get_args(kind)
+    if kind is Any:
+        return value
+    if family is Literal:
+        return _convert_choice(value, arguments, key, origin)
+    if family in (Union, types.UnionType):
+        return _convert_union(value, [a for a in arguments if a is not type(None)], key, origin, valid)
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
+        if not isinstance(value, Mapping):
+            keys = ", ".join(field_types(kind))
+            raise ConfigError(
+                f"{origin.at(key)}: {key} = {_show(value)} is {_describe(value)}, but {key} is a table. "
+                f"Write a table [{key}] with keys from: {keys}."
+            )
+        return _parse_dataclass(kind, value, key, origin, valid)
+    if isinstance(family or kind, type) and issubclass(family or kind, tuple | list):
+        return _convert_array(value, family or kind, arguments, key, origin)
+    if isinstance(family or kind, type) and issubclass(family or kind, Mapping):
+        if not isinstance(value, Mapping):
+            raise _wrong(value, "a table", f"Write a table [{key}].", key, origin)
+        inner = arguments[1] if arguments else Any
+        return {name: convert(item, inner, _join(key, name), origin) for name, item in value.items()}
+    return _convert_scalar(value, kind, key, origin)
+
+
+def _parse_dataclass(
+    cls: type[Table], table: Mapping[str, Any], where: str, origin: Origin, valid: Sequence[str]
+) -> Table:
+    kinds = field_types(cls)
+    for name in table:
+        if name not in kinds:
+            key = _join(where, name)
+            raise unknown_key(key, valid or [_join(where, kind) for kind in kinds], origin.at(key))
+    values = {}
+    for field in dataclasses.fields(cls):
+        key, kind = _join(where, field.name), kinds.get(field.name)
+        required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        if field.name in table:
+            values[field.name] = convert(table[field.name], kind, key, origin, valid)
+        elif required and isinstance(kind, type) and dataclasses.is_dataclass(kind):
+            values[field.name] = _parse_dataclass(kind, {}, key, origin, valid)
+        elif required and field.init:
+            table_hint = f" in [{where}]" if where else ""
+            raise ConfigError(f"{origin.at(key)}: {key} is missing. Add {field.name} = <{expected(kind)}>{table_hint}.")
+    return cls(**values)
+
+
+def _convert_scalar(value: object, kind: type, key: str, origin: Origin) -> object:
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        try:
+            return float(value)
+        except OverflowError:
+            raise _wrong(value, "a number", "It is too large.", key, origin) from None
+    if type(value) is kind:
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ConfigError(f"{origin.at(key)}: {key} = {value} is not finite. Write an ordinary number.")
+        return value
+    name = key.rpartition(".")[2]
+    remedy = f"Write {name} = <{expected(kind)}>."
+    if isinstance(value, Mapping):
+        remedy = f"Write {name} = <{expected(kind)}> in place of the table."
+    elif isinstance(value, str) and kind is not str and _reads_as(kind, value):
+        remedy = f"Remove the quotes: {value.strip()}."
+    elif kind is int and isinstance(value, float) and value.is_integer():
+        remedy = f"Write {name} = {int(value)}."
+    elif kind is str and isinstance(value, int | float) and not isinstance(value, bool):
+        remedy = f'Put it in quotes: {name} = "{_show(value)}".'
+    raise _wrong(value, expected(kind), remedy, key, origin)
+
+
+def _convert_choice(value: object, choices: tuple[Any, ...], key: str, origin: Origin) -> object:
+    for choice in choices:
+        if value == choice and type(value) is type(choice):
+            return choice
+    nearest = difflib.get_close_matches(str(value), [str(choice) for choice in choices], n=1)
+    hint = f" Did you mean {format_value(nearest[0])}?" if nearest else ""
+    listed = ", ".join(format_value(choice) for choice in choices)
+    raise ConfigError(f"{origin.at(key)}: {key} = {_show(value)} is not a valid choice. Valid: {listed}.{hint}")
+
+
+def _convert_union(value: object, kinds: list[Any], key: str, origin: Origin, valid: Sequence[str]) -> object:
+    for kind in kinds[:-1]:
+        try:
+            return convert(value, kind, key, origin, valid)
+        except ConfigError:
+            continue
+    return convert(value, kinds[-1], key, origin, valid)
+
+
+def _convert_array(value: object, family: type, arguments: tuple[Any, ...], key: str, origin: Origin) -> object:
+    if not isinstance(value, list | tuple):
+        raise _wrong(value, "an array", f"Write {key.rpartition('.')[2]} = [...].", key, origin)
+    if family is tuple and arguments and arguments[-1] is not Ellipsis:
+        if len(value) != len(arguments):
+            raise ConfigError(
+                f"{origin.at(key)}: {key} = {_show(value)} has {len(value)} entries, "
+                f"but exactly {len(arguments)} are expected."
+            )
+        kinds = list(arguments)
+    else:
+        kinds = [arguments[0] if arguments else Any] * len(value)
+    items = [
+        convert(item, kind, f"{key}[{i}]", origin) for i, (item, kind) in enumerate(zip(value, kinds, strict=True))
+    ]
+    return family(items)
+
+
+def _wrong(value: object, expected: str, remedy: str, key: str, origin: Origin) -> ConfigError:
+    at = origin.at(key.partition("[")[0])
+    return ConfigError(f"{at}: {key} = {_show(value)} is {_describe(value)}, but {expected} is expected. {remedy}")
+
+
+def expected(kind: Any) -> str:
+    """What a value of that kind is, in words."""
+    if get_origin(kind) is Literal:
+        return "one of " + ", ".join(format_value(choice) for choice in get_args(kind))
+    if get_origin(kind) in (Union, types.UnionType):
+        return " or ".join(expected(argument) for argument in get_args(kind) if argument is not type(None))
+    return _EXPECTED.get(kind, "an array" if get_origin(kind) in (tuple, list) else "a table")
+
+
+def _reads_as(kind: type, text: str) -> bool:
+    if kind is bool:
+        return text.strip() in ("true", "false")
+    try:
+        return math.isfinite(kind(text))
+    except (ValueError, TypeError, OverflowError):
+        return False
+
+
+def _describe(value: object) -> str:
+    kinds: list[tuple[Any, str]] = [
+        (bool, "a boolean"),
+        (int, "an integer"),
+        (float, "a number"),
+        (str, "a string"),
+        (Mapping, "a table"),
+        (list | tuple, "an array"),
+        (datetime.date, "a date"),
+        (datetime.time, "a time"),
+    ]
+    return next((name for kind, name in kinds if isinstance(value, kind)), f"a {type(value).__name__}")
+
+
+def _show(value: object) -> str:
+    try:
+        text = format_value(value)
+    except ConfigError:
+        text = ascii(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _join(where: str, name: str) -> str:
+    return f"{where}.{name}" if where else name

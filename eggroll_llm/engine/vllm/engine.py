@@ -1,0 +1,341 @@
+"""The inference engine: one vLLM instance in this process that serves the base model and every member of a population.
+
+Requests of members and of the base model may share a batch. Nothing is written to disk while sampling: a member is
+(seed, step, pair, sign), and its factors are written into vLLM's adapter slots in memory.
+"""
+
+import contextlib
+import dataclasses
+import logging
+import time
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from itertools import count, islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from vllm import EngineArgs, SamplingParams
+from vllm.lora.request import LoRARequest
+from vllm.outputs import RequestOutput
+from vllm.platforms import current_platform
+from vllm.sampling_params import RequestOutputKind
+from vllm.v1.engine.llm_engine import LLMEngine
+
+from eggroll_llm.config.recipe import EngineConfig
+from eggroll_llm.engine.interface import Completion, Decoding, Progress, Request
+from eggroll_llm.engine.vllm.failures import call_error, start_error
+from eggroll_llm.engine.vllm.text import TextRules, before_stop
+from eggroll_llm.engine.vllm.worker import UpdateTimes
+from eggroll_llm.engine.watchdog import Watchdog
+from eggroll_llm.errors import EngineError, ModelError, UserError
+from eggroll_llm.es.noise import NoiseSpec
+from eggroll_llm.es.update import NonFiniteUpdate, OptimizerSettings, UpdateSpec
+from eggroll_llm.models.export import export_model
+from eggroll_llm.models.targets import TARGET_MODULES, trained_parameters
+from eggroll_llm.system.hardware import resolve_dtype
+
+log = logging.getLogger(__name__)
+
+VLLM_RANKS = (1, 8, 16, 32, 64)  # sizes that vLLM allows for its adapter buffers, up to what our kernel can
+CPU_BLOCK = 32  # tokens per block of the KV cache; vLLM's default of 128 shares no prefix of a short prompt
+
+
+class Engine:
+    """vLLM with a population inside. Only one may be alive in a process.
+
+    What vLLM raises in a call becomes an EngineError. A call that hangs ends the process (`watchdog`).
+    """
+
+    def __init__(
+        self,
+        model_dir: Path,
+        config: EngineConfig,
+        *,
+        slots: int,
+        rank: int,
+        max_model_len: int,
+        optimizer: OptimizerSettings | None = None,
+        prefix_caching: bool = True,
+        trainable: bool = True,
+        stock: bool = False,
+        logprobs: bool = False,
+    ) -> None:
+        """Start vLLM on a checked model directory.
+
+        `slots` members are resident at once, of rank `rank`. Without `trainable` there are no float32 masters, and only
+        `generate`, `stream`, `next_token_logprobs` and `load_weights` may be called. `stock` leaves a CPU to vLLM's own
+        adapter arithmetic, for comparison. With `logprobs` decoding may ask for them, which costs a softmax per token.
+        Raises ModelError when the model cannot be adapted, ConfigError when memory is short, else EngineError.
+        """
+        if rank > VLLM_RANKS[-1]:
+            raise ValueError(f"rank {rank}: the engine serves ranks up to {VLLM_RANKS[-1]}")
+        self.model_dir, self.dtype = model_dir, getattr(torch, resolve_dtype(config.dtype))
+        if config.threads:
+            torch.set_num_threads(config.threads)
+        self._calls = count()
+        self._in_flight = 2 * config.max_sequences
+        self._patience = self._in_flight * max_model_len
+        self.watchdog = Watchdog(config.timeout_seconds)
+        self._version = "base"
+        args = _engine_args(model_dir, config, self.dtype, slots=slots, rank=rank, max_model_len=max_model_len)
+        args.enable_prefix_caching = prefix_caching
+        if logprobs:  # those of the distribution that is sampled from
+            args.logprobs_mode = "processed_logprobs"
+        start = {
+            "rank": rank,
+            "optimizer": (optimizer or OptimizerSettings()) if trainable else None,
+            "compiled": not config.enforce_eager,
+            "stock": stock,
+        }
+        try:
+            with self.watchdog:
+                self._llm = LLMEngine.from_engine_args(args)
+                self.text_rules = TextRules(self._llm.get_tokenizer())
+                (shapes,) = self._llm.collective_rpc("es_start", kwargs=start)
+        except UserError:
+            raise
+        except Exception as error:
+            raise start_error(error, model_dir, config, max_model_len) from error
+        _check_shapes(model_dir, shapes)
+        self.shapes: dict[str, tuple[int, int]] = shapes
+        if not config.enforce_eager:  # compilation must not fall into the first step
+            self.generate([Request(prompt_ids=(1, 2, 3))], Decoding(max_tokens=2))
+
+    def begin(self, noise: NoiseSpec, population: int, *, antithetic: bool = True) -> float:
+        """Make the members of a step available; return the seconds that their noise took."""
+        self._version = f"{noise.seed}-{noise.step}-{noise.sigma}-{next(self._calls)}"
+        return float(self._call("begin", noise, population, antithetic))
+
+    def generate(
+        self, requests: Sequence[Request], decoding: Decoding, on_progress: Progress | None = None
+    ) -> list[Completion]:
+        """Return the completion of each request, in their order; they are matched by id, never by position.
+
+        Raises EngineError when the engine does not answer every request. An exception from `on_progress`
+        leaves the engine usable.
+        """
+        completions: dict[int, Completion] = {}
+        with contextlib.closing(self.stream(requests, decoding)) as arriving:
+            for i, completion in arriving:
+                completions[i] = completion
+                if on_progress:
+                    on_progress(len(completions), len(requests))
+        return [completions[i] for i in range(len(requests))]
+
+    def stream(self, requests: Sequence[Request], decoding: Decoding) -> Generator[tuple[int, Completion]]:
+        """Yield (position of the request, completion) as they finish; closing it early leaves the engine usable.
+
+        Raises EngineError when the engine does not answer every request.
+        """
+        for i, output in self._run(requests, self._sampling_params(decoding)):
+            yield i, self._completion(output, decoding)
+
+    def next_token_logprobs(self, requests: Sequence[Request]) -> Tensor:
+        """Return the log-probabilities [requests, vocabulary] of the token after each prompt, float32."""
+        params = SamplingParams(temperature=0, max_tokens=1, logprobs=-1, detokenize=False)
+        outputs = dict(self._run(requests, lambda request: params))
+        first = [outputs[i].outputs[0].logprobs[0] for i in range(len(requests))]
+        return torch.tensor([[row[token_id].logprob for token_id in range(len(row))] for row in first])
+
+    def update(self, spec: UpdateSpec) -> UpdateTimes:
+        """Fold a step's fitness into the weights and serve them. Raises NonFiniteUpdate with nothing changed."""
+        times: UpdateTimes = self._call("update", spec)
+        start = time.perf_counter()
+        self._forget_prefixes()
+        return dataclasses.replace(times, serve=times.serve + time.perf_counter() - start)
+
+    def replay(self, specs: Sequence[UpdateSpec]) -> None:
+        """Apply recorded updates without sampling."""
+        self._call("replay", list(specs))
+        self._forget_prefixes()
+
+    def export(self, directory: Path) -> None:
+        """Write the served model as a Hugging Face directory."""
+        export_model(self.model_dir, directory, self._call("served_weights"), self.dtype)
+
+    def checksum(self) -> str:
+        """Return a short hash of the served weights."""
+        return str(self._call("checksum"))
+
+    def state(self) -> dict[str, Tensor]:
+        """Return float32 masters and optimizer state."""
+        state: dict[str, Tensor] = self._call("state")
+        return state
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Restore what `state` returned, exactly."""
+        self._call("load_state", state)
+        self._forget_prefixes()
+
+    def load_weights(self, weights: Mapping[str, Tensor]) -> None:
+        """Serve other weights: all of the checkpoint's tensors by name, of any floating-point format.
+
+        Raises ModelError when names or shapes are not those that vLLM serves. Not for an engine with masters: an update
+        would come back to them.
+        """
+        self._call("load_weights", dict(weights))
+        self._forget_prefixes()
+
+    def close(self) -> None:
+        """Shut vLLM down and free its memory. Raises nothing: what it may follow is more important."""
+        try:
+            with self.watchdog:
+                self._llm.engine_core.shutdown()
+        except Exception as error:
+            log.warning("%s", call_error("shutting down", error))
+        finally:
+            self.watchdog.close()
+
+    @contextlib.contextmanager
+    def _calling(self, what: str) -> Iterator[None]:
+        """A call of vLLM, watched. Raises EngineError for what vLLM raises."""
+        try:
+            with self.watchdog:
+                yield
+        except (UserError, NonFiniteUpdate):
+            raise
+        except Exception as error:
+            raise call_error(what, error) from error
+
+    def _call(self, method: str, *args: Any) -> Any:
+        with self._calling(method):
+            (result,) = self._llm.collective_rpc("es_call", args=(method, *args))
+        return result
+
+    def _forget_prefixes(self) -> None:
+        """The cached keys and values belong to the old weights."""
+        with self._calling("reset_prefix_cache"):
+            if not self._llm.reset_prefix_cache():
+                raise RuntimeError("requests are still running")
+
+    def _run(
+        self, requests: Sequence[Request], params: Callable[[Request], SamplingParams]
+    ) -> Generator[tuple[int, RequestOutput]]:
+        """Yield (position, output), matched by id; what is unfinished when this is closed is aborted.
+
+        The first output of a request counts, and others, or of requests that are not among these, are left out.
+        """
+        positions = {f"{next(self._calls)}": i for i in range(len(requests))}
+        pending = iter(positions.items())
+        unanswered = set(positions)
+        steps = 0  # since a request was answered
+        try:
+            while unanswered:
+                with self._calling("sampling"):
+                    # vLLM looks through all that wait, at every step, when slots are short: so few wait at a time.
+                    unfinished = self._llm.get_num_unfinished_requests()
+                    for request_id, i in islice(pending, self._in_flight - unfinished):
+                        request = requests[i]
+                        prompt: Any = {"prompt_token_ids": list(request.prompt_ids)}
+                        adapter = self._adapter(request.member)
+                        self._llm.add_request(request_id, prompt, params(request), lora_request=adapter)
+                    # A step computes a token of those in flight at least, unless vLLM has lost them.
+                    steps += 1
+                    if steps > self._patience or not self._llm.has_unfinished_requests():
+                        raise EngineError(
+                            f"the inference engine left {len(unanswered)} of {len(positions)} requests unanswered"
+                        )
+                    outputs = self._llm.step()
+                for output in outputs:
+                    if output.finished and output.request_id in unanswered:
+                        unanswered.remove(output.request_id)
+                        steps = 0
+                        yield positions[output.request_id], output
+        except EngineError:
+            unanswered.clear()  # an engine that failed is asked for nothing more
+            raise
+        finally:
+            if unanswered:
+                with self.watchdog:
+                    self._llm.abort_request(list(unanswered))
+
+    def _adapter(self, member: int | None) -> LoRARequest | None:
+        """The name is part of the prefix cache's key, so it changes with the noise and the weights."""
+        if member is None:
+            return None
+        name = f"{self._version}-{member}"
+        return LoRARequest(name, member + 1, f"eggroll://{name}")
+
+    def _sampling_params(self, decoding: Decoding) -> Callable[[Request], SamplingParams]:
+        stop_ids = None if decoding.special_tokens else self.text_rules.stop_token_ids(decoding.stop)
+        common: dict[str, Any] = {
+            "max_tokens": decoding.max_tokens,
+            "temperature": decoding.temperature,
+            "top_p": decoding.top_p,
+            "output_kind": RequestOutputKind.FINAL_ONLY,
+            "ignore_eos": decoding.ignore_eos,
+            "logprobs": 0 if decoding.logprobs else None,  # of the sampled token, and of no other
+        }
+        if stop_ids is None:
+            common |= {
+                "stop": list(decoding.stop),
+                "skip_special_tokens": not decoding.special_tokens,
+                "spaces_between_special_tokens": False,
+            }
+        else:
+            common |= {"stop_token_ids": stop_ids, "detokenize": False}
+        if decoding.temperature == 0:
+            params = SamplingParams(**common)
+            return lambda request: params
+        return lambda request: SamplingParams(**common, seed=request.seed)
+
+    def _completion(self, output: RequestOutput, decoding: Decoding) -> Completion:
+        (sample,) = output.outputs
+        reason, generated = sample.finish_reason, len(sample.token_ids)
+        if reason in ("abort", "error"):
+            raise EngineError(f"the inference engine gave up a request after {generated} tokens ({reason})")
+        text, ended = (sample.text, False) if decoding.special_tokens else self.text_rules.turn(sample.token_ids)
+        return Completion(
+            text=before_stop(text, decoding.stop),
+            token_ids=tuple(sample.token_ids),
+            truncated=not ended and (reason == "length" or (reason is None and generated >= decoding.max_tokens)),
+            prompt_tokens=len(output.prompt_token_ids or ()),
+            logprobs=tuple(
+                at[token_id].logprob
+                for token_id, at in zip(sample.token_ids, sample.logprobs or (), strict=decoding.logprobs)
+            ),
+        )
+
+
+def memory_args(config: EngineConfig) -> dict[str, Any]:
+    """Return the arguments of vLLM that settle the key-value cache on this device."""
+    if current_platform.is_cpu():
+        return {"kv_cache_memory_bytes": int(config.kv_cache_gib * 2**30), "block_size": CPU_BLOCK}
+    return {"gpu_memory_utilization": config.gpu_memory_utilization}
+
+
+def _engine_args(
+    model_dir: Path, config: EngineConfig, dtype: torch.dtype, *, slots: int, rank: int, max_model_len: int
+) -> EngineArgs:
+    return EngineArgs(
+        model=str(model_dir),
+        dtype=dtype,
+        max_model_len=max_model_len,
+        max_num_seqs=config.max_sequences,
+        max_num_batched_tokens=max(4096, max_model_len),
+        enforce_eager=config.enforce_eager,
+        enable_lora=True,
+        max_loras=slots,
+        max_lora_rank=next(allowed for allowed in VLLM_RANKS if allowed >= rank),
+        lora_target_modules=list(TARGET_MODULES),
+        lora_dtype=dtype,
+        worker_extension_cls="eggroll_llm.engine.vllm.worker.EsWorkerExtension",
+        max_logprobs=-1,
+        disable_log_stats=True,
+        use_tqdm_on_load=False,
+        trust_remote_code=False,
+        seed=0,
+        **memory_args(config),
+    )
+
+
+def _check_shapes(model_dir: Path, served: Mapping[str, tuple[int, int]]) -> None:
+    """What vLLM serves must be what the checkpoint calls trained, or an update could not be exported or replayed."""
+    stored = {name: (out, inside) for name, out, inside in trained_parameters(model_dir)}
+    for name in sorted(stored.keys() | served.keys()):
+        if stored.get(name) != served.get(name):
+            raise ModelError(
+                f"{model_dir}: {name!r} is {stored.get(name)} in the checkpoint and {served.get(name)} in vLLM: "
+                "this architecture cannot be trained yet; use a Llama- or Qwen-shaped model"
+            )

@@ -1,0 +1,68 @@
+"""What vLLM raises -> one sentence with the setting, the model or the memory that it is about."""
+
+import re
+import traceback
+from pathlib import Path
+
+from vllm import ModelRegistry
+
+from eggroll_llm.config.recipe import EngineConfig
+from eggroll_llm.errors import ConfigError, EngineError, ModelError, UserError
+from eggroll_llm.models.architectures import TESTED
+from eggroll_llm.models.files import architecture_of
+from eggroll_llm.system.hardware import serves_on_cpu
+from eggroll_llm.system.invocation import command
+from eggroll_llm.system.terminal import inert
+
+LIMIT = 300  # characters of vLLM's own text, of which the beginning says what is wrong
+_CACHE_NEEDED = re.compile(r"\(([\d.]+) GiB KV cache is needed")
+_CACHE_AVAILABLE = re.compile(r"\(([\d.]+)/[\d.]+ GiB\) on kv cache allocation is less")
+
+
+def call_error(what: str, error: Exception) -> EngineError:
+    """Say that the engine failed in `what`."""
+    remedy = f"Check the installation with: {command('doctor')}"
+    if isinstance(error, MemoryError) or "memory" in str(error).lower():
+        remedy = f"If memory ran out, lower engine.max_sequences, engine.slots or {_cache_key()}."
+    return EngineError(f"the inference engine failed in {what}: {_described(error)}. {remedy}")
+
+
+def start_error(error: Exception, model_dir: Path, config: EngineConfig, max_model_len: int) -> UserError:
+    """Say why the engine does not start on a model."""
+    text = _one_line(error)
+    key = _cache_key()
+    value = getattr(config, key.removeprefix("engine."))
+    if found := _CACHE_NEEDED.search(text):
+        return ConfigError(
+            f"{key} = {value:g}: a sequence of {max_model_len} tokens (engine.max_model_len) needs "
+            f"{float(found[1]) + 0.01:.2f} GiB of key-value cache: raise {key}, or lower engine.max_model_len or "
+            "sampling.max_tokens"  # with 0.01 more, as vLLM rounds
+        )
+    if "No available memory for the cache blocks" in text:
+        return ConfigError(f"{key} = {value:g}: leaves no memory for the key-value cache: raise it")
+    if found := _CACHE_AVAILABLE.search(text):
+        return ConfigError(
+            f"{key} = {value:g}: {found[1]} GiB are available when the model is loaded: lower {key} to less than that"
+        )
+    architecture = architecture_of(model_dir)
+    if architecture not in ModelRegistry.get_supported_archs() or "does not support LoRA" in text:
+        return ModelError(
+            f"{model_dir}: vLLM does not serve architecture {inert(architecture)} with adapters: use one of "
+            f"{', '.join(TESTED)}"
+        )
+    return EngineError(f"{model_dir}: {call_error('starting', error)}")
+
+
+def _cache_key() -> str:
+    """Return the setting that the size of the key-value cache depends on."""
+    return "engine.kv_cache_gib" if serves_on_cpu() else "engine.gpu_memory_utilization"
+
+
+def _described(error: Exception) -> str:
+    frames = traceback.extract_tb(error.__traceback__)
+    place = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
+    return f"{type(error).__name__}: {inert(_one_line(error), LIMIT)}{place}"
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

@@ -1,0 +1,168 @@
+"""Which member lives in which slot, and the factors that are written there.
+
+vLLM's scheduler decides which members take part in a forward pass (at most as many as there are slots). `place` then
+gives each newcomer a slot that no running member uses and writes its A and B into it: noise is regenerated or taken
+from the step's bank, nothing is read from disk, and a population larger than the slots needs no barrier.
+
+Shapes: S slot, M member, K pair, C slice, R rank, O out features of all slices, I in features, V value of a row.
+"""
+
+from collections.abc import Collection, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from eggroll_llm.engine.vllm.layers import Layer, parameter_shapes
+from eggroll_llm.es.noise import KEPT_BYTES, NoiseSpec, Shape
+from eggroll_llm.kernels.noise import RowLayout, fill, served_factors_of, served_rows
+
+Factors = dict[str, tuple[Tensor, Tensor]]
+
+
+class FactorBank:
+    """Factors by pair: kept for the whole step when they fit `KEPT_BYTES`, else regenerated, to the same bits."""
+
+    def __init__(self, layers: Sequence[Layer], rank: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.shapes = parameter_shapes(layers)
+        self.layout = RowLayout(tuple(self.shapes), rank)
+        self.dtype, self.device = dtype, device
+        self._noise: NoiseSpec | None = None
+        self._pairs = 0
+        self._rows_KV: Tensor | None = None
+        self._kept: Factors | None = None
+
+    def begin(self, noise: NoiseSpec, pairs: int) -> None:
+        """Take the noise of a step; nothing is generated when it is the noise already held."""
+        if (noise, pairs) == (self._noise, self._pairs):
+            return
+        self._noise = None  # until all of it is there
+        pairs_K = torch.arange(pairs)
+        if pairs * self.layout.width * self.dtype.itemsize > KEPT_BYTES:
+            self._rows_KV = self._kept = None
+        elif self.device.type == "cpu":
+            if self._rows_KV is None or len(self._rows_KV) != pairs:
+                self._rows_KV = self._kept = None
+                self._rows_KV = torch.empty(pairs, self.layout.width, dtype=self.dtype)
+                self._kept = self.layout.factors(self._rows_KV)
+            fill(self._rows_KV, noise, pairs_K, self.layout)
+        else:
+            self._kept = None
+            self._kept = served_factors_of(noise, pairs_K, self.shapes, self.dtype, self.device)
+        self._noise, self._pairs = noise, pairs
+
+    def rows_of(self, pairs_M: Tensor) -> Tensor:
+        """Return a row for each pair of this step [M, V], on the CPU."""
+        if self._rows_KV is not None:
+            return self._rows_KV[pairs_M]
+        pairs_K, row_M = torch.unique(pairs_M, return_inverse=True)
+        return served_rows(self._of_this_step(), pairs_K, self.layout, self.dtype)[row_M]
+
+    def of(self, pairs_K: Tensor) -> Factors:
+        """Return A_KOR and B_KIR of pairs of this step, by parameter name."""
+        return self.factors_of(self._of_this_step(), pairs_K, self.shapes, self.dtype, self.device)
+
+    def factors_of(
+        self,
+        noise: NoiseSpec,
+        pairs_K: Tensor,
+        shapes: Sequence[Shape],
+        dtype: torch.dtype,
+        device: torch.device | str,
+    ) -> Factors:
+        """Stand in for `noise.served_factors_of`, answering from what is kept when that is what is asked for."""
+        if self._kept is None or noise != self._noise or int(pairs_K.max()) >= self._pairs or dtype != self.dtype:
+            return served_factors_of(noise, pairs_K, shapes, dtype, device)
+        if torch.equal(pairs_K, torch.arange(self._pairs)):
+            return {name: self._kept[name] for name, _, _ in shapes}
+        first = int(pairs_K[0])
+        if torch.equal(pairs_K, torch.arange(first, first + len(pairs_K))):
+            rows_K: Tensor | slice = slice(first, first + len(pairs_K))  # a view; an index makes a copy
+        else:
+            rows_K = pairs_K.to(self.device)
+        return {name: (self._kept[name][0][rows_K], self._kept[name][1][rows_K]) for name, _, _ in shapes}
+
+    def _of_this_step(self) -> NoiseSpec:
+        assert self._noise is not None, "begin() comes before the first member"
+        return self._noise
+
+
+class Buffers(Protocol):
+    """Where the factors of resident members are."""
+
+    def write(self, slots: list[int], pairs_M: Tensor, negative_M: Tensor) -> None:
+        """Put pairs of this step into slots, with A negated where `negative_M` is True."""
+        ...
+
+
+class RowBuffers:
+    """Slots as `member_term` reads them: a row of factors each, at the exact rank. The layers have views of it."""
+
+    def __init__(self, layers: Sequence[Layer], bank: FactorBank, slots: int) -> None:
+        self._bank, layout = bank, bank.layout
+        self._rows_SV = torch.zeros(slots, layout.width, dtype=bank.dtype)
+        starts = layout.starts()
+        for layer in layers:
+            at_A, at_B = starts[layer.parameters[0]]
+            size_A, size_B = layout.rank * sum(layer.sizes), layout.rank * len(layer.sizes) * layer.in_features
+            B_SCRI = self._rows_SV[:, at_B : at_B + size_B].unflatten(1, (len(layer.sizes), layout.rank, -1))
+            layer.module.lora_a_stacked, layer.module.lora_b_stacked = (
+                (B_SCRI,),
+                (self._rows_SV[:, at_A : at_A + size_A],),
+            )
+
+    def write(self, slots: list[int], pairs_M: Tensor, negative_M: Tensor) -> None:
+        """Copy one row for each member."""
+        self._rows_SV[slots] = self._bank.rows_of(pairs_M)
+        for slot, negative in zip(slots, negative_M.tolist(), strict=True):
+            if negative:
+                self._rows_SV[slot, : self._bank.layout.a_width].neg_()
+
+
+class PaddedBuffers:
+    """vLLM's own buffers, for its own kernels: [S, 1, padded rank, I] and [S, 1, O of the slice, padded rank]."""
+
+    def __init__(self, layers: Sequence[Layer], bank: FactorBank, slots: int) -> None:
+        self._layers, self._bank = layers, bank
+
+    def write(self, slots: list[int], pairs_M: Tensor, negative_M: Tensor) -> None:
+        """Copy A and B of every slice."""
+        rank, device = self._bank.layout.rank, self._bank.device
+        pairs_K, row_M = torch.unique(pairs_M, return_inverse=True)
+        sign_M = torch.where(negative_M, -1.0, 1.0).to(device, self._bank.dtype)
+        factors = self._bank.of(pairs_K)
+        for layer in self._layers:
+            for c, parameter in enumerate(layer.parameters):
+                A_KOR, B_KIR = factors[parameter]
+                layer.module.lora_a_stacked[c][slots, 0, :rank] = B_KIR[row_M].transpose(1, 2)
+                layer.module.lora_b_stacked[c][slots, 0, :, :rank] = A_KOR[row_M] * sign_M[:, None, None]
+
+
+class MemberSlots:
+    """The members in the slots."""
+
+    def __init__(self, buffers: Buffers, slots: int) -> None:
+        self._buffers = buffers
+        self.antithetic = True
+        self.member_in: list[int | None] = [None] * slots
+
+    def begin(self, *, antithetic: bool) -> None:
+        """Empty the slots for another population."""
+        self.antithetic = antithetic
+        self.member_in = [None] * len(self.member_in)
+
+    def place(self, members: Collection[int]) -> bool:
+        """Make every given member resident, in slots that none of the others needs; return whether anything moved."""
+        newcomers = sorted(set(members).difference(self.member_in))
+        if not newcomers:
+            return False
+        free = [slot for slot, member in enumerate(self.member_in) if member not in members]
+        slots = free[: len(newcomers)]
+        members_M = torch.tensor(newcomers)
+        if self.antithetic:
+            self._buffers.write(slots, members_M // 2, members_M % 2 == 1)
+        else:
+            self._buffers.write(slots, members_M, torch.zeros(len(members_M), dtype=torch.bool))
+        for slot, member in zip(slots, newcomers, strict=True):
+            self.member_in[slot] = member
+        return True

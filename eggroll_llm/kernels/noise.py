@@ -1,0 +1,133 @@
+"""The factors of a pair as one row of memory, all parameters one after another: all A, then all B.
+
+A member is placed by copying one row, and changing the sign of its front. Within a row A is [R, O] and B [R, I] for
+each parameter. Rows are filled by `noise.cpp`, to the bits of `noise.served_factors_of`, or by that where it cannot be
+built.
+
+Shapes: K pair, V value of a row, R rank, O out features, I in features.
+"""
+
+import ctypes
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from eggroll_llm.es import noise as definition
+from eggroll_llm.es.noise import NoiseSpec, Shape, names_by_size, parameter_id
+from eggroll_llm.kernels import build
+from eggroll_llm.kernels.binding import by_dtype, check_array, check_format
+
+# The digits of the definition; C++ has no copy of them.
+TABLES = (*definition.MINUS_TWO_LOG, *definition.SINE, *definition.COSINE, -2 * math.log(2))
+
+
+@dataclass(frozen=True)
+class RowLayout:
+    """Where each parameter (name, out features, in features) lies in a row of factors of one rank."""
+
+    shapes: tuple[Shape, ...]
+    rank: int
+
+    @property
+    def a_width(self) -> int:
+        """Values of all A, which come first."""
+        return self.rank * sum(out for _, out, _ in self.shapes)
+
+    @property
+    def width(self) -> int:
+        """Values of a row."""
+        return self.a_width + self.rank * sum(inside for _, _, inside in self.shapes)
+
+    def starts(self) -> dict[str, tuple[int, int]]:
+        """Return where A and B of each parameter begin."""
+        starts, at_A, at_B = {}, 0, self.a_width
+        for name, out, inside in self.shapes:
+            starts[name] = at_A, at_B
+            at_A, at_B = at_A + self.rank * out, at_B + self.rank * inside
+        return starts
+
+    def factors(self, rows_KV: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+        """Return views A_KOR and B_KIR of the rows, by name."""
+        starts = self.starts()
+        return {
+            name: (self._view(rows_KV, starts[name][0], out), self._view(rows_KV, starts[name][1], inside))
+            for name, out, inside in self.shapes
+        }
+
+    def _view(self, rows_KV: Tensor, start: int, features: int) -> Tensor:
+        return rows_KV[:, start : start + self.rank * features].unflatten(1, (self.rank, features)).transpose(1, 2)
+
+
+def served_rows(noise: NoiseSpec, pairs_K: Tensor, layout: RowLayout, dtype: torch.dtype) -> Tensor:
+    """Return the rows of pairs [K, V], on the CPU: see `noise.served_factors_of`."""
+    rows_KV = torch.empty(len(pairs_K), layout.width, dtype=dtype)
+    fill(rows_KV, noise, pairs_K, layout)
+    return rows_KV
+
+
+def fill(rows_KV: Tensor, noise: NoiseSpec, pairs_K: Tensor, layout: RowLayout) -> None:
+    """Write the rows of pairs into `rows_KV` [K, V], contiguous and on the CPU. Raises ValueError for other tensors."""
+    library = build.library()
+    if library is not None:
+        fill_native(library, rows_KV, noise, pairs_K, layout)
+        return
+    check_rows(rows_KV, noise, pairs_K, layout)
+    made = definition.served_factors_of(noise, pairs_K, layout.shapes, rows_KV.dtype, "cpu")
+    for name, (A_KOR, B_KIR) in layout.factors(rows_KV).items():
+        A_KOR.copy_(made[name][0])
+        B_KIR.copy_(made[name][1])
+
+
+def check_rows(rows_KV: Tensor, noise: NoiseSpec, pairs_K: Tensor, layout: RowLayout) -> None:
+    """Raise ValueError for what `fill` does not take."""
+    if noise.rank != layout.rank:
+        raise ValueError(f"noise of rank {noise.rank} does not fit rows of rank {layout.rank}")
+    check_format("rows", rows_KV)
+    check_array("rows", rows_KV, (len(pairs_K), layout.width), rows_KV.dtype)
+
+
+def fill_native(library: ctypes.CDLL, rows_KV: Tensor, noise: NoiseSpec, pairs_K: Tensor, layout: RowLayout) -> None:
+    """Write the rows of pairs as `library` computes them. Raises ValueError as `fill` does."""
+    check_rows(rows_KV, noise, pairs_K, layout)
+    pairs_K = pairs_K.to(device="cpu", dtype=torch.int64).contiguous()
+    starts, function = layout.starts(), _functions(library)[rows_KV.dtype]
+    for (out, inside), names in names_by_size(layout.shapes).items():
+        function(
+            rows_KV.data_ptr(),
+            layout.width,
+            (ctypes.c_int64 * len(names))(*(starts[name][0] for name in names)),
+            (ctypes.c_int64 * len(names))(*(starts[name][1] for name in names)),
+            pairs_K.data_ptr(),
+            (ctypes.c_uint32 * len(names))(*map(parameter_id, names)),
+            len(pairs_K),
+            len(names),
+            out,
+            inside,
+            noise.rank,
+            noise.sigma / math.sqrt(noise.rank),
+            noise.step,
+            noise.seed,
+            (ctypes.c_float * len(TABLES))(*TABLES),
+        )
+
+
+def served_factors_of(
+    noise: NoiseSpec, pairs_K: Tensor, shapes: Sequence[Shape], dtype: torch.dtype, device: torch.device | str
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return A_KOR and B_KIR by name like `noise.served_factors_of`, on the CPU as views of rows."""
+    if torch.device(device).type != "cpu" or build.library() is None:
+        return definition.served_factors_of(noise, pairs_K, shapes, dtype, device)
+    layout = RowLayout(tuple(shapes), noise.rank)
+    return layout.factors(served_rows(noise, pairs_K, layout, dtype))
+
+
+@cache
+def _functions(library: ctypes.CDLL) -> dict[torch.dtype, Callable[..., None]]:
+    number, pointer = ctypes.c_int64, ctypes.c_void_p
+    rows_and_sizes = (pointer, number, *[pointer] * 4, *[number] * 5)
+    noise = (ctypes.c_float, ctypes.c_uint32, ctypes.c_uint64, pointer)
+    return by_dtype(library, "factors", (*rows_and_sizes, *noise))

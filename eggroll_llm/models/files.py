@@ -1,0 +1,147 @@
+"""What a model directory must hold to be trained from, and what makes two directories the same model.
+
+The directory must be one that the engine can serve and an update can be written back into: config.json with a
+causal language model, complete safetensors, no code of its own. Read here with the standard library alone, so
+that a mistake is told before anything heavy is imported.
+
+Everything wrong raises `ModelError`, and the message says what to do about it.
+"""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from eggroll_llm.errors import ModelError
+from eggroll_llm.models.architectures import architecture, check_architecture, check_dense
+from eggroll_llm.system.files import LONGEST_NAME
+from eggroll_llm.system.nesting import parse_json
+
+_UNSTABLE_CONFIG_KEYS = (
+    "_name_or_path",
+    "_model_name_or_path",
+    "transformers_version",
+)  # saving again changes them
+
+
+def check_model(directory: Path) -> str:
+    """The architecture that config.json names, after checking that the directory can be trained from.
+
+    Raises `ModelError` for a missing or unreadable config.json, remote code, quantized weights, anything but
+    a causal language model, and weights that are missing, incomplete or pickled.
+    """
+    config = _read_config(directory)
+    where = directory / "config.json"
+    if "auto_map" in config:
+        raise ModelError(
+            f"{where}: 'auto_map' asks to run Python code shipped with the model, which is never done here: "
+            f"use a model whose architecture transformers and vLLM implement"
+        )
+    if "quantization_config" in config:
+        raise ModelError(
+            f"{where}: the weights are quantized ('quantization_config'), an update cannot be written into "
+            f"them: use the unquantized checkpoint"
+        )
+    name = check_architecture(config, where)
+    for weights in weight_files(directory):
+        _check_complete(weights)
+    check_dense(config, tensor_shapes(directory), where)
+    return name
+
+
+def architecture_of(directory: Path) -> str:
+    """The first architecture that config.json names; empty when it names none. Raises `ModelError`."""
+    return architecture(_read_config(directory))
+
+
+def model_identity(directory: Path) -> str:
+    """16 hex digits that are equal for equal weights and architecture, wherever the files lie.
+
+    SHA-256 of config.json (without the keys that change when it is saved again) and of the name, size and
+    content of every weight file. Reads all weights: about a second per gigabyte.
+    """
+    config = _read_config(directory)
+    stable = {key: value for key, value in config.items() if key not in _UNSTABLE_CONFIG_KEYS}
+    digest = hashlib.sha256(json.dumps(stable, sort_keys=True).encode())
+    for weights in weight_files(directory):
+        with weights.open("rb") as file:
+            content = hashlib.file_digest(file, "sha256").hexdigest()
+        digest.update(f"\n{weights.name} {weights.stat().st_size} {content}".encode())
+    return digest.hexdigest()[:16]
+
+
+def _read_config(directory: Path) -> dict[str, Any]:
+    path = directory / "config.json"
+    try:
+        config = parse_json(path.read_bytes())
+    except FileNotFoundError as error:
+        raise ModelError(f"{directory} has no config.json: name the directory of a Hugging Face model") from error
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path} cannot be read ({error}): restore it from the original model") from error
+    if not isinstance(config, dict):
+        raise ModelError(f"{path} does not hold a JSON object: restore it from the original model")
+    return config
+
+
+def weight_files(directory: Path) -> list[Path]:
+    """The safetensors files that hold the weights. Raises `ModelError` when one or all are missing."""
+    weights = sorted(directory.glob("*.safetensors"))
+    index = directory / "model.safetensors.index.json"
+    if index.is_file():
+        try:
+            shards = sorted(set(parse_json(index.read_bytes())["weight_map"].values()))
+            if not shards or any(
+                Path(shard).name != shard or len(os.fsencode(shard)) > LONGEST_NAME for shard in shards
+            ):
+                raise ValueError("it names no files of the directory")
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ModelError(f"{index} is not a safetensors index ({error}): restore it from the original") from error
+        if missing := [shard for shard in shards if not (directory / shard).is_file()]:
+            raise ModelError(
+                f"{directory}: {len(missing)} of {len(shards)} weight files are missing, first {missing[0]}"
+            )
+        return [directory / shard for shard in shards]
+    if weights:
+        return weights
+    pickled = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in directory.glob(pattern))
+    if pickled:
+        raise ModelError(
+            f"{directory} has its weights only as pickles ({pickled[0]}), which can run code when loaded: "
+            f"save the model again with transformers, or use a checkpoint with safetensors"
+        )
+    raise ModelError(f"{directory} has no *.safetensors: name the directory of a complete Hugging Face model")
+
+
+def tensor_shapes(directory: Path) -> dict[str, tuple[int, ...]]:
+    """Return the shape of every stored tensor by name, read from the headers."""
+    return {
+        name: tuple(entry["shape"])
+        for weights in weight_files(directory)
+        for name, entry in _read_header(weights)[0].items()
+        if name != "__metadata__"
+    }
+
+
+def _check_complete(weights: Path) -> None:
+    """Compare the file's size with what its safetensors header promises: truncated copies are common."""
+    size = weights.stat().st_size
+    try:
+        header, header_size = _read_header(weights)
+        tensors = [entry for name, entry in header.items() if name != "__metadata__"]
+        if any(type(size) is not int or size < 0 for entry in tensors for size in entry["shape"]):
+            raise ValueError("the shape of a tensor is none")
+        expected = 8 + header_size + max((entry["data_offsets"][1] for entry in tensors), default=0)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        raise ModelError(f"{weights} is not a safetensors file ({error}): copy or download it again") from error
+    if size != expected or not tensors:
+        raise ModelError(
+            f"{weights} is damaged: {size} bytes where its header means {expected}: copy or download it again"
+        )
+
+
+def _read_header(weights: Path) -> tuple[dict[str, Any], int]:
+    size = weights.stat().st_size
+    with weights.open("rb") as file:
+        header_size = int.from_bytes(file.read(8), "little")
+        return (parse_json(file.read(header_size)) if header_size <= size else {}), header_size

@@ -1,0 +1,210 @@
+"""Graded completions on disk: one JSON object a line, from which an interrupted evaluation continues.
+
+    {"format": 1, "settings": {"task": "gsm8k", "prompts": "sha256...", "max_tokens": 256, ...}}
+    {"problem": 0, "sample": 0, "id": "test-1", "doc": {...}, "prompt_hash": "...", "completion": " 16 - 3 ...",
+     "tokens": 81, "truncated": false, "scores": {"strict-match": {"correct": true, "answer": "18", ...}}}
+
+The first line holds every setting that the completions depend on. A completion is identified by (problem, sample):
+one that is there twice is an error, one that was cut short by a kill is dropped and done again.
+"""
+
+import fcntl
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from eggroll_llm.errors import SamplesError
+from eggroll_llm.system.closing import Closing
+from eggroll_llm.system.files import append, describe_failure, write_text
+from eggroll_llm.system.jsonl import to_json
+from eggroll_llm.system.nesting import parse_json
+
+FORMAT = 1
+_START = b'{"format": '
+TASK = "task"
+"""Name of the score that the task's own grader gives: what training calls correct."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Graded:
+    """What one grader says of one completion."""
+
+    correct: bool
+    """What accuracy counts."""
+    reward: float
+    """What training maximises; 1 or 0 where there is no shaping. NaN where the grader gave no finite number."""
+    detail: str
+    """Why, in a word of the grader."""
+    answer: str | None = None
+    """Answer that was read from the completion, for majority votes; None when there is none."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sample:
+    """One completion with its grades."""
+
+    problem: int
+    """Index of the problem in its set, from 0."""
+    sample: int
+    """Which of the completions of that problem, from 0."""
+    id: str | int
+    """The problem's own name, the same in every run."""
+    doc: Mapping[str, Any]
+    """The problem."""
+    prompt_hash: str
+    """SHA-256 of the prompt's text, chat template applied."""
+    completion: str
+    """Generated text up to a stop string."""
+    tokens: int
+    """Number of generated tokens."""
+    truncated: bool
+    """Whether the length limit ended it."""
+    scores: Mapping[str, Graded]
+    """Grade by the name of its grader."""
+
+
+class SampleFile(Closing):
+    """An open file of graded completions that grows by one line at a time. Use as a context manager."""
+
+    def __init__(self, path: Path, settings: Mapping[str, Any], *, overwrite: bool = False) -> None:
+        """Open or create the file, taking over what an earlier evaluation with the same settings left in it.
+
+        Raises SamplesError when the file is of an evaluation with other settings, is damaged, is in use by another
+        process, or cannot be written.
+        """
+        self.path = path
+        self.settings: dict[str, Any] = json.loads(to_json(settings))
+        self.samples: dict[tuple[int, int], Sample] = {}
+        """Completions by (problem, sample)."""
+        try:
+            self._file = path.open("a+b", buffering=0)
+        except OSError as error:
+            raise SamplesError(describe_failure(path, error, "completions")) from error
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            self._file.close()
+            raise SamplesError(f"{path}: another evaluation writes this file: wait for it, or name another") from error
+        try:
+            self._take_over(overwrite)
+        except BaseException:
+            self._file.close()
+            raise
+
+    def append(self, sample: Sample) -> None:
+        """Add a completion. Raises SamplesError when it is there already or cannot be written."""
+        key = (sample.problem, sample.sample)
+        if key in self.samples:
+            raise SamplesError(f"{self.path}: problem {key[0]}, sample {key[1]} is there already")
+        self._write(to_json(asdict(sample)))
+        self.samples[key] = sample
+
+    def replace(self, samples: Iterable[Sample]) -> None:
+        """Put other completions, or other grades of the same ones, in place of all; after a kill either are there."""
+        samples = list(samples)
+        try:
+            write_samples(self.path, self.settings, samples)
+            self._file.close()
+            self._file = self.path.open("a+b", buffering=0)
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise SamplesError(describe_failure(self.path, error, "completions")) from error
+        self.samples = {(sample.problem, sample.sample): sample for sample in samples}
+
+    def close(self) -> None:
+        """Flush to disk and give the file free. Raises SamplesError when the disk does not take it."""
+        if self._file.closed:
+            return
+        try:
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise SamplesError(describe_failure(self.path, error, "completions")) from error
+        finally:
+            self._file.close()
+
+    def _take_over(self, overwrite: bool) -> None:
+        settings = self.settings
+        data = b"" if overwrite else self.path.read_bytes()
+        complete = data[: data.rfind(b"\n") + 1]
+        if not complete and data[: len(_START)] == _START[: len(data)]:
+            self._file.truncate(0)
+            self._write(to_json({"format": FORMAT, "settings": settings}))
+            return
+        saved, samples = _parse(self.path, complete)
+        if changed := [key for key in {**saved, **settings} if saved.get(key) != settings.get(key)]:
+            shown = "; ".join(
+                f"{key} was {saved.get(key)!r:.80} and is now {settings.get(key)!r:.80}" for key in changed
+            )
+            raise SamplesError(
+                f"{self.path}: is of another evaluation: {shown}. Name another --out, or delete it with "
+                "--on-existing overwrite"
+            )
+        self._file.truncate(len(complete))
+        self.samples = {(sample.problem, sample.sample): sample for sample in samples}
+
+    def _write(self, line: str) -> None:
+        data = line.encode() + b"\n"
+        try:
+            append(self._file, data)
+        except OSError as error:
+            raise SamplesError(describe_failure(self.path, error, f"{len(data)} bytes")) from error
+
+
+def read_samples(path: Path) -> tuple[dict[str, Any], list[Sample]]:
+    """Return settings and completions, in the order of the file; a last line that was cut short is left out.
+
+    Raises SamplesError, naming file and line, for anything that is not such a file.
+    """
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise SamplesError(f"{path}: cannot be read ({error.strerror}): name a file of graded completions") from error
+    return _parse(path, data[: data.rfind(b"\n") + 1])
+
+
+def write_samples(path: Path, settings: Mapping[str, Any], samples: Iterable[Sample]) -> None:
+    """Write a whole file at once, or leave what is there. Raises OSError."""
+    write_text(path, samples_text(settings, samples))
+
+
+def samples_text(settings: Mapping[str, Any], samples: Iterable[Sample]) -> str:
+    """Return what a whole file holds."""
+    lines = [to_json({"format": FORMAT, "settings": settings}), *(to_json(asdict(sample)) for sample in samples)]
+    return "\n".join(lines) + "\n"
+
+
+def _parse(path: Path, data: bytes) -> tuple[dict[str, Any], list[Sample]]:
+    lines = data.split(b"\n")[:-1]
+    try:
+        header = parse_json(lines[0])
+        settings, version = dict(header["settings"]), header["format"]
+    except (IndexError, ValueError, KeyError, TypeError) as error:
+        raise SamplesError(
+            f"{path}:1: is no file of graded completions: name another, or delete it with --on-existing overwrite"
+        ) from error
+    if version != FORMAT:
+        raise SamplesError(f"{path}:1: has format {version}, this version reads {FORMAT}: evaluate again")
+    samples: dict[tuple[int, int], Sample] = {}
+    for number, line in enumerate(lines[1:], start=2):
+        try:
+            row = parse_json(line)
+            scores = {name: _graded(score) for name, score in row.pop("scores").items()}
+            sample = Sample(**row, scores=scores)
+            if type(sample.problem) is not int or type(sample.sample) is not int:
+                raise TypeError("problem and sample are counted")
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
+            raise SamplesError(
+                f"{path}:{number}: is damaged ({error}): delete the line to have it done again"
+            ) from error
+        if (key := (sample.problem, sample.sample)) in samples:
+            raise SamplesError(f"{path}:{number}: problem {key[0]}, sample {key[1]} is there twice: delete the line")
+        samples[key] = sample
+    return settings, list(samples.values())
+
+
+def _graded(score: Mapping[str, Any]) -> Graded:
+    reward = score["reward"]
+    return Graded(**{**score, "reward": float("nan") if reward is None else float(reward)})

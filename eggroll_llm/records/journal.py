@@ -1,0 +1,308 @@
+"""The record from which a run can be rebuilt: one line per update, on disk before the update is applied.
+
+Base model + configuration + journal give the weights again by replay, without sampling. A line holds the
+fitness of every member, exactly: float32 values as decimals that read back to the same bits.
+Every line ends in the CRC-32 of the rest of it, and steps are consecutive from 1, so that a lost, repeated or
+changed line is noticed. A last line that a crash cut short belongs to an update that was never applied: it is
+dropped and reported.
+
+Raises `JournalError`, naming file and line, for a journal that is damaged elsewhere or belongs to another
+run.
+"""
+
+import json
+import math
+import os
+import re
+import struct
+import zlib
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from eggroll_llm.errors import JournalError
+from eggroll_llm.system.closing import Closing
+from eggroll_llm.system.files import describe_failure, fsync_directory
+from eggroll_llm.system.nesting import parse_json
+
+FORMAT = 1
+# More than a newline after the end of a record: not a line that a crash cut short, but two that became one.
+_RECORD_END = re.compile(rb',"crc":"[0-9a-f]{8}"\}(?!.?\Z)', re.DOTALL)
+_CRC_LENGTH = len(b',"crc":"00000000"}')
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class JournalHeader:
+    """What the updates of a journal are updates of."""
+
+    frozen_hash: str
+    """Hash of the settings that may not change within a run."""
+    base_model: str
+    """Identity of the base model."""
+    train: str = ""
+    """Hash of the problems to train on and their prompts; empty in journals that do not say."""
+    held_out: str = ""
+    """Hash of the problems to evaluate on and their prompts; empty in journals that do not say."""
+    task_file: str = ""
+    """Hash of the file of a user's task; empty for other tasks, and in journals that do not say."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class JournalEntry:
+    """One update."""
+
+    step: int
+    """Number of the update, from 1."""
+    noise_step: int
+    """Step whose noise was used."""
+    fitness: tuple[float, ...]
+    """Fitness of every member, each exactly a float32."""
+    sigma: float
+    """Perturbation size at this step."""
+    learning_rate: float
+    """Learning rate at this step."""
+    dropped: tuple[int, ...] = ()
+    """Members left out because a reward was not finite."""
+    checksum: str = ""
+    """Checksum of the weights before this update; empty when none was taken."""
+
+
+_HEADER_KEYS = set(JournalHeader.__dataclass_fields__)
+_ENTRY_KEYS = set(JournalEntry.__dataclass_fields__)
+_TOO_LARGE = 2.0**128  # for float32
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class JournalContents:
+    """A journal as read."""
+
+    header: JournalHeader | None
+    """None when a crash came before the header was complete."""
+    entries: tuple[JournalEntry, ...]
+    """Updates in order, steps 1, 2, 3..."""
+    dropped_tail: str
+    """What was wrong with a dropped last line; empty when nothing was dropped."""
+    line_ends: tuple[int, ...]
+    """Byte position after each valid line, header included."""
+
+
+class Journal(Closing):
+    """An open journal, to append to. Use as a context manager or call `close`."""
+
+    def __init__(self, path: Path, contents: JournalContents) -> None:
+        self.path = path
+        self.header = contents.header
+        self.entries = contents.entries
+        """Updates found when the journal was opened."""
+        self.dropped_tail = contents.dropped_tail
+        self._line_ends = list(contents.line_ends)
+        self._file = path.open("r+b", buffering=0)
+        self._truncate(self._end)
+
+    @classmethod
+    def open(cls, path: Path, header: JournalHeader) -> Self:
+        """Open the journal for appending, creating it when it does not exist.
+
+        Raises:
+            JournalError: damaged, of another run, or not writable.
+        """
+        try:
+            path.touch()
+            fsync_directory(path.parent)
+            contents = read_journal(path)
+            if contents.header is not None:
+                _check_same_run(path, contents.header, header)
+            journal = cls(path, contents)
+        except OSError as error:
+            raise JournalError(describe_failure(path, error, "the journal")) from error
+        if journal.header is None:
+            try:
+                journal._write({"format": FORMAT, **asdict(header)})
+            except BaseException:
+                journal.close()
+                raise
+            journal.header = header
+        return journal
+
+    @property
+    def last_step(self) -> int:
+        """Number of the last update in the journal; 0 when there is none."""
+        return len(self._line_ends) - 1
+
+    def append(self, entry: JournalEntry) -> None:
+        """Write one update; it is on disk when this returns.
+
+        Raises:
+            JournalError: the line could not be written; the journal is then as before.
+            ValueError: not the next step, or a fitness that is not a finite float32.
+        """
+        if entry.step != self.last_step + 1:
+            raise ValueError(f"step {entry.step} cannot follow step {self.last_step}")
+        for value in entry.fitness:
+            if not math.isfinite(value) or struct.unpack("f", struct.pack("f", value))[0] != value:
+                raise ValueError(f"fitness {value!r} is not a finite float32")
+        self._write(asdict(entry))
+
+    def truncate_after(self, step: int) -> None:
+        """Forget the updates after `step`: for a run that goes back to it."""
+        if step < self.last_step:
+            del self._line_ends[step + 1 :]
+            self.entries = self.entries[:step]
+            self._truncate(self._end)
+
+    def close(self) -> None:
+        """Close the file; a second call does nothing."""
+        self._file.close()
+
+    @property
+    def _end(self) -> int:
+        return self._line_ends[-1] if self._line_ends else 0
+
+    def _truncate(self, size: int) -> None:
+        self._file.truncate(size)
+        self._file.seek(size)
+        os.fsync(self._file.fileno())
+
+    def _write(self, fields: dict[str, Any]) -> None:
+        line = _encode(fields)
+        try:
+            done = 0
+            while done < len(line):
+                done += self._file.write(line[done:])
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            try:
+                self._truncate(self._end)
+            except OSError:
+                # Nothing may follow half a line.
+                self.close()
+            raise JournalError(describe_failure(self.path, error, f"{len(line)} bytes")) from error
+        self._line_ends.append(self._end + len(line))
+
+
+def read_journal(path: Path) -> JournalContents:
+    """Everything valid in a journal; the file is not changed.
+
+    Raises:
+        JournalError: no such file, or damage before the last line.
+    """
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise JournalError(f"{path}: cannot be read ({error.strerror}). Name a run directory with a journal.") from None
+    lines = _split(data)
+    header: JournalHeader | None = None
+    entries: list[JournalEntry] = []
+    line_ends: list[int] = []
+    tail, end = "", 0
+    for number, line in enumerate(lines, start=1):
+        fields, problem = _decode(line)
+        if problem and number == len(lines) and not _RECORD_END.search(line):
+            tail = f"{path}:{number}: last line dropped, {problem}; its update is done again"
+            break
+        if problem:
+            raise JournalError(f"{path}:{number}: {problem}. {_remedy(number)}")
+        if number == 1:
+            header = _parse_header(path, fields)
+        else:
+            entries.append(_parse_entry(path, number, fields, expected_step=number - 1))
+        end += len(line)
+        line_ends.append(end)
+    return JournalContents(header=header, entries=tuple(entries), dropped_tail=tail, line_ends=tuple(line_ends))
+
+
+def _split(data: bytes) -> list[bytes]:
+    """Lines with their newline; unlike `splitlines`, nothing but a newline ends one."""
+    lines = [line + b"\n" for line in data.split(b"\n")]
+    lines[-1] = lines[-1][:-1]
+    return lines if lines[-1] else lines[:-1]
+
+
+def _encode(fields: dict[str, Any]) -> bytes:
+    body = json.dumps(fields, separators=(",", ":"), allow_nan=False).encode()
+    return body[:-1] + b',"crc":"%08x"}\n' % zlib.crc32(body)
+
+
+def _decode(line: bytes) -> tuple[dict[str, Any], str]:
+    """Fields of a line and what is wrong with it. The CRC is of bytes: no change can hide in equal JSON."""
+    if not line.endswith(b"\n"):
+        return {}, "incomplete line"
+    body = line[:-1]
+    rest = body[:-_CRC_LENGTH] + b"}"
+    if body[-_CRC_LENGTH:] != b',"crc":"%08x"}' % zlib.crc32(rest):
+        return {}, "damaged line (its CRC does not match)"
+    try:
+        return parse_json(rest), ""
+    except ValueError:
+        # Whoever computed the CRC wrote that, so that it is not a line to be dropped: it is refused as an update.
+        return {}, ""
+
+
+def _parse_header(path: Path, fields: dict[str, Any]) -> JournalHeader:
+    if "frozen_hash" not in fields:
+        raise JournalError(f"{path}:1: the header line is missing. Restore the file from a backup.")
+    if fields.get("format") != FORMAT:
+        raise JournalError(
+            f"{path}:1: journal format {fields.get('format')!r:.40}, but this version reads format {FORMAT}. "
+            "Use the version that wrote it."
+        )
+    texts = {"train": "", "held_out": "", "task_file": ""} | {
+        key: value for key, value in fields.items() if key != "format"
+    }
+    if texts.keys() != _HEADER_KEYS or not all(isinstance(text, str) for text in texts.values()):
+        raise JournalError(f"{path}:1: is not the header of a journal. Restore the file from a backup.")
+    return JournalHeader(**texts)
+
+
+def _parse_entry(path: Path, number: int, fields: dict[str, Any], *, expected_step: int) -> JournalEntry:
+    if not _is_update(fields):
+        raise JournalError(f"{path}:{number}: is not an update. {_remedy(number)}")
+    step = fields["step"]
+    if step != expected_step:
+        problem = "repeats an earlier line" if step < expected_step else "lines are missing before it"
+        raise JournalError(
+            f"{path}:{number}: step {step} where step {expected_step} belongs: {problem}. {_remedy(number)}"
+        )
+    return JournalEntry(**{**fields, "fitness": tuple(fields["fitness"]), "dropped": tuple(fields["dropped"])})
+
+
+def _remedy(number: int) -> str:
+    """What to do about a bad line; the first is the header, so that two lines before it hold one update."""
+    if number < 3:
+        return "Restore the file from a backup."
+    return (
+        f"Restore the file from a backup, or go back to step {number - 2}: cut it before this line, and metrics.jsonl "
+        "after that step."
+    )
+
+
+def _is_update(fields: dict[str, Any]) -> bool:
+    """Whether the fields are those of an entry, and of its types: the CRC says who wrote a line, not what it says."""
+    entry = {"checksum": ""} | fields
+    if entry.keys() != _ENTRY_KEYS or not isinstance(entry["fitness"], list) or not isinstance(entry["dropped"], list):
+        return False
+    numbers = [entry["sigma"], entry["learning_rate"], *entry["fitness"]]
+    return (
+        all(type(number) in (int, float) and abs(number) < _TOO_LARGE for number in numbers)
+        and all(type(count) is int for count in (entry["step"], entry["noise_step"], *entry["dropped"]))
+        and isinstance(entry["checksum"], str)
+    )
+
+
+def _check_same_run(path: Path, found: JournalHeader, header: JournalHeader) -> None:
+    if found.base_model != header.base_model:
+        raise JournalError(
+            f"{path}:1: the run's base model is {found.base_model}, now it is {header.base_model}. "
+            "Restore that model, or start a new run directory."
+        )
+    if found.frozen_hash != header.frozen_hash:
+        raise JournalError(
+            f"{path}:1: the run has other settings (hash {found.frozen_hash[:12]}, now "
+            f"{header.frozen_hash[:12]}). Compare the recipe with config.toml, or start a new run directory."
+        )
+    splits = {"to train on": (found.train, header.train), "to evaluate on": (found.held_out, header.held_out)}
+    if changed := [split for split, (before, now) in splits.items() if before and now and before != now]:
+        raise JournalError(
+            f"{path}:1: the problems {' and '.join(changed)}, or their prompts, are others than the run began with: "
+            "restore the data or the task's file, or start a new run directory."
+        )

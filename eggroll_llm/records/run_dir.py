@@ -1,0 +1,321 @@
+"""The directory of a run: who may use it, what lies where, and the append-only logs.
+
+    config.toml  environment.json  metrics.jsonl  completions.jsonl  journal.jsonl  evaluations/  checkpoints/  final/
+
+One process at a time holds a run. A directory counts as a run when it has our lock file, or both config.toml
+and journal.jsonl; nothing else is ever deleted.
+
+Raises `RunDirError`, naming the path and the remedy, whenever the directory cannot be used as asked.
+"""
+
+import json
+import os
+import shutil
+import stat
+import tomllib
+from collections.abc import Callable, Iterable, Mapping
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from eggroll_llm.errors import RunDirError, SamplesError
+from eggroll_llm.records.answers import Sample, read_samples, samples_text
+from eggroll_llm.records.lock import RunLock
+from eggroll_llm.system.closing import Closing
+from eggroll_llm.system.files import (
+    LONGEST_NAME,
+    append,
+    describe_failure,
+    fsync_directory,
+    recover,
+    replace_directory,
+    write_text,
+)
+from eggroll_llm.system.invocation import command
+from eggroll_llm.system.jsonl import cut_after_step, last_step, read_rows, to_json
+from eggroll_llm.system.nesting import parse_json
+from eggroll_llm.system.versions import describe_environment
+
+OnExisting = Literal["fail", "resume", "overwrite"]
+
+LOCK = ".eggroll-llm.lock"
+
+
+def default_run_dir(recipe: Path | str, now: datetime) -> Path:
+    """`runs/<recipe name>-<time>`, relative to the working directory."""
+    return Path("runs") / f"{Path(recipe).stem[:200]}-{now:%Y%m%d-%H%M%S}"
+
+
+def is_run_dir(path: Path) -> bool:
+    """Whether the directory was made by a run."""
+    return (path / LOCK).is_file() or ((path / "config.toml").is_file() and (path / "journal.jsonl").is_file())
+
+
+class RunDir(Closing):
+    """Paths of a run; made by `create`, also its lock and logs. Use as a context manager or call `close`."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config = path / "config.toml"
+        self.environment = path / "environment.json"
+        self.metrics = path / "metrics.jsonl"
+        self.completions = path / "completions.jsonl"
+        self.journal = path / "journal.jsonl"
+        self.evaluations = path / "evaluations"
+        self.checkpoints = path / "checkpoints"
+        self.final = path / "final"
+        self.resumed = False
+        """Whether there are updates of an earlier process to continue from."""
+        self.stale_lock = ""
+        """Holder that died without closing the directory; empty when there was none."""
+        self._lock: RunLock | None = None
+
+    @classmethod
+    def open(cls, path: Path | str) -> Self:
+        """The run in that directory, to read: nothing is locked or changed."""
+        path = _check_path(path)
+        if not is_run_dir(path):
+            raise RunDirError(
+                f"{path}: not a run directory (no config.toml and journal.jsonl). Name a directory that "
+                "training has written."
+            )
+        return cls(path)
+
+    @classmethod
+    def check(cls, path: Path | str, on_existing: OnExisting) -> None:
+        """Raise the RunDirError that `create` would now raise, but for a run in use; nothing is made or changed."""
+        path = _check_path(path)
+        try:
+            _check_directory(path)
+            cls(path)._check_existing(on_existing)
+        except OSError as error:
+            raise RunDirError(describe_failure(path, error, "the run directory")) from error
+
+    @classmethod
+    def create(cls, path: Path | str, config_toml: str, on_existing: OnExisting = "fail") -> Self:
+        """Make or reopen the directory and lock it.
+
+        A run without journal, metrics, checkpoint and model has nothing to lose and counts as new. Resuming leaves
+        config.toml as it is: compare it with the new configuration before `write_config` replaces it.
+
+        Raises:
+            RunDirError: not usable, in use, or holding a run although `on_existing` is "fail".
+        """
+        path = _check_path(path)
+        run = cls(path)
+        try:
+            _check_directory(path)
+            _make_directory(path)
+            run._lock = RunLock(path / LOCK)
+            run.stale_lock = run._lock.stale
+            recover(path)
+            if run.evaluations.is_dir():
+                recover(run.evaluations)
+            run._prepare(config_toml, on_existing)
+        except OSError as error:
+            run.close()
+            raise RunDirError(describe_failure(path, error, "the run directory")) from error
+        except BaseException:
+            run.close()
+            raise
+        return run
+
+    def write_config(self, config_toml: str) -> None:
+        """Replace config.toml, whole or not at all."""
+        self._write_text(self.config, config_toml)
+
+    def append_metrics(self, row: Mapping[str, Any]) -> None:
+        """Add one line, with its `step`, to metrics.jsonl and flush it to disk; numbers not finite become null."""
+        self._append(self.metrics, [row], durable=True)
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """The rows of metrics.jsonl, none when there is no file. Raises RunDirError for a damaged line."""
+        return read_rows(self.metrics) if self.metrics.is_file() else []
+
+    def append_completions(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Add a line a row, each with its `step`, to completions.jsonl; half surrogates become U+FFFD."""
+        self._append(self.completions, rows)
+
+    def write_evaluation(self, step: int, settings: Mapping[str, Any], samples: Iterable[Sample]) -> None:
+        """Write the graded answers of an evaluation to evaluations/, whole or not at all."""
+        self._write_text(self.evaluations / f"step-{step:06d}.jsonl", samples_text(settings, samples))
+
+    def read_evaluation(self, step: int) -> list[Sample]:
+        """Return the graded answers of an evaluation. Raises SamplesError when they are missing or damaged."""
+        return read_samples(self.evaluations / f"step-{step:06d}.jsonl")[1]
+
+    def example_prompt(self) -> str:
+        """Return a prompt in full, as the base model's evaluation has recorded it; empty where it has not."""
+        try:
+            text = read_samples(self.evaluations / f"step-{0:06d}.jsonl")[0].get("prompt")
+        except SamplesError:
+            return ""
+        return text if isinstance(text, str) else ""
+
+    def write_final(self, write: Callable[[Path], None]) -> None:
+        """Put the model that `write` writes into a new directory in the place of final/, whole or not at all."""
+        try:
+            replace_directory(self.final, write)
+        except OSError as error:
+            raise RunDirError(
+                f"{describe_failure(self.final, error, 'the final model')} Nothing else is lost: resume the run, which "
+                "writes it again."
+            ) from error
+
+    def has_updates_in_journal(self) -> bool:
+        """Whether its journal rebuilds the weights of every step, as that of method "es" does."""
+        try:
+            method = tomllib.loads(self.config.read_text(encoding="utf-8-sig")).get("method", "es")
+        except (OSError, ValueError, RecursionError):
+            return True
+        return bool(method == "es")
+
+    def last_logged_step(self) -> int | None:
+        """`step` of the last complete line of metrics.jsonl; None when there is none."""
+        return last_step(self.metrics)
+
+    def truncate_logs(self, step: int) -> None:
+        """Remove lines of later steps and lines cut short from both logs, and later evaluations: each step once."""
+        for file in self.evaluations.glob("step-*.jsonl"):
+            number = file.stem.removeprefix("step-")
+            if number.isdecimal() and int(number) > step:
+                file.unlink()
+        for path in (self.metrics, self.completions):
+            kept = cut_after_step(path, step)
+            if kept is not None:
+                self._write_text(path, kept)
+
+    def close(self) -> None:
+        """Give the directory free for other processes; a second call does nothing."""
+        if self._lock is not None:
+            self._lock.close()
+
+    def _check_existing(self, on_existing: OnExisting) -> bool:
+        """Whether there is something of an earlier run. Raises RunDirError when that cannot be treated as asked."""
+        files, folders = (self.journal, self.metrics), (self.checkpoints, self.final)
+        started = any(file.exists() for file in files) or any(_is_filled(folder) for folder in folders)
+        if started and on_existing == "fail":
+            raise RunDirError(
+                f"{self.path}: already holds a run. Choose another --run-dir, delete it with --on-existing overwrite, "
+                f"or continue it with: {command('resume', self.path)}"
+            )
+        if started and on_existing == "resume":
+            for file in (self.config, self.journal):
+                if not file.is_file():
+                    raise RunDirError(f"{file}: missing, no way to resume. Restore it, or use --on-existing overwrite.")
+        return started
+
+    def _prepare(self, config_toml: str, on_existing: OnExisting) -> None:
+        started = self._check_existing(on_existing)
+        if started and on_existing == "resume":
+            self.resumed = True
+        elif on_existing == "overwrite":
+            # The configuration goes first: what a kill leaves behind is then no run to resume.
+            for entry in sorted(self.path.iterdir(), key=lambda entry: entry != self.config):
+                _remove(entry, keep=self.path / LOCK)
+        else:
+            for file in (self.config, self.environment, self.metrics, self.completions):
+                file.unlink(missing_ok=True)
+            shutil.rmtree(self.evaluations, ignore_errors=True)
+        starts = earlier_starts(self.environment) if self.resumed else []
+        write_text(self.environment, json.dumps({"starts": [*starts, describe_environment()]}, indent=1) + "\n")
+        self.checkpoints.mkdir(exist_ok=True)
+        if not self.resumed:
+            write_text(self.config, config_toml)
+        fsync_directory(self.path)
+
+    def _append(self, path: Path, rows: Iterable[Mapping[str, Any]], *, durable: bool = False) -> None:
+        data = "".join(to_json(row) + "\n" for row in rows).encode()
+        try:
+            with path.open("ab", buffering=0) as file:
+                append(file, data, durable=durable)
+        except OSError as error:
+            raise RunDirError(describe_failure(path, error, f"{len(data)} bytes")) from error
+
+    def _write_text(self, path: Path, text: str) -> None:
+        try:
+            path.parent.mkdir(exist_ok=True)
+            write_text(path, text)
+        except OSError as error:
+            raise RunDirError(describe_failure(path, error, f"{len(text.encode())} bytes")) from error
+
+
+def _check_path(path: Path | str) -> Path:
+    """The path, or a RunDirError for one that no file system takes."""
+    text = str(path)
+    try:
+        longest = max((len(os.fsencode(part)) for part in Path(path).parts), default=0)
+    except UnicodeEncodeError:
+        longest = 0
+    if text == ".":
+        raise RunDirError(f"run directory '.': has no name of its own. Write it out, if it is meant: {Path.cwd()}.")
+    if not text or "\0" in text or not longest:
+        raise RunDirError(f"run directory {text!a}: not a path. Name a directory.")
+    if longest > LONGEST_NAME:
+        raise RunDirError(f"run directory {text[:40]}...: a name of {longest} bytes. Use at most {LONGEST_NAME} bytes.")
+    return Path(path)
+
+
+def _check_directory(path: Path) -> None:
+    """Raise RunDirError unless the directory is there, and empty or a run's, or can be made. Changes nothing.
+
+    Raises OSError where the system does not even say that.
+    """
+    if ".." in path.parts:
+        raise RunDirError(f'{path}: contains "..". Write the directory out: {os.path.abspath(path)}.')
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        _check_parent(path)
+        return
+    except NotADirectoryError:
+        raise RunDirError(f"{path}: {path.parent} is not a folder. Choose another --run-dir.") from None
+    if not stat.S_ISDIR(found.st_mode):
+        raise RunDirError(f"{path}: is a file. Choose another --run-dir.")
+    if not is_run_dir(path) and any(path.iterdir()):
+        raise RunDirError(f"{path}: is neither empty nor a run directory: left alone. Choose another --run-dir.")
+    if not os.access(path, os.W_OK | os.X_OK):
+        raise RunDirError(f"{path}: is not writable. Change its permissions, or choose another --run-dir.")
+
+
+def _check_parent(path: Path) -> None:
+    parent = path.parent
+    if parent == Path("runs") and not parent.exists():
+        parent = Path()  # the only one that is created
+    if not parent.is_dir():
+        raise RunDirError(f"{path}: the folder {parent} does not exist. Create it, or choose another --run-dir.")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise RunDirError(
+            f"{path}: the folder {parent} is not writable. Change its permissions, or choose another --run-dir."
+        )
+
+
+def _make_directory(path: Path) -> None:
+    """The directory exists afterwards. Of its parents only `runs` is created. Raises OSError."""
+    if path.parent == Path("runs"):
+        path.parent.mkdir(exist_ok=True)
+    if not path.is_dir():
+        path.mkdir()
+        fsync_directory(path.parent)
+
+
+def _remove(entry: Path, *, keep: Path) -> None:
+    if entry == keep:
+        return
+    if entry.is_dir() and not entry.is_symlink():
+        shutil.rmtree(entry)
+    else:
+        entry.unlink()
+
+
+def _is_filled(folder: Path) -> bool:
+    return folder.is_dir() and any(folder.iterdir())
+
+
+def earlier_starts(path: Path) -> list[Any]:
+    """Return what environment.json says of each start; nothing where it is missing or damaged."""
+    try:
+        starts = parse_json(path.read_bytes())["starts"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+    return starts if isinstance(starts, list) else []

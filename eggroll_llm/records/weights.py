@@ -1,0 +1,85 @@
+"""Which weights of a run are meant: those at its end, at its best step, or at a step that has a checkpoint.
+
+Every model that a run writes says in `eggroll.json` which step it is of: a run that goes on after its end keeps the old
+`final/` until there is a new one.
+"""
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from eggroll_llm.errors import ConfigError, ModelError
+from eggroll_llm.records.checkpoint import checkpoint_path, verify_checkpoint
+from eggroll_llm.records.run_dir import RunDir
+from eggroll_llm.system.files import write_text
+from eggroll_llm.system.invocation import command
+from eggroll_llm.system.nesting import parse_json
+
+PROVENANCE = "eggroll.json"
+
+
+def weights_at(run: RunDir, at: str) -> tuple[Path, int]:
+    """Return directory and step of the weights `at` "final", "best" or the number of a step.
+
+    Raises:
+        ConfigError: `at` is none of these.
+        ModelError: the run does not have them.
+        CheckpointError: they are damaged.
+    """
+    finished = final_step(run)
+    if at == "final":
+        if finished is None:
+            raise ModelError(
+                f"{run.path}: the run has no final/ yet: take one of its checkpoints with --at STEP, or finish it "
+                f"with: {command('resume', run.path)}"
+            )
+        return run.final, finished
+    if at == "best":
+        step = _best_trained(run)
+    elif at.isdecimal():
+        step = int(at)
+    else:
+        raise ConfigError(f'--at {at}: write "final", "best" or the number of a step')
+    directory = checkpoint_path(run.checkpoints, step)
+    if directory.is_dir():
+        return verify_checkpoint(directory).path, step
+    if step == finished:
+        return run.final, step
+    if not run.has_updates_in_journal():
+        raise ModelError(
+            f"{directory}: step {step} has no checkpoint, and this run has no journal to rebuild it: take another step"
+        )
+    rebuilt = run.path.with_name(f"{run.path.name}-step-{step}")
+    raise ModelError(
+        f"{directory}: step {step} has no checkpoint: name the directory that this rebuilds it in: "
+        f"{command('replay', run.path, '--step', step, '--out', rebuilt)}"
+    )
+
+
+def final_step(run: RunDir) -> int | None:
+    """Return the step of the weights in `final/`; None when there are none, or they do not say."""
+    try:
+        return int(parse_json((run.final / PROVENANCE).read_bytes())["step"])
+    except (OSError, ValueError, KeyError, TypeError, OverflowError):
+        return None
+
+
+def write_provenance(directory: Path, *, step: int, base_model: str) -> None:
+    """Write into a model's directory which step of a run on which base model it is. Raises OSError."""
+    write_text(directory / PROVENANCE, json.dumps({"step": step, "base_model": base_model}) + "\n")
+
+
+def best_step(metrics: Iterable[Mapping[str, Any]]) -> Mapping[str, Any] | None:
+    """Return the row with the highest held-out accuracy, of equal ones the first; None without an evaluation."""
+    evaluated = [row for row in metrics if row.get("eval/accuracy") is not None]
+    return max(evaluated, key=lambda row: row["eval/accuracy"], default=None)
+
+
+def _best_trained(run: RunDir) -> int:
+    best = best_step(run.read_metrics())
+    if best is None:
+        raise ModelError(f"{run.path}: the run has no evaluation yet: take one of its checkpoints with --at STEP")
+    if best["step"] == 0:
+        raise ModelError(f"{run.path}: no step was better than the base model: take that one, or --at final")
+    return int(best["step"])

@@ -1,0 +1,91 @@
+"""The settings of [chat]: a system prompt, and arguments of the chat template; refused where they do nothing."""
+
+import difflib
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from eggroll_llm.config.recipe import ChatConfig
+from eggroll_llm.errors import ConfigError, ModelError
+
+if TYPE_CHECKING:
+    from eggroll_llm.tasks.prompts import Prompt, Prompter
+
+# Tags that transformers adds to Jinja.
+_GENERATION = re.compile(r"\{%[-+]?\s*(?:end)?generation\s*[-+]?%\}")
+
+
+def with_system(chat: ChatConfig, prompt: Sequence[Mapping[str, str]]) -> list[dict[str, str]]:
+    """Return the messages with the system prompt, if any, before them. Raises ConfigError when they have one."""
+    messages = [dict(message) for message in prompt]
+    if not chat.system:
+        return messages
+    if any(message["role"] in ("system", "developer") for message in messages):
+        raise ConfigError(
+            f"chat.system = {chat.system!a:.60}: the task's messages have a system prompt already: remove it there, or "
+            'set chat.system = ""'
+        )
+    return [{"role": "system", "content": chat.system}, *messages]
+
+
+def is_chat(prompts: Sequence["Prompt"]) -> bool:
+    """Whether the chat template is applied to any of the prompts."""
+    return any(not isinstance(prompt, str) for prompt in prompts)
+
+
+def check_chat(
+    prompter: "Prompter", prompts: Sequence["Prompt"], remedy: str = "have the task ask in messages"
+) -> None:
+    """Raise UserError when settings of [chat] change nothing; `remedy` is one for prompts that are plain text."""
+    chat = prompter.chat
+    if chat == ChatConfig():
+        return
+    messages = next((prompt for prompt in prompts if not isinstance(prompt, str)), None)
+    if messages is None:
+        key = "chat.system" if chat.system else "chat.template_args"
+        raise ConfigError(
+            f"{key} is set, but the prompts are text to continue, which goes through no chat template: remove it, or "
+            f"{remedy}"
+        )
+    text = prompter.render(messages)
+    free, likely = _arguments(prompter.tokenizer.get_chat_template(), chat.template_args)
+    if unknown := [name for name in chat.template_args if name not in free]:
+        nearest = difflib.get_close_matches(unknown[0], likely, n=1)
+        hint = f"Did you mean {nearest[0]}?" if nearest else f"It has: {', '.join(sorted(likely)) or 'none'}."
+        raise ConfigError(
+            f"chat.template_args.{unknown[0]}: the chat template of {prompter.model_dir} has no such argument. {hint}"
+        )
+    # The text itself may be there although nothing changes: as the template's own default.
+    if chat.system and chat.system.strip() not in text and text == prompter.apply_template(messages):
+        raise ModelError(
+            f"{prompter.model_dir}: the chat template leaves out the system prompt: remove chat.system, or put it into "
+            "the task's prompt"
+        )
+
+
+def _arguments(template: str, unknown: Iterable[str]) -> tuple[set[str], set[str]]:
+    """Return the names that a chat template may take from its caller, and those that are most likely meant for it.
+
+    Where the template cannot be parsed, both are those that are `unknown`.
+    """
+    import jinja2.ext
+    import jinja2.meta
+    from jinja2 import nodes
+
+    environment = jinja2.Environment(extensions=[jinja2.ext.loopcontrols], autoescape=True)  # nothing is rendered
+    try:
+        tree = environment.parse(_GENERATION.sub("", template))
+        free = jinja2.meta.find_undeclared_variables(tree)
+    except jinja2.TemplateError:
+        return set(unknown), set(unknown)
+    free -= {"messages", "add_generation_prompt", "raise_exception", "strftime_now", *environment.globals}
+    # A name that is set in one branch is free in another: of those, arguments are the ones with a default.
+    own = {name.name for name in tree.find_all(nodes.Name) if name.ctx == "store"}
+    defaults = [
+        each
+        for kind, names in ((nodes.Test, ("defined", "undefined")), (nodes.Filter, ("default", "d")))
+        for each in tree.find_all(kind)
+        if each.name in names
+    ]
+    own -= {each.node.name for each in defaults if isinstance(each.node, nodes.Name)}
+    return free, {name for name in free - own if not name.endswith("_token")}

@@ -1,0 +1,67 @@
+"""Tasks: what is trained on, how it is asked, and which grader decides."""
+
+import difflib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from eggroll_llm.config.recipe import RewardConfig, parse_table
+from eggroll_llm.config.toml import Sourced
+from eggroll_llm.errors import TaskError
+from eggroll_llm.tasks.countdown import CountdownOptions, load_countdown
+from eggroll_llm.tasks.gsm8k import Gsm8kOptions, load_gsm8k
+from eggroll_llm.tasks.sandbox.process import UserProcess
+from eggroll_llm.tasks.task import Task, check_golds
+from eggroll_llm.tasks.user import load_user_task
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+    Options = TypeVar("Options", bound=DataclassInstance)
+
+PATH_OPTIONS = {"countdown": ("file", "test_file"), "gsm8k": ("data_dir",), "gsm8k_cot": ("data_dir",)}
+"""Options that are paths, relative to the recipe's folder."""
+
+
+def load_task(name: str, options: Mapping[str, Any], *, base_dir: Path, limits: RewardConfig | None = None) -> Task:
+    """The task `name` with its problems loaded and the gold answer of every one checked.
+
+    Args:
+        name: "countdown", "gsm8k", or "path/to/file.py:NAME".
+        options: those of a recipe know their file and lines.
+        base_dir: folder that paths are relative to, the recipe's.
+        limits: of the process in which a user's task grades its gold answers.
+
+    Raises:
+        ConfigError: an unknown option, or one of the wrong type.
+        TaskError: anything else that is wrong with the options, the data or the user's file.
+    """
+    sourced = options if isinstance(options, Sourced) else Sourced(options)
+
+    def place(option: str) -> str:
+        return sourced.origin_of(option).at(f"task_options.{option}")
+
+    task: Task
+    if name == "countdown":
+        task = load_countdown(_parse(CountdownOptions, sourced), base_dir, place)
+    elif name == "gsm8k":
+        task = load_gsm8k(_parse(Gsm8kOptions, sourced), base_dir, place)
+    elif ":" in name:
+        task = user_task = load_user_task(name, options, base_dir, place)
+        with UserProcess(user_task, limits or RewardConfig()) as process:
+            check_golds(task, lambda golds: process.judge(golds, voted=False))
+        return task
+    else:
+        nearest = difflib.get_close_matches(name, ["countdown", "gsm8k"], n=1)
+        hint = f' Did you mean "{nearest[0]}"?' if nearest else ""
+        raise TaskError(f'task = "{name}" is not known. Valid: "countdown", "gsm8k", or "file.py:NAME".{hint}')
+    check_golds(task)
+    return task
+
+
+def _parse(kind: "type[Options]", options: Sourced) -> "Options":
+    """The options of a built-in task; each is parsed by itself first, as each may come from elsewhere."""
+    for key, value in options.items():
+        origin = options.origin_of(key)
+        parse_table(kind, {key: value}, where="task_options", source=origin.name, text=origin.text)
+    return parse_table(kind, options, where="task_options", source=options.origin.name)

@@ -1,0 +1,230 @@
+"""Prompts in tokens. Loads the tokenizer, not the model, so that lengths are known before the engine starts."""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from eggroll_llm.config.recipe import ChatConfig
+from eggroll_llm.config.toml import is_unicode
+from eggroll_llm.engine.interface import Completion
+from eggroll_llm.errors import ConfigError, ModelError, TaskError
+from eggroll_llm.tasks.chat import with_system
+from eggroll_llm.tasks.task import Problem, problem_text
+from rewards.turns import ends_in_thought
+
+Prompt = str | Sequence[Mapping[str, str]]
+"""Plain text to be continued, or chat messages with "role" and "content"."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProblemSet:
+    """Problems with their prompts."""
+
+    problems: Sequence[Problem]
+    prompts: Sequence[tuple[int, ...]]
+    """In tokens."""
+    hashes: Sequence[str]
+    """SHA-256 of the prompts' texts."""
+    in_thought: Set[int] = frozenset()
+    """Indices of the prompts that end in a thought, as the chat templates of reasoning models do."""
+    questions: Sequence[str] = ()
+    """What a reader is shown of the prompts; see `questions_of`."""
+    example: str = ""
+    """Text of the first prompt, chat template applied, to be shown."""
+
+    def answered(self, index: int, completion: Completion) -> tuple[Completion, Problem]:
+        """Return what a grader gets of a completion of the prompt with that index."""
+        if index in self.in_thought:
+            completion = dataclasses.replace(completion, thought_open=True)
+        return completion, self.problems[index]
+
+
+_VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "tekken.json", "*.model")
+"""Files of which a tokenizer has one at least; transformers makes an empty tokenizer where there is none."""
+
+
+class Prompter:
+    """Turns prompts into tokens with a model's tokenizer and chat template."""
+
+    def __init__(self, model_dir: Path, chat: ChatConfig | None = None) -> None:
+        """Raises ModelError when there is no tokenizer, or it is damaged or needs code of its own."""
+        from transformers import AutoTokenizer
+
+        self.model_dir, self.chat = model_dir, chat or ChatConfig()
+        if not any(found for pattern in _VOCABULARIES for found in model_dir.glob(pattern)):
+            raise ModelError(
+                f"{model_dir} has no tokenizer (none of {', '.join(_VOCABULARIES)}): copy it from the original model"
+            )
+        try:
+            if "auto_map" in _read_object(model_dir / "tokenizer_config.json"):
+                # Not left to transformers, which takes another tokenizer in its place for some models.
+                raise ModelError(
+                    f"{model_dir / 'tokenizer_config.json'}: 'auto_map' asks to run Python code shipped with the model"
+                    ", which is never done here: use a model whose tokenizer transformers implements"
+                )
+            self.tokenizer: Any = AutoTokenizer.from_pretrained(model_dir, trust_remote_code=False)
+        except ModelError:
+            raise
+        except Exception as error:  # transformers and tokenizers raise whatever the file makes them stumble over
+            raise ModelError(
+                f"{model_dir}: the tokenizer cannot be loaded ({type(error).__name__}: {_shown(error, 200)}): restore "
+                "it from the original model"
+            ) from error
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether chat messages can be rendered."""
+        return self.tokenizer.chat_template is not None
+
+    def render(self, prompt: Prompt) -> str:
+        """Return the prompt's text, chat template applied.
+
+        Raises ModelError when it takes one and there is none, or that raises an exception.
+        """
+        if isinstance(prompt, str):
+            return prompt
+        if not self.has_chat_template:
+            raise ModelError(
+                f"{self.model_dir}: the tokenizer has no chat template, which the task's chat messages need: "
+                'use prompt_style = "few_shot" in [task_options], or an instruct model'
+            )
+        return self.apply_template(with_system(self.chat, prompt))
+
+    def apply_template(self, messages: Sequence[Mapping[str, str]]) -> str:
+        """Return the text of messages, no system prompt added. Raises ModelError when the template does."""
+        try:
+            return str(
+                self.tokenizer.apply_chat_template(
+                    [*messages], add_generation_prompt=True, tokenize=False, **self.chat.template_args
+                )
+            )
+        except Exception as error:
+            remedy = "remove chat.system, or change" if self.chat.system else "change"
+            raise ModelError(
+                f"{self.model_dir}: the chat template does not take the task's messages ({type(error).__name__}: "
+                f"{_shown(error, 200)}): {remedy} the task's prompt, or use another model"
+            ) from error
+
+    def encode(self, prompt: Prompt, *, bos_by_text: bool = False) -> tuple[int, ...]:
+        """Return the prompt's tokens. Raises ModelError like `render`.
+
+        The tokenizer adds its special tokens to plain text, and not to messages, as a chat template writes them itself.
+        With `bos_by_text` it adds them to any text that does not start with one, which is lm-eval's rule.
+        """
+        return self._tokens(self.render(prompt), plain=isinstance(prompt, str), bos_by_text=bos_by_text)
+
+    def encode_all(
+        self, problems: Sequence[Problem], prompts: Sequence[Prompt], *, bos_by_text: bool = False
+    ) -> ProblemSet:
+        """Return the problems with their prompts, which are given in the same order, in tokens."""
+        texts = [self.render(prompt) for prompt in prompts]
+        for problem, text in zip(problems, texts, strict=True):
+            if not is_unicode(text):
+                raise TaskError(
+                    f"the prompt of problem {problem.get('id')!a:.60} is not valid Unicode text, as it holds half of a "
+                    "surrogate pair: write the whole character, or remove the problem"
+                )
+        return ProblemSet(
+            problems=problems,
+            prompts=[
+                self._tokens(text, plain=isinstance(prompt, str), bos_by_text=bos_by_text)
+                for text, prompt in zip(texts, prompts, strict=True)
+            ],
+            hashes=[text_hash(text) for text in texts],
+            in_thought={index for index, text in enumerate(texts) if ends_in_thought(text)},
+            questions=questions_of(prompts),
+            example=texts[0] if texts else "",
+        )
+
+    def _tokens(self, text: str, *, plain: bool, bos_by_text: bool) -> tuple[int, ...]:
+        special = plain
+        if bos_by_text:
+            bos = self.tokenizer.bos_token or self.tokenizer.eos_token
+            special = bos is None or not text.startswith(bos)
+        return tuple(self.tokenizer(text, add_special_tokens=special)["input_ids"])
+
+
+def questions_of(prompts: Sequence[Prompt]) -> list[str]:
+    """Return the last line of each prompt that is not in all of them, at most 200 characters of it.
+
+    That is the question, without examples, instructions and what opens the answer.
+    """
+    texts = [p if isinstance(p, str) else "\n".join(str(message.get("content")) for message in p) for p in prompts]
+    lines_P = [[line.strip() for line in text.splitlines() if line.strip()] for text in texts]
+    common = set.intersection(*map(set, lines_P)) if len(lines_P) > 1 else set()
+    own_P = [next((line for line in reversed(lines) if line not in common), "".join(lines[-1:])) for lines in lines_P]
+    return [line[:200] for line in own_P]
+
+
+def set_hash(hashes: Sequence[str]) -> str:
+    """Return one hash of the hashes of many prompts, in their order."""
+    return text_hash("\n".join(hashes))
+
+
+def problems_hash(problems: ProblemSet) -> str:
+    """Return one hash of the problems and their prompts, in order; what JSON cannot say counts by its type."""
+    rows = zip(problems.hashes, problems.problems, strict=True)
+    return set_hash([f"[{json.dumps(prompt)}, {problem_text(problem)}]" for prompt, problem in rows])
+
+
+def text_hash(text: str) -> str:
+    """Return SHA-256 of a text as hex digits, lm-evaluation-harness's `prompt_hash`."""
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def needed_context(
+    problem_sets: Sequence[ProblemSet],
+    max_tokens: int,
+    limit: int,
+    model_limit: int,
+    *,
+    length_key: str = "sampling.max_tokens",
+    context_key: str = "engine.max_model_len",
+    shorten: str = "shorten the prompts",
+) -> int:
+    """Return the context length to serve: `limit` when set, else just what is needed, in whole blocks of 32 tokens.
+
+    Raises ConfigError, with how many there are, when prompts with their completions do not fit: none is truncated. The
+    keys are those of `max_tokens` and `limit`; only what would help is proposed.
+    """
+    if limit > model_limit:
+        raise ConfigError(
+            f"{context_key} = {limit}: the model takes {model_limit} tokens: set it to that or less, or to 0"
+        )
+    lengths = [
+        (len(prompt), problem.get("id", number))
+        for problems in problem_sets
+        for number, (prompt, problem) in enumerate(zip(problems.prompts, problems.problems, strict=True))
+    ]
+    longest = max(tokens for tokens, _ in lengths)
+    allowed, needed = limit or model_limit, longest + max_tokens
+    if too_long := [each for each in lengths if each[0] + max_tokens > allowed]:
+        key = f"{context_key} = {limit}" if limit else f"the model's context of {model_limit} tokens"
+        (tokens, name), are = too_long[0], "is" if len(too_long) == 1 else "are"
+        remedies = [f"raise {context_key} to {needed}"] if needed <= model_limit else []
+        remedies += [f"lower {length_key} to {allowed - longest}"] if longest < allowed else []
+        remedies += [shorten] + (["use a model with a longer context"] if needed > model_limit else [])
+        remedy = " or ".join([*([", ".join(remedies[:-1])] if remedies[1:] else []), remedies[-1]])
+        raise ConfigError(
+            f"{len(too_long):,} of {len(lengths):,} prompts {are} too long, first {_shown(name, 60)} with {tokens} "
+            f"tokens; the longest prompt has {longest} tokens and completions up to {max_tokens}, together "
+            f"{needed}, but {key} allows {allowed}: {remedy}"
+        )
+    return limit or min(model_limit, -(-needed // 32) * 32)
+
+
+def _shown(value: object, limit: int) -> str:
+    """Return the text of something from a file, on one line, cut, and without anything that acts on a terminal."""
+    return repr(" ".join(str(value).split())[:limit])[1:-1]
+
+
+def _read_object(path: Path) -> Mapping[str, Any]:
+    """Return what a JSON file holds; nothing where there is none."""
+    content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if not isinstance(content, dict):
+        raise ValueError(f"{path.name} does not hold a JSON object")
+    return content

@@ -1,0 +1,119 @@
+"""A user's `score` in a process of its own: what loops, eats memory or exits there costs one completion, and no more.
+
+The process (`worker`) imports the user's file, as it was when it was first read, and loads the problems itself. A
+completion is sent with the place of its problem, so that problems may hold what JSON cannot; that a place means the
+same there is checked at the start. Many are sent at once and answered one by one, each within the limit of time; the
+process has a limit of memory. One that is late or ends is killed with all that it has started, the completion that it
+was at has failed, and a new one goes on with the next. It ends with this process, however that ends.
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from eggroll_llm.config.recipe import RewardConfig
+from eggroll_llm.config.toml import write_toml
+from eggroll_llm.errors import TaskError
+from eggroll_llm.system.closing import Closing
+from eggroll_llm.tasks.sandbox.child import GARBLED, Child, EndedError
+from eggroll_llm.tasks.task import SPLITS, Answer, Verdict
+from eggroll_llm.tasks.user import UserTask
+from rewards import Score
+
+START_SECONDS = 300.0  # patience with what the user's file imports and loads
+
+
+class UserProcess(Closing):
+    """The process of a user's task, started when it is needed. Use as a context manager or call `close`."""
+
+    def __init__(self, task: UserTask, limits: RewardConfig) -> None:
+        self._task, self._limits = task, limits
+        self._places = {id(problem): (split, i) for split in SPLITS for i, problem in enumerate(task.problems(split))}
+        self._child = Child()
+
+    def judge(self, answers: Sequence[Answer], *, voted: bool) -> Iterator[Verdict]:
+        """Yield the verdict on each answer, to be taken to the end; `voted` asks for votes too.
+
+        Raises TaskError when the task cannot be loaded in the process, or is not the same there.
+        """
+        lines = [self._line(answer, voted) for answer in answers]
+        done = 0
+        while done < len(lines):
+            self.start()
+            try:
+                for reply in self._child.talk(lines[done:], self._limits.timeout_seconds):
+                    verdict = self._verdict(reply)
+                    done += 1
+                    if verdict.out_of_memory:
+                        self.close()
+                        yield verdict
+                        break
+                    yield verdict
+            except EndedError as error:
+                self.close()
+                done += 1
+                yield Verdict(failure=f"score() {error}")
+
+    def start(self) -> None:
+        """Start the process unless it is ready, and wait until it has loaded the task. Raises TaskError as `judge`."""
+        if self._child.is_ready:
+            return
+        self.close()
+        task = self._task
+        hello = {
+            "name": f"{task.path.absolute()}:{task.name}",
+            "source": task.source.decode("latin-1"),  # any bytes as text
+            "modules": {
+                name: [module.path, None if module.source is None else module.source.decode("latin-1")]
+                for name, module in task.modules.items()
+            },
+            "options": write_toml(dict(task.options)),
+            "memory": min(int(self._limits.memory_gib * 2**30), 2**62),
+        }
+        try:
+            self._child.start()
+            (ready,) = self._child.talk([_json(hello)], START_SECONDS)
+            if failed := ready.get("failed"):
+                raise TaskError(f"{task.path}: in the process that scores (reward.memory_gib = {self._gib}): {failed}")
+            if ready != task.hashes:
+                raise TaskError(
+                    f"{task.path}: problems() gives other problems each time. Make it give the same ones: seed what is "
+                    "random, sort what comes from a set or a folder, and leave the files that it reads as they are."
+                )
+        except EndedError as error:
+            self.close()
+            raise TaskError(
+                f"{task.path}: loading it once more, in the process that scores (reward.memory_gib = {self._gib}), "
+                f"{error}. Make it load as it did before."
+            ) from error
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Kill the process with what it has started; a second call does nothing."""
+        self._child.close()
+
+    def _line(self, answer: Answer, voted: bool) -> bytes:
+        split, index = self._places[id(answer.problem)]
+        request = {"split": split, "index": index, "text": answer.text, "options": answer.options, "voted": voted}
+        return _json(request)
+
+    def _verdict(self, reply: dict[str, Any]) -> Verdict:
+        try:
+            vote, out_of_memory = reply["vote"], bool(reply.get("out_of_memory"))
+            if "failed" in reply:
+                hint = f" (reward.memory_gib = {self._gib})" if out_of_memory else ""
+                return Verdict(failure=f"{reply['failed']}{hint}", vote=vote, out_of_memory=out_of_memory)
+            reward, correct, detail = reply["score"]
+            return Verdict(score=Score(float(reward), bool(correct), str(detail)), vote=vote)
+        except (KeyError, TypeError, ValueError) as error:
+            raise EndedError(GARBLED) from error
+
+    @property
+    def _gib(self) -> str:
+        return f"{self._limits.memory_gib:g}"
+
+
+def _json(value: object) -> bytes:
+    return json.dumps(value).encode()

@@ -1,0 +1,146 @@
+"""Answers of the base model to a set of problems, graded: the evaluation of a training run, and of `eggroll-llm eval`.
+
+A completion depends on the prompt, the weights and a seed of (seed, problem, sample), and, as far as the engine
+computes every sequence independently of its batch (README, "Determinism"), on nothing else: an evaluation that was
+interrupted continues with what is missing and comes to the same samples. Requests go to the base model: the members of
+a population stay what they are.
+"""
+
+import contextlib
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from eggroll_llm.engine.interface import Completion, Decoding, Generator, Progress, Request, sampling_seed
+from eggroll_llm.records.answers import TASK, Graded, Sample
+from eggroll_llm.tasks.prompts import ProblemSet
+from eggroll_llm.tasks.task import Problem
+from eggroll_llm.training.scorer import Scorer
+
+Grader = Callable[[Completion, Problem], Graded]
+"""Total: any completion has a grade."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Evaluation:
+    """Outcome of one pass over a set of problems, one greedy answer each, graded by the task."""
+
+    samples: tuple[Sample, ...]
+    """Answer to each problem, in order."""
+    seconds: float
+    """Time that sampling and scoring took."""
+
+    @property
+    def problems(self) -> int:
+        """Return the number of problems."""
+        return len(self.samples)
+
+    @property
+    def accuracy(self) -> float:
+        """Return the fraction of correct answers."""
+        return mean([sample.scores[TASK].correct for sample in self.samples])
+
+    @property
+    def reward(self) -> float:
+        """Return the mean of the finite rewards."""
+        return mean(finite_rewards(self.samples, TASK))
+
+    @property
+    def truncated(self) -> float:
+        """Return the fraction of completions that the length limit ended."""
+        return mean([sample.truncated for sample in self.samples])
+
+
+def finite_rewards(samples: Iterable[Sample], grader: str) -> list[float]:
+    """Return the rewards of a grader that are neither NaN nor infinite."""
+    return [reward for sample in samples if math.isfinite(reward := sample.scores[grader].reward)]
+
+
+def mean(values: Sequence[float]) -> float:
+    """Return the mean; NaN of nothing."""
+    return sum(values) / len(values) if values else math.nan
+
+
+def stderr(values: Sequence[float]) -> float:
+    """Return the standard error of the mean, sample standard deviation / sqrt(n); NaN below two values.
+
+    For values 0 and 1 with mean p this is sqrt(p (1 - p) / (n - 1)), which lm-evaluation-harness reports; it is 0 when
+    all are equal, so accuracies are shown with the interval of `accuracy.wilson` instead. With several completions per
+    problem the values are means over a problem: completions of one problem are not independent.
+    """
+    if len(values) < 2:
+        return math.nan
+    middle = mean(values)
+    return math.sqrt(math.fsum((value - middle) ** 2 for value in values) / (len(values) - 1) / len(values))
+
+
+def evaluate(
+    engine: Generator,
+    scorer: Scorer,
+    problems: ProblemSet,
+    decoding: Decoding,
+    on_progress: Progress | None = None,
+) -> Evaluation:
+    """Answer every problem once and grade it as the task does."""
+    start = time.perf_counter()
+    samples: list[Sample] = []
+
+    def keep(sample: Sample) -> None:
+        samples.append(sample)
+        if on_progress:
+            on_progress(len(samples), len(problems.problems))
+
+    answer(engine, problems, {TASK: scorer.grade}, decoding, keep)
+    samples.sort(key=lambda sample: sample.problem)
+    return Evaluation(samples=tuple(samples), seconds=time.perf_counter() - start)
+
+
+def answer(
+    engine: Generator,
+    problems: ProblemSet,
+    graders: Mapping[str, Grader],
+    decoding: Decoding,
+    on_sample: Callable[[Sample], None],
+    *,
+    samples: int = 1,
+    seed: int = 0,
+    done: Collection[tuple[int, int]] = (),
+) -> None:
+    """Answer every problem `samples` times with the base model, without the (problem, sample) that are `done`.
+
+    `on_sample` gets each answer, graded, as soon as it is there, in no particular order.
+    """
+    wanted = [(p, s) for p in range(len(problems.problems)) for s in range(samples) if (p, s) not in done]
+    requests = [Request(prompt_ids=problems.prompts[p], seed=sampling_seed(seed, 0, p, s)) for p, s in wanted]
+    with contextlib.closing(engine.stream(requests, decoding)) as arriving:
+        for i, completion in arriving:
+            p, s = wanted[i]
+            completion, problem = problems.answered(p, completion)
+            on_sample(
+                Sample(
+                    problem=p,
+                    sample=s,
+                    id=problem.get("id", p),
+                    doc=problem,
+                    prompt_hash=problems.hashes[p],
+                    completion=completion.text,
+                    tokens=len(completion.token_ids),
+                    truncated=completion.truncated,
+                    scores=_grades(completion, problem, graders),
+                )
+            )
+
+
+def grade_again(sample: Sample, problems: ProblemSet, graders: Mapping[str, Grader]) -> Sample:
+    """Return the sample with what graders say now, of the problem as it is now."""
+    text = Completion(text=sample.completion, token_ids=(), truncated=sample.truncated, prompt_tokens=0)
+    completion, problem = problems.answered(sample.problem, text)
+    return dataclasses.replace(
+        sample, id=problem.get("id", sample.problem), doc=problem, scores=_grades(completion, problem, graders)
+    )
+
+
+def _grades(completion: Completion, problem: Problem, graders: Mapping[str, Grader]) -> dict[str, Graded]:
+    return {name: grade(completion, problem) for name, grade in graders.items()}

@@ -1,0 +1,205 @@
+"""GRPO, the baseline with gradients: TRL's `GRPOTrainer` on our engine, in a run like one of ES.
+
+    completions_PS ~ pi(prompt_p),   rewards_PS = score(completions_PS)
+    A_ps    = (rewards_ps - mean_s rewards_ps) / (std_s rewards_ps + 1e-4)
+    ratio_t = pi_theta(token_t) / pi_old(token_t)
+    loss    = - mean_t min(ratio_t A, clip(ratio_t, 1 - epsilon, 1 + epsilon_high) A) + beta KL(theta, base)
+    theta   <- AdamW(clip_norm(grad loss))
+
+Shao et al. 2024, DeepSeekMath (arXiv 2402.03300). Departures, which are TRL's defaults: the mean is over all tokens of
+a step (`loss_type = "dapo"`), the paper's over those of a completion and then over completions ("grpo"); beta is 0, the
+paper's 0.04; the divergence is weighed with the ratio, which makes its gradient unbiased. Sampling is by the engine in
+its own number format, so that pi_old is not quite what was sampled from: TRL weighs each completion with
+pi_old(completion) / pi_engine(completion), and leaves it out above 3 (`importance_sampling`).
+
+When all completions of every problem got the same reward, A is 0 and a step learns nothing, but its weights may move:
+by AdamW's moments of earlier steps, by weight decay, and by the divergence where beta is above 0. So it is in TRL, and
+in ours: the baseline is not to be another one. (ES changes nothing then.)
+
+The same as in ES: problems and their order, prompts in tokens, scores, sampling seeds, evaluation, what ends the run,
+and the files. A step is one batch of completions with all its optimizer steps, so that step n of both methods has seen
+the same problems. There is no journal: a run goes on from its last checkpoint, whose folder `trainer/` is transformers'
+own, and what came after it is done again; transformers reads it with `weights_only`, which runs no code.
+
+Shapes: P prompt, S sample.
+"""
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from eggroll_llm.errors import ModelError, TaskError, TrainingError
+from eggroll_llm.models.export import export_model
+from eggroll_llm.models.files import tensor_shapes
+from eggroll_llm.records.checkpoint import Checkpoint, checkpoint_path, is_valid
+from eggroll_llm.system.hardware import keep_freed_memory, serves_on_cpu
+from eggroll_llm.tasks.order import problems_of_step
+from eggroll_llm.tasks.prompts import ProblemSet
+from eggroll_llm.tasks.task import Score
+from eggroll_llm.training.evaluation import Evaluation
+from eggroll_llm.training.harness import Loop, reward_row, sample_rows, throughput_row
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+STATE = "trainer"
+"""Folder of a checkpoint with transformers' own."""
+TRL_METRICS = ("loss", "grad_norm", "learning_rate", "entropy", "kl", "reward_std", "clip_ratio/", "sampling/")
+"""Metrics of TRL, or beginnings of their names, that have no like in ES and keep their names."""
+
+
+class GrpoTrainer:
+    """Trains until a limit of the configuration is reached."""
+
+    def __init__(self, loop: Loop, train: ProblemSet, *, model_dir: Path, checkpoint: Checkpoint | None = None) -> None:
+        """Continue after `checkpoint`, at whose step `loop` stands; the engine may hold any weights."""
+        from eggroll_llm.training import grpo_trl
+
+        grpo_trl.quiet()
+        keep_freed_memory()
+        config = loop.config
+        self.loop, self.train_set, self.model_dir, self.checkpoint = loop, train, model_dir, checkpoint
+        self.config, self.engine, self.scorer = config, loop.engine, loop.scorer
+        self.rollouts = grpo_trl.Rollouts(loop.engine, config, loop.decoding, self._show_progress)
+        model, tokenizer = grpo_trl.load_model(model_dir)
+        self.trl = grpo_trl.EngineGrpoTrainer(
+            config,
+            model,
+            tokenizer,
+            train,
+            self.rollouts,
+            self._reward,
+            grpo_trl.Hooks(config.grpo.num_iterations, self._begin_step, self._end_step),
+            loop.run_dir.checkpoints,
+            use_cpu=serves_on_cpu(),
+        )
+        self._evaluation: Evaluation | None = None
+        self._step_start = self._reward_seconds = 0.0
+        self._scores: list[Score] = []
+
+    def run(self) -> Evaluation | None:
+        """Train to the limit and return the last evaluation; None when a resumed run had reached it already."""
+        state = str(self.checkpoint.path / STATE / f"checkpoint-{self._optimizer_steps}") if self.checkpoint else None
+        if self.loop.step == 0:
+            self._evaluation = self.loop.start()
+        if not self.loop.finished():
+            self.trl.train(resume_from_checkpoint=state)
+            # There is no journal to come back by: without it, a finished run that is resumed would be done again.
+            if not is_valid(checkpoint_path(self.loop.run_dir.checkpoints, self.loop.step)):
+                self.save()
+        elif state:
+            self.trl._load_from_checkpoint(state)
+        return self._evaluation
+
+    def export(self, directory: Path) -> None:
+        """Write the model as it is now, with its model card, into a new directory."""
+        export_model(self.model_dir, directory, self._stored_tensors(), self.engine.dtype)
+        self.loop.describe(directory)
+
+    def save(self) -> None:
+        """Write a checkpoint of the current step and delete old ones."""
+
+        def write(directory: Path) -> None:
+            self.export(directory)
+            (directory / STATE).mkdir()
+            self.trl.write_state(directory / STATE)
+
+        self.loop.save(write, {}, {})
+
+    @property
+    def _optimizer_steps(self) -> int:
+        return self.loop.step * self.config.grpo.num_iterations
+
+    def _begin_step(self, step: int) -> None:
+        self._step_start = time.perf_counter()
+        self.loop.step = self.rollouts.step = step
+        self.rollouts.sampling_seconds = self.rollouts.sync_seconds = 0.0
+
+    def _reward(self, prompts: Sequence[str], completion_ids: Sequence[Sequence[int]], **_: Any) -> list[float | None]:
+        """Score what the engine answered, its text up to a stop string; None gives a completion no advantage."""
+        start = time.perf_counter()
+        completions = self.rollouts.completions
+        assert [list(completion.token_ids) for completion in completions] == [list(ids) for ids in completion_ids]
+        self.scorer.start_counting()
+        pairs = [self.train_set.answered(int(p), c) for p, c in zip(prompts, completions, strict=True)]
+        self._scores = self.scorer.score_all(pairs)
+        if self.loop.step == 1:
+            self.scorer.check(of=" of the first step")
+        rewards = [score.reward if math.isfinite(score.reward) else None for score in self._scores]
+        if 2 * rewards.count(None) > len(rewards):
+            raise TaskError(
+                f"step {self.loop.step}: {rewards.count(None)} of {len(rewards)} completions were dropped for a NaN or "
+                f"infinite reward: make score() return finite rewards; the first: {self.scorer.first_dropped}"
+            )
+        self._reward_seconds = time.perf_counter() - start
+        return rewards
+
+    def _end_step(self, logs: Mapping[str, float]) -> bool:
+        """Record a step from TRL's metrics of it; whether it was the last."""
+        import torch
+
+        config, loop, step, rollouts = self.config, self.loop, self.loop.step, self.rollouts
+        self._check_finite(logs)
+        self.trl.sync_weights()
+        report = rollouts.report
+        assert report is not None  # the weights were served before the step too
+        seconds = time.perf_counter() - self._step_start
+        loop.wall_time += seconds
+
+        samples = config.sampling.samples_per_prompt
+        indices_P = problems_of_step(
+            len(self.train_set.problems), config.sampling.prompts_per_step, seed=config.seed, step=step
+        )
+        rewards_PS = torch.tensor([score.reward for score in self._scores], dtype=torch.float64).view(-1, samples)
+        tied = sum(len({reward for reward in row if math.isfinite(reward)}) <= 1 for row in rewards_PS.tolist())
+        row = {
+            "step": step,
+            "wall_time": loop.wall_time,
+            **reward_row(self._scores, rewards_PS),
+            "completions/dropped": int((~rewards_PS.isfinite()).sum()),
+            "rewards/failed": self.scorer.failures,
+            "prompts/tied": tied,
+            **throughput_row(rollouts.completions, rollouts.sampling_seconds),
+            "time/sample": rollouts.sampling_seconds,
+            "time/reward": self._reward_seconds,
+            "time/update": seconds - rollouts.sampling_seconds - self._reward_seconds - rollouts.sync_seconds,
+            "time/serve": rollouts.sync_seconds,
+            "time/step": seconds,
+            "update/rms": report.rms,
+            "update/changed": report.changed,
+            "weights/rms": report.weights_rms,
+            **{name: value for name, value in logs.items() if name.startswith(TRL_METRICS)},
+        }
+        completions_SP = [rollouts.completions[s::samples] for s in range(samples)]
+        scores_SP = [self._scores[s::samples] for s in range(samples)]
+        shown = sample_rows(step, "sample", self.train_set, indices_P, completions_SP, scores_SP)
+        self._evaluation = loop.end_step(row, shown, tied=tied == len(indices_P))
+        if loop.checkpoint_due():
+            self.save()
+        return loop.finished()
+
+    def _check_finite(self, logs: Mapping[str, float]) -> None:
+        for name in ("loss", "grad_norm"):
+            if not math.isfinite(logs.get(name, 0.0)):
+                raise TrainingError(
+                    f"step {self.loop.step}: {name} is {logs[name]}, so that the weights are lost: start a new run "
+                    "with a lower grpo.learning_rate"
+                )
+
+    def _stored_tensors(self) -> "dict[str, Tensor]":
+        """The tensors that the base checkpoint stores, as they are now. Raises ModelError when one is not trained."""
+        from eggroll_llm.training.grpo_weights import checkpoint_tensors
+
+        tensors = checkpoint_tensors(self.trl.model)
+        stored = tensor_shapes(self.model_dir)
+        if missing := sorted(stored.keys() - tensors.keys()):
+            raise ModelError(
+                f"{self.model_dir}: {missing[0]!r} has another name in transformers: this model cannot be trained with "
+                "GRPO yet; use a Llama- or Qwen-shaped model"
+            )
+        return {name: tensors[name].detach().cpu() for name in stored}
+
+    def _show_progress(self, done: int, total: int) -> None:
+        self.loop.sampling(self.loop.step_label, done, total)

@@ -1,0 +1,347 @@
+"""TRL's `GRPOTrainer` with our engine where it has vLLM. The only module that imports TRL; `grpo` does when it runs.
+
+TRL 1.16 offers two ways to roll out elsewhere. A `rollout_func` gets no importance-sampling correction: that belongs to
+`use_vllm`. So we take the place of TRL's `VLLMGeneration`, the object with `sync_weights` and `generate` behind
+`use_vllm`, and everything else is TRL's own code: when weights are synchronised, what is done with log-probabilities,
+advantages, loss, micro batches, clipping, optimizer. What is replaced besides:
+
+* The sampler: each batch holds the problems of `problems_of_step`, each `samples_per_prompt` times in a row.
+* The tokens of the prompts: `Prompter`'s, which ES sees too. To TRL a prompt is the number of a problem.
+* The scheduler: `update.schedule`, the one of ES, times a linear warm-up.
+* The pass over prompts: completions of a problem in a micro batch share one, forward and backward, as they share a
+  prefix in vLLM (`_score_completions`): 64 answers of a few tokens to 8 prompts of 84 take a third of the time.
+* Where the head is applied: to the tokens of completions alone, as TRL does on CUDA. Elsewhere it would score those of
+  the prompts as well, and drop the result: on CPU up to half of a pass, with a small model and a large vocabulary.
+* Model cards, telemetry and printing are switched off: ours are used.
+"""
+
+import dataclasses
+import logging
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence, Sized
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import eggroll_llm.engine.vllm  # noqa: F401  # TRL imports vLLM, whose environment this sets
+from eggroll_llm.config.recipe import RunConfig
+from eggroll_llm.engine.interface import Completion, Decoding, Progress, Request, sampling_seed
+from eggroll_llm.errors import TrainingError
+from eggroll_llm.es.update import schedule
+from eggroll_llm.es.weight_change import UpdateReport, sampled_rows, update_report
+from eggroll_llm.models.targets import TARGET_MODULES, is_trained
+from eggroll_llm.tasks.order import problems_of_step
+from eggroll_llm.tasks.prompts import ProblemSet
+from eggroll_llm.training.grpo_weights import checkpoint_tensors
+
+with warnings.catch_warnings():
+    # That vLLM is newer than TRL knows: its vLLM code is not used, and the engine pins its own version.
+    warnings.filterwarnings("ignore", message="TRL currently supports vLLM versions", category=UserWarning)
+    from trl import GRPOConfig, GRPOTrainer
+
+from datasets import Dataset
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PrinterCallback,
+    ProgressCallback,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+)
+from transformers.utils import logging as transformers_logging
+from trl.trainer import utils as trl_utils
+
+trl_utils._use_triton = lambda device: True  # in that module it means nothing but where the head is applied
+
+NO_LIMIT = 10**7  # steps of a run that ends by the clock
+_NUMPY_SEEDS = 2**32
+
+
+class Rollouts:
+    """Takes the place of TRL's `VLLMGeneration`."""
+
+    def __init__(self, engine: Any, config: RunConfig, decoding: Decoding, on_progress: Progress | None = None) -> None:
+        self._engine, self._config = engine, config
+        self._decoding, self._on_progress = dataclasses.replace(decoding, logprobs=True), on_progress
+        self.model: Any = None
+        """The model in training, set by its trainer."""
+        self.step = 0
+        """Step of the run, set before it samples: sampling depends on nothing but seed and step."""
+        self.completions: list[Completion] = []
+        """What the last call of `generate` returned, in order."""
+        self.sampling_seconds = self.sync_seconds = 0.0
+        """Spent since they were set to 0."""
+        self.report: UpdateReport | None = None
+        """How far the weights moved between the last two times that they were served."""
+        self._rows: list[torch.Tensor] = []
+
+    def sync_weights(self) -> None:
+        """Serve the weights of the model in training, rounded to the engine's format.
+
+        Raises TrainingError, with the old ones served on, when there is a weight that is not finite.
+        """
+        start = time.perf_counter()
+        weights = checkpoint_tensors(self.model)
+        sums = torch.stack([tensor.sum(dtype=torch.float32) for tensor in weights.values()])
+        if lost := [name for name, finite in zip(weights, sums.isfinite().tolist(), strict=True) if not finite]:
+            raise TrainingError(
+                f"step {self.step}: {len(lost)} tensors are not finite any more, first {lost[0]}: start a new run with "
+                "a lower grpo.learning_rate"
+            )
+        rows = sampled_rows([tensor.detach() for name, tensor in weights.items() if is_trained(name)])
+        self.report = update_report(self._rows, rows, self._engine.dtype) if self._rows else None
+        self._rows = rows
+        self._engine.load_weights(weights)
+        self.sync_seconds += time.perf_counter() - start
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], images: Any, num_generations: int, profiler: Any = None
+    ) -> tuple[Any, list[list[int]], list[list[list[float]]], None]:
+        """Answer prompts, each of which comes `num_generations` times in a row.
+
+        Returns:
+            The prompts, and per completion its tokens and, in a list of one, the log-probability of each.
+        """
+        start = time.perf_counter()
+        requests = [
+            Request(
+                prompt_ids=tuple(ids),
+                seed=sampling_seed(self._config.seed, self.step, i // num_generations, i % num_generations),
+            )
+            for i, ids in enumerate(prompts)
+        ]
+        self.completions = self._engine.generate(requests, self._decoding, self._on_progress)
+        # TRL shuffles completions before it cuts them into micro batches; vLLM's draws have moved the generator.
+        torch.manual_seed(sampling_seed(self._config.seed, self.step, len(prompts), 0))
+        self.sampling_seconds += time.perf_counter() - start
+        ids = [list(completion.token_ids) for completion in self.completions]
+        return prompts, ids, [[[logprob] for logprob in c.logprobs] for c in self.completions], None
+
+
+class StepSampler(torch.utils.data.Sampler[int]):
+    """Indices of the problems of every step, as TRL's `RepeatSampler` would repeat them, made when they are asked for.
+
+    A step's batch comes once per micro batch and iteration, as TRL looks at the first only and keeps its completions.
+    """
+
+    def __init__(self, config: RunConfig, problems: int, steps: int, repeats: int) -> None:
+        self._config, self._problems, self._steps, self._repeats = config, problems, steps, repeats
+
+    def __iter__(self) -> Iterator[int]:
+        sampling = self._config.sampling
+        for step in range(1, self._steps + 1):
+            indices_P = problems_of_step(self._problems, sampling.prompts_per_step, seed=self._config.seed, step=step)
+            batch = [index for index in indices_P for _ in range(sampling.samples_per_prompt)]
+            for _ in range(self._repeats):
+                yield from batch
+
+    def __len__(self) -> int:
+        sampling = self._config.sampling
+        return self._steps * self._repeats * sampling.prompts_per_step * sampling.samples_per_prompt
+
+
+class Hooks(TrainerCallback):
+    """Tells the run when its steps begin and end; a step has `num_iterations` optimizer steps."""
+
+    def __init__(self, iterations: int, begin: Callable[[int], None], end: Callable[[dict[str, float]], bool]) -> None:
+        """`end` gets TRL's metrics and returns whether training stops."""
+        self._iterations, self._begin, self._end = iterations, begin, end
+
+    def on_step_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Called before the first micro batch of an optimizer step."""
+        if state.global_step % self._iterations == 0:
+            self._begin(state.global_step // self._iterations + 1)
+
+    def on_log(
+        self, args: Any, state: TrainerState, control: TrainerControl, logs: dict[str, float], **kwargs: Any
+    ) -> None:
+        """Called after the last optimizer step of a step, and once more at the end of training."""
+        if "loss" in logs:
+            control.should_training_stop = self._end(logs)
+
+
+class EngineGrpoTrainer(GRPOTrainer):
+    """GRPO on our engine."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        model: Any,
+        tokenizer: Any,
+        train: ProblemSet,
+        rollouts: Rollouts,
+        reward: Callable[..., list[float | None]],
+        hooks: Hooks,
+        directory: Path,
+        *,
+        use_cpu: bool,
+    ) -> None:
+        self._run_config, self._train_prompts = config, train.prompts
+        super().__init__(
+            model,
+            reward_funcs=[reward],
+            args=arguments(config, directory, use_cpu=use_cpu),
+            train_dataset=Dataset.from_dict({"prompt": [str(index) for index in range(len(train.prompts))]}),
+            processing_class=tokenizer,
+            callbacks=[hooks],
+            peft_config=adapters(config),
+        )
+        self.remove_callback(PrinterCallback)
+        self.remove_callback(ProgressCallback)
+        rollouts.model = self.model
+        self.vllm_generation, self.use_vllm, self._last_loaded_step = rollouts, True, -1
+
+    def sync_weights(self) -> None:
+        """Serve the weights now rather than before the next sampling, for an evaluation between."""
+        self.vllm_generation.sync_weights()
+        self._last_loaded_step = self.state.global_step
+
+    def write_state(self, directory: Path) -> None:
+        """Write what transformers needs to go on, in its own format, into a new folder of `directory`."""
+        before, self.args.output_dir = self.args.output_dir, str(directory)
+        try:
+            self._save_checkpoint(self.model, None)
+        finally:
+            self.args.output_dir = before
+        for pickled in directory.glob(
+            "*/training_args.bin"
+        ):  # the only file that takes running code to read: not needed
+            pickled.unlink()
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """Follow the schedule of the run, whose step is `num_iterations` optimizer steps."""
+        grpo, steps = self._run_config.grpo, self._run_config.steps
+
+        def factor(done: int) -> float:
+            step = done // grpo.num_iterations
+            warm = min(1.0, (step + 1) / (grpo.warmup_steps + 1))
+            return warm * schedule(grpo.learning_rate_schedule, 1.0, step, steps, grpo.schedule_end)
+
+        self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer or self.optimizer, factor)
+        self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    def create_model_card(self, *arguments: Any, **options: Any) -> None:
+        """Write none: ours lies beside every model."""
+
+    def _send_telemetry(self) -> None:
+        pass
+
+    def _get_train_sampler(self, dataset: Sized | None = None) -> StepSampler:
+        steps = self.args.max_steps // self.num_iterations
+        repeats = self.num_iterations * self.args.steps_per_generation
+        return StepSampler(self._run_config, len(self._train_prompts), steps, repeats)
+
+    def _get_per_token_logps_and_entropies(
+        self,
+        model: Any,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        logits_to_keep: int,
+        batch_size: int | None = None,
+        compute_entropy: bool = False,
+        **options: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """Return log-probabilities and entropies of completions (B, T); TRL's own where nothing is shared."""
+        shares = input_ids.size(1) > logits_to_keep + 1 and not options.get("compute_aux_loss")
+        if not shares or self.args.gradient_checkpointing:  # with which transformers keeps no cache
+            return super()._get_per_token_logps_and_entropies(
+                model, input_ids, attention_mask, logits_to_keep, batch_size, compute_entropy, **options
+            )
+        sizes = batch_size or len(input_ids)
+        with self.accelerator.autocast():
+            outputs = [
+                _score_completions(model, ids, mask, logits_to_keep)
+                for ids, mask in zip(input_ids.split(sizes), attention_mask.split(sizes), strict=True)
+            ]
+        logps = torch.cat([output.log_probs for output in outputs])
+        return logps, torch.cat([output.entropy for output in outputs]) if compute_entropy else None, None
+
+    def _tokenize_prompts(self, prompts: list[str]) -> tuple[list[list[int]], None, dict[str, Any]]:
+        return [list(self._train_prompts[int(prompt)]) for prompt in prompts], None, {}
+
+
+def _score_completions(model: Any, ids: torch.Tensor, mask: torch.Tensor, length: int) -> Any:
+    """Return TRL's scores (B, length) of the last `length` tokens, with one pass over each different prompt.
+
+    A prompt's keys and values are computed once and selected for each of its completions; gradients add up on the way
+    back. The last token of the prompt goes with the completion, as it predicts the first one.
+    """
+    head = ids.size(1) - length - 1
+    prompts, which = torch.unique(torch.stack([ids, mask], dim=-1)[:, :head], dim=0, return_inverse=True)
+    inner = model.get_base_model() if hasattr(model, "peft_config") else model
+    cache = inner.base_model(input_ids=prompts[..., 0], attention_mask=prompts[..., 1], use_cache=True).past_key_values
+    cache.batch_select_indices(which)
+    tail = ids[:, head:]
+    labels = tail.masked_fill(mask[:, head:] == 0, -100)
+    return model(input_ids=tail, attention_mask=mask, past_key_values=cache, labels=labels, fused_lm_head=True)
+
+
+def arguments(config: RunConfig, directory: Path, *, use_cpu: bool) -> GRPOConfig:
+    """Return TRL's settings; those that are not mentioned keep TRL's defaults."""
+    grpo, sampling = config.grpo, config.sampling
+    completions = sampling.prompts_per_step * sampling.samples_per_prompt
+    return GRPOConfig(
+        output_dir=str(directory),
+        use_cpu=use_cpu,
+        bf16=grpo.dtype == "bfloat16",  # mixed precision: the weights stay float32
+        seed=config.seed % _NUMPY_SEEDS,
+        max_steps=(config.steps or NO_LIMIT) * grpo.num_iterations,
+        per_device_train_batch_size=grpo.micro_batch,
+        gradient_accumulation_steps=completions // grpo.micro_batch,  # an optimizer step sees all completions
+        num_generations=sampling.samples_per_prompt,
+        num_iterations=grpo.num_iterations,
+        max_completion_length=sampling.max_tokens,
+        temperature=sampling.temperature,
+        learning_rate=grpo.learning_rate,
+        beta=grpo.beta,
+        epsilon=grpo.epsilon,
+        epsilon_high=grpo.epsilon_high or None,
+        loss_type=grpo.loss_type,
+        scale_rewards=grpo.scale_rewards,
+        vllm_importance_sampling_correction=grpo.importance_sampling,
+        weight_decay=grpo.weight_decay,
+        adam_beta1=grpo.adam_beta1,
+        adam_beta2=grpo.adam_beta2,
+        adam_epsilon=grpo.adam_eps,
+        max_grad_norm=grpo.max_grad_norm,
+        gradient_checkpointing=grpo.gradient_checkpointing,
+        shuffle_dataset=False,
+        dataloader_pin_memory=False,
+        logging_steps=grpo.num_iterations,
+        logging_nan_inf_filter=False,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+    )
+
+
+def adapters(config: RunConfig) -> Any:
+    """Return peft's settings for adapters on the layers that ES perturbs; None without adapters."""
+    if not config.grpo.lora_rank:
+        return None
+    from peft import LoraConfig
+
+    return LoraConfig(
+        r=config.grpo.lora_rank,
+        lora_alpha=config.grpo.lora_alpha,
+        lora_dropout=0.0,
+        target_modules=list(TARGET_MODULES),
+        task_type="CAUSAL_LM",
+    )
+
+
+def quiet() -> None:
+    """Leave the output to our display: no progress bars, and no remarks on choices that are made here on purpose."""
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    logging.getLogger("trl").setLevel(logging.ERROR)
+
+
+def load_model(directory: Path) -> tuple[Any, Any]:
+    """Return the model with float32 weights, and its tokenizer."""
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, trust_remote_code=False)
+    return model, AutoTokenizer.from_pretrained(directory, trust_remote_code=False)

@@ -1,0 +1,90 @@
+"""Rebuilds the weights of any step from the base model and the journal: no engine, no sampling, no rewards.
+
+    W_n = W_0 + updates 1 ... n,      each regenerated from (seed, step) and the fitness in the journal
+
+The arithmetic is that of training, so that on the same machine the bits are those of the checkpoint of that step.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from eggroll_llm.config.recipe import RunConfig
+from eggroll_llm.errors import JournalError
+from eggroll_llm.es.update import MasterWeights
+from eggroll_llm.kernels.fold import fold_for
+from eggroll_llm.kernels.noise import served_factors_of
+from eggroll_llm.models.export import export_model
+from eggroll_llm.models.files import model_identity, weight_files
+from eggroll_llm.models.targets import trained_parameters
+from eggroll_llm.records.journal import JournalContents, JournalEntry, read_journal
+from eggroll_llm.system.hardware import resolve_dtype, serves_on_cpu
+from eggroll_llm.training.plan import optimizer_settings, update_spec
+
+
+def replay(
+    config: RunConfig,
+    base_dir: Path,
+    journal_path: Path,
+    step: int,
+    directory: Path,
+    on_step: Callable[[int, int], None] = lambda done, total: None,
+) -> str:
+    """Write the model after `step` updates into `directory`; return the checksum of its trained weights.
+
+    Raises JournalError when the journal is damaged, does not reach that far, belongs to another base model, or records
+    a checksum that the rebuilt weights do not have.
+    """
+    journal = read_journal(journal_path)
+    check_base(journal, journal_path, base_dir)
+    if step > len(journal.entries):
+        raise JournalError(
+            f"{journal_path}: holds {len(journal.entries)} updates, step {step} is asked for: lower --step"
+        )
+    dtype: torch.dtype = getattr(torch, resolve_dtype(config.engine.dtype))
+    if config.engine.threads:
+        torch.set_num_threads(config.engine.threads)
+    device = "cpu" if serves_on_cpu() else "cuda"
+    weights = {name: tensor.to(device) for name, tensor in load_trained(base_dir, dtype).items()}
+    masters = MasterWeights(weights, optimizer_settings(config), dtype, fold_for(torch.device(device)))
+    for entry in journal.entries[:step]:
+        check_weights(journal_path, entry, masters.checksum)
+        masters.apply(update_spec(config, entry), served_factors_of)
+        on_step(entry.step, step)
+    served = {name: masters.served(name).cpu() for name, _, _ in trained_parameters(base_dir)}
+    export_model(base_dir, directory, served, dtype)
+    return masters.checksum()
+
+
+def check_weights(journal_path: Path, entry: JournalEntry, checksum: Callable[[], str]) -> None:
+    """Raise JournalError when the journal records other weights before a step than there are now."""
+    if entry.checksum and (found := checksum()) != entry.checksum:
+        raise JournalError(
+            f"{journal_path}: before step {entry.step} the weights had checksum {entry.checksum}, the replay has "
+            f"{found}: replay on a machine like the one that trained, with the same torch and "
+            "threads, and a C++ compiler only if that one had one"
+        )
+
+
+def check_base(journal: JournalContents, journal_path: Path, base_dir: Path) -> None:
+    """Raise JournalError when the journal's updates are not updates of this base model."""
+    identity = model_identity(base_dir)
+    if journal.header is None or journal.header.base_model != identity:
+        found = "nothing" if journal.header is None else journal.header.base_model
+        raise JournalError(
+            f"{journal_path}: was recorded on base model {found}, {base_dir} is {identity}: use that model"
+        )
+
+
+def load_trained(base_dir: Path, dtype: torch.dtype) -> dict[str, Any]:
+    """Return the trained tensors of a checkpoint in the dtype that the engine loads them in."""
+    from safetensors import safe_open
+
+    names = {name for name, _, _ in trained_parameters(base_dir)}
+    tensors: dict[str, Any] = {}
+    for file in weight_files(base_dir):
+        with safe_open(file, framework="pt") as stored:
+            tensors |= {name: stored.get_tensor(name).to(dtype) for name in stored.keys() if name in names}  # noqa: SIM118
+    return tensors

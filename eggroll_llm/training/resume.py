@@ -1,0 +1,141 @@
+"""Where a run goes on: what is in its directory, what of it can be trusted, and the weights of that step.
+
+A run of ES goes on after the last update of its journal, one of GRPO after its newest checkpoint. Nothing that an
+interruption cannot explain is repaired silently.
+"""
+
+from typing import Any
+
+from eggroll_llm.config.recipe import RunConfig
+from eggroll_llm.errors import CheckpointError, JournalError, RunDirError
+from eggroll_llm.records.checkpoint import Checkpoint, list_checkpoints, load_training_state, newest_valid, remove_after
+from eggroll_llm.records.journal import Journal, JournalHeader
+from eggroll_llm.records.run_dir import RunDir
+from eggroll_llm.system.invocation import command
+from eggroll_llm.training.harness import Display
+
+
+def say_what_was_found(run: RunDir, journal: Journal, header: JournalHeader, display: Display) -> None:
+    """Show what the last process left behind, and whether the task's file has changed since."""
+    if run.stale_lock:
+        display.message(f"the last process to train here ended without closing the run: {run.stale_lock}")
+    if journal.dropped_tail:
+        display.message(journal.dropped_tail)
+    if journal.header and journal.header.task_file not in ("", header.task_file):
+        display.message("the task's file or a module beside it has changed since the run began: rewards may differ")
+
+
+def by_journal(run: RunDir, journal: Journal, display: Display) -> int:
+    """Return the step that a run of ES goes on after; what is later is dropped. Raises JournalError."""
+    logged = run.last_logged_step() or 0
+    _check_journal(journal, run, logged)
+    journal.truncate_after(logged)
+    # Before checkpoints: a kill in between must not look as if the journal had lost a step.
+    run.truncate_logs(journal.last_step or -1)
+    _forget_later(run, journal.last_step, display)
+    return journal.last_step
+
+
+def by_checkpoint(run: RunDir, display: Display) -> tuple[int, Checkpoint | None]:
+    """Return the step that a run of GRPO goes on after, and its checkpoint. Raises CheckpointError or RunDirError."""
+    checkpoint = _newest(run, None, display)
+    if checkpoint is None and list_checkpoints(run.checkpoints):
+        raise CheckpointError(
+            f"{run.checkpoints}: none is valid, and without one everything is done again: restore one, delete them, or "
+            "start anew with --on-existing overwrite"
+        )
+    step = checkpoint.step if checkpoint else 0
+    _check_logged(run, step)
+    run.truncate_logs(step or -1)
+    return step, checkpoint
+
+
+def restore(engine: Any, config: RunConfig, run: RunDir, journal: Journal, display: Display) -> Checkpoint | None:
+    """Bring the engine to the last step of the journal: newest valid checkpoint, which is returned, then replay.
+
+    Raises:
+        CheckpointError: the state in it is not that of its weights.
+        JournalError: the replay comes to other weights than were recorded.
+    """
+    from eggroll_llm.training.plan import update_spec
+    from eggroll_llm.training.replay import check_weights
+
+    if not journal.last_step:
+        return None
+    checkpoint = _newest(run, journal.last_step, display)
+    start = 0
+    if checkpoint:
+        start = checkpoint.step
+        engine.load_state(load_training_state(checkpoint))
+        if checkpoint.metadata["checksum"] != engine.checksum():
+            raise CheckpointError(
+                f"{checkpoint.path}: its training state is not that of the weights it was saved with. "
+                "Delete that checkpoint: an earlier one and the journal take its place."
+            )
+    display.message(f"resuming after step {journal.last_step}: {_sources(start, journal.last_step)}")
+    pending: list[Any] = []
+    for entry in journal.entries[start : journal.last_step]:
+        if entry.checksum and pending:
+            engine.replay(pending)
+            pending = []
+        check_weights(run.journal, entry, engine.checksum)
+        pending.append(update_spec(config, entry))
+    if pending:
+        engine.replay(pending)
+    return checkpoint
+
+
+def _sources(checkpoint: int, last: int) -> str:
+    """What the weights of step `last` come from; checkpoint 0 is none."""
+    begin = f"checkpoint of step {checkpoint}" if checkpoint else "base model"
+    count = last - checkpoint
+    return begin + (f" and {count} update{'s' * (count > 1)} from the journal" if count else "")
+
+
+def _check_journal(journal: Journal, run: RunDir, logged: int) -> None:
+    """Raise JournalError when journal and metrics, of `logged` steps, differ by more than an interruption can explain.
+
+    A step is in the journal first. One whose metrics are missing is done again, with the same outcome.
+    """
+    last = journal.last_step
+    if last > logged + 1:
+        raise JournalError(
+            f"{run.metrics}: ends at step {logged}, the journal at step {last}: restore it; the weights are not lost: "
+            f"{command('replay', run.path, '--out', run.path.with_name(f'{run.path.name}-step-{last}'))}"
+        )
+    dropped = bool(journal.dropped_tail)
+    if not last and (logged > dropped or any(step > dropped for step, _ in list_checkpoints(run.checkpoints))):
+        raise JournalError(
+            f"{journal.path}: holds no updates, but the run has made some: restore it from a backup, or start a new "
+            "run directory"
+        )
+    if logged > last + dropped:
+        raise JournalError(
+            f"{journal.path}: ends at step {last}, {run.metrics.name} at step {logged}: restore it from a backup; to "
+            f"go back to step {last} and lose what came after, cut {run.metrics.name} after that step too"
+        )
+
+
+def _forget_later(run: RunDir, step: int, display: Display) -> None:
+    """Remove checkpoints of updates that the journal no longer holds: once it is as long again, it holds others."""
+    if removed := remove_after(run.checkpoints, step):
+        names = ", ".join(path.name for path in removed)
+        display.message(f"{run.checkpoints}: {names} removed: the journal ends at step {step}")
+
+
+def _check_logged(run: RunDir, step: int) -> None:
+    """Raise RunDirError when the metrics end before the checkpoint that the run goes on from."""
+    logged = run.last_logged_step() or 0
+    if step > logged:
+        raise RunDirError(
+            f"{run.metrics}: ends at step {logged}, the newest checkpoint is of step {step}: restore it, or delete the "
+            "checkpoints after it"
+        )
+
+
+def _newest(run: RunDir, at_most: int | None, display: Display) -> Checkpoint | None:
+    """Return the newest valid checkpoint, and show why newer ones are not."""
+    newest = newest_valid(run.checkpoints, at_most=at_most)
+    for refusal in newest.refused:
+        display.message(refusal)
+    return newest.checkpoint

@@ -1,0 +1,112 @@
+"""The boundary to a task's grader, which may be the user's code: it returns a Score for anything.
+
+The built-in graders are called here, a user's in a process of its own. One that raises, returns what is no score, takes
+too long or ends its process costs its own completion, which scores 0, and is counted; one that returns NaN or infinity
+drops its member later. The first of each is said, with the answer that it was given. When all completions of the first
+step fail, the run stops with the first failure, as the mistake is the grader's.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Self
+
+from eggroll_llm.config.recipe import RewardConfig
+from eggroll_llm.engine.interface import Completion
+from eggroll_llm.errors import TaskError
+from eggroll_llm.records.answers import Graded
+from eggroll_llm.system import signals
+from eggroll_llm.system.closing import Closing
+from eggroll_llm.system.terminal import inert
+from eggroll_llm.tasks.sandbox.process import UserProcess
+from eggroll_llm.tasks.task import Answer, Problem, Score, Task, Verdict, judge
+from eggroll_llm.tasks.user import UserTask
+
+FAILED = "reward_failed"
+
+
+def unusable(reward: float, detail: str) -> bool:
+    """Whether the grader has failed, or given no finite number."""
+    return detail == FAILED or not math.isfinite(reward)
+
+
+class Scorer(Closing):
+    """Scores completions of a task and counts the failures of its grader. Use as a context manager, or call `close`."""
+
+    def __init__(
+        self, task: Task, limits: RewardConfig | None = None, say: Callable[[str], None] = lambda text: None
+    ) -> None:
+        """Limit the process of a user's task; `say` gets a sentence on the first failure."""
+        self._task = task
+        self._process = UserProcess(task, limits or RewardConfig()) if isinstance(task, UserTask) else None
+        self.say = say
+        self.first_failure = self.first_dropped = ""
+        """What the first answer without a score was, and the end of the traceback; what the first NaN came of."""
+        self.start_counting()
+
+    def __enter__(self) -> Self:
+        """Start the user's process. Raises TaskError when the task does not load there as it has here."""
+        if self._process:
+            self._process.start()
+        return self
+
+    def close(self) -> None:
+        """End the user's process; a second call does nothing."""
+        if self._process:
+            self._process.close()
+
+    def start_counting(self) -> None:
+        """Count scored completions and failures from here on."""
+        self.scored = self.failures = 0
+        self.unusable: Completion | None = None
+        """The first without a finite reward."""
+
+    def score(self, completion: Completion, problem: Problem) -> Score:
+        """Return the task's score; the reward may be NaN or infinite, which drops the member later."""
+        return self.score_all([(completion, problem)])[0]
+
+    def score_all(self, pairs: Sequence[tuple[Completion, Problem]]) -> list[Score]:
+        """Return the score of each completion, as `score` does."""
+        verdicts = self._judge(pairs, voted=False)
+        return [self._count(verdict, *pair) for verdict, pair in zip(verdicts, pairs, strict=True)]
+
+    def grade(self, completion: Completion, problem: Problem) -> Graded:
+        """Return the task's score together with the answer that majority votes count."""
+        (verdict,) = self._judge([(completion, problem)], voted=True)
+        score = self._count(verdict, completion, problem)
+        return Graded(correct=score.correct, reward=score.reward, detail=score.detail, answer=verdict.vote)
+
+    def check(self, of: str) -> None:
+        """Raise TaskError when nothing that was counted could be scored; `of` says what that was."""
+        if self.scored and self.failures == self.scored:
+            raise TaskError(
+                f"the task's score() failed on all {self.scored} completions{of}; the first failure:\n"
+                f"{self.first_failure}"
+            )
+
+    def _judge(self, pairs: Sequence[tuple[Completion, Problem]], *, voted: bool) -> Iterable[Verdict]:
+        answers = [
+            Answer(text=c.text, problem=problem, truncated=c.truncated, thought_open=c.thought_open)
+            for c, problem in pairs
+        ]
+        if self._process:
+            return self._process.judge(answers, voted=voted)
+        return (judge(self._task, answer, voted=voted) for answer in answers)
+
+    def _count(self, verdict: Verdict, completion: Completion, problem: Problem) -> Score:
+        signals.check()  # which a grader may have swallowed
+        self.scored += 1
+        if verdict.score and math.isfinite(verdict.score.reward):
+            return verdict.score
+        self.unusable = self.unusable or completion
+        sample = f'problem {inert(str(problem.get("id")), 60)}, answer "{inert(completion.text)}"'
+        if verdict.score:
+            if not self.first_dropped:
+                self.first_dropped = f"{verdict.score.reward} for {sample}"
+                self.say(f"score() has returned no finite number, of which nothing is learned: {self.first_dropped}")
+            return verdict.score
+        self.failures += 1
+        if not self.first_failure:
+            self.first_failure = f"{sample}\n{verdict.failure}"
+            reason = verdict.failure.rpartition("\n")[2]
+            self.say(f"score() has failed, which counts as 0 and, from here on, in rewards/failed: {reason}; {sample}")
+        return Score(reward=0.0, correct=False, detail=FAILED)

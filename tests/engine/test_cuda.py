@@ -1,0 +1,64 @@
+"""What a GPU has to compute as a CPU does. Skipped without one; `engine/test_engine.py` runs on either."""
+
+import math
+
+import pytest
+import torch
+
+from eggroll_llm.es.noise import NoiseSpec, served_factors_of
+from eggroll_llm.es.update import MasterWeights, OptimizerSettings, UpdateSpec
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+
+SHAPES = [("a.weight", 384, 128), ("b.weight", 130, 257), ("c.weight", 384, 128)]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("rank", [1, 3, 16])
+def test_noise_has_the_bits_that_a_cpu_makes(rank: int, dtype: torch.dtype) -> None:
+    noise, pairs_K = NoiseSpec(seed=2**40 + 3, step=7, rank=rank, sigma=1e-3), torch.tensor([0, 5, 2047, 9])
+    on_cpu = served_factors_of(noise, pairs_K, SHAPES, dtype, "cpu")
+    on_gpu = served_factors_of(noise, pairs_K, SHAPES, dtype, "cuda")
+    for name, factors in on_cpu.items():
+        for cpu, gpu in zip(factors, on_gpu[name], strict=True):
+            assert gpu.device.type == "cuda"
+            assert torch.equal(cpu, gpu.cpu())
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "momentum", "adam"])
+def test_updates_agree_with_those_of_a_cpu_and_repeat_to_the_bit(optimizer: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weights = {name: 0.05 * torch.randn(out, inside, generator=generator) for name, out, inside in SHAPES}
+    fitness_M = tuple(math.sin(m * m) for m in range(64))
+
+    def trained(device: str) -> MasterWeights:
+        settings = OptimizerSettings(name=optimizer)
+        on_device = {name: weight.to(device) for name, weight in weights.items()}
+        masters = MasterWeights(on_device, settings, torch.bfloat16)
+        for step in (1, 2):
+            masters.apply(
+                UpdateSpec(
+                    step=step,
+                    noise_step=step,
+                    seed=3,
+                    rank=2,
+                    sigma=1e-3,
+                    learning_rate=1e-3,
+                    fitness_M=fitness_M,
+                )
+            )
+        return masters
+
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")  # TF32, which updates must not use
+    try:
+        cpu, gpu, again = (trained(device).state() for device in ("cpu", "cuda", "cuda"))
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert gpu.keys() == again.keys()
+    assert all(torch.equal(gpu[key], again[key]) for key in gpu)
+    for name, weight in weights.items():
+        right, found = cpu[f"master/{name}"], gpu[f"master/{name}"].cpu()
+        moved = (right - weight).square().mean().sqrt()
+        assert moved > 1e-4
+        assert (found - right).square().mean().sqrt() < 1e-4 * moved

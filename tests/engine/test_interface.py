@@ -1,0 +1,88 @@
+"""Members, problems and samples become requests in a fixed order, and completions find their way back."""
+
+from collections.abc import Callable, Sequence
+
+import pytest
+
+from eggroll_llm.engine.interface import Completion, Decoding, Request, sample_population, sampling_seed
+from eggroll_llm.errors import EngineError
+
+PROMPTS = [(1, 2, 3), (4,)]
+DECODING = Decoding(max_tokens=5, temperature=0.7)
+
+
+class Echo:
+    """Answers with what it was asked."""
+
+    def generate(
+        self,
+        requests: Sequence[Request],
+        decoding: Decoding,
+        on_progress: Callable[[int, int], None] | None = None,
+    ) -> list[Completion]:
+        self.requests, self.decoding = list(requests), decoding
+        if on_progress:
+            on_progress(1, len(requests))
+        return [
+            Completion(
+                text=f"{request.member} {request.prompt_ids} {request.seed}",
+                token_ids=(0,),
+                truncated=False,
+                prompt_tokens=len(request.prompt_ids),
+            )
+            for request in requests
+        ]
+
+
+def sample(population: int = 3, samples: int = 2, seed: int = 0, step: int = 1) -> tuple[Echo, list]:
+    engine = Echo()
+    return engine, sample_population(engine, PROMPTS, population, samples, DECODING, seed=seed, step=step)
+
+
+def test_requests_are_member_major() -> None:
+    engine, _ = sample()
+    asked = [(request.member, request.prompt_ids) for request in engine.requests]
+    assert asked == [(m, prompt) for m in (0, 1, 2) for prompt in PROMPTS for _ in range(2)]
+    assert engine.decoding is DECODING
+
+
+def test_each_completion_is_credited_to_its_member_prompt_and_sample() -> None:
+    _, completions_MPS = sample(seed=3, step=4)
+    assert [[len(row_S) for row_S in row_PS] for row_PS in completions_MPS] == [[2, 2]] * 3
+    for m, row_PS in enumerate(completions_MPS):
+        for p, row_S in enumerate(row_PS):
+            for s, completion in enumerate(row_S):
+                assert completion.text == f"{m} {PROMPTS[p]} {sampling_seed(3, 4, p, s)}"
+
+
+def test_seeds_are_equal_across_members_and_differ_in_all_else() -> None:
+    engine, _ = sample()
+    seeds = [request.seed for request in engine.requests]
+    assert seeds[:4] == seeds[4:8] == seeds[8:]
+    assert len(set(seeds[:4])) == 4
+    others = [sample(seed=1), sample(step=2)]
+    everything = {*seeds, *(request.seed for engine, _ in others for request in engine.requests)}
+    assert len(everything) == 12
+
+
+def test_seeds_do_not_change_between_versions() -> None:
+    """A resumed run draws what it would have drawn."""
+    assert [sampling_seed(0, 1, 0, 0), sampling_seed(1, 2, 3, 4)] == [8272751639424031979, 5666911239229641685]
+    assert all(0 <= sampling_seed(0, step, 0, 0) < 2**63 for step in range(1000))
+
+
+def test_progress_is_passed_on() -> None:
+    seen: list[tuple[int, int]] = []
+    sample_population(Echo(), PROMPTS, 4, 1, DECODING, seed=0, step=1, on_progress=lambda *both: seen.append(both))
+    assert seen == [(1, 8)]
+
+
+@pytest.mark.parametrize(("start", "extra", "count"), [(1, 0, 3), (0, 1, 5)])
+def test_an_engine_that_answers_too_little_or_too_much_is_noticed(start: int, extra: int, count: int) -> None:
+    class Miscounting(Echo):
+        def generate(self, requests, decoding, on_progress=None):  # type: ignore[no-untyped-def]
+            completions = super().generate(requests, decoding)
+            return completions[start:] + completions[:extra]
+
+    with pytest.raises(EngineError, match=f"returned {count} completions for 4 requests"):
+        sample_population(Miscounting(), PROMPTS, 2, 1, DECODING, seed=0, step=1)

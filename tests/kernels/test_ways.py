@@ -1,0 +1,54 @@
+"""vLLM's own adapter arithmetic, and ours without a compiler, serve the same members as our engine."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from eggroll_llm.config.recipe import EngineConfig
+from eggroll_llm.engine.interface import Request
+from eggroll_llm.engine.vllm.engine import Engine
+from eggroll_llm.es.noise import NoiseSpec
+from eggroll_llm.es.update import UpdateSpec
+from eggroll_llm.kernels import build, member_term
+
+pytestmark = pytest.mark.vllm
+
+NOISE = NoiseSpec(seed=3, step=1, rank=2, sigma=0.05)
+UPDATE = UpdateSpec(
+    step=1, noise_step=1, seed=3, rank=2, sigma=0.05, learning_rate=0.02, fitness_M=(1.0, -1.0, 0.5, 0.25)
+)
+REQUESTS = [Request(prompt_ids=tuple(range(5 + m, 45 + m)), member=m) for m in (0, 1, 3, 2)]
+
+
+def before_and_after(model_dir: Path, *, stock: bool) -> tuple[Tensor, Tensor]:
+    """Log-probabilities of four members, before and after an update."""
+    config = EngineConfig(dtype="float32", kv_cache_gib=0.05, max_sequences=16)
+    engine = Engine(model_dir, config, slots=4, rank=2, max_model_len=64, stock=stock)
+    try:
+        engine.begin(NOISE, 4)
+        before = engine.next_token_logprobs(REQUESTS)
+        engine.update(UPDATE)
+        engine.begin(NOISE, 4)
+        return before, engine.next_token_logprobs(REQUESTS)
+    finally:
+        engine.close()
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3"])
+def test_all_ways_agree(tiny_model: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    ours = before_and_after(tiny_model(kind), stock=False)
+    assert (ours[0] - ours[1]).abs().max() > 0.02
+    assert (ours[0][0] - ours[0][1]).abs().max() > 0.02
+    stock = before_and_after(tiny_model(kind), stock=True)
+    monkeypatch.setattr(build, "library", lambda: None)
+    member_term.implementation.cache_clear()
+    try:
+        without_a_compiler = before_and_after(tiny_model(kind), stock=False)
+    finally:
+        member_term.implementation.cache_clear()
+    for other in (stock, without_a_compiler):
+        for found, expected in zip(other, ours, strict=True):
+            torch.testing.assert_close(found, expected, rtol=0, atol=2e-4)

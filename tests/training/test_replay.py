@@ -1,0 +1,141 @@
+"""Base model and journal give the weights of any step, to the bit; anything that does not fit together is refused."""
+
+import dataclasses
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from eggroll_llm.config.recipe import EngineConfig, EsConfig, RunConfig
+from eggroll_llm.errors import JournalError
+from eggroll_llm.es.fitness import shape_fitness
+from eggroll_llm.es.update import MasterWeights
+from eggroll_llm.models.files import model_identity
+from eggroll_llm.models.targets import trained_parameters
+from eggroll_llm.records.journal import Journal, JournalEntry, JournalHeader
+from eggroll_llm.training.plan import optimizer_settings, step_entry, update_spec
+from eggroll_llm.training.replay import load_trained, replay
+
+STEPS = 4
+
+
+@pytest.fixture
+def base(tiny_model: Callable[[str], Path]) -> Path:
+    return tiny_model("qwen2")
+
+
+def config(base: Path, **changes: Any) -> RunConfig:
+    es = EsConfig(
+        population=6,
+        sigma=0.02,
+        learning_rate=0.01,
+        rank=2,
+        optimizer="momentum",
+        noise_reuse=2,
+        sigma_schedule="linear",
+    )
+    return dataclasses.replace(
+        RunConfig(model=str(base), task="countdown", seed=4, steps=STEPS, es=es, engine=EngineConfig(dtype="bfloat16")),
+        **changes,
+    )
+
+
+def record(path: Path, base: Path, run: RunConfig, checksums: dict[int, str] | None = None) -> list[MasterWeights]:
+    """Train on random rewards, keeping a journal; the masters after 0, 1, 2... updates.
+
+    Every other step records the checksum that it starts from, or the ones given.
+    """
+    dtype = getattr(torch, run.engine.dtype)
+    after = [MasterWeights(load_trained(base, dtype), optimizer_settings(run), dtype)]
+    generator = torch.Generator().manual_seed(0)
+    header = JournalHeader(frozen_hash="hash", base_model=model_identity(base))
+    with Journal.open(path, header) as journal:
+        for step in range(1, STEPS + 1):
+            masters = MasterWeights(load_trained(base, dtype), optimizer_settings(run), dtype)
+            masters.load_state(after[-1].state())
+            fitness = shape_fitness(torch.randn((6, 3), generator=generator, dtype=torch.float64), "centered")
+            checksum = masters.checksum() if step % 2 else ""
+            entry: JournalEntry = step_entry(run, step, fitness, checksum=(checksums or {}).get(step, checksum))
+            journal.append(entry)
+            masters.apply(update_spec(run, entry))
+            after.append(masters)
+    return after
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_every_step_is_rebuilt_to_the_bit(base: Path, tmp_path: Path, dtype: Any) -> None:
+    run = config(base, engine=EngineConfig(dtype=dtype))
+    after = record(tmp_path / "journal.jsonl", base, run)
+    assert len({masters.checksum() for masters in after}) == STEPS + 1
+    trained = {name for name, _, _ in trained_parameters(base)}
+    original = load_file(base / "model.safetensors")
+    for step in (0, 1, STEPS):
+        seen: list[tuple[int, int]] = []
+        directory = tmp_path / f"at-{step}"
+        checksum = replay(
+            run,
+            base,
+            tmp_path / "journal.jsonl",
+            step,
+            directory,
+            lambda done, total, seen=seen: seen.append((done, total)),
+        )
+        assert checksum == after[step].checksum()
+        assert seen == [(done, step) for done in range(1, step + 1)]
+        for name, tensor in load_file(directory / "model.safetensors").items():
+            expected = after[step].served(name) if name in trained else original[name].to(tensor.dtype)
+            assert torch.equal(tensor, expected), (step, name)
+
+
+def test_a_replay_that_disagrees_with_a_recorded_checksum_stops(base: Path, tmp_path: Path) -> None:
+    run = config(base)
+    after = record(tmp_path / "journal.jsonl", base, run, {3: "0123456789abcdef"})
+    with pytest.raises(JournalError) as info:
+        replay(run, base, tmp_path / "journal.jsonl", STEPS, tmp_path / "out")
+    assert str(info.value).startswith(
+        f"{tmp_path / 'journal.jsonl'}: before step 3 the weights had checksum 0123456789abcdef, "
+        f"the replay has {after[2].checksum()}: replay on a machine like the one that trained"
+    )
+    assert not (tmp_path / "out").exists()
+    # The steps before it are what they were.
+    assert replay(run, base, tmp_path / "journal.jsonl", 2, tmp_path / "two") == after[2].checksum()
+
+
+def test_other_settings_than_those_of_the_run_are_noticed(base: Path, tmp_path: Path) -> None:
+    record(tmp_path / "journal.jsonl", base, config(base))
+    with pytest.raises(JournalError, match="before step 3 the weights had checksum"):
+        replay(config(base, seed=5), base, tmp_path / "journal.jsonl", STEPS, tmp_path / "out")
+
+
+def test_another_base_model_is_refused(base: Path, tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
+    record(tmp_path / "journal.jsonl", base, config(base))
+    other = tiny_model("llama")
+    with pytest.raises(JournalError) as info:
+        replay(config(other), other, tmp_path / "journal.jsonl", 1, tmp_path / "out")
+    assert str(info.value) == (
+        f"{tmp_path / 'journal.jsonl'}: was recorded on base model {model_identity(base)}, "
+        f"{other} is {model_identity(other)}: use that model"
+    )
+    # The same model somewhere else will do.
+    moved = Path(shutil.copytree(base, tmp_path / "moved"))
+    replay(config(moved), moved, tmp_path / "journal.jsonl", 1, tmp_path / "out")
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+
+
+def test_a_step_beyond_the_journal_is_refused(base: Path, tmp_path: Path) -> None:
+    record(tmp_path / "journal.jsonl", base, config(base))
+    with pytest.raises(JournalError, match=r"holds 4 updates, step 5 is asked for: lower --step"):
+        replay(config(base), base, tmp_path / "journal.jsonl", 5, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_trained_tensors_are_all_there_in_the_served_dtype(base: Path) -> None:
+    original = load_file(base / "model.safetensors")
+    loaded = load_trained(base, torch.float32)
+    assert set(loaded) == {name for name, _, _ in trained_parameters(base)}
+    for name, tensor in loaded.items():
+        assert torch.equal(tensor, original[name].float())
