@@ -1,7 +1,8 @@
 """Evaluates a model on a task's test split, from the command line's settings to graded samples.
 
 With a file, every graded completion is on disk as soon as it is there, and an evaluation that was interrupted
-continues from it: settings, problems and seeds being the same, it comes to the same samples.
+continues from it: settings, problems and seeds being the same, it comes to the same samples, as far as
+`eggroll_llm.evaluate` says.
 """
 
 import contextlib

@@ -1,9 +1,9 @@
 """Answers of the base model to a set of problems, graded: the evaluation of a training run, and of `eggroll-llm eval`.
 
-A completion depends on the prompt, the weights and a seed of (seed, problem, sample), and, as far as the engine
-computes every sequence independently of its batch (README, "Determinism"), on nothing else: an evaluation that was
-interrupted continues with what is missing and comes to the same samples. Requests go to the base model: the members of
-a population stay what they are.
+A completion depends on the prompt, the weights and a seed of (seed, problem, sample). An evaluation that was
+interrupted continues with what is missing; it comes to the samples of an uninterrupted one where the engine computes a
+sequence independently of its batch (README, "Determinism and numerics"), else a few may differ. Requests go to the base
+model: the members of a population stay what they are.
 """
 
 import contextlib

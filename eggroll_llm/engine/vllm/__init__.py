@@ -8,7 +8,7 @@ import os
 
 _ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # in-process: an update is a method call, and all cores stay usable
-    "VLLM_CPU_ATTN_SPLIT_KV": "0",  # attention sums in an order that does not depend on the batch
+    "VLLM_CPU_ATTN_SPLIT_KV": "0",  # attention does not cut a context in pieces to spread the load
     "VLLM_LOGGING_LEVEL": "ERROR",  # its warnings are about choices made here on purpose
     "VLLM_USE_V2_MODEL_RUNNER": "0",  # the worker extension knows the adapter manager of the first one
     "VLLM_USE_FLASHINFER_SAMPLER": "0",  # greedy or seeded requests never use it; vLLM would import it at the start

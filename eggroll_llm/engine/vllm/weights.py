@@ -2,10 +2,13 @@
 
 CPU: vLLM packs each weight for its matrix product and drops the original, so `keep_linear_weights` must have run before
 the model loads, and a rewrite packs anew. CUDA: `copy_` into the weight, whose address the captured graphs keep.
+
+On CPU the product also gets a second row where there is only one: for a single row oneDNN adds up more than 1024
+features in another order, and the last sequence of a batch to finish would be answered differently.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -15,13 +18,31 @@ from vllm.platforms import current_platform
 
 from eggroll_llm.engine.vllm.layers import Layer
 
-_pack = vllm_layer_utils.dispatch_cpu_unquantized_gemm
+Linear = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+"""x [..., in features], weight (unused where packed), bias -> [..., out features]."""
+
+_pack_as_vllm = vllm_layer_utils.dispatch_cpu_unquantized_gemm
+
+
+def _pack(layer: Any, *, remove_weight: bool) -> None:
+    _pack_as_vllm(layer, remove_weight=remove_weight)
+    if hasattr(layer, "cpu_linear"):  # a convolution or a stack of experts has none
+        layer.cpu_linear = _never_one_row(layer.cpu_linear)
+
+
+def _never_one_row(linear: Linear) -> Linear:
+    def apply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if x.numel() != x.shape[-1]:
+            return linear(x, weight, bias)
+        return linear(torch.cat((x, x)), weight, bias)[:1]
+
+    return apply
 
 
 def keep_linear_weights() -> None:
-    """Make vLLM's CPU packing leave a reference to the weight that it drops, for `initial_weights` to collect."""
+    """Make vLLM pack as this module does, and leave a reference to the weight that it drops for `initial_weights`."""
 
-    def pack_and_keep(layer: torch.nn.Module, remove_weight: bool) -> None:
+    def pack_and_keep(layer: Any, remove_weight: bool) -> None:
         weight = layer.weight.data
         _pack(layer, remove_weight=remove_weight)
         if remove_weight:

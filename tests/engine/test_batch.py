@@ -1,0 +1,121 @@
+"""What greedy answers on a CPU do not depend on: other requests, their order, threads, slots, chunks, cached prefixes.
+
+It holds to the bit, log-probabilities included, in float32 and, where the processor multiplies it without AMX, in
+bfloat16, for prompts that fit one tile of vLLM's attention (README, "Determinism and numerics").
+"""
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from eggroll_llm.config.recipe import EngineConfig
+from eggroll_llm.engine.interface import Decoding, Request
+from eggroll_llm.engine.vllm import engine as engine_module
+from eggroll_llm.engine.vllm import weights
+from eggroll_llm.engine.vllm.engine import Engine
+from eggroll_llm.es.noise import NoiseSpec
+from eggroll_llm.system.hardware import cpu_flags, serves_on_cpu
+from eggroll_llm.tasks.prompts import Prompter
+
+pytestmark = [
+    pytest.mark.vllm,
+    pytest.mark.skipif(not serves_on_cpu(), reason="what holds on CUDA is in test_engine.py"),
+]
+
+NATIVE_BFLOAT16 = "avx512_bf16" in cpu_flags() and "amx_bf16" not in cpu_flags()
+DTYPES = [
+    "float32",
+    pytest.param(
+        "bfloat16",
+        marks=pytest.mark.skipif(not NATIVE_BFLOAT16, reason="oneDNN's sums depend on the batch on this processor"),
+    ),
+]
+MEMBERS = 6
+GREEDY = Decoding(max_tokens=16, logprobs=True)
+Answer = tuple[tuple[int, ...], tuple[float, ...]]
+
+
+@pytest.fixture(autouse=True)
+def threads_as_before() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("in_features", [576, 1536])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_row_of_a_layer_has_the_same_bits_in_any_batch(dtype: str, in_features: int) -> None:
+    draw = torch.Generator().manual_seed(0)
+    weight = torch.randn(320, in_features, generator=draw).to(getattr(torch, dtype))
+    x = torch.randn(256, in_features, generator=draw).to(weight.dtype)
+    layer: Any = torch.nn.Module()
+    weights.repack(layer, weight)
+    together = layer.cpu_linear(x, layer.weight, None)
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        for rows in (1, 2, 3, 7, 33, 100):
+            apart = torch.cat([layer.cpu_linear(part, layer.weight, None) for part in x.split(rows)])
+            assert torch.equal(apart, together), (threads, rows)
+
+
+def requests_of(model_dir: Path) -> list[Request]:
+    """The base model and six members, three prompts each, of 15 to 120 tokens."""
+    draw, tokenizer = random.Random(0), Prompter(model_dir).tokenizer
+
+    def example() -> str:
+        a, b = draw.randint(1, 99), draw.randint(1, 99)
+        return f"Make {a + b} from {a} and {b}: {a} + {b} = {a + b}"
+
+    texts = ["\n".join([*(example() for _ in range(1 + i % 4)), "Make 57 from"]) for i in range(3 * (MEMBERS + 1))]
+    return [
+        Request(prompt_ids=tuple(tokenizer(text)["input_ids"]), member=member)
+        for text, member in zip(texts, 3 * [None, *range(MEMBERS)], strict=True)
+    ]
+
+
+def answers(engine: Engine, requests: Sequence[Request], at_once: int) -> list[Answer]:
+    """Answers with their log-probabilities, the requests sent in waves."""
+    engine.begin(NoiseSpec(seed=3, step=1, rank=1, sigma=0.004), MEMBERS)
+    waves = [requests[first : first + at_once] for first in range(0, len(requests), at_once)]
+    return [(found.token_ids, found.logprobs) for wave in waves for found in engine.generate(wave, GREEDY)]
+
+
+@pytest.mark.model
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_an_answer_of_the_real_model_depends_on_nothing_but_its_request(
+    dtype: str, embedded_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    requests = requests_of(embedded_model)
+    config = EngineConfig(dtype=dtype, kv_cache_gib=0.1, max_sequences=64, threads=2)
+    with_logprobs: dict[str, Any] = {"rank": 1, "max_model_len": 256, "logprobs": True}
+    engine = Engine(embedded_model, config, slots=MEMBERS, **with_logprobs)
+    try:
+        together = answers(engine, requests, len(requests))
+        assert len({token_ids for token_ids, _ in together}) > len(requests) // 2
+        assert answers(engine, requests, len(requests)) == together
+        assert answers(engine, requests, 1) == together
+        order = random.Random(1).sample(range(len(requests)), len(requests))
+        shuffled = dict(zip(order, answers(engine, [requests[i] for i in order], 5), strict=True))
+        assert [shuffled[i] for i in range(len(requests))] == together
+    finally:
+        engine.close()
+
+    engine_args: Callable[..., Any] = engine_module._engine_args
+
+    def in_chunks(*args: Any, **kwargs: Any) -> Any:
+        found = engine_args(*args, **kwargs)
+        found.max_num_batched_tokens = 50  # shorter than most prompts
+        return found
+
+    monkeypatch.setattr(engine_module, "_engine_args", in_chunks)
+    config = EngineConfig(dtype=dtype, kv_cache_gib=0.1, max_sequences=3, threads=1)
+    other = Engine(embedded_model, config, slots=2, prefix_caching=False, **with_logprobs)
+    try:
+        assert answers(other, requests, len(requests)) == together
+    finally:
+        other.close()
