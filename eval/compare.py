@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from eggroll_llm.config.recipe import flat
+from eggroll_llm.config.compare import flat
 from eggroll_llm.errors import RunDirError, SamplesError
 from eggroll_llm.records.answers import TASK, Sample
 from eggroll_llm.records.diagnosis import diagnose

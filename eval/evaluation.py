@@ -13,19 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from eggroll_llm.config.flags import apply_overrides, flags_by_key
-from eggroll_llm.config.recipe import (
-    ChatConfig,
-    EngineConfig,
-    EsConfig,
-    RewardConfig,
-    RunConfig,
-    parse_table,
-    sourced,
-    validate,
-)
+from eggroll_llm.config.parse import parse_table
+from eggroll_llm.config.recipe import sourced
+from eggroll_llm.config.rules import validate
+from eggroll_llm.config.schema import ChatConfig, EngineConfig, RewardConfig, RunConfig
 from eggroll_llm.config.toml import Origin, Sourced
 from eggroll_llm.engine.interface import Decoding, Progress
 from eggroll_llm.errors import ConfigError
+from eggroll_llm.es.settings import EsSettings
 from eggroll_llm.models.resolve import model_identity
 from eggroll_llm.records.answers import Sample, SampleFile
 from eggroll_llm.system import signals
@@ -36,7 +31,7 @@ from eggroll_llm.tasks.chat import check_chat, is_chat
 from eggroll_llm.tasks.load import PATH_OPTIONS
 from eggroll_llm.tasks.prompts import ProblemSet, Prompter, needed_context, set_hash
 from eggroll_llm.training.evaluation import Grader, answer, grade_again
-from eggroll_llm.training.session import context_limit
+from eggroll_llm.training.prepare import context_limit
 from eval import lm_eval
 from eval.questions import DEFAULT_MAX_TOKENS, Protocol, Questions, lm_eval_questions, task_questions
 from eval.subject import Subject
@@ -131,7 +126,7 @@ def settings_for(
         if protocol == "task" and name == config.task and not how.get("max_tokens"):
             how["max_tokens"] = config.eval.max_tokens or config.sampling.max_tokens
     changed = parse_table(Changeable, apply_overrides(Changeable, base, flags), where="", source="flags")
-    step = EsConfig(sigma=1.0, learning_rate=1.0)
+    step = EsSettings(sigma=1.0, learning_rate=1.0)
     ranges = RunConfig(task="-", steps=1, es=step, chat=changed.chat, engine=changed.engine, reward=changed.reward)
     validate(ranges, Origin(name="flags", flags=flags_by_key(flags)))
     settings = Settings(

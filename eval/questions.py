@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from eggroll_llm.config.recipe import RewardConfig
+from eggroll_llm.config.schema import RewardConfig
 from eggroll_llm.errors import ConfigError
 from eggroll_llm.records.answers import TASK
 from eggroll_llm.tasks.load import load_task

@@ -15,7 +15,9 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any, Literal
 
-from eggroll_llm.config.recipe import RunConfig, applies, differences, flat, load_recipe, may_change
+from eggroll_llm.config.compare import applies, differences, flat, may_change
+from eggroll_llm.config.recipe import load_recipe
+from eggroll_llm.config.schema import RunConfig
 from eggroll_llm.config.toml import format_value
 from eggroll_llm.errors import ConfigError, RunDirError
 from eggroll_llm.models.embedded import called

@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from eggroll_llm.config.recipe import RunConfig, load_recipe
+from eggroll_llm.config.recipe import load_recipe
+from eggroll_llm.config.schema import RunConfig
 from eggroll_llm.errors import ConfigError
 from eggroll_llm.models.architectures import check_tested
 from eggroll_llm.models.files import architecture_of

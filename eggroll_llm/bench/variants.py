@@ -24,12 +24,12 @@ from vllm.model_executor.layers.linear import LinearBase
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.llm_engine import LLMEngine
 
-from eggroll_llm.config.recipe import EngineConfig
+from eggroll_llm.config.schema import EngineConfig
 from eggroll_llm.engine.interface import Request
 from eggroll_llm.engine.vllm.engine import Engine, memory_args
 from eggroll_llm.engine.vllm.weights import forget_linear_weights, repack
+from eggroll_llm.es.estimate import UpdateSpec
 from eggroll_llm.es.noise import NoiseSpec
-from eggroll_llm.es.update import UpdateSpec
 from eggroll_llm.kernels.noise import served_factors_of
 from eggroll_llm.models.targets import TARGET_MODULES, trained_parameters
 from eggroll_llm.system.hardware import resolve_dtype

@@ -86,7 +86,8 @@ def _text(flag: str, pending: Iterator[str]) -> str:
 
 def _kind(flag: str) -> str:
     """What to write after a flag: its choices, or VALUE."""
-    from eggroll_llm.config.recipe import RunConfig, field_help
+    from eggroll_llm.config.help import field_help
+    from eggroll_llm.config.schema import RunConfig
 
     kinds = {row.key: row.kind for row in field_help(RunConfig)}
     kind = kinds.get(_key(flag), "")

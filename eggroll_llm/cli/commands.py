@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from eggroll_llm.cli.display import ConsoleDisplay
-    from eggroll_llm.config.recipe import RunConfig
+    from eggroll_llm.config.schema import RunConfig
     from eggroll_llm.records.run_dir import OnExisting
     from eggroll_llm.training.harness import Display
     from eggroll_llm.training.session import Outcome
@@ -45,7 +45,7 @@ def run_train(options: argparse.Namespace, settings: list[tuple[str, str]]) -> i
 
     if options.dry_run:
         from eggroll_llm.training.budget import budget
-        from eggroll_llm.training.session import prepare
+        from eggroll_llm.training.prepare import prepare
         from eggroll_llm.training.step_time import estimate_lines, measure
 
         prepared = prepare(config, recipe_dir, memory=False)
@@ -60,7 +60,8 @@ def run_train(options: argparse.Namespace, settings: list[tuple[str, str]]) -> i
 
 def run_resume(options: argparse.Namespace, settings: list[tuple[str, str]]) -> int:
     """Go on with a run by its own configuration, with those of the settings changed that may change."""
-    from eggroll_llm.config.recipe import check_resume, load_recipe
+    from eggroll_llm.config.compare import check_resume
+    from eggroll_llm.config.recipe import load_recipe
     from eggroll_llm.records.run_dir import RunDir
 
     run = RunDir.open(options.run)
@@ -100,7 +101,7 @@ def _train(
 
 def _twice_as_long(config: "RunConfig") -> list[str]:
     """The flags with which a run that has reached its limits goes on; none where a schedule holds it to its steps."""
-    from eggroll_llm.config.recipe import is_scheduled
+    from eggroll_llm.config.compare import is_scheduled
 
     if config.steps and is_scheduled(config):
         return []

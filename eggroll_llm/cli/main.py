@@ -12,8 +12,8 @@ from typing import NoReturn, TextIO
 
 from eggroll_llm.cli import commands
 from eggroll_llm.cli.arguments import SETTINGS, check_no_rest, split
+from eggroll_llm.config.compare import MAY_CHANGE
 from eggroll_llm.config.flags import whole_number
-from eggroll_llm.config.recipe import MAY_CHANGE
 from eggroll_llm.errors import ConfigError, UserError
 from eggroll_llm.system import installed, signals
 from eggroll_llm.system.invocation import NAME, command, find_own_packages_first, leave_working_directory
@@ -254,7 +254,7 @@ def _command(
 
 def _setting_keys() -> list[str]:
     from eggroll_llm.config.parse import all_keys
-    from eggroll_llm.config.recipe import RunConfig
+    from eggroll_llm.config.schema import RunConfig
 
     return list(all_keys(RunConfig))
 
@@ -267,7 +267,8 @@ class _ListSettings(argparse.Action):
     """Lists the settings and ends, like --help: no recipe is needed."""
 
     def __call__(self, parser: argparse.ArgumentParser, *rest: object) -> NoReturn:
-        from eggroll_llm.config.recipe import RunConfig, field_help
+        from eggroll_llm.config.help import field_help
+        from eggroll_llm.config.schema import RunConfig
 
         for row in field_help(RunConfig):
             print(f"--{row.key} ({row.kind}{', default ' + row.default if row.default else ''})\n      {row.doc}")

@@ -24,15 +24,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from eggroll_llm.config.compare import applies, flat, may_change
 from eggroll_llm.config.parse import parse_table
-from eggroll_llm.config.recipe import RunConfig, applies, flat, load_recipe, may_change
+from eggroll_llm.config.recipe import load_recipe
+from eggroll_llm.config.schema import RunConfig
 from eggroll_llm.config.toml import format_value, read_toml
 from eggroll_llm.errors import ConfigError, RunDirError
 from eggroll_llm.records.run_dir import RunDir
 from eggroll_llm.records.weights import final_step
 from eggroll_llm.system.files import describe_failure
 from eggroll_llm.system.invocation import child_python
-from eggroll_llm.training.session import settle
+from eggroll_llm.training.prepare import settle
 
 Flags = list[tuple[str, str]]
 NAME_BYTES = 200  # of a trial; a folder's may have 255

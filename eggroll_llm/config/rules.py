@@ -12,7 +12,7 @@ from eggroll_llm.config.toml import Origin, format_value, is_unicode
 from eggroll_llm.errors import ConfigError
 
 if TYPE_CHECKING:
-    from eggroll_llm.config.recipe import RunConfig
+    from eggroll_llm.config.schema import RunConfig
 
 # Smallest allowed values; a bound of "> 0" is listed in _POSITIVE.
 _AT_LEAST = {

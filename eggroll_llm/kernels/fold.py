@@ -5,7 +5,7 @@ import ctypes
 import torch
 from torch import Tensor
 
-from eggroll_llm.es.update import Fold, Products, fold_with_torch
+from eggroll_llm.es.estimate import Fold, Products, fold_with_torch
 from eggroll_llm.kernels import build
 from eggroll_llm.kernels.binding import by_dtype, check_array, check_format
 

@@ -11,7 +11,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
-from eggroll_llm.config.recipe import RunConfig, to_toml
+from eggroll_llm.config.recipe import to_toml
+from eggroll_llm.config.schema import RunConfig
 from eggroll_llm.errors import JournalError
 from eggroll_llm.models import embedded
 from eggroll_llm.records.accuracy import accuracy_text

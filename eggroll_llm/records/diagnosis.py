@@ -22,7 +22,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from eggroll_llm.config.recipe import RunConfig
+from eggroll_llm.config.schema import RunConfig
 from eggroll_llm.records.accuracy import accuracy_text, mcnemar, p_text, percent, points, two_shares, wilson
 from eggroll_llm.system.jsonl import number
 

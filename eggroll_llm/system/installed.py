@@ -18,7 +18,7 @@ from eggroll_llm.errors import InstallError
 from eggroll_llm.system.invocation import NAME, ROOT, command, python_command
 
 if TYPE_CHECKING:
-    from eggroll_llm.config.recipe import RunConfig
+    from eggroll_llm.config.schema import RunConfig
 
 _ENGINE = ("torch", "vllm")
 _BY_PIP = (

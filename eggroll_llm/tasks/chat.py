@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from eggroll_llm.config.recipe import ChatConfig
+from eggroll_llm.config.schema import ChatConfig
 from eggroll_llm.errors import ConfigError, ModelError
 
 if TYPE_CHECKING:

@@ -5,7 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from eggroll_llm.config.recipe import RewardConfig, parse_table
+from eggroll_llm.config.parse import parse_table
+from eggroll_llm.config.schema import RewardConfig
 from eggroll_llm.config.toml import Sourced
 from eggroll_llm.errors import TaskError
 from eggroll_llm.tasks.countdown import CountdownOptions, load_countdown

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from eggroll_llm.config.recipe import ChatConfig
+from eggroll_llm.config.schema import ChatConfig
 from eggroll_llm.config.toml import is_unicode
 from eggroll_llm.engine.interface import Completion
 from eggroll_llm.errors import ConfigError, ModelError, TaskError

@@ -12,7 +12,7 @@ from eggroll_llm.models.targets import trained_parameters
 from eggroll_llm.system.hardware import available_memory, serves_on_cpu
 
 if TYPE_CHECKING:
-    from eggroll_llm.training.session import Prepared
+    from eggroll_llm.training.prepare import Prepared
 
 GIB = 2**30
 

@@ -22,8 +22,8 @@ from torch import Tensor
 
 from eggroll_llm.engine.interface import Completion, sample_population
 from eggroll_llm.errors import TaskError, TrainingError
+from eggroll_llm.es.estimate import NonFiniteUpdate, UpdateSpec, check_finite
 from eggroll_llm.es.fitness import Fitness, shape_fitness
-from eggroll_llm.es.update import NonFiniteUpdate, UpdateSpec, check_finite
 from eggroll_llm.tasks.order import problems_of_step
 from eggroll_llm.tasks.prompts import ProblemSet
 from eggroll_llm.tasks.task import Score

@@ -26,10 +26,10 @@ from typing import Any
 import torch
 
 import eggroll_llm.engine.vllm  # noqa: F401  # TRL imports vLLM, whose environment this sets
-from eggroll_llm.config.recipe import RunConfig
+from eggroll_llm.config.schema import RunConfig
 from eggroll_llm.engine.interface import Completion, Decoding, Progress, Request, sampling_seed
 from eggroll_llm.errors import TrainingError
-from eggroll_llm.es.update import schedule
+from eggroll_llm.es.optimizer import schedule
 from eggroll_llm.es.weight_change import UpdateReport, sampled_rows, update_report
 from eggroll_llm.models.targets import TARGET_MODULES, is_trained
 from eggroll_llm.tasks.order import problems_of_step

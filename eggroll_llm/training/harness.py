@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from eggroll_llm.config.recipe import RunConfig
+from eggroll_llm.config.schema import RunConfig
 from eggroll_llm.engine.interface import Completion, Decoding
 from eggroll_llm.errors import SamplesError
 from eggroll_llm.models.card import write_card

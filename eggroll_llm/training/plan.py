@@ -1,9 +1,10 @@
 """Configuration and journal entry -> what noise and update take. Shared by training, resuming and replay."""
 
-from eggroll_llm.config.recipe import RunConfig
+from eggroll_llm.config.schema import RunConfig
+from eggroll_llm.es.estimate import UpdateSpec
 from eggroll_llm.es.fitness import Fitness
 from eggroll_llm.es.noise import NoiseSpec
-from eggroll_llm.es.update import OptimizerSettings, UpdateSpec, schedule
+from eggroll_llm.es.optimizer import OptimizerSettings, schedule
 from eggroll_llm.records.journal import JournalEntry
 
 

@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
-from eggroll_llm.config.recipe import RunConfig
+from eggroll_llm.config.schema import RunConfig
 from eggroll_llm.errors import JournalError
-from eggroll_llm.es.update import MasterWeights
+from eggroll_llm.es.masters import MasterWeights
 from eggroll_llm.kernels.fold import fold_for
 from eggroll_llm.kernels.noise import served_factors_of
 from eggroll_llm.models.export import export_model

@@ -6,7 +6,7 @@ interruption cannot explain is repaired silently.
 
 from typing import Any
 
-from eggroll_llm.config.recipe import RunConfig
+from eggroll_llm.config.schema import RunConfig
 from eggroll_llm.errors import CheckpointError, JournalError, RunDirError
 from eggroll_llm.records.checkpoint import Checkpoint, list_checkpoints, load_training_state, newest_valid, remove_after
 from eggroll_llm.records.journal import Journal, JournalHeader

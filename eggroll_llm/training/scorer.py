@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Self
 
-from eggroll_llm.config.recipe import RewardConfig
+from eggroll_llm.config.schema import RewardConfig
 from eggroll_llm.engine.interface import Completion
 from eggroll_llm.errors import TaskError
 from eggroll_llm.records.answers import Graded

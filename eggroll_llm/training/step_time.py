@@ -23,7 +23,7 @@ from eggroll_llm.models.targets import trained_parameters
 from eggroll_llm.system.hardware import serves_on_cpu
 
 if TYPE_CHECKING:
-    from eggroll_llm.training.session import Prepared
+    from eggroll_llm.training.prepare import Prepared
 
 SHORT_ANSWER = 0.25
 """Share of the length limit that answers take in the short estimate."""

@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import IO, Any
 
-from eggroll_llm.config.recipe import LogConfig
+from eggroll_llm.config.schema import LogConfig
 from eggroll_llm.system.files import write_text
 from eggroll_llm.system.installed import import_failure
 from eggroll_llm.system.invocation import child_python

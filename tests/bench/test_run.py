@@ -14,24 +14,26 @@ import pytest
 
 from eggroll_llm.bench import run
 from eggroll_llm.cli.main import main
-from eggroll_llm.config.recipe import RunConfig, to_toml
+from eggroll_llm.config.recipe import to_toml
+from eggroll_llm.config.schema import RunConfig
 from eggroll_llm.errors import ConfigError, UserError
 from eggroll_llm.models.targets import trained_parameters
 from eggroll_llm.training.budget import member_bytes
-from eggroll_llm.training.session import prepare
+from eggroll_llm.training.prepare import prepare
 
 OURS = run.population(2, 4, slots=2)
 
 
 def config(model: Path) -> RunConfig:
-    from eggroll_llm.config.recipe import EngineConfig, EsConfig, SamplingConfig
+    from eggroll_llm.config.schema import EngineConfig, SamplingConfig
+    from eggroll_llm.es.settings import EsSettings
 
     return RunConfig(
         model=str(model),
         task="countdown",
         task_options={"prompt_style": "few_shot", "shots": 1, "test_size": 8, "train_size": 32},
         steps=1,
-        es=EsConfig(population=4, sigma=0.05, learning_rate=0.01),
+        es=EsSettings(population=4, sigma=0.05, learning_rate=0.01),
         sampling=SamplingConfig(max_tokens=4),
         engine=EngineConfig(kv_cache_gib=0.05, dtype="bfloat16"),
     )

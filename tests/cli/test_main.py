@@ -16,7 +16,10 @@ import pytest
 
 from eggroll_llm.cli.commands import _samples_file
 from eggroll_llm.cli.main import main
-from eggroll_llm.config.recipe import RunConfig, field_help, flat, load_recipe
+from eggroll_llm.config.compare import flat
+from eggroll_llm.config.help import field_help
+from eggroll_llm.config.recipe import load_recipe
+from eggroll_llm.config.schema import RunConfig
 from eggroll_llm.errors import TaskError
 from eggroll_llm.models.embedded import DESCRIPTION
 from eggroll_llm.records.diagnosis import Finding

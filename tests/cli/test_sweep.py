@@ -22,7 +22,7 @@ from eggroll_llm.cli.sweep import Planned, read_sweep, run_sweep
 from eggroll_llm.config.recipe import load_recipe, to_toml
 from eggroll_llm.errors import ConfigError, RunDirError
 from eggroll_llm.system.invocation import command
-from eggroll_llm.training.session import settle
+from eggroll_llm.training.prepare import settle
 
 FOLDER = Path(__file__).parents[2] / "recipes"
 RECIPE = """

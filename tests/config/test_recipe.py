@@ -12,22 +12,14 @@ from typing import Any
 
 import pytest
 
-from eggroll_llm.config.recipe import (
-    EsConfig,
-    GrpoConfig,
-    RunConfig,
-    SamplingConfig,
-    check_resume,
-    differences,
-    field_help,
-    frozen_hash,
-    load_recipe,
-    may_change,
-    to_toml,
-    validate,
-)
+from eggroll_llm.config.compare import check_resume, differences, frozen_hash, may_change
+from eggroll_llm.config.help import field_help
+from eggroll_llm.config.recipe import load_recipe, to_toml
+from eggroll_llm.config.rules import validate
+from eggroll_llm.config.schema import GrpoConfig, RunConfig, SamplingConfig
 from eggroll_llm.config.toml import write_toml
 from eggroll_llm.errors import ConfigError
+from eggroll_llm.es.settings import EsSettings
 
 RECIPE = """\
 # two-number Countdown
@@ -60,7 +52,7 @@ def refusal(path: Path, *overrides: tuple[str, str], text: str | None = None) ->
 
 
 def config(**es: Any) -> RunConfig:
-    return RunConfig(task="countdown", steps=10, es=EsConfig(**({"sigma": 0.01, "learning_rate": 0.001} | es)))
+    return RunConfig(task="countdown", steps=10, es=EsSettings(**({"sigma": 0.01, "learning_rate": 0.001} | es)))
 
 
 def test_recipe_fills_in_defaults(recipe: Path) -> None:
@@ -69,7 +61,7 @@ def test_recipe_fills_in_defaults(recipe: Path) -> None:
         task="countdown",
         steps=30,
         task_options={"numbers": 2},
-        es=EsConfig(sigma=0.012, learning_rate=0.0015),
+        es=EsSettings(sigma=0.012, learning_rate=0.0015),
     )
     assert (loaded.model, loaded.method, loaded.seed, loaded.es.population) == (
         "smollm2-135m-instruct",
@@ -243,7 +235,7 @@ def test_the_table_of_another_method_means_nothing(recipe: Path) -> None:
     """One recipe may hold both tables; a run is not another one for what only the other method reads."""
     recipe.write_text(GRPO)
     saved = load_recipe(recipe)
-    now = dataclasses.replace(saved, es=EsConfig(population=31, sigma=0.5))
+    now = dataclasses.replace(saved, es=EsSettings(population=31, sigma=0.5))
     validate(now)
     check_resume(saved, now, saved_in="config.toml")
     assert frozen_hash(saved) == frozen_hash(now)

@@ -6,7 +6,10 @@ from pathlib import Path
 import pytest
 
 from eggroll_llm.cli.sweep import read_sweep
-from eggroll_llm.config.recipe import RunConfig, differences, load_recipe, parse_table, to_toml
+from eggroll_llm.config.compare import differences
+from eggroll_llm.config.parse import parse_table
+from eggroll_llm.config.recipe import load_recipe, to_toml
+from eggroll_llm.config.schema import RunConfig
 from eggroll_llm.tasks.countdown import CountdownOptions
 from eggroll_llm.tasks.gsm8k import Gsm8kOptions
 from eval.runs import OF_THE_METHOD

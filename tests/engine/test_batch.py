@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from eggroll_llm.config.recipe import EngineConfig
+from eggroll_llm.config.schema import EngineConfig
 from eggroll_llm.engine.interface import Decoding, Request
 from eggroll_llm.engine.vllm import engine as engine_module
 from eggroll_llm.engine.vllm import weights

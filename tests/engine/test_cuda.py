@@ -5,8 +5,10 @@ import math
 import pytest
 import torch
 
+from eggroll_llm.es.estimate import UpdateSpec
+from eggroll_llm.es.masters import MasterWeights
 from eggroll_llm.es.noise import NoiseSpec, served_factors_of
-from eggroll_llm.es.update import MasterWeights, OptimizerSettings, UpdateSpec
+from eggroll_llm.es.optimizer import OptimizerSettings
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 

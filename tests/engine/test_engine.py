@@ -20,12 +20,12 @@ from kinds import KINDS
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from eggroll_llm.config.recipe import EngineConfig
+from eggroll_llm.config.schema import EngineConfig
 from eggroll_llm.engine.interface import Decoding, Request, sample_population
 from eggroll_llm.engine.vllm import slots as members
 from eggroll_llm.engine.vllm.engine import Engine
+from eggroll_llm.es.estimate import UpdateSpec
 from eggroll_llm.es.noise import NoiseSpec, served_factors
-from eggroll_llm.es.update import UpdateSpec
 from eggroll_llm.system.hardware import serves_on_cpu
 
 pytestmark = pytest.mark.vllm

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from eggroll_llm.config.recipe import EngineConfig
+from eggroll_llm.config.schema import EngineConfig
 from eggroll_llm.engine.interface import Decoding, Request
 from eggroll_llm.engine.vllm.engine import Engine
 from eggroll_llm.engine.vllm.text import TextRules

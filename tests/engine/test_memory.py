@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 
 from eggroll_llm.bench.worker import resident_gib
-from eggroll_llm.config.recipe import EngineConfig
+from eggroll_llm.config.schema import EngineConfig
 from eggroll_llm.engine.interface import Decoding, Request
 from eggroll_llm.engine.vllm.engine import Engine
+from eggroll_llm.es.estimate import UpdateSpec
 from eggroll_llm.es.noise import NoiseSpec
-from eggroll_llm.es.update import UpdateSpec
 
 pytestmark = pytest.mark.vllm
 

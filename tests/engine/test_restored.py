@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import torch
 
-from eggroll_llm.config.recipe import EngineConfig
+from eggroll_llm.config.schema import EngineConfig
 from eggroll_llm.engine.interface import Decoding, Request
 from eggroll_llm.engine.vllm.engine import Engine
+from eggroll_llm.es.estimate import UpdateSpec
 from eggroll_llm.es.noise import NoiseSpec
-from eggroll_llm.es.update import UpdateSpec
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 

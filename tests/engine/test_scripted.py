@@ -11,7 +11,7 @@ from eggroll_llm.engine.interface import Completion, Decoding, Request
 from eggroll_llm.engine.vllm.engine import Engine
 from eggroll_llm.engine.watchdog import Watchdog
 from eggroll_llm.errors import EngineError, ModelError
-from eggroll_llm.es.update import NonFiniteUpdate
+from eggroll_llm.es.estimate import NonFiniteUpdate
 from eggroll_llm.system.invocation import command
 
 pytestmark = pytest.mark.vllm

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from eggroll_llm.config.recipe import EngineConfig
+from eggroll_llm.config.schema import EngineConfig
 from eggroll_llm.engine.vllm import failures
 from eggroll_llm.engine.watchdog import EXIT_STATUS
 from eggroll_llm.errors import ConfigError, EngineError, ModelError, UserError

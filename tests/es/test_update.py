@@ -7,17 +7,17 @@ from itertools import pairwise
 import pytest
 import torch
 
-from eggroll_llm.es import update as update_module
-from eggroll_llm.es.noise import served_factors, served_factors_of
-from eggroll_llm.es.update import (
-    MasterWeights,
+from eggroll_llm.es.estimate import (
+    LARGEST_GRADIENT,
+    LARGEST_PRODUCT,
     NonFiniteUpdate,
-    OptimizerSettings,
     UpdateSpec,
     estimate,
     pair_coefficients,
-    schedule,
 )
+from eggroll_llm.es.masters import MasterWeights
+from eggroll_llm.es.noise import served_factors, served_factors_of
+from eggroll_llm.es.optimizer import OptimizerSettings, schedule
 
 NAME = "model.layers.0.mlp.up_proj.weight"
 SHAPE = (24, 40)
@@ -119,7 +119,7 @@ def test_chunks_change_the_last_place_only_and_the_same_chunk_not_even_that(rank
 def test_batches_of_parameters_do_not_change_the_bits(monkeypatch):
     together = masters()
     together.apply(spec())
-    monkeypatch.setattr(update_module, "FACTOR_BATCH", 1)
+    monkeypatch.setattr("eggroll_llm.es.estimate.FACTOR_BATCH", 1)
     alone = masters()
     alone.apply(spec())
     assert together.checksum() == alone.checksum()
@@ -307,7 +307,7 @@ def test_an_update_that_might_not_be_finite_is_not_applied(method, changes):
 @pytest.mark.parametrize("method", METHODS)
 def test_the_largest_update_let_through_leaves_everything_finite(method):
     master = masters(method, adam_eps=1e-16, momentum=0.999)
-    largest = update_module.LARGEST_GRADIENT / update_module.LARGEST_PRODUCT / 2
+    largest = LARGEST_GRADIENT / LARGEST_PRODUCT / 2
     for step in range(3):
         report = master.apply(spec(step=step, fitness_M=(largest, -largest), scale="literature", learning_rate=1e6))
         assert report.finite

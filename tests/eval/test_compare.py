@@ -14,7 +14,7 @@ import pytest
 from made_up_runs import PROBLEMS, make_config, write_run
 from rich.console import Console
 
-from eggroll_llm.config.recipe import EngineConfig, EvalConfig, GrpoConfig, SamplingConfig
+from eggroll_llm.config.schema import EngineConfig, EvalConfig, GrpoConfig, SamplingConfig
 from eggroll_llm.errors import ConfigError
 from eval.compare import Comparison, Mean, compare_runs
 from eval.runs import read_runs

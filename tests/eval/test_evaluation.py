@@ -14,9 +14,10 @@ from typing import Any
 
 import pytest
 
-from eggroll_llm.config.recipe import EngineConfig, EsConfig, EvalConfig, RunConfig, SamplingConfig
+from eggroll_llm.config.schema import EngineConfig, EvalConfig, RunConfig, SamplingConfig
 from eggroll_llm.engine.interface import Completion, Decoding, Request
 from eggroll_llm.errors import ConfigError, SamplesError, TaskError
+from eggroll_llm.es.settings import EsSettings
 from eggroll_llm.records.answers import read_samples
 from eval import evaluation, lm_eval
 from eval.evaluation import Settings, evaluate_subject, questions_for, settings_for
@@ -30,7 +31,7 @@ CONFIG = RunConfig(
     task_options={"data_dir": "/data", "grader": "strict"},
     steps=1,
     sampling=SamplingConfig(max_tokens=99),
-    es=EsConfig(population=4, sigma=0.01, learning_rate=0.01),
+    es=EsSettings(population=4, sigma=0.01, learning_rate=0.01),
     engine=EngineConfig(dtype="float32", kv_cache_gib=0.25, max_model_len=64),
 )
 

@@ -12,7 +12,7 @@ import pytest
 from made_up_runs import make_config, write_run
 from numpy.testing import assert_allclose
 
-from eggroll_llm.config.recipe import LogConfig
+from eggroll_llm.config.schema import LogConfig
 from eggroll_llm.records.accuracy import wilson
 from eval import plots
 from eval.runs import Group, group_seeds, read_runs

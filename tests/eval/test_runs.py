@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from made_up_runs import PROBLEMS, make_config, write_run
 
-from eggroll_llm.config.recipe import EngineConfig, LogConfig, SamplingConfig
+from eggroll_llm.config.schema import EngineConfig, LogConfig, SamplingConfig
 from eggroll_llm.errors import ConfigError, RunDirError, SamplesError
 from eggroll_llm.records.weights import write_provenance
 from eval.runs import about, group_seeds, read_runs

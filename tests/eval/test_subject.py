@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from eggroll_llm.config.recipe import EsConfig, RunConfig, to_toml
+from eggroll_llm.config.recipe import to_toml
+from eggroll_llm.config.schema import RunConfig
 from eggroll_llm.errors import CheckpointError, ConfigError, ModelError
+from eggroll_llm.es.settings import EsSettings
 from eggroll_llm.records.checkpoint import save_checkpoint
 from eggroll_llm.records.run_dir import RunDir
 from eggroll_llm.records.weights import final_step, weights_at, write_provenance
@@ -26,7 +28,7 @@ def model(tiny_model: Callable[[str], Path]) -> Path:
 def run(tmp_path: Path, model: Path) -> tuple[Path, RunConfig]:
     """A run of 20 steps, best at 10, with a checkpoint of 10 and no final/."""
     config = RunConfig(
-        model=str(model), task="gsm8k", steps=20, es=EsConfig(population=4, sigma=0.1, learning_rate=0.1)
+        model=str(model), task="gsm8k", steps=20, es=EsSettings(population=4, sigma=0.1, learning_rate=0.1)
     )
     with RunDir.create(tmp_path / "run", to_toml(config)) as run:
         run.journal.write_text("")

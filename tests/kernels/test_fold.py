@@ -4,7 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from eggroll_llm.es.update import MasterWeights, OptimizerSettings, UpdateSpec, fold_with_torch
+from eggroll_llm.es.estimate import UpdateSpec, fold_with_torch
+from eggroll_llm.es.masters import MasterWeights
+from eggroll_llm.es.optimizer import OptimizerSettings
 from eggroll_llm.kernels import build, fold
 
 pytestmark = pytest.mark.skipif(build.library() is None, reason="needs a C++ compiler")

@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from eggroll_llm.config.recipe import EngineConfig
+from eggroll_llm.config.schema import EngineConfig
 from eggroll_llm.engine.interface import Request
 from eggroll_llm.engine.vllm.engine import Engine
+from eggroll_llm.es.estimate import UpdateSpec
 from eggroll_llm.es.noise import NoiseSpec
-from eggroll_llm.es.update import UpdateSpec
 from eggroll_llm.kernels import build, member_term
 
 pytestmark = pytest.mark.vllm

@@ -11,12 +11,14 @@ import pytest
 from kinds import KINDS
 from safetensors.torch import load_file, save_file
 
-from eggroll_llm.config.recipe import EngineConfig, EsConfig, GrpoConfig, RunConfig, SamplingConfig, frozen_hash
+from eggroll_llm.config.compare import frozen_hash
+from eggroll_llm.config.schema import EngineConfig, GrpoConfig, RunConfig, SamplingConfig
 from eggroll_llm.errors import ConfigError, ModelError
+from eggroll_llm.es.settings import EsSettings
 from eggroll_llm.models import architectures
 from eggroll_llm.models.architectures import CPU_HEAD_SIZES, TESTED, check_tested, head_size
 from eggroll_llm.models.resolve import check_model
-from eggroll_llm.training.session import prepare
+from eggroll_llm.training.prepare import prepare
 
 TASK = """
 class Words:
@@ -65,7 +67,7 @@ def config(model: Path, *, insist: bool = False) -> RunConfig:
         task="words.py:Words",
         steps=2,
         sampling=SamplingConfig(max_tokens=20),
-        es=EsConfig(population=4, sigma=0.01, learning_rate=0.01),
+        es=EsSettings(population=4, sigma=0.01, learning_rate=0.01),
         engine=EngineConfig(allow_untested_architecture=insist),
     )
 

@@ -11,13 +11,15 @@ import pytest
 from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 
-from eggroll_llm.config.recipe import EsConfig, EvalConfig, RunConfig, to_toml
+from eggroll_llm.config.recipe import to_toml
+from eggroll_llm.config.schema import EvalConfig, RunConfig
 from eggroll_llm.errors import JournalError
+from eggroll_llm.es.settings import EsSettings
 from eggroll_llm.models.card import card_text, write_card
 from eggroll_llm.records.journal import Journal, JournalEntry, JournalHeader
 
 CONFIG = RunConfig(
-    task="countdown", steps=4, es=EsConfig(population=64, sigma=0.012, learning_rate=1.5e-3), eval=EvalConfig(every=2)
+    task="countdown", steps=4, es=EsSettings(population=64, sigma=0.012, learning_rate=1.5e-3), eval=EvalConfig(every=2)
 )
 IDENTITY = "0123456789abcdef"
 

@@ -5,13 +5,14 @@ from typing import Any
 
 import pytest
 
-from eggroll_llm.config.recipe import EsConfig, EvalConfig, GrpoConfig, RunConfig, SamplingConfig
+from eggroll_llm.config.schema import EvalConfig, GrpoConfig, RunConfig, SamplingConfig
+from eggroll_llm.es.settings import EsSettings
 from eggroll_llm.records.diagnosis import Finding, diagnose, news
 
 ES = RunConfig(
     task="countdown",
     steps=50,
-    es=EsConfig(sigma=0.004, learning_rate=5e-4),
+    es=EsSettings(sigma=0.004, learning_rate=5e-4),
     sampling=SamplingConfig(prompts_per_step=8, max_tokens=12),
 )
 GRPO = dataclasses.replace(

@@ -15,9 +15,11 @@ import torch
 from safetensors import SafetensorError
 
 from eggroll_llm.cli.main import main
-from eggroll_llm.config.recipe import EngineConfig, EsConfig, RunConfig, to_toml
+from eggroll_llm.config.recipe import to_toml
+from eggroll_llm.config.schema import EngineConfig, RunConfig
 from eggroll_llm.errors import CheckpointError
 from eggroll_llm.es.fitness import shape_fitness
+from eggroll_llm.es.settings import EsSettings
 from eggroll_llm.models.files import check_model, model_identity
 from eggroll_llm.records.checkpoint import verify_checkpoint
 from eggroll_llm.records.journal import Journal, JournalHeader
@@ -95,7 +97,7 @@ def test_a_full_disk_under_a_replay_leaves_no_half_model(
 ) -> None:
     """Whole or not at all: the model, and what describes it."""
     base = tiny_model("llama")
-    es = EsConfig(population=4, sigma=0.02, learning_rate=0.01)
+    es = EsSettings(population=4, sigma=0.02, learning_rate=0.01)
     config = RunConfig(model=str(base), task="countdown", steps=1, es=es, engine=EngineConfig(dtype="float32"))
     with RunDir.create(tmp_path / "run", to_toml(config)) as run:
         with Journal.open(run.journal, JournalHeader(frozen_hash="a", base_model=model_identity(base))) as journal:

@@ -23,7 +23,7 @@ from fake_engine import MEMBERS, PROMPTS, Bench, FakeEngine, Near
 from eggroll_llm.cli.main import main
 from eggroll_llm.config.recipe import load_recipe
 from eggroll_llm.engine.interface import Request
-from eggroll_llm.es.update import UpdateSpec
+from eggroll_llm.es.estimate import UpdateSpec
 
 VISITS = {"sampling": 2, "reward": MEMBERS * PROMPTS + 5, "update": 2, "evaluation": 2, "saving": 1}
 """How often a phase is entered until it is that of step 2, evaluations being after steps 0 and 2."""

@@ -17,17 +17,20 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from eggroll_llm.config.recipe import CheckpointConfig, EsConfig, EvalConfig, LogConfig, RunConfig, SamplingConfig
+from eggroll_llm.config.schema import CheckpointConfig, EvalConfig, LogConfig, RunConfig, SamplingConfig
 from eggroll_llm.engine.interface import Completion, Decoding, Request
 from eggroll_llm.engine.watchdog import Watchdog
+from eggroll_llm.es.estimate import UpdateSpec
+from eggroll_llm.es.masters import MasterWeights
 from eggroll_llm.es.noise import NoiseSpec, served_factors
-from eggroll_llm.es.update import MasterWeights, UpdateSpec
+from eggroll_llm.es.settings import EsSettings
 from eggroll_llm.records.journal import read_journal
 from eggroll_llm.tasks.prompts import ProblemSet
 from eggroll_llm.tasks.task import Score
 from eggroll_llm.training import session
 from eggroll_llm.training.harness import Course
 from eggroll_llm.training.plan import optimizer_settings
+from eggroll_llm.training.prepare import Prepared
 
 SHAPES = {"a.weight": (6, 4), "b.weight": (3, 6)}
 MEMBERS, PROMPTS = 8, 3
@@ -37,7 +40,7 @@ CONFIG = RunConfig(
     seed=7,
     steps=4,
     sampling=SamplingConfig(prompts_per_step=PROMPTS, max_tokens=9),
-    es=EsConfig(population=MEMBERS, sigma=0.05, learning_rate=0.02, rank=2),
+    es=EsSettings(population=MEMBERS, sigma=0.05, learning_rate=0.02, rank=2),
     eval=EvalConfig(every=2, problems=5, max_tokens=7),
     checkpoint=CheckpointConfig(every=0, keep=2),
     log=LogConfig(samples=2, completions=4),
@@ -208,7 +211,7 @@ class Bench:
     @contextlib.contextmanager
     def standing_in(self, name: str, config: RunConfig, task: Any) -> Iterator[None]:
         """Within it, a run in the folder of that name gets this task and the stand-in engine."""
-        prepared = session.Prepared(
+        prepared = Prepared(
             config=config,
             task=task,
             model_dir=self.folder,
@@ -216,13 +219,13 @@ class Bench:
             held_out=problem_set(task, "test"),
         )
 
-        def start(prepared: session.Prepared) -> FakeEngine:
+        def start(prepared: Prepared) -> FakeEngine:
             self.engine = FakeEngine(config, self.folder / name / "journal.jsonl")
             self.prepare_engine(self.engine)
             return self.engine
 
         with self.monkeypatch.context() as patch:
-            patch.setattr(session, "prepare", lambda *_: prepared)
+            patch.setattr("eggroll_llm.training.prepare.prepare", lambda *_: prepared)
             patch.setattr(session, "model_identity", lambda _: "fake")
             patch.setattr(session, "start_engine", start)
             yield

@@ -10,7 +10,9 @@ from fuzz_common import DEEP, SECONDS, refused
 from fuzz_graders import as_text, in_time
 
 from eggroll_llm.cli.sweep import read_sweep
-from eggroll_llm.config.recipe import RunConfig, differences, frozen_hash, load_recipe, to_toml
+from eggroll_llm.config.compare import differences, frozen_hash
+from eggroll_llm.config.recipe import load_recipe, to_toml
+from eggroll_llm.config.schema import RunConfig
 from eggroll_llm.config.toml import key_line, read_toml, write_toml
 from eggroll_llm.errors import ConfigError
 from eggroll_llm.system.terminal import inert

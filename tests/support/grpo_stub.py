@@ -20,6 +20,7 @@ from eggroll_llm.engine.interface import Completion, Decoding, Request
 from eggroll_llm.engine.watchdog import Watchdog
 from eggroll_llm.training import session
 from eggroll_llm.training.harness import Course
+from eggroll_llm.training.prepare import Prepared
 
 TASK = """
 import math
@@ -214,7 +215,7 @@ class Bench:
         if method == "es":
             config = dataclasses.replace(config, sampling=dataclasses.replace(config.sampling, samples_per_prompt=1))
 
-        def start(prepared: session.Prepared) -> StubEngine:
+        def start(prepared: Prepared) -> StubEngine:
             self.engine = StubEngine(prepared.model_dir)
             self.prepare_engine(self.engine)
             return self.engine

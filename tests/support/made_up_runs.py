@@ -5,7 +5,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from eggroll_llm.config.recipe import EsConfig, RunConfig, to_toml
+from eggroll_llm.config.recipe import to_toml
+from eggroll_llm.config.schema import RunConfig
+from eggroll_llm.es.settings import EsSettings
 from eggroll_llm.records.answers import TASK, Graded, Sample, write_samples
 from eggroll_llm.records.weights import write_provenance
 from eggroll_llm.system.jsonl import to_json
@@ -16,7 +18,7 @@ ENVIRONMENT = {"time": "2026-01-02T03:04:05+00:00", "python": "3.11.7", "package
 
 def make_config(seed: int = 0, sigma: float = 0.012, **fields: Any) -> RunConfig:
     return RunConfig(
-        **{"task": "countdown", "steps": 4, "es": EsConfig(sigma=sigma, learning_rate=1e-3), "seed": seed, **fields}
+        **{"task": "countdown", "steps": 4, "es": EsSettings(sigma=sigma, learning_rate=1e-3), "seed": seed, **fields}
     )
 
 

@@ -19,7 +19,7 @@ import torch
 from fake_engine import Bench, same_run
 from safetensors.torch import load_file
 
-from eggroll_llm.config.recipe import CheckpointConfig
+from eggroll_llm.config.schema import CheckpointConfig
 from eggroll_llm.errors import UserError
 from eggroll_llm.records.checkpoint import verify_checkpoint
 

@@ -23,7 +23,7 @@ from typing import Any
 import pytest
 import torch
 
-from eggroll_llm.config.recipe import CheckpointConfig
+from eggroll_llm.config.schema import CheckpointConfig
 
 Run = Callable[[str], None]
 """Begins or resumes the run of that name, and makes it to the end."""

@@ -8,24 +8,17 @@ from typing import Any
 
 import pytest
 
-from eggroll_llm.config.recipe import (
-    ChatConfig,
-    EsConfig,
-    EvalConfig,
-    GrpoConfig,
-    RunConfig,
-    SamplingConfig,
-    check_resume,
-    frozen_hash,
-    load_recipe,
-    to_toml,
-    validate,
-)
+from eggroll_llm.config.compare import check_resume, frozen_hash
+from eggroll_llm.config.recipe import load_recipe, to_toml
+from eggroll_llm.config.rules import validate
+from eggroll_llm.config.schema import ChatConfig, EvalConfig, GrpoConfig, RunConfig, SamplingConfig
 from eggroll_llm.engine.interface import Completion, Decoding, Request
 from eggroll_llm.errors import ConfigError, ModelError, TaskError, UserError
+from eggroll_llm.es.settings import EsSettings
 from eggroll_llm.tasks.chat import check_chat
 from eggroll_llm.tasks.prompts import Prompter
 from eggroll_llm.training import session
+from eggroll_llm.training.prepare import Prepared, prepare
 from eval import evaluation
 from eval.evaluation import evaluate_subject, settings_for
 from eval.subject import Subject
@@ -81,12 +74,12 @@ def config(tiny_model: Callable[[str], Path]) -> RunConfig:
         steps=2,
         chat=OFF,
         sampling=SamplingConfig(max_tokens=20),
-        es=EsConfig(population=4, sigma=0.01, learning_rate=0.01),
+        es=EsSettings(population=4, sigma=0.01, learning_rate=0.01),
         eval=EvalConfig(problems=3),
     )
 
 
-def texts(prepared: session.Prepared) -> list[str]:
+def texts(prepared: Prepared) -> list[str]:
     tokenizer = Prompter(prepared.model_dir).tokenizer
     return [tokenizer.decode(prompt) for prompts in (prepared.train, prepared.held_out) for prompt in prompts.prompts]
 
@@ -110,10 +103,10 @@ def test_both_methods_train_and_evaluate_with_them(config: RunConfig, folder: Pa
         sampling=SamplingConfig(max_tokens=20, samples_per_prompt=8, temperature=1.0),
     )
     for each in (config, grpo):
-        prepared = session.prepare(each, folder)
+        prepared = prepare(each, folder)
         assert texts(prepared) == [expected(word) for word in WORDS]
         assert prepared.config.chat == OFF
-    plain = session.prepare(dataclasses.replace(config, chat=ChatConfig()), folder)
+    plain = prepare(dataclasses.replace(config, chat=ChatConfig()), folder)
     assert "<think>" not in "".join(texts(plain))
     assert texts(plain)[0].startswith("<|im_start|>system\nBe kind.<|im_end|>\n")
 
@@ -140,7 +133,7 @@ def test_they_are_set_in_a_recipe_and_by_flags(tmp_path: Path) -> None:
 
 def test_a_run_from_before_there_were_such_settings_resumes(tmp_path: Path) -> None:
     """The hashes are those of the version before; a run that sets one is another run."""
-    es = RunConfig(task="countdown", steps=5, es=EsConfig(sigma=0.01, learning_rate=0.01), task_options={"seed": 1})
+    es = RunConfig(task="countdown", steps=5, es=EsSettings(sigma=0.01, learning_rate=0.01), task_options={"seed": 1})
     grpo = RunConfig(
         task="countdown",
         method="grpo",
@@ -219,13 +212,13 @@ def test_what_would_do_nothing_is_refused_before_the_engine(
     use_template(monkeypatch, template)
     changed = dataclasses.replace(config, chat=ChatConfig(**chat), task_options={"style": style})
     with pytest.raises(kind, match=said):
-        session.prepare(changed, folder)
+        prepare(changed, folder)
 
 
 def test_what_is_the_templates_default_is_no_reason_to_refuse(config: RunConfig, folder: Path) -> None:
     same = ChatConfig(system="Be kind.", template_args={"enable_thinking": True})
-    prepared = session.prepare(dataclasses.replace(config, chat=same), folder)
-    assert texts(prepared) == texts(session.prepare(dataclasses.replace(config, chat=ChatConfig()), folder))
+    prepared = prepare(dataclasses.replace(config, chat=same), folder)
+    assert texts(prepared) == texts(prepare(dataclasses.replace(config, chat=ChatConfig()), folder))
 
 
 def test_a_template_that_cannot_be_parsed_here_is_left_to_transformers(tiny_model: Callable[[str], Path]) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from eggroll_llm.config.recipe import RewardConfig
+from eggroll_llm.config.schema import RewardConfig
 from eggroll_llm.tasks.load import load_task
 from eggroll_llm.tasks.sandbox.process import UserProcess
 from eggroll_llm.tasks.task import Answer, Verdict

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from eggroll_llm.config.recipe import RewardConfig
+from eggroll_llm.config.schema import RewardConfig
 from eggroll_llm.errors import TaskError
 from eggroll_llm.tasks.load import load_task
 from eggroll_llm.tasks.modules import find_modules

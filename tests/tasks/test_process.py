@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from eggroll_llm.config.recipe import RewardConfig
+from eggroll_llm.config.schema import RewardConfig
 from eggroll_llm.engine.interface import Completion
 from eggroll_llm.errors import TaskError
 from eggroll_llm.records.answers import Graded

@@ -8,18 +8,19 @@ from typing import Any
 
 import pytest
 
-from eggroll_llm.config.recipe import EngineConfig, EsConfig, GrpoConfig, RunConfig, SamplingConfig
+from eggroll_llm.config.schema import EngineConfig, GrpoConfig, RunConfig, SamplingConfig
 from eggroll_llm.errors import ConfigError
+from eggroll_llm.es.settings import EsSettings
 from eggroll_llm.models.files import tensor_shapes
 from eggroll_llm.tasks.prompts import ProblemSet
 from eggroll_llm.training.budget import GIB, budget, check_memory
-from eggroll_llm.training.session import Prepared
+from eggroll_llm.training.prepare import Prepared
 from eggroll_llm.training.step_time import Machine, Model, estimate_lines, measure, model_sizes, sampled, step_seconds
 
 # Of a layer: q and o 128 x 128, k and v 64 x 128, gate and up 256 x 128, down 128 x 256; two layers.
 WEIGHTS = 2 * (2 * 128 * 128 + 2 * 64 * 128 + 3 * 256 * 128)
 WIDTH = 2 * (2 * (128 + 128) + 2 * (64 + 128) + 3 * (256 + 128))
-ES = EsConfig(population=6, sigma=0.01, learning_rate=0.01, rank=4)
+ES = EsSettings(population=6, sigma=0.01, learning_rate=0.01, rank=4)
 
 
 def prepared(model_dir: Path, **changes: Any) -> Prepared:

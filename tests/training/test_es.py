@@ -26,10 +26,10 @@ from fake_engine import (
 )
 from safetensors.torch import load_file
 
-from eggroll_llm.config.recipe import CheckpointConfig, EvalConfig, LogConfig, RewardConfig, SamplingConfig
+from eggroll_llm.config.schema import CheckpointConfig, EvalConfig, LogConfig, RewardConfig, SamplingConfig
 from eggroll_llm.engine.interface import Decoding, Request
 from eggroll_llm.errors import EngineError, TaskError, TrainingError
-from eggroll_llm.es.update import NonFiniteUpdate, UpdateSpec
+from eggroll_llm.es.estimate import NonFiniteUpdate, UpdateSpec
 from eggroll_llm.records.answers import TASK, read_samples
 from eggroll_llm.records.checkpoint import verify_checkpoint
 from eggroll_llm.records.journal import read_journal

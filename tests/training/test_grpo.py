@@ -33,6 +33,7 @@ from eggroll_llm.training import es as trainer
 from eggroll_llm.training import grpo, session
 from eggroll_llm.training.grpo_weights import checkpoint_tensors
 from eggroll_llm.training.harness import Loop
+from eggroll_llm.training.prepare import prepare
 from eggroll_llm.training.scorer import Scorer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -424,15 +425,15 @@ def test_without_trl_one_line_says_what_to_install(
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in gone else find(name))
     recipe = write_recipe(bench.folder, bench.model)
     with pytest.raises(InstallError):
-        session.prepare(load_recipe(recipe), bench.folder)
+        prepare(load_recipe(recipe), bench.folder)
     assert main(["train", str(recipe), "--dry-run"]) == 2
     error = capsys.readouterr().err
     assert error.startswith('error: method = "grpo" needs trl, not installed here. Run: ')
     assert " -m pip install 'trl" in error  # with its versions, so quoted
     gone |= {"peft"}
     with pytest.raises(InstallError, match="needs trl and peft, not installed"):
-        session.prepare(load_recipe(recipe, [("grpo.lora_rank", "2")]), bench.folder)
-    session.prepare(load_recipe(recipe, [("method", "es"), ("sampling.samples_per_prompt", "1")]), bench.folder)
+        prepare(load_recipe(recipe, [("grpo.lora_rank", "2")]), bench.folder)
+    prepare(load_recipe(recipe, [("method", "es"), ("sampling.samples_per_prompt", "1")]), bench.folder)
 
 
 @dataclasses.dataclass
@@ -552,7 +553,7 @@ def test_it_learns_what_trl_learns_with_its_own_rollouts(tmp_path: Path, tiny_mo
     outcome = session.train(config, tmp_path, tmp_path / "run", "fail", Recorder())
     ours = [row["reward/mean"] for row in outcome.metrics[1:]]
 
-    prepared = session.prepare(config, tmp_path)
+    prepared = prepare(config, tmp_path)
     theirs: list[float] = []
 
     def reward(prompts: list[str], completions: list[str], **_: Any) -> list[float]:

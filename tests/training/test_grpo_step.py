@@ -18,15 +18,17 @@ from kinds import KINDS
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from eggroll_llm.config.recipe import RunConfig, load_recipe
+from eggroll_llm.config.recipe import load_recipe
+from eggroll_llm.config.schema import RunConfig
 from eggroll_llm.engine.interface import Completion, Request
 from eggroll_llm.models.targets import trained_parameters
 from eggroll_llm.records.journal import Journal, JournalHeader
 from eggroll_llm.records.run_dir import RunDir
-from eggroll_llm.training import grpo_trl, session
+from eggroll_llm.training import grpo_trl
 from eggroll_llm.training.grpo import GrpoTrainer
 from eggroll_llm.training.grpo_weights import checkpoint_tensors
 from eggroll_llm.training.harness import Loop
+from eggroll_llm.training.prepare import Prepared, prepare
 from eggroll_llm.training.scorer import Scorer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -41,7 +43,7 @@ class Step:
 
     trainer: GrpoTrainer
     engine: StubEngine
-    prepared: session.Prepared
+    prepared: Prepared
 
     def make(self) -> dict[str, Tensor]:
         self.trainer.run()
@@ -74,7 +76,7 @@ def step_of(tmp_path: Path, tiny_model: Callable[[str], Path]) -> Iterator[Calla
             grpo=dataclasses.replace(config.grpo, **{**GRPO, **grpo}),
             sampling=dataclasses.replace(config.sampling, **(sampling or {})),
         )
-        prepared = session.prepare(config, tmp_path)
+        prepared = prepare(config, tmp_path)
         engine = StubEngine(tiny_model(kind))
         run = opened.enter_context(RunDir.create(Path(tempfile.mkdtemp(dir=tmp_path)) / "run", ""))
         header = JournalHeader(frozen_hash="a" * 64, base_model="0" * 16)

@@ -5,10 +5,12 @@ import dataclasses
 import pytest
 import torch
 
-from eggroll_llm.config.recipe import EsConfig, RunConfig
+from eggroll_llm.config.schema import RunConfig
+from eggroll_llm.es.estimate import UpdateSpec
 from eggroll_llm.es.fitness import Fitness
 from eggroll_llm.es.noise import NoiseSpec
-from eggroll_llm.es.update import OptimizerSettings, UpdateSpec
+from eggroll_llm.es.optimizer import OptimizerSettings
+from eggroll_llm.es.settings import EsSettings
 from eggroll_llm.records.journal import JournalEntry
 from eggroll_llm.training.plan import (
     learning_rate_at,
@@ -25,7 +27,7 @@ FITNESS = Fitness(fitness_M=torch.tensor([0.1, -1.0, 0.0, 0.0]), dropped=(2, 3),
 
 def config(**es: object) -> RunConfig:
     settings = {"population": 4, "sigma": 0.01, "learning_rate": 0.002, "rank": 3} | es
-    return RunConfig(task="countdown", seed=9, steps=5, es=EsConfig(**settings))  # type: ignore[arg-type]
+    return RunConfig(task="countdown", seed=9, steps=5, es=EsSettings(**settings))  # type: ignore[arg-type]
 
 
 def test_noise_changes_every_step_unless_it_is_reused() -> None:

@@ -10,10 +10,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from eggroll_llm.config.recipe import EngineConfig, EsConfig, RunConfig
+from eggroll_llm.config.schema import EngineConfig, RunConfig
 from eggroll_llm.errors import JournalError
 from eggroll_llm.es.fitness import shape_fitness
-from eggroll_llm.es.update import MasterWeights
+from eggroll_llm.es.masters import MasterWeights
+from eggroll_llm.es.settings import EsSettings
 from eggroll_llm.models.files import model_identity
 from eggroll_llm.models.targets import trained_parameters
 from eggroll_llm.records.journal import Journal, JournalEntry, JournalHeader
@@ -29,7 +30,7 @@ def base(tiny_model: Callable[[str], Path]) -> Path:
 
 
 def config(base: Path, **changes: Any) -> RunConfig:
-    es = EsConfig(
+    es = EsSettings(
         population=6,
         sigma=0.02,
         learning_rate=0.01,

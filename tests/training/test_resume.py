@@ -21,16 +21,10 @@ from safetensors.torch import load_file
 
 from eggroll_llm.cli.display import ConsoleDisplay
 from eggroll_llm.cli.main import main
-from eggroll_llm.config.recipe import (
-    CheckpointConfig,
-    EvalConfig,
-    RunConfig,
-    applies,
-    field_help,
-    flat,
-    load_recipe,
-    may_change,
-)
+from eggroll_llm.config.compare import applies, flat, may_change
+from eggroll_llm.config.help import field_help
+from eggroll_llm.config.recipe import load_recipe
+from eggroll_llm.config.schema import CheckpointConfig, EvalConfig, RunConfig
 from eggroll_llm.engine.vllm.text import TextRules
 from eggroll_llm.errors import CheckpointError, ConfigError, JournalError, RunDirError
 from eggroll_llm.records.answers import read_samples

@@ -12,19 +12,14 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from eggroll_llm.config.recipe import (
-    EngineConfig,
-    EsConfig,
-    EvalConfig,
-    RunConfig,
-    SamplingConfig,
-    load_recipe,
-    to_toml,
-)
+from eggroll_llm.config.recipe import load_recipe, to_toml
+from eggroll_llm.config.schema import EngineConfig, EvalConfig, RunConfig, SamplingConfig
 from eggroll_llm.errors import ConfigError, JournalError, ModelError, RunDirError, TaskError
+from eggroll_llm.es.settings import EsSettings
 from eggroll_llm.records.run_dir import RunDir
 from eggroll_llm.training import session
-from eggroll_llm.training.session import context_limit, outcome, prepare, settle, train
+from eggroll_llm.training.prepare import Prepared, context_limit, prepare, settle
+from eggroll_llm.training.session import outcome, train
 
 TASK = """
 class Words:
@@ -53,7 +48,7 @@ def config(tiny_model: Callable[[str], Path]) -> RunConfig:
         task="tasks/words.py:Words",
         steps=2,
         sampling=SamplingConfig(max_tokens=20),
-        es=EsConfig(population=4, sigma=0.01, learning_rate=0.01),
+        es=EsSettings(population=4, sigma=0.01, learning_rate=0.01),
         eval=EvalConfig(problems=3),
     )
 
@@ -94,7 +89,7 @@ def test_training_problems_that_are_asked_like_a_held_out_one_are_left_out(
         (folder / name).write_text(ASKED.format(words={"train": list(train), "test": list(test)}))
         return dataclasses.replace(config, task=f"{name}:Words", **changes)
 
-    def words(found: session.Prepared) -> tuple[str, str]:
+    def words(found: Prepared) -> tuple[str, str]:
         splits = (found.train.problems, found.held_out.problems)
         train, held_out = ("".join(problem["word"] for problem in problems) for problems in splits)
         return train, held_out
@@ -110,7 +105,7 @@ def test_training_problems_that_are_asked_like_a_held_out_one_are_left_out(
     with pytest.raises(TaskError, match="every training problem has the prompt of a held-out one"):
         prepare(changed("ab", "bax"), folder)
 
-    def start(prepared: session.Prepared) -> None:
+    def start(prepared: Prepared) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(session, "start_engine", start)
@@ -288,8 +283,8 @@ class Quiet:
             {"task": "tasks/other.py:Words"},
             'task was "{folder}/tasks/words.py:Words" and is now "{folder}/tasks/other.py',
         ),
-        ({"es": EsConfig(population=6, sigma=0.01, learning_rate=0.01)}, "es.population was 4 and is now 6"),
-        ({"es": EsConfig(population=4, sigma=0.02, learning_rate=0.01)}, "es.sigma was 0.01 and is now 0.02"),
+        ({"es": EsSettings(population=6, sigma=0.01, learning_rate=0.01)}, "es.population was 4 and is now 6"),
+        ({"es": EsSettings(population=4, sigma=0.02, learning_rate=0.01)}, "es.sigma was 0.01 and is now 0.02"),
         ({"seed": 1}, "seed was 0 and is now 1"),
         ({"task_options": {"chat": True}}, "task_options.chat was not set and is now true"),
         ({"eval": EvalConfig(problems=2)}, "eval.problems was 3 and is now 2"),

@@ -14,7 +14,8 @@ from process_tree import ROOT, ProcessTree, wait_for
 
 from eggroll_llm.cli.commands import GO_ON
 from eggroll_llm.cli.main import main
-from eggroll_llm.config.recipe import CheckpointConfig, to_toml
+from eggroll_llm.config.recipe import to_toml
+from eggroll_llm.config.schema import CheckpointConfig
 from eggroll_llm.engine.interface import Completion, Decoding, Request
 from eggroll_llm.records.journal import read_journal
 from eggroll_llm.system.invocation import command

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from fake_engine import CONFIG, Bench, Near, rows, same_run
 
-from eggroll_llm.config.recipe import LogConfig
+from eggroll_llm.config.schema import LogConfig
 from eggroll_llm.tasks.task import Score
 from eggroll_llm.training import trackers
 from eggroll_llm.training.trackers import Trackers

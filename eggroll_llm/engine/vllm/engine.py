@@ -22,15 +22,16 @@ from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.llm_engine import LLMEngine
 
-from eggroll_llm.config.recipe import EngineConfig
+from eggroll_llm.config.schema import EngineConfig
 from eggroll_llm.engine.interface import Completion, Decoding, Progress, Request
 from eggroll_llm.engine.vllm.failures import call_error, start_error
 from eggroll_llm.engine.vllm.text import TextRules, before_stop
 from eggroll_llm.engine.vllm.worker import UpdateTimes
 from eggroll_llm.engine.watchdog import Watchdog
 from eggroll_llm.errors import EngineError, ModelError, UserError
+from eggroll_llm.es.estimate import NonFiniteUpdate, UpdateSpec
 from eggroll_llm.es.noise import NoiseSpec
-from eggroll_llm.es.update import NonFiniteUpdate, OptimizerSettings, UpdateSpec
+from eggroll_llm.es.optimizer import OptimizerSettings
 from eggroll_llm.models.export import export_model
 from eggroll_llm.models.targets import TARGET_MODULES, trained_parameters
 from eggroll_llm.system.hardware import resolve_dtype

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from vllm import ModelRegistry
 
-from eggroll_llm.config.recipe import EngineConfig
+from eggroll_llm.config.schema import EngineConfig
 from eggroll_llm.errors import ConfigError, EngineError, ModelError, UserError
 from eggroll_llm.models.architectures import TESTED
 from eggroll_llm.models.files import architecture_of

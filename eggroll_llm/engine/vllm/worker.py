@@ -26,8 +26,10 @@ from eggroll_llm.engine.vllm.layers import Layer, find_layers
 from eggroll_llm.engine.vllm.slots import FactorBank, MemberSlots, PaddedBuffers, RowBuffers
 from eggroll_llm.engine.vllm.weights import ServedWeights, initial_weights, keep_linear_weights
 from eggroll_llm.engine.vllm.whole_model import WholeModel, count_ranks_uncompiled
+from eggroll_llm.es.estimate import UpdateSpec
+from eggroll_llm.es.masters import MasterWeights
 from eggroll_llm.es.noise import NoiseSpec
-from eggroll_llm.es.update import MasterWeights, OptimizerSettings, UpdateSpec
+from eggroll_llm.es.optimizer import OptimizerSettings
 from eggroll_llm.es.weight_change import UpdateReport
 from eggroll_llm.kernels.fold import fold_for
 from eggroll_llm.kernels.member_term import AddTerm, graph_operator, implementation

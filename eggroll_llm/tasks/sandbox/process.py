@@ -11,7 +11,7 @@ import json
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from eggroll_llm.config.recipe import RewardConfig
+from eggroll_llm.config.schema import RewardConfig
 from eggroll_llm.config.toml import write_toml
 from eggroll_llm.errors import TaskError
 from eggroll_llm.system.closing import Closing

@@ -1,0 +1,204 @@
+""""""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from eggroll_llm.es.noise import NoiseSpec, Shape, served_factors_of
+
+# Pairs in one GEMM. Part of the bits: a journal replayed with another value would differ in the last place.
+PAIR_CHUNK = 64
+# Random values generated in one call. Small parameters share a call, which saves most of its overhead.
+FACTOR_BATCH = 1 << 23
+
+# No normal exceeds sqrt(62 ln 2) = 6.56, 6.6 after rounding to bf16: no entry of E exceeds 44 sqrt(r).
+LARGEST_PRODUCT = 44.0
+# Up to these, no optimizer's state and no step can overflow: see `check_finite`.
+LARGEST_GRADIENT = 1e12
+LARGEST_LEARNING_RATE = 1e6
+
+FactorSource = Callable[
+    [NoiseSpec, Tensor, Sequence[Shape], torch.dtype, torch.device | str], dict[str, tuple[Tensor, Tensor]]
+]
+"""`served_factors_of`, or something that remembers what it returned."""
+
+Products = list[tuple[Tensor, Tensor]]
+"""Columns [K * R, O] and [K * R, I] of each chunk of pairs, float32. The sum of their products is the estimate."""
+
+Fold = Callable[[Tensor, Products, Tensor | None], None]
+"""Adds the sum of products to a float32 matrix [O, I] in place, and writes its rounding into the third, if any."""
+
+
+class NonFiniteUpdate(ArithmeticError):  # noqa: N818 - it names what was refused
+    """An update could give weights that are not finite. It was not applied, nothing has changed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class UpdateSpec:
+    """Everything that an update depends on besides the weights: what the journal records."""
+
+    step: int
+    """Step that the update ends."""
+    noise_step: int
+    """Step that the noise was first used in; differs from `step` when noise is reused."""
+    seed: int
+    """Seed of the run."""
+    rank: int
+    """Rank of the perturbations."""
+    sigma: float
+    """Standard deviation of a weight's perturbation in this step."""
+    learning_rate: float
+    """Learning rate of this step: under scale "rms" and SGD, the root-mean-square change of a weight."""
+    fitness_M: tuple[float, ...]
+    """Fitness of every member of the population, 0 for dropped ones."""
+    antithetic: bool = True
+    """Members 2p and 2p + 1 are twins with opposite signs."""
+    scale: Literal["rms", "literature"] = "rms"
+    """How the estimate is normalised."""
+
+    @property
+    def noise(self) -> NoiseSpec:
+        """Return what the factors are rebuilt from."""
+        return NoiseSpec(seed=self.seed, step=self.noise_step, rank=self.rank, sigma=self.sigma)
+
+
+def pair_coefficients(fitness_M: Sequence[float], antithetic: bool) -> Tensor:
+    """Return c_K, float64: the fitness of a pair's first member minus its twin's; without twins, the fitness.
+
+    Raises ValueError when the number of members is odd although they come in antithetic pairs.
+    """
+    fitness = torch.tensor(fitness_M, dtype=torch.float64)
+    if not antithetic:
+        return fitness
+    if len(fitness) % 2:
+        raise ValueError(f"{len(fitness)} members: antithetic pairs need an even number")
+    return fitness[0::2] - fitness[1::2]
+
+
+def estimate_coefficients(spec: UpdateSpec) -> Tensor:
+    """Return the factor of each E_k in the estimate, float64 [K]; all zero when no pair differs.
+
+    Raises ValueError on an unknown scale.
+    """
+    if spec.scale not in ("rms", "literature"):
+        raise ValueError(f"update_scale = {spec.scale!r}: must be one of rms, literature")
+    c_K = pair_coefficients(spec.fitness_M, spec.antithetic)
+    if not c_K.any():
+        return c_K
+    return c_K / (c_K.norm() if spec.scale == "rms" else math.sqrt(len(spec.fitness_M)))
+
+
+def check_finite(spec: UpdateSpec) -> None:
+    """Raise NonFiniteUpdate unless the update is certain to leave finite weights and optimizer state finite.
+
+    Nothing has to be computed for it: a bound g on every entry of the estimate follows from the coefficients.
+    Momentum is then at most g / (1 - momentum), Adam's averages at most g and g^2, and a step at most
+    learning_rate times g, g / (1 - momentum) or g / eps: with the limits here all stay far inside float32 and
+    bf16 (3e38).
+    """
+    coefficient_K = estimate_coefficients(spec)
+    gradient = LARGEST_PRODUCT * math.sqrt(spec.rank) * float(coefficient_K.abs().sum())
+    largest = float(coefficient_K.abs().max()) if len(coefficient_K) else 0.0
+    over_sigma = largest * max(1.0, abs(spec.learning_rate)) / spec.sigma
+    for what, value, limit in (
+        ("learning_rate", abs(spec.learning_rate), LARGEST_LEARNING_RATE),
+        ("largest entry that the estimate could have", gradient, LARGEST_GRADIENT),
+        (
+            "largest pair coefficient, times the learning rate if above 1, over sigma",
+            over_sigma,
+            torch.finfo(torch.float32).max,
+        ),
+    ):
+        if not value <= limit:
+            found = f"{what} is {value:g}, the limit is {limit:g}"
+            raise NonFiniteUpdate(f"update of step {spec.step} not applied: {found}")
+
+
+@contextmanager
+def _full_precision() -> Iterator[None]:
+    """Keep float32 GEMMs float32 (no TF32 on CUDA, no bf16 on CPU), whatever the process has set."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def estimate(
+    name: str,
+    shape: tuple[int, int],
+    spec: UpdateSpec,
+    served_dtype: torch.dtype,
+    *,
+    chunk: int = PAIR_CHUNK,
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """Return the estimate G of one parameter [out features, in features], float32 [O, I]."""
+    weight_K = product_weights(spec, 1.0)
+    G_OI = torch.zeros(shape, device=device)
+    for _, products in weighted_products(
+        [(name, *shape)], spec.noise, weight_K, served_dtype, chunk, device, served_factors_of
+    ):
+        fold_with_torch(G_OI, products, None)
+    return G_OI
+
+
+def product_weights(spec: UpdateSpec, scale: float) -> Tensor:
+    """Return the factor of each A_k B_k^T in scale * G, float64 [K].
+
+    The factors hold sigma * E. Dividing here costs K divisions instead of O * I.
+    """
+    return scale * estimate_coefficients(spec) / spec.sigma
+
+
+def weighted_products(
+    shapes: Sequence[Shape],
+    noise: NoiseSpec,
+    weight_K: Tensor,
+    served_dtype: torch.dtype,
+    chunk: int,
+    device: torch.device | str,
+    factors_of: FactorSource,
+) -> Iterator[tuple[str, Products]]:
+    """Yield name and weighted factors of each parameter."""
+    weight_K = weight_K.to(device=device, dtype=torch.float32)
+    chunks = torch.arange(len(weight_K)).split(chunk)
+    for batch in _batches(shapes, len(weight_K) * noise.rank):
+        factors = [factors_of(noise, pairs_K, batch, served_dtype, device) for pairs_K in chunks]
+        for name, _, _ in batch:
+            products = []
+            for part, weights in zip(factors, weight_K.split(chunk), strict=True):
+                A_KRO, B_KRI = (factor.transpose(1, 2) for factor in part[name])
+                columns_A = (A_KRO * weights[:, None, None]).flatten(0, 1)  # in float32, like the weights
+                products.append((columns_A, B_KRI.to(torch.float32).flatten(0, 1)))
+            yield name, products
+
+
+def fold_with_torch(to_OI: Tensor, products: Products, served_OI: Tensor | None) -> None:
+    """Fold with matrix products of torch, on any device."""
+    with _full_precision():
+        for columns_A, columns_B in products:
+            to_OI.addmm_(columns_A.T, columns_B)
+    if served_OI is not None:
+        served_OI.copy_(to_OI)
+
+
+def _batches(shapes: Sequence[Shape], columns: int) -> Iterator[list[Shape]]:
+    """Group parameters so that their factors of `columns` columns together stay below FACTOR_BATCH values."""
+    batch: list[Shape] = []
+    size = 0
+    for shape in shapes:
+        added = columns * (shape[1] + shape[2])
+        if batch and size + added > FACTOR_BATCH:
+            yield batch
+            batch, size = [], 0
+        batch.append(shape)
+        size += added
+    if batch:
+        yield batch

@@ -1,0 +1,44 @@
+"""What the evolution strategy is set to: the [es] table of a recipe. Imports no torch."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+Schedule = Literal["constant", "linear", "cosine"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EsSettings:
+    """The evolution strategy."""
+
+    population: int = 32
+    """Models evaluated per step; even when antithetic."""
+    sigma: float = 0.0
+    """Standard deviation of the perturbation of a weight; method "es" needs it."""
+    learning_rate: float = 0.0
+    """Root-mean-square change of a weight in a step (with update_scale "rms"); method "es" needs it."""
+    rank: int = 1
+    """Rank of the perturbation of each weight matrix."""
+    antithetic: bool = True
+    """Whether members come in pairs that share their noise with opposite signs."""
+    fitness: Literal["centered", "rank", "sign"] = "centered"
+    """Rewards to fitness: centred per prompt and scaled, centred ranks, or signs of differences in pairs."""
+    update_scale: Literal["rms", "literature"] = "rms"
+    """Length of the update: always learning_rate ("rms"), or the sum over sqrt(population) as published."""
+    optimizer: Literal["sgd", "momentum", "adam"] = "sgd"
+    """Optimizer that gets the estimate as its negative gradient."""
+    momentum: float = 0.9
+    """Momentum of optimizer "momentum"."""
+    adam_beta1: float = 0.9
+    """Decay of the first moment of optimizer "adam"."""
+    adam_beta2: float = 0.999
+    """Decay of the second moment of optimizer "adam"."""
+    adam_eps: float = 1e-8
+    """Constant in the denominator of optimizer "adam"."""
+    sigma_schedule: Schedule = "constant"
+    """Course of sigma over the steps."""
+    learning_rate_schedule: Schedule = "constant"
+    """Course of the learning rate over the steps."""
+    schedule_end: float = 0.1
+    """Fraction of the starting value that a schedule reaches at the last step."""
+    noise_reuse: int = 1
+    """Number of steps for which the same noise is kept."""
