@@ -167,7 +167,7 @@ def bench(config: RunConfig, recipe_dir: Path, size: Size, repeats: int, out: Pa
         raise UserError(f"--variants {wanted!r} is in none of these names:\n  {names}")
     for workload, variants in groups:
         _check_shares(size, workload, variants)
-    prepared = prepare(config, recipe_dir, memory=False)
+    prepared = prepare(config, recipe_dir)
     job = _job(prepared, size, alive=2 + max(len(variants) for _, variants in groups))
     console, measured = Console(width=None if sys.stdout.isatty() else PIPE_WIDTH), []
     references: list[Worker] = []

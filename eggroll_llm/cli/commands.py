@@ -48,7 +48,7 @@ def run_train(options: argparse.Namespace, settings: list[tuple[str, str]]) -> i
         from eggroll_llm.training.prepare import prepare
         from eggroll_llm.training.step_time import estimate_lines, measure
 
-        prepared = prepare(config, recipe_dir, memory=False)
+        prepared = prepare(config, recipe_dir)
         print(to_toml(prepared.config))
         for line in [*budget(prepared), *estimate_lines(prepared, measure(prepared))]:
             print(f"# {line}")

@@ -19,8 +19,9 @@ from rich.table import Column, Table
 
 from eggroll_llm.kernels import build
 from eggroll_llm.models import embedded
-from eggroll_llm.models.resolve import cache_root, embedded_path
+from eggroll_llm.models.resolve import embedded_path
 from eggroll_llm.system import installed, torch_companions
+from eggroll_llm.system.files import cache_root
 from eggroll_llm.system.hardware import NATIVE_BFLOAT16
 from eggroll_llm.system.invocation import child_python, python_command
 from eggroll_llm.system.versions import describe_environment

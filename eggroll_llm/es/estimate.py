@@ -1,4 +1,31 @@
-""""""
+"""From fitness to the estimate of a step, which the optimizer adds to the master weights.
+
+With c_p = fitness_2p - fitness_2p+1 for each antithetic pair (c = fitness, every member being its own
+direction, when members do not come in pairs) and E_p = A_p B_p^T / sqrt(r) from the very factors that were
+sampled with:
+
+    scale "rms"           G = sum_p c_p E_p / ||c||
+    scale "literature"    G = sum_p c_p E_p / sqrt(N)      (N members: 1/sqrt(N) sum_i fitness_i sign_i E_i)
+    weights               W <- optimizer(W, gradient = -G), with plain SGD W <- W + learning_rate * G
+
+Departures from the paper. Under "rms", our default, the root-mean-square change of a weight in a step of SGD
+is `learning_rate`, whatever N, r and sigma are, since the entries of E have unit variance. Under "literature"
+it is between 0 and 1.4 times that, as twins agree or disagree (1 when a twin says nothing about the other).
+
+Published learning rates in the unit of "literature", to which "rms" is equal on average:
+
+    HyperscaleES                     lr * sigma         (its estimate carries a factor sigma)
+    ES at Scale                      alpha / sqrt(N)    (its estimate is a mean over N members)
+    the EGGROLL paper's vLLM code    lr, or lr / sqrt(N) where it takes the mean
+
+Bits. The sum over pairs is float32 products over chunks of `PAIR_CHUNK` pairs in fixed order, with TF32 and bf16
+shortcuts switched off: one machine and number of threads gives the same bits in every engine and every replay that
+folds with the same `Fold`.
+
+Sources: EGGROLL, arXiv 2511.16652; Qiu et al., "Evolution Strategies at Scale", arXiv 2509.24372.
+
+Shapes: M member, K antithetic pair (member when not antithetic), R rank, O out features, I in features.
+"""
 
 import math
 from collections.abc import Callable, Iterator, Sequence

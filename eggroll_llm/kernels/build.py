@@ -12,7 +12,7 @@ import tempfile
 from functools import cache
 from pathlib import Path
 
-from eggroll_llm.models.resolve import cache_root
+from eggroll_llm.system.files import cache_root
 from eggroll_llm.system.hardware import cpu_flags, cxx_compiler
 
 HERE = Path(__file__).parent

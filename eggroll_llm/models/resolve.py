@@ -18,6 +18,7 @@ from eggroll_llm.models import embedded
 from eggroll_llm.models.files import check_model, model_identity
 from eggroll_llm.records.checkpoint import MANIFEST, TRAINING_STATE, verify_checkpoint
 from eggroll_llm.system import installed
+from eggroll_llm.system.files import cache_root
 from eggroll_llm.system.invocation import child_python, command, python_command
 
 __all__ = ["cache_root", "check_model", "embedded_path", "model_identity", "resolve_model"]
@@ -50,13 +51,6 @@ def resolve_model(name: str) -> Path:
         )
     check_model(directory)
     return directory
-
-
-def cache_root() -> Path:
-    """Where converted models are kept: $EGGROLL_CACHE, or eggroll-llm in $XDG_CACHE_HOME or ~/.cache."""
-    if own := os.environ.get("EGGROLL_CACHE"):
-        return Path(own).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "eggroll-llm"
 
 
 def embedded_path() -> Path:

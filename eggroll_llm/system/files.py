@@ -149,3 +149,10 @@ def describe_failure(path: Path, error: OSError, wanted: str) -> str:
     if isinstance(file, str) and not Path(file).is_relative_to(path.parent):  # it may be one that was to be read
         cause = f"{cause}: {file}"
     return f"{path}: cannot write {wanted} ({cause}; {free}). Free space or check permissions."
+
+
+def cache_root() -> Path:
+    """Return the cache of models and kernels: $EGGROLL_CACHE, or eggroll-llm in $XDG_CACHE_HOME or ~/.cache."""
+    if own := os.environ.get("EGGROLL_CACHE"):
+        return Path(own).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "eggroll-llm"

@@ -12,13 +12,9 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from eggroll_llm.errors import InstallError
 from eggroll_llm.system.invocation import NAME, ROOT, command, python_command
-
-if TYPE_CHECKING:
-    from eggroll_llm.config.schema import RunConfig
 
 _ENGINE = ("torch", "vllm")
 _BY_PIP = (
@@ -38,16 +34,6 @@ def check(what: str, *names: str) -> None:
     """Raise InstallError, with the command that installs them, when modules that `what` needs are missing."""
     if absent := missing(*names):
         raise InstallError(f"{what} needs {' and '.join(absent)}, not installed here. {remedy(*absent)}")
-
-
-def check_settings(config: "RunConfig") -> None:
-    """Raise InstallError when packages that the settings of a run ask for are missing."""
-    if config.method == "grpo":
-        check('method = "grpo"', "trl", "accelerate", "datasets", *(["peft"] if config.grpo.lora_rank else []))
-    if config.log.wandb:
-        check("log.wandb", "wandb")
-    if config.log.tensorboard:
-        check("log.tensorboard", "tensorboard")
 
 
 def import_failure(error: ImportError) -> str:

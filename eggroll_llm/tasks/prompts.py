@@ -1,6 +1,5 @@
 """Prompts in tokens. Loads the tokenizer, not the model, so that lengths are known before the engine starts."""
 
-import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping, Sequence, Set
@@ -10,7 +9,6 @@ from typing import Any
 
 from eggroll_llm.config.schema import ChatConfig
 from eggroll_llm.config.toml import is_unicode
-from eggroll_llm.engine.interface import Completion
 from eggroll_llm.errors import ConfigError, ModelError, TaskError
 from eggroll_llm.tasks.chat import with_system
 from eggroll_llm.tasks.task import Problem, problem_text
@@ -35,12 +33,6 @@ class ProblemSet:
     """What a reader is shown of the prompts; see `questions_of`."""
     example: str = ""
     """Text of the first prompt, chat template applied, to be shown."""
-
-    def answered(self, index: int, completion: Completion) -> tuple[Completion, Problem]:
-        """Return what a grader gets of a completion of the prompt with that index."""
-        if index in self.in_thought:
-            completion = dataclasses.replace(completion, thought_open=True)
-        return completion, self.problems[index]
 
 
 _VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "tekken.json", "*.model")

@@ -30,7 +30,7 @@ from eggroll_llm.tasks.task import Score
 from eggroll_llm.training.evaluation import Evaluation
 from eggroll_llm.training.harness import Loop, reward_row, sample_rows, throughput_row
 from eggroll_llm.training.plan import noise_of, step_entry, update_spec
-from eggroll_llm.training.scorer import unusable
+from eggroll_llm.training.scorer import answered, unusable
 
 Item = TypeVar("Item")
 CHECKSUM_EVERY = 10  # steps between checksums of the weights in the journal
@@ -80,7 +80,7 @@ class EsTrainer:
         reward_start = time.perf_counter()
         self.scorer.start_counting()
         pairs = [
-            self.train_set.answered(index, completion)
+            answered(self.train_set, index, completion)
             for row_PS in completions_MPS
             for row_S, index in zip(row_PS, indices_P, strict=True)
             for completion in row_S

@@ -17,7 +17,7 @@ from eggroll_llm.engine.interface import Completion, Decoding, Generator, Progre
 from eggroll_llm.records.answers import TASK, Graded, Sample
 from eggroll_llm.tasks.prompts import ProblemSet
 from eggroll_llm.tasks.task import Problem
-from eggroll_llm.training.scorer import Scorer
+from eggroll_llm.training.scorer import Scorer, answered
 
 Grader = Callable[[Completion, Problem], Graded]
 """Total: any completion has a grade."""
@@ -117,7 +117,7 @@ def answer(
     with contextlib.closing(engine.stream(requests, decoding)) as arriving:
         for i, completion in arriving:
             p, s = wanted[i]
-            completion, problem = problems.answered(p, completion)
+            completion, problem = answered(problems, p, completion)
             on_sample(
                 Sample(
                     problem=p,
@@ -136,7 +136,7 @@ def answer(
 def grade_again(sample: Sample, problems: ProblemSet, graders: Mapping[str, Grader]) -> Sample:
     """Return the sample with what graders say now, of the problem as it is now."""
     text = Completion(text=sample.completion, token_ids=(), truncated=sample.truncated, prompt_tokens=0)
-    completion, problem = problems.answered(sample.problem, text)
+    completion, problem = answered(problems, sample.problem, text)
     return dataclasses.replace(
         sample, id=problem.get("id", sample.problem), doc=problem, scores=_grades(completion, problem, graders)
     )

@@ -40,6 +40,7 @@ from eggroll_llm.tasks.prompts import ProblemSet
 from eggroll_llm.tasks.task import Score
 from eggroll_llm.training.evaluation import Evaluation
 from eggroll_llm.training.harness import Loop, reward_row, sample_rows, throughput_row
+from eggroll_llm.training.scorer import answered
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -123,7 +124,7 @@ class GrpoTrainer:
         completions = self.rollouts.completions
         assert [list(completion.token_ids) for completion in completions] == [list(ids) for ids in completion_ids]
         self.scorer.start_counting()
-        pairs = [self.train_set.answered(int(p), c) for p, c in zip(prompts, completions, strict=True)]
+        pairs = [answered(self.train_set, int(p), c) for p, c in zip(prompts, completions, strict=True)]
         self._scores = self.scorer.score_all(pairs)
         if self.loop.step == 1:
             self.scorer.check(of=" of the first step")

@@ -24,7 +24,6 @@ from eggroll_llm.tasks.chat import check_chat
 from eggroll_llm.tasks.load import PATH_OPTIONS, load_task
 from eggroll_llm.tasks.prompts import ProblemSet, Prompter, needed_context, problems_hash
 from eggroll_llm.tasks.task import Problem, Task
-from eggroll_llm.training.budget import check_memory
 
 MAX_SLOTS = 64
 
@@ -73,13 +72,10 @@ def settle(config: RunConfig, recipe_dir: Path) -> RunConfig:
     )
 
 
-def prepare(config: RunConfig, recipe_dir: Path, *, memory: bool = True) -> Prepared:
-    """Load task, model directory and tokenizer, and turn all prompts into tokens. Raises UserError.
-
-    With `memory` a run that needs more of it than there is, is refused.
-    """
+def prepare(config: RunConfig, recipe_dir: Path) -> Prepared:
+    """Load task, model directory and tokenizer, and turn all prompts into tokens. Raises UserError."""
     config = settle(config, recipe_dir)
-    installed.check_settings(config)
+    check_packages(config)
     task = load_task(config.task, config.task_options, base_dir=recipe_dir, limits=config.reward)
     train, held_out = _splits(task, config)
     train, notes = _without_held_out(task, train, held_out)
@@ -103,12 +99,7 @@ def prepare(config: RunConfig, recipe_dir: Path, *, memory: bool = True) -> Prep
         length_key="eval.max_tokens" if config.eval.max_tokens > config.sampling.max_tokens else "sampling.max_tokens",
     )
     config = dataclasses.replace(config, engine=dataclasses.replace(config.engine, max_model_len=context))
-    prepared = Prepared(
-        config=config, task=task, model_dir=model_dir, train=train_set, held_out=held_out_set, notes=notes
-    )
-    if memory:
-        check_memory(prepared)
-    return prepared
+    return Prepared(config=config, task=task, model_dir=model_dir, train=train_set, held_out=held_out_set, notes=notes)
 
 
 def _splits(task: Task, config: RunConfig) -> tuple[Sequence[Problem], Sequence[Problem]]:
@@ -170,3 +161,15 @@ def journal_header(prepared: Prepared) -> JournalHeader:
         held_out=problems_hash(prepared.held_out),
         task_file=getattr(prepared.task, "file_hash", ""),
     )
+
+
+def check_packages(config: RunConfig) -> None:
+    """Raise InstallError when packages that the settings of a run ask for are missing."""
+    if config.method == "grpo":
+        installed.check(
+            'method = "grpo"', "trl", "accelerate", "datasets", *(["peft"] if config.grpo.lora_rank else [])
+        )
+    if config.log.wandb:
+        installed.check("log.wandb", "wandb")
+    if config.log.tensorboard:
+        installed.check("log.tensorboard", "tensorboard")

@@ -6,6 +6,7 @@ drops its member later. The first of each is said, with the answer that it was g
 step fail, the run stops with the first failure, as the mistake is the grader's.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Self
@@ -17,6 +18,7 @@ from eggroll_llm.records.answers import Graded
 from eggroll_llm.system import signals
 from eggroll_llm.system.closing import Closing
 from eggroll_llm.system.terminal import inert
+from eggroll_llm.tasks.prompts import ProblemSet
 from eggroll_llm.tasks.sandbox.process import UserProcess
 from eggroll_llm.tasks.task import Answer, Problem, Score, Task, Verdict, judge
 from eggroll_llm.tasks.user import UserTask
@@ -27,6 +29,13 @@ FAILED = "reward_failed"
 def unusable(reward: float, detail: str) -> bool:
     """Whether the grader has failed, or given no finite number."""
     return detail == FAILED or not math.isfinite(reward)
+
+
+def answered(problems: ProblemSet, index: int, completion: Completion) -> tuple[Completion, Problem]:
+    """Return what a grader gets of a completion of the prompt with that index."""
+    if index in problems.in_thought:
+        completion = dataclasses.replace(completion, thought_open=True)
+    return completion, problems.problems[index]
 
 
 class Scorer(Closing):

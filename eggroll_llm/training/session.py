@@ -18,6 +18,7 @@ from eggroll_llm.records.diagnosis import Finding, diagnose
 from eggroll_llm.records.journal import Journal
 from eggroll_llm.records.run_dir import OnExisting, RunDir
 from eggroll_llm.tasks.constant import Constant, best_constant
+from eggroll_llm.training.budget import check_memory
 from eggroll_llm.training.es import EsTrainer
 from eggroll_llm.training.evaluation import Evaluation
 from eggroll_llm.training.grpo import GrpoTrainer
@@ -69,6 +70,7 @@ def train(config: RunConfig, recipe_dir: Path, run_path: Path, on_existing: OnEx
     """Train to the limit, write `final/` and return what came out. Raises UserError."""
     RunDir.check(run_path, on_existing)
     prepared = prepare(config, recipe_dir)
+    check_memory(prepared)
     config, header = prepared.config, journal_header(prepared)
     for note in (*prepared.task.notes, *prepared.notes):
         display.message(note)

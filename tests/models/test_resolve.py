@@ -10,8 +10,9 @@ import pytest
 
 from eggroll_llm.errors import CheckpointError, ModelError
 from eggroll_llm.models import embedded
-from eggroll_llm.models.resolve import cache_root, check_model, embedded_path, model_identity, resolve_model
+from eggroll_llm.models.resolve import check_model, embedded_path, model_identity, resolve_model
 from eggroll_llm.records.checkpoint import save_checkpoint
+from eggroll_llm.system.files import cache_root
 
 TinyModel = Callable[[str], Path]
 

@@ -225,8 +225,9 @@ class Bench:
             return self.engine
 
         with self.monkeypatch.context() as patch:
-            patch.setattr("eggroll_llm.training.prepare.prepare", lambda *_: prepared)
-            patch.setattr(session, "model_identity", lambda _: "fake")
+            patch.setattr(session, "prepare", lambda *_: prepared)
+            patch.setattr(session, "check_memory", lambda _: None)
+            patch.setattr("eggroll_llm.training.prepare.model_identity", lambda _: "fake")
             patch.setattr(session, "start_engine", start)
             yield
 

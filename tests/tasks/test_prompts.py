@@ -12,6 +12,7 @@ from tokenizers.processors import TemplateProcessing
 from eggroll_llm.engine.interface import Completion
 from eggroll_llm.errors import ConfigError, ModelError, TaskError
 from eggroll_llm.tasks.prompts import ProblemSet, Prompter, needed_context, problems_hash, questions_of
+from eggroll_llm.training.scorer import answered
 
 TEXT = "Make 9 from 4 and 5:"
 MESSAGES = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": TEXT}]
@@ -274,7 +275,7 @@ def test_a_chat_template_that_opens_a_thought_is_seen_by_the_grader(prompter: Pr
     prompter.tokenizer.chat_template += "{% if add_generation_prompt %}<think>\n{% endif %}"
     problems = prompter.encode_all([{"id": 7}], [MESSAGES])
     completion = Completion(text="so 9", token_ids=(), truncated=True, prompt_tokens=1)
-    graded, problem = problems.answered(0, completion)
+    graded, problem = answered(problems, 0, completion)
     assert (graded, problem) == (dataclasses.replace(completion, thought_open=True), {"id": 7})
 
 

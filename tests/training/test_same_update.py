@@ -148,5 +148,5 @@ def test_splitting_the_batch_changes_no_update(bench: Bench, way: tuple[Any, boo
     alone = run(bench, "alone", way, engine=Splitting)
     assert len(bench.engine.decodings) > STEPS * MEMBERS * PROMPTS
     assert distance(alone, plain) == 0
-    bench.monkeypatch.setattr("eggroll_llm.es.estimate.PAIR_CHUNK", 1)
+    bench.monkeypatch.setattr("eggroll_llm.es.masters.PAIR_CHUNK", 1)
     assert distance(run(bench, "pieces", way), plain) < SAME

@@ -17,6 +17,7 @@ from eggroll_llm.config.schema import EngineConfig, EvalConfig, RunConfig, Sampl
 from eggroll_llm.errors import ConfigError, JournalError, ModelError, RunDirError, TaskError
 from eggroll_llm.es.settings import EsSettings
 from eggroll_llm.records.run_dir import RunDir
+from eggroll_llm.tasks.prompts import Prompter
 from eggroll_llm.training import session
 from eggroll_llm.training.prepare import Prepared, context_limit, prepare, settle
 from eggroll_llm.training.session import outcome, train
@@ -116,7 +117,7 @@ def test_training_problems_that_are_asked_like_a_held_out_one_are_left_out(
 
 
 def test_everything_automatic_is_settled(config: RunConfig, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(session, "resolve_dtype", lambda name: {"auto": "float32"}.get(name, name))
+    monkeypatch.setattr("eggroll_llm.training.prepare.resolve_dtype", lambda name: {"auto": "float32"}.get(name, name))
     settled = settle(config, folder)
     assert settled.task == f"{folder}/tasks/words.py:Words"
     assert (settled.engine.dtype, settled.engine.slots) == ("float32", 4)
@@ -148,7 +149,7 @@ def test_prompts_are_tokens_and_the_context_is_what_they_need(config: RunConfig,
     prepared = prepare(config, folder)
     assert [problem["word"] for problem in prepared.train.problems] == [f"train {n}" for n in range(6)]
     assert [problem["word"] for problem in prepared.held_out.problems] == ["test 0", "test 1", "test 2"]
-    tokenizer = session.Prompter(prepared.model_dir).tokenizer
+    tokenizer = Prompter(prepared.model_dir).tokenizer
     for split in (prepared.train, prepared.held_out):
         texts = [tokenizer.decode(prompt) for prompt in split.prompts]
         assert texts == [f"Reverse {problem['word']}:" for problem in split.problems]
@@ -232,7 +233,7 @@ def test_a_run_for_which_memory_is_short_leaves_nothing(
     with pytest.raises(ConfigError, match=r"and 0\.50 GiB are available: lower engine\.kv_cache_gib from 1 to 0\."):
         train(config, folder, folder / "run", "fail", quiet)
     assert not (folder / "run").exists()
-    prepare(config, folder, memory=False)
+    prepare(config, folder)
 
 
 def test_a_context_beyond_the_model_is_refused(config: RunConfig, folder: Path) -> None:
