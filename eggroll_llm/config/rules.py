@@ -7,6 +7,7 @@ keys, their values and a remedy.
 import dataclasses
 from typing import TYPE_CHECKING, Literal, get_origin
 
+from eggroll_llm.bounds import violations
 from eggroll_llm.config.parse import convert, field_types
 from eggroll_llm.config.toml import Origin, format_value, is_unicode
 from eggroll_llm.errors import ConfigError
@@ -14,79 +15,6 @@ from eggroll_llm.errors import ConfigError
 if TYPE_CHECKING:
     from eggroll_llm.config.schema import RunConfig
 
-# Smallest allowed values; a bound of "> 0" is listed in _POSITIVE.
-_AT_LEAST = {
-    "seed": 0,
-    "steps": 0,
-    "minutes": 0,
-    "sampling.prompts_per_step": 1,
-    "sampling.samples_per_prompt": 1,
-    "sampling.max_tokens": 1,
-    "sampling.temperature": 0,
-    "es.population": 2,
-    "es.sigma": 0,
-    "es.learning_rate": 0,
-    "es.rank": 1,
-    "es.noise_reuse": 1,
-    "es.momentum": 0,
-    "es.adam_beta1": 0,
-    "es.adam_beta2": 0,
-    "es.schedule_end": 0,
-    "grpo.learning_rate": 0,
-    "grpo.beta": 0,
-    "grpo.epsilon_high": 0,
-    "grpo.num_iterations": 1,
-    "grpo.lora_rank": 0,
-    "grpo.micro_batch": 1,
-    "grpo.weight_decay": 0,
-    "grpo.adam_beta1": 0,
-    "grpo.adam_beta2": 0,
-    "grpo.max_grad_norm": 0,
-    "grpo.schedule_end": 0,
-    "grpo.warmup_steps": 0,
-    "engine.slots": 0,
-    "engine.max_sequences": 1,
-    "engine.max_model_len": 0,
-    "engine.timeout_seconds": 0,
-    "engine.threads": 0,
-    "eval.every": 0,
-    "eval.problems": 2,
-    "eval.max_tokens": 0,
-    "checkpoint.every": 0,
-    "checkpoint.keep": 1,
-    "log.samples": 0,
-    "log.completions": 0,
-}
-_POSITIVE = (
-    "es.adam_eps",
-    "grpo.epsilon",
-    "grpo.lora_alpha",
-    "grpo.adam_eps",
-    "sampling.top_p",
-    "reward.timeout_seconds",
-    "reward.memory_gib",
-    "engine.kv_cache_gib",
-    "engine.gpu_memory_utilization",
-)
-_AT_MOST = {
-    "sampling.top_p": 1,
-    "es.schedule_end": 1,
-    "grpo.schedule_end": 1,
-    "es.rank": 64,  # what the engine's kernels take
-    "es.learning_rate": 1e6,  # a weight in one step; more could leave the range of float32
-    "engine.gpu_memory_utilization": 1,
-    "engine.timeout_seconds": 1e9,  # a timer takes little more
-    "reward.timeout_seconds": 86_400,
-    "seed": 2**63 - 1,
-}
-_BELOW = {
-    "es.momentum": 1,
-    "es.adam_beta1": 1,
-    "es.adam_beta2": 1,
-    "grpo.epsilon": 1,
-    "grpo.adam_beta1": 1,
-    "grpo.adam_beta2": 1,
-}
 _SET_HERE = ("messages", "conversation", "add_generation_prompt", "continue_final_message", "tokenize")
 """Arguments of a chat template, and of what applies it, that are not left to the user."""
 _NEEDED = {"es": ("es.sigma", "es.learning_rate"), "grpo": ("grpo.learning_rate",)}
@@ -132,18 +60,11 @@ class _Check:
             if self.number(key) <= 0:
                 method = self.config.method
                 self.fail(f'must be above 0 with method "{method}"', f"Set {key} to a positive number", key)
-        for key, low in _AT_LEAST.items():
-            if self.number(key) < low:
-                self.fail(f"must be at least {low}", f"Set {key} to {low} or more", key)
-        for key in _POSITIVE:
-            if self.number(key) <= 0:
-                self.fail("must be above 0", f"Set {key} to a positive number", key)
-        for key, high in _AT_MOST.items():
-            if self.number(key) > high:
-                self.fail(f"must be at most {high}", f"Set {key} to {high} or less", key)
-        for key, limit in _BELOW.items():
-            if self.number(key) >= limit:
-                self.fail(f"must be below {limit}", f"Set {key} to less than {limit}", key)
+        for table in ("", *(field.name for field in dataclasses.fields(self.config))):
+            settings = self.get(table) if table else self.config
+            for found in violations(settings) if dataclasses.is_dataclass(settings) else ():
+                key = f"{table}.{found.field}" if table else found.field
+                self.fail(found.problem, f"Set {key} to {found.remedy}", key)
 
     def number(self, key: str) -> float:
         value = self.get(key)

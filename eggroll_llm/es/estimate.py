@@ -27,16 +27,19 @@ Sources: EGGROLL, arXiv 2511.16652; Qiu et al., "Evolution Strategies at Scale",
 Shapes: M member, K antithetic pair (member when not antithetic), R rank, O out features, I in features.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from functools import cached_property
+from typing import Self
 
 import torch
 from torch import Tensor
 
 from eggroll_llm.es.noise import NoiseSpec, Shape, served_factors_of
+from eggroll_llm.es.plan import StepPlan
 
 # Pairs in one GEMM. Part of the bits: a journal replayed with another value would differ in the last place.
 PAIR_CHUNK = 64
@@ -66,32 +69,29 @@ class NonFiniteUpdate(ArithmeticError):  # noqa: N818 - it names what was refuse
 
 
 @dataclass(frozen=True, kw_only=True)
-class UpdateSpec:
-    """Everything that an update depends on besides the weights: what the journal records."""
+class UpdateSpec(StepPlan):
+    """Everything that an update depends on besides the weights: a plan, and the fitness that its members earned."""
 
-    step: int
-    """Step that the update ends."""
-    noise_step: int
-    """Step that the noise was first used in; differs from `step` when noise is reused."""
-    seed: int
-    """Seed of the run."""
-    rank: int
-    """Rank of the perturbations."""
-    sigma: float
-    """Standard deviation of a weight's perturbation in this step."""
-    learning_rate: float
-    """Learning rate of this step: under scale "rms" and SGD, the root-mean-square change of a weight."""
     fitness_M: tuple[float, ...]
     """Fitness of every member of the population, 0 for dropped ones."""
-    antithetic: bool = True
-    """Members 2p and 2p + 1 are twins with opposite signs."""
-    scale: Literal["rms", "literature"] = "rms"
-    """How the estimate is normalised."""
 
-    @property
-    def noise(self) -> NoiseSpec:
-        """Return what the factors are rebuilt from."""
-        return NoiseSpec(seed=self.seed, step=self.noise_step, rank=self.rank, sigma=self.sigma)
+    @classmethod
+    def of(cls, plan: StepPlan, fitness_M: Sequence[float]) -> Self:
+        """Return the update of a plan whose members earned this fitness."""
+        return cls(**dataclasses.asdict(plan), fitness_M=tuple(fitness_M))
+
+    @cached_property
+    def coefficient_K(self) -> Tensor:  # noqa: N802 - the suffix is its shape
+        """Return the factor of each E_k in the estimate, float64; all zero when no pair differs.
+
+        Raises ValueError on an unknown scale.
+        """
+        if self.scale not in ("rms", "literature"):
+            raise ValueError(f"update_scale = {self.scale!r}: must be one of rms, literature")
+        c_K = pair_coefficients(self.fitness_M, self.antithetic)
+        if not c_K.any():
+            return c_K
+        return c_K / (c_K.norm() if self.scale == "rms" else math.sqrt(len(self.fitness_M)))
 
 
 def pair_coefficients(fitness_M: Sequence[float], antithetic: bool) -> Tensor:
@@ -107,19 +107,6 @@ def pair_coefficients(fitness_M: Sequence[float], antithetic: bool) -> Tensor:
     return fitness[0::2] - fitness[1::2]
 
 
-def estimate_coefficients(spec: UpdateSpec) -> Tensor:
-    """Return the factor of each E_k in the estimate, float64 [K]; all zero when no pair differs.
-
-    Raises ValueError on an unknown scale.
-    """
-    if spec.scale not in ("rms", "literature"):
-        raise ValueError(f"update_scale = {spec.scale!r}: must be one of rms, literature")
-    c_K = pair_coefficients(spec.fitness_M, spec.antithetic)
-    if not c_K.any():
-        return c_K
-    return c_K / (c_K.norm() if spec.scale == "rms" else math.sqrt(len(spec.fitness_M)))
-
-
 def check_finite(spec: UpdateSpec) -> None:
     """Raise NonFiniteUpdate unless the update is certain to leave finite weights and optimizer state finite.
 
@@ -128,7 +115,7 @@ def check_finite(spec: UpdateSpec) -> None:
     learning_rate times g, g / (1 - momentum) or g / eps: with the limits here all stay far inside float32 and
     bf16 (3e38).
     """
-    coefficient_K = estimate_coefficients(spec)
+    coefficient_K = spec.coefficient_K
     gradient = LARGEST_PRODUCT * math.sqrt(spec.rank) * float(coefficient_K.abs().sum())
     largest = float(coefficient_K.abs().max()) if len(coefficient_K) else 0.0
     over_sigma = largest * max(1.0, abs(spec.learning_rate)) / spec.sigma
@@ -181,7 +168,7 @@ def product_weights(spec: UpdateSpec, scale: float) -> Tensor:
 
     The factors hold sigma * E. Dividing here costs K divisions instead of O * I.
     """
-    return scale * estimate_coefficients(spec) / spec.sigma
+    return scale * spec.coefficient_K / spec.sigma
 
 
 def weighted_products(

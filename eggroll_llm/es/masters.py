@@ -11,19 +11,20 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from eggroll_llm.bounds import check_bounds
 from eggroll_llm.es.estimate import (
     PAIR_CHUNK,
     FactorSource,
     Fold,
     UpdateSpec,
     check_finite,
-    estimate_coefficients,
     fold_with_torch,
     product_weights,
     weighted_products,
 )
 from eggroll_llm.es.noise import check_parameter_ids, served_factors_of
-from eggroll_llm.es.optimizer import STATE_KEYS, OptimizerSettings
+from eggroll_llm.es.optimizer import STATE_KEYS, build_optimizer
+from eggroll_llm.es.settings import EsSettings
 from eggroll_llm.es.weight_change import UpdateReport, sampled_rows, update_report, weights_rms
 
 
@@ -49,16 +50,19 @@ class MasterWeights:
     def __init__(
         self,
         weights: Mapping[str, Tensor],
-        settings: OptimizerSettings,
+        settings: EsSettings,
         served_dtype: torch.dtype,
         fold: Fold = fold_with_torch,
     ) -> None:
         """Copy the weights [out features, in features] by Hugging Face name, on their device.
 
-        Raises ValueError when there are none, when one is not a finite matrix, when two names share a noise
-        id, and when `served_dtype` is neither bfloat16 nor float32 (float16 could overflow where its master
-        does not).
+        Raises ValueError when a setting is out of bounds, when there are no weights, when one is not a finite
+        matrix, when two names share a noise id, and when `served_dtype` is neither bfloat16 nor float32 (float16
+        could overflow where its master does not).
         """
+        check_bounds(settings)
+        if settings.optimizer not in STATE_KEYS:
+            raise ValueError(f"optimizer = {settings.optimizer!r}: must be one of {', '.join(STATE_KEYS)}")
         if served_dtype not in SERVED_DTYPES:
             raise ValueError(f"served dtype = {served_dtype}: must be torch.bfloat16 or torch.float32")
         if not weights:
@@ -71,8 +75,8 @@ class MasterWeights:
         self.settings = settings
         self._fold = fold
         self._masters = {n: w.detach().to(torch.float32, copy=True).contiguous() for n, w in weights.items()}
-        trained = {} if settings.name == "sgd" else self._masters
-        self._optimizers = {name: settings.build(master) for name, master in trained.items()}
+        trained = {} if settings.optimizer == "sgd" else self._masters
+        self._optimizers = {name: build_optimizer(settings, master) for name, master in trained.items()}
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -86,9 +90,8 @@ class MasterWeights:
         state included. Raises NonFiniteUpdate, before anything was touched, when the result might not be finite.
         """
         check_finite(spec)
-        coefficient_K = estimate_coefficients(spec)
         before = sampled_rows(self._masters.values())
-        if not coefficient_K.any():
+        if not spec.coefficient_K.any():
             return UpdateReport(rms=0.0, weights_rms=weights_rms(before), changed=0.0, finite=True)
         plain = not self._optimizers
         # Plain SGD needs no gradient: W + learning_rate * G is summed in place. The others take the gradient of a loss,
@@ -130,7 +133,7 @@ class MasterWeights:
         """Return masters and optimizer state, not copied, as "master/<name>" and "optimizer/<name>/<key>"."""
         state = {f"master/{name}": master for name, master in self._masters.items()}
         for name, master in self._masters.items():
-            for key in STATE_KEYS[self.settings.name]:
+            for key in STATE_KEYS[self.settings.optimizer]:
                 value = self._optimizers[name].state[master].get(key)
                 if value is not None:
                     state[f"optimizer/{name}/{key}"] = value
@@ -142,7 +145,7 @@ class MasterWeights:
         expected = {f"master/{name}": master for name, master in self._masters.items()}
         if any(key.startswith("optimizer/") for key in state):
             for name, master in self._masters.items():
-                for key in STATE_KEYS[self.settings.name]:
+                for key in STATE_KEYS[self.settings.optimizer]:
                     # Adam counts its steps in a float32 scalar, which stays on the CPU.
                     expected[f"optimizer/{name}/{key}"] = master if key != "step" else torch.zeros(())
         for key in sorted(expected.keys() ^ state.keys()):
@@ -156,7 +159,7 @@ class MasterWeights:
             master.copy_(state[f"master/{name}"])
             if name not in self._optimizers:
                 continue
-            keys = [key for key in STATE_KEYS[self.settings.name] if f"optimizer/{name}/{key}" in state]
+            keys = [key for key in STATE_KEYS[self.settings.optimizer] if f"optimizer/{name}/{key}" in state]
             values = {key: state[f"optimizer/{name}/{key}"].detach() for key in keys}
             self._optimizers[name].state[master] = {
                 key: value.to(device="cpu" if key == "step" else master.device, copy=True)

@@ -1,7 +1,9 @@
 """What the evolution strategy is set to: the [es] table of a recipe. Imports no torch."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
+
+from annotated_types import Ge, Le, Lt
 
 Schedule = Literal["constant", "linear", "cosine"]
 
@@ -10,13 +12,13 @@ Schedule = Literal["constant", "linear", "cosine"]
 class EsSettings:
     """The evolution strategy."""
 
-    population: int = 32
+    population: Annotated[int, Ge(2)] = 32
     """Models evaluated per step; even when antithetic."""
-    sigma: float = 0.0
+    sigma: Annotated[float, Ge(0)] = 0.0
     """Standard deviation of the perturbation of a weight; method "es" needs it."""
-    learning_rate: float = 0.0
+    learning_rate: Annotated[float, Ge(0), Le(1e6)] = 0.0  # beyond, a step could leave the range of float32
     """Root-mean-square change of a weight in a step (with update_scale "rms"); method "es" needs it."""
-    rank: int = 1
+    rank: Annotated[int, Ge(1), Le(64)] = 1  # as many as the kernels take
     """Rank of the perturbation of each weight matrix."""
     antithetic: bool = True
     """Whether members come in pairs that share their noise with opposite signs."""
@@ -26,19 +28,19 @@ class EsSettings:
     """Length of the update: always learning_rate ("rms"), or the sum over sqrt(population) as published."""
     optimizer: Literal["sgd", "momentum", "adam"] = "sgd"
     """Optimizer that gets the estimate as its negative gradient."""
-    momentum: float = 0.9
+    momentum: Annotated[float, Ge(0), Lt(1)] = 0.9
     """Momentum of optimizer "momentum"."""
-    adam_beta1: float = 0.9
+    adam_beta1: Annotated[float, Ge(0), Lt(1)] = 0.9
     """Decay of the first moment of optimizer "adam"."""
-    adam_beta2: float = 0.999
+    adam_beta2: Annotated[float, Ge(0), Lt(1)] = 0.999
     """Decay of the second moment of optimizer "adam"."""
-    adam_eps: float = 1e-8
+    adam_eps: Annotated[float, Ge(1e-16)] = 1e-8  # below, a step could leave the range of float32
     """Constant in the denominator of optimizer "adam"."""
     sigma_schedule: Schedule = "constant"
     """Course of sigma over the steps."""
     learning_rate_schedule: Schedule = "constant"
     """Course of the learning rate over the steps."""
-    schedule_end: float = 0.1
+    schedule_end: Annotated[float, Ge(0), Le(1)] = 0.1
     """Fraction of the starting value that a schedule reaches at the last step."""
-    noise_reuse: int = 1
+    noise_reuse: Annotated[int, Ge(1)] = 1
     """Number of steps for which the same noise is kept."""

@@ -29,7 +29,7 @@ from eggroll_llm.tasks.prompts import ProblemSet
 from eggroll_llm.tasks.task import Score
 from eggroll_llm.training.evaluation import Evaluation
 from eggroll_llm.training.harness import Loop, reward_row, sample_rows, throughput_row
-from eggroll_llm.training.plan import noise_of, step_entry, update_spec
+from eggroll_llm.training.plan import journal_entry, plan_of
 from eggroll_llm.training.scorer import answered, unusable
 
 Item = TypeVar("Item")
@@ -63,7 +63,8 @@ class EsTrainer:
             len(self.train_set.problems), config.sampling.prompts_per_step, seed=config.seed, step=step
         )
 
-        noise_seconds = self.engine.begin(noise_of(config, step), config.es.population, antithetic=config.es.antithetic)
+        plan = plan_of(config, step)
+        noise_seconds = self.engine.begin(plan.noise, config.es.population, antithetic=plan.antithetic)
         sampling_start = time.perf_counter()
         completions_MPS = sample_population(
             self.engine,
@@ -94,11 +95,11 @@ class EsTrainer:
         _check_dropped(fitness, step, self.scorer.first_dropped)
         reward_seconds = time.perf_counter() - reward_start
 
-        entry = step_entry(config, step, fitness, checksum=self._due_checksum())
-        update = update_spec(config, entry)
+        update = UpdateSpec.of(plan, fitness.fitness_M.tolist())
         _check_update(update)
+        checksum = self._due_checksum()
         with self.loop.saving():
-            self.journal.append(entry)
+            self.journal.append(journal_entry(update, dropped=fitness.dropped, checksum=checksum))
         times = self.engine.update(update)
         if not times.report.finite:
             raise TrainingError(f"step {step}: weights are no longer finite although the update was: check the memory")
@@ -127,8 +128,8 @@ class EsTrainer:
             "update/rms": times.report.rms,
             "update/changed": times.report.changed,
             "weights/rms": times.report.weights_rms,
-            "sigma": entry.sigma,
-            "learning_rate": entry.learning_rate,
+            "sigma": plan.sigma,
+            "learning_rate": plan.learning_rate,
         }
         evaluation = self.loop.end_step(row, samples, tied=fitness.all_tied)
         if self.loop.checkpoint_due():

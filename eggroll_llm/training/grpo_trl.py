@@ -7,7 +7,7 @@ advantages, loss, micro batches, clipping, optimizer. What is replaced besides:
 
 * The sampler: each batch holds the problems of `problems_of_step`, each `samples_per_prompt` times in a row.
 * The tokens of the prompts: `Prompter`'s, which ES sees too. To TRL a prompt is the number of a problem.
-* The scheduler: `update.schedule`, the one of ES, times a linear warm-up.
+* The scheduler: `es.plan.schedule`, the one of ES, times a linear warm-up.
 * The pass over prompts: completions of a problem in a micro batch share one, forward and backward, as they share a
   prefix in vLLM (`_score_completions`): 64 answers of a few tokens to 8 prompts of 84 take a third of the time.
 * Where the head is applied: to the tokens of completions alone, as TRL does on CUDA. Elsewhere it would score those of
@@ -29,7 +29,7 @@ import eggroll_llm.engine.vllm  # noqa: F401  # TRL imports vLLM, whose environm
 from eggroll_llm.config.schema import RunConfig
 from eggroll_llm.engine.interface import Completion, Decoding, Progress, Request, sampling_seed
 from eggroll_llm.errors import TrainingError
-from eggroll_llm.es.optimizer import schedule
+from eggroll_llm.es.plan import schedule
 from eggroll_llm.es.weight_change import UpdateReport, sampled_rows, update_report
 from eggroll_llm.models.targets import TARGET_MODULES, is_trained
 from eggroll_llm.tasks.order import problems_of_step

@@ -21,7 +21,7 @@ from eggroll_llm.models.files import model_identity, weight_files
 from eggroll_llm.models.targets import trained_parameters
 from eggroll_llm.records.journal import JournalContents, JournalEntry, read_journal
 from eggroll_llm.system.hardware import resolve_dtype, serves_on_cpu
-from eggroll_llm.training.plan import optimizer_settings, update_spec
+from eggroll_llm.training.plan import recorded_update
 
 
 def replay(
@@ -48,10 +48,10 @@ def replay(
         torch.set_num_threads(config.engine.threads)
     device = "cpu" if serves_on_cpu() else "cuda"
     weights = {name: tensor.to(device) for name, tensor in load_trained(base_dir, dtype).items()}
-    masters = MasterWeights(weights, optimizer_settings(config), dtype, fold_for(torch.device(device)))
+    masters = MasterWeights(weights, config.es, dtype, fold_for(torch.device(device)))
     for entry in journal.entries[:step]:
         check_weights(journal_path, entry, masters.checksum)
-        masters.apply(update_spec(config, entry), served_factors_of)
+        masters.apply(recorded_update(config, entry), served_factors_of)
         on_step(entry.step, step)
     served = {name: masters.served(name).cpu() for name, _, _ in trained_parameters(base_dir)}
     export_model(base_dir, directory, served, dtype)

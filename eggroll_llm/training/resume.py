@@ -57,7 +57,7 @@ def restore(engine: Any, config: RunConfig, run: RunDir, journal: Journal, displ
         CheckpointError: the state in it is not that of its weights.
         JournalError: the replay comes to other weights than were recorded.
     """
-    from eggroll_llm.training.plan import update_spec
+    from eggroll_llm.training.plan import recorded_update
     from eggroll_llm.training.replay import check_weights
 
     if not journal.last_step:
@@ -79,7 +79,7 @@ def restore(engine: Any, config: RunConfig, run: RunDir, journal: Journal, displ
             engine.replay(pending)
             pending = []
         check_weights(run.journal, entry, engine.checksum)
-        pending.append(update_spec(config, entry))
+        pending.append(recorded_update(config, entry))
     if pending:
         engine.replay(pending)
     return checkpoint

@@ -55,15 +55,12 @@ class Outcome:
 def start_engine(prepared: Prepared) -> Any:
     """Start vLLM for a run."""
     from eggroll_llm.engine.vllm.engine import Engine
-    from eggroll_llm.training.plan import optimizer_settings
 
     config = prepared.config
     common: dict[str, Any] = {"slots": config.engine.slots, "max_model_len": config.engine.max_model_len}
     if config.method == "grpo":  # the weights come from outside, and there are no members
         return Engine(prepared.model_dir, config.engine, rank=1, trainable=False, logprobs=True, **common)
-    return Engine(
-        prepared.model_dir, config.engine, rank=config.es.rank, optimizer=optimizer_settings(config), **common
-    )
+    return Engine(prepared.model_dir, config.engine, rank=config.es.rank, es=config.es, **common)
 
 
 def train(config: RunConfig, recipe_dir: Path, run_path: Path, on_existing: OnExisting, display: Display) -> Outcome:

@@ -8,7 +8,7 @@ import torch
 from eggroll_llm.es.estimate import UpdateSpec
 from eggroll_llm.es.masters import MasterWeights
 from eggroll_llm.es.noise import NoiseSpec, served_factors_of
-from eggroll_llm.es.optimizer import OptimizerSettings
+from eggroll_llm.es.settings import EsSettings
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
@@ -34,7 +34,7 @@ def test_updates_agree_with_those_of_a_cpu_and_repeat_to_the_bit(optimizer: str)
     fitness_M = tuple(math.sin(m * m) for m in range(64))
 
     def trained(device: str) -> MasterWeights:
-        settings = OptimizerSettings(name=optimizer)
+        settings = EsSettings(optimizer=optimizer)
         on_device = {name: weight.to(device) for name, weight in weights.items()}
         masters = MasterWeights(on_device, settings, torch.bfloat16)
         for step in (1, 2):

@@ -17,7 +17,7 @@ from eggroll_llm.es.estimate import (
 )
 from eggroll_llm.es.masters import MasterWeights
 from eggroll_llm.es.noise import served_factors, served_factors_of
-from eggroll_llm.es.optimizer import OptimizerSettings, schedule
+from eggroll_llm.es.settings import EsSettings
 
 NAME = "model.layers.0.mlp.up_proj.weight"
 SHAPE = (24, 40)
@@ -47,7 +47,7 @@ def weights(scale: float = 0.05) -> dict[str, torch.Tensor]:
 
 
 def masters(method: str = "sgd", dtype: torch.dtype = torch.bfloat16, **changes) -> MasterWeights:
-    return MasterWeights(weights(), OptimizerSettings(name=method, **changes), dtype)
+    return MasterWeights(weights(), EsSettings(optimizer=method, **changes), dtype)
 
 
 def dense_estimate(name: str, shape: tuple[int, int], update: UpdateSpec, dtype: torch.dtype) -> torch.Tensor:
@@ -155,7 +155,7 @@ def test_rms_of_a_step_is_the_learning_rate(rank, population, sigma, antithetic)
     # mean square averages 6 * 256 squared normals, standard error sqrt(2 * 2 / (3 * 256)) = 0.07 of it, 0.036
     # of its root.
     base = {f"{i}.weight": torch.zeros(256, 256) for i in range(3)}
-    master = MasterWeights(base, OptimizerSettings(), torch.float32)
+    master = MasterWeights(base, EsSettings(), torch.float32)
     update = spec(population, rank=rank, sigma=sigma, antithetic=antithetic, learning_rate=2e-3)
     report = master.apply(update)
     assert abs(report.rms / 2e-3 - 1) < 0.12
@@ -199,7 +199,7 @@ def test_permuting_members_with_their_noise_is_the_same_estimate(antithetic):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_optimizers_agree_with_torch_on_the_dense_gradient(method):
-    settings = OptimizerSettings(name=method, momentum=0.8, adam_beta1=0.7, adam_beta2=0.95, adam_eps=1e-4)
+    settings = EsSettings(optimizer=method, momentum=0.8, adam_beta1=0.7, adam_beta2=0.95, adam_eps=1e-4)
     master = MasterWeights(weights(), settings, torch.float32)
     parameters = {name: weight.double().requires_grad_() for name, weight in weights().items()}
     if method == "adam":
@@ -222,7 +222,7 @@ def test_the_step_goes_up_the_fitness():
     # Maximise -|W - target|^2 by its definition: the distance must fall, with the first steps taken by plain
     # SGD.
     target = gaussian(*SHAPE)
-    master = MasterWeights({NAME: torch.zeros(SHAPE)}, OptimizerSettings(), torch.float32)
+    master = MasterWeights({NAME: torch.zeros(SHAPE)}, EsSettings(), torch.float32)
     distances = []
     for step in range(20):
         update = spec(step=step, noise_step=step, learning_rate=0.05, sigma=0.05)
@@ -241,7 +241,7 @@ def test_masters_keep_what_bf16_would_swallow():
     # fifty times as far, while weights that are added to in bf16 have lost most of the way.
     update = spec(population=2, learning_rate=6e-6, fitness_M=(1.0, -1.0))
     start = (gaussian(256, 256) * 0.1).bfloat16()
-    master = MasterWeights({NAME: start}, OptimizerSettings(), torch.bfloat16)
+    master = MasterWeights({NAME: start}, EsSettings(), torch.bfloat16)
     direction = estimate(NAME, (256, 256), update, torch.bfloat16) * 6e-6
     swallowing = start.clone()
     for _ in range(50):
@@ -381,27 +381,27 @@ def test_checksum_is_of_the_served_bits_in_name_order():
     master = masters()
     checksum = master.checksum()
     assert len(checksum) == 16
-    reordered = MasterWeights(dict(reversed(weights().items())), OptimizerSettings(), torch.bfloat16)
+    reordered = MasterWeights(dict(reversed(weights().items())), EsSettings(), torch.bfloat16)
     assert reordered.checksum() == checksum
     reordered.apply(spec(learning_rate=1e-12))
     assert reordered.checksum() == checksum
     one_bit = weights()
     one_bit[NAME].view(torch.int16)[3, 4] ^= 1
-    assert MasterWeights(one_bit, OptimizerSettings(), torch.bfloat16).checksum() != checksum
+    assert MasterWeights(one_bit, EsSettings(), torch.bfloat16).checksum() != checksum
     swapped = weights()
     swapped[NAME], swapped["c.weight"] = swapped["c.weight"], swapped[NAME]
-    assert MasterWeights(swapped, OptimizerSettings(), torch.bfloat16).checksum() != checksum
+    assert MasterWeights(swapped, EsSettings(), torch.bfloat16).checksum() != checksum
 
 
 def test_masters_are_a_copy_and_serve_their_rounding():
     given = weights()
-    master = MasterWeights(given, OptimizerSettings(), torch.bfloat16)
+    master = MasterWeights(given, EsSettings(), torch.bfloat16)
     assert all(torch.equal(master.served(name), weight) for name, weight in weights().items())
     master.apply(spec())
     assert all(torch.equal(given[name], weight) for name, weight in weights().items())
     assert torch.equal(master.served(NAME), master.state()[f"master/{NAME}"].bfloat16())
     float32 = {NAME: torch.zeros(SHAPE)}
-    MasterWeights(float32, OptimizerSettings(), torch.float32).apply(spec())
+    MasterWeights(float32, EsSettings(), torch.float32).apply(spec())
     assert not bool(float32[NAME].any())
 
 
@@ -438,33 +438,17 @@ def test_a_process_that_allows_fast_matmuls_gets_full_precision_and_keeps_its_se
     assert seen == ["highest"] * 3
 
 
-def test_schedules_by_hand():
-    assert [schedule("constant", 2.0, step, 0, 0.1) for step in (0, 9, 500)] == [2.0] * 3
-    assert [schedule("linear", 2.0, step, 5, 0.5) for step in range(5)] == [2.0, 1.75, 1.5, 1.25, 1.0]
-    cosine = [schedule("cosine", 2.0, step, 5, 0.5) for step in range(5)]
-    assert cosine == pytest.approx([2.0, 1.5 + math.sqrt(2) / 4, 1.5, 1.5 - math.sqrt(2) / 4, 1.0])
-    assert schedule("linear", 2.0, 50, 5, 0.5) == 1.0
-    assert schedule("linear", 2.0, 0, 1, 0.5) == 2.0
-
-
-@pytest.mark.parametrize(("kind", "steps", "message"), [("linear", 0, "needs steps above 0"), ("step", 5, "'step'")])
-def test_impossible_schedules_are_refused(kind, steps, message):
-    with pytest.raises(ValueError, match=message):
-        schedule(kind, 1.0, 0, steps, 0.1)
-
-
 @pytest.mark.parametrize(
     "settings",
-    [{"name": "lion"}, {"momentum": 1.0}, {"adam_beta1": -0.1}, {"adam_beta2": math.nan}, {"adam_eps": 0.0}],
+    [{"optimizer": "lion"}, {"momentum": 1.0}, {"adam_beta1": -0.1}, {"adam_beta2": math.nan}, {"adam_eps": 0.0}],
 )
 def test_impossible_optimizers_are_refused(settings):
-    key = "optimizer" if "name" in settings else next(iter(settings))
-    with pytest.raises(ValueError, match=key):
-        OptimizerSettings(**settings)
+    with pytest.raises(ValueError, match=next(iter(settings))):
+        MasterWeights(weights(), EsSettings(**settings), torch.bfloat16)
 
 
 def test_impossible_weights_are_refused():
-    settings = OptimizerSettings()
+    settings = EsSettings()
     for given, dtype, message in (
         ({}, torch.bfloat16, "no weights"),
         ({"a": torch.zeros(3)}, torch.bfloat16, "'a' of shape"),

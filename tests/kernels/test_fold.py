@@ -6,7 +6,7 @@ from torch import Tensor
 
 from eggroll_llm.es.estimate import UpdateSpec, fold_with_torch
 from eggroll_llm.es.masters import MasterWeights
-from eggroll_llm.es.optimizer import OptimizerSettings
+from eggroll_llm.es.settings import EsSettings
 from eggroll_llm.kernels import build, fold
 
 pytestmark = pytest.mark.skipif(build.library() is None, reason="needs a C++ compiler")
@@ -73,7 +73,7 @@ class Taken:
 def test_an_update_serves_each_weight_once_and_is_that_of_torch(optimizer: str, dtype: torch.dtype) -> None:
     weights = {name: random(48, 80, seed=i) for i, name in enumerate(("b.weight", "a.weight"))}
     ours, theirs = (
-        MasterWeights(weights, OptimizerSettings(name=optimizer), dtype, fold)  # type: ignore[arg-type]
+        MasterWeights(weights, EsSettings(optimizer=optimizer), dtype, fold)  # type: ignore[arg-type]
         for fold in (fold.fold_for(CPU), fold_with_torch)
     )
     taken = Taken(dtype)

@@ -18,13 +18,14 @@ from eggroll_llm.cli.main import main
 from eggroll_llm.config.recipe import to_toml
 from eggroll_llm.config.schema import EngineConfig, RunConfig
 from eggroll_llm.errors import CheckpointError
+from eggroll_llm.es.estimate import UpdateSpec
 from eggroll_llm.es.fitness import shape_fitness
 from eggroll_llm.es.settings import EsSettings
 from eggroll_llm.models.files import check_model, model_identity
 from eggroll_llm.records.checkpoint import verify_checkpoint
 from eggroll_llm.records.journal import Journal, JournalHeader
 from eggroll_llm.records.run_dir import RunDir
-from eggroll_llm.training.plan import step_entry
+from eggroll_llm.training.plan import journal_entry, plan_of
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "tests" / "support" / "small_disk.py"
@@ -102,7 +103,8 @@ def test_a_full_disk_under_a_replay_leaves_no_half_model(
     with RunDir.create(tmp_path / "run", to_toml(config)) as run:
         with Journal.open(run.journal, JournalHeader(frozen_hash="a", base_model=model_identity(base))) as journal:
             rewards_MP = torch.arange(8, dtype=torch.float64).view(4, 2) ** 2
-            journal.append(step_entry(config, 1, shape_fitness(rewards_MP, "centered"), checksum=""))
+            update = UpdateSpec.of(plan_of(config, 1), shape_fitness(rewards_MP, "centered").fitness_M.tolist())
+            journal.append(journal_entry(update, dropped=(), checksum=""))
         run.append_metrics({"step": 0, "eval/accuracy": 0.5, "eval/problems": 4})
     out = tmp_path / "model"
     command = ["replay", str(tmp_path / "run"), "--out", str(out)]

@@ -29,7 +29,6 @@ from eggroll_llm.tasks.prompts import ProblemSet
 from eggroll_llm.tasks.task import Score
 from eggroll_llm.training import session
 from eggroll_llm.training.harness import Course
-from eggroll_llm.training.plan import optimizer_settings
 from eggroll_llm.training.prepare import Prepared
 
 SHAPES = {"a.weight": (6, 4), "b.weight": (3, 6)}
@@ -53,7 +52,7 @@ class FakeEngine:
     def __init__(self, config: RunConfig, journal: Path) -> None:
         generator = torch.Generator().manual_seed(0)
         weights = {name: torch.randn(shape, generator=generator) for name, shape in SHAPES.items()}
-        self.masters = MasterWeights(weights, optimizer_settings(config), torch.float32)
+        self.masters = MasterWeights(weights, config.es, torch.float32)
         self.journal = journal
         self.decodings: list[Decoding] = []
         self.seen: list[tuple[int, str]] = []

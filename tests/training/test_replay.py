@@ -12,13 +12,14 @@ from safetensors.torch import load_file
 
 from eggroll_llm.config.schema import EngineConfig, RunConfig
 from eggroll_llm.errors import JournalError
+from eggroll_llm.es.estimate import UpdateSpec
 from eggroll_llm.es.fitness import shape_fitness
 from eggroll_llm.es.masters import MasterWeights
 from eggroll_llm.es.settings import EsSettings
 from eggroll_llm.models.files import model_identity
 from eggroll_llm.models.targets import trained_parameters
-from eggroll_llm.records.journal import Journal, JournalEntry, JournalHeader
-from eggroll_llm.training.plan import optimizer_settings, step_entry, update_spec
+from eggroll_llm.records.journal import Journal, JournalHeader
+from eggroll_llm.training.plan import journal_entry, plan_of
 from eggroll_llm.training.replay import load_trained, replay
 
 STEPS = 4
@@ -51,18 +52,19 @@ def record(path: Path, base: Path, run: RunConfig, checksums: dict[int, str] | N
     Every other step records the checksum that it starts from, or the ones given.
     """
     dtype = getattr(torch, run.engine.dtype)
-    after = [MasterWeights(load_trained(base, dtype), optimizer_settings(run), dtype)]
+    after = [MasterWeights(load_trained(base, dtype), run.es, dtype)]
     generator = torch.Generator().manual_seed(0)
     header = JournalHeader(frozen_hash="hash", base_model=model_identity(base))
     with Journal.open(path, header) as journal:
         for step in range(1, STEPS + 1):
-            masters = MasterWeights(load_trained(base, dtype), optimizer_settings(run), dtype)
+            masters = MasterWeights(load_trained(base, dtype), run.es, dtype)
             masters.load_state(after[-1].state())
             fitness = shape_fitness(torch.randn((6, 3), generator=generator, dtype=torch.float64), "centered")
             checksum = masters.checksum() if step % 2 else ""
-            entry: JournalEntry = step_entry(run, step, fitness, checksum=(checksums or {}).get(step, checksum))
-            journal.append(entry)
-            masters.apply(update_spec(run, entry))
+            update = UpdateSpec.of(plan_of(run, step), fitness.fitness_M.tolist())
+            recorded = (checksums or {}).get(step, checksum)
+            journal.append(journal_entry(update, dropped=fitness.dropped, checksum=recorded))
+            masters.apply(update)
             after.append(masters)
     return after
 

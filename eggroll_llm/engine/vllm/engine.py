@@ -31,7 +31,7 @@ from eggroll_llm.engine.watchdog import Watchdog
 from eggroll_llm.errors import EngineError, ModelError, UserError
 from eggroll_llm.es.estimate import NonFiniteUpdate, UpdateSpec
 from eggroll_llm.es.noise import NoiseSpec
-from eggroll_llm.es.optimizer import OptimizerSettings
+from eggroll_llm.es.settings import EsSettings
 from eggroll_llm.models.export import export_model
 from eggroll_llm.models.targets import TARGET_MODULES, trained_parameters
 from eggroll_llm.system.hardware import resolve_dtype
@@ -56,7 +56,7 @@ class Engine:
         slots: int,
         rank: int,
         max_model_len: int,
-        optimizer: OptimizerSettings | None = None,
+        es: EsSettings | None = None,
         prefix_caching: bool = True,
         trainable: bool = True,
         stock: bool = False,
@@ -85,7 +85,7 @@ class Engine:
             args.logprobs_mode = "processed_logprobs"
         start = {
             "rank": rank,
-            "optimizer": (optimizer or OptimizerSettings()) if trainable else None,
+            "es": (es or EsSettings()) if trainable else None,
             "compiled": not config.enforce_eager,
             "stock": stock,
         }

@@ -29,7 +29,7 @@ from eggroll_llm.engine.vllm.whole_model import WholeModel, count_ranks_uncompil
 from eggroll_llm.es.estimate import UpdateSpec
 from eggroll_llm.es.masters import MasterWeights
 from eggroll_llm.es.noise import NoiseSpec
-from eggroll_llm.es.optimizer import OptimizerSettings
+from eggroll_llm.es.settings import EsSettings
 from eggroll_llm.es.weight_change import UpdateReport
 from eggroll_llm.kernels.fold import fold_for
 from eggroll_llm.kernels.member_term import AddTerm, graph_operator, implementation
@@ -69,10 +69,8 @@ class EsWorkerExtension:
 class Population:
     """Slots, factors and master weights inside a vLLM worker."""
 
-    def __init__(
-        self, model_runner: Any, *, rank: int, optimizer: OptimizerSettings | None, compiled: bool, stock: bool
-    ) -> None:
-        """Without `optimizer` there are no masters. `stock` leaves vLLM's arithmetic as it is on CPU too."""
+    def __init__(self, model_runner: Any, *, rank: int, es: EsSettings | None, compiled: bool, stock: bool) -> None:
+        """Without `es` there are no masters. `stock` leaves vLLM's arithmetic as it is on CPU too."""
         lora_manager = model_runner.lora_manager
         self._adapters = adapters = lora_manager._adapter_manager
         adapters.remove_all_adapters()
@@ -84,8 +82,8 @@ class Population:
         buffers = RowBuffers if ours else PaddedBuffers
         self.slots = MemberSlots(buffers(self.layers, self.bank, adapters.lora_slots), adapters.lora_slots)
         weights = initial_weights(model_runner.model, self.layers)
-        if optimizer is not None:
-            self.masters = MasterWeights(weights, optimizer, self.dtype, fold_for(self.device))
+        if es is not None:
+            self.masters = MasterWeights(weights, es, self.dtype, fold_for(self.device))
         lora_manager._apply_adapters = self._place
         lora_manager._load_adapter = _refuse_to_load
         if ours:
