@@ -18,7 +18,7 @@ from eggroll_llm.config.recipe import sourced
 from eggroll_llm.config.rules import validate
 from eggroll_llm.config.schema import ChatConfig, EngineConfig, RewardConfig, RunConfig
 from eggroll_llm.config.toml import Origin, Sourced
-from eggroll_llm.engine.interface import Decoding, Progress
+from eggroll_llm.engine.interface import Decoding, Progress, Sampler
 from eggroll_llm.errors import ConfigError
 from eggroll_llm.es.settings import EsSettings
 from eggroll_llm.models.resolve import model_identity
@@ -255,11 +255,13 @@ def _chat(settings: Settings, questions: Questions) -> ChatConfig:
     return ChatConfig() if plain else settings.chat
 
 
-def start_engine(settings: Settings, context: int) -> Any:
+def start_engine(settings: Settings, context: int) -> Sampler:
     """Start vLLM on the subject, for prompts and completions of `context` tokens together."""
-    from eggroll_llm.engine.vllm.engine import Engine
+    from eggroll_llm.engine.vllm.engine import VllmEngine
 
-    return Engine(settings.subject.model_dir, settings.engine, slots=1, rank=1, max_model_len=context, trainable=False)
+    return VllmEngine(
+        settings.subject.model_dir, settings.engine, slots=1, rank=1, max_model_len=context, trainable=False
+    )
 
 
 def _grade_again(file: SampleFile, problems: ProblemSet, graders: Mapping[str, Grader]) -> None:

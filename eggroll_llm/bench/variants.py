@@ -26,7 +26,7 @@ from vllm.v1.engine.llm_engine import LLMEngine
 
 from eggroll_llm.config.schema import EngineConfig
 from eggroll_llm.engine.interface import Request
-from eggroll_llm.engine.vllm.engine import Engine, memory_args
+from eggroll_llm.engine.vllm.engine import VllmEngine, memory_args
 from eggroll_llm.engine.vllm.weights import forget_linear_weights, repack
 from eggroll_llm.es.estimate import UpdateSpec
 from eggroll_llm.es.noise import NoiseSpec
@@ -110,7 +110,7 @@ class Population:
 
     def __init__(self, job: dict[str, Any], *, stock: bool = False) -> None:
         self.job = job
-        self._engine = Engine(
+        self._engine = VllmEngine(
             Path(job["model_dir"]),
             EngineConfig(**{**job["engine"], "enforce_eager": not job["compiled"]}),
             slots=job["slots"],

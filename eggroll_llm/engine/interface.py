@@ -1,19 +1,17 @@
-"""Members x problems x samples -> completions, through one engine.
+"""What an engine is: requests in, completions out, with a population inside. Imports no vLLM."""
 
-Every member sees the same problems (common random numbers) and, when sampling is not greedy, the same sampling seeds:
-members differ in nothing but their weights. Requests are member-major, so that the problems of a member share the
-prefix of their prompts through the engine's cache.
-
-Shapes: M member, P prompt, S sample.
-"""
-
-import hashlib
-from collections.abc import Callable, Sequence
-from collections.abc import Generator as GeneratorType
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
-from eggroll_llm.errors import EngineError
+import torch
+from torch import Tensor
+
+from eggroll_llm.engine.watchdog import Watchdog
+from eggroll_llm.es.estimate import UpdateSpec
+from eggroll_llm.es.masters import UpdateReport
+from eggroll_llm.es.noise import NoiseSpec
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,51 +64,76 @@ class Completion:
     """Of the generated tokens, temperature and nucleus included, when they were asked for; NaN where there is none."""
 
 
-Stream = GeneratorType[tuple[int, Completion], None, None]
+@dataclass(frozen=True, kw_only=True, slots=True)
+class UpdateTimes:
+    """Report of an update, and the seconds of its parts."""
+
+    report: UpdateReport
+    update: float
+    """Estimate, optimizer and rounding."""
+    serve: float
+    """Packing the served weights, and forgetting the prefix cache."""
+
+
+Stream = Generator[tuple[int, Completion], None, None]
 Progress = Callable[[int, int], None]
 """Called with the number of finished and of all completions."""
 
 
-class Generator(Protocol):
-    """The part of the engine that sampling needs."""
+class Sampler(Protocol):
+    """Answers requests with the weights that it serves."""
+
+    dtype: torch.dtype
+    """Number format of the served weights."""
+    watchdog: Watchdog
+    """Ends the process when a call hangs."""
 
     def generate(
         self, requests: Sequence[Request], decoding: Decoding, on_progress: Progress | None = None
     ) -> list[Completion]:
-        """Return the completion of each request, in their order."""
+        """Return the completion of each request, in their order. Raises EngineError when one is missing."""
         ...
 
     def stream(self, requests: Sequence[Request], decoding: Decoding) -> Stream:
-        """Yield (position of the request, completion) as they finish."""
+        """Yield (position of the request, completion) as they finish. Closing it early leaves the engine usable."""
+        ...
+
+    def close(self) -> None:
+        """Free what the engine holds. Raises nothing."""
         ...
 
 
-def sample_population(
-    engine: Generator,
-    prompts_P: Sequence[tuple[int, ...]],
-    population: int,
-    samples: int,
-    decoding: Decoding,
-    *,
-    seed: int,
-    step: int,
-    on_progress: Progress | None = None,
-) -> list[list[list[Completion]]]:
-    """Return completions_MPS of every member on every prompt. Raises EngineError when there are fewer or more."""
-    requests = [
-        Request(prompt_ids=prompt, member=member, seed=sampling_seed(seed, step, p, s))
-        for member in range(population)
-        for p, prompt in enumerate(prompts_P)
-        for s in range(samples)
-    ]
-    completions = engine.generate(requests, decoding, on_progress)
-    if len(completions) != len(requests):
-        raise EngineError(f"the inference engine returned {len(completions)} completions for {len(requests)} requests")
-    flat = iter(completions)
-    return [[[next(flat) for _ in range(samples)] for _ in prompts_P] for _ in range(population)]
+class Engine(Sampler, Protocol):
+    """A sampler that serves every member of a population beside the base model, and updates the base model."""
 
+    def begin(self, noise: NoiseSpec, population: int, *, antithetic: bool = True) -> float:
+        """Make the members 0 ... population - 1 of a step available; return the seconds that their noise took."""
+        ...
 
-def sampling_seed(seed: int, step: int, prompt: int, sample: int) -> int:
-    """Return the seed of one completion's random draws, below 2^63: a hash, equal for all members."""
-    digest = hashlib.blake2b(f"{seed} {step} {prompt} {sample}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1
+    def update(self, spec: UpdateSpec) -> UpdateTimes:
+        """Fold a step's fitness into the weights and serve them. Raises NonFiniteUpdate with nothing changed."""
+        ...
+
+    def replay(self, specs: Sequence[UpdateSpec]) -> None:
+        """Apply recorded updates without sampling."""
+        ...
+
+    def checksum(self) -> str:
+        """Return 16 hexadecimal digits that identify the bits of the served weights."""
+        ...
+
+    def state(self) -> Mapping[str, Tensor]:
+        """Return float32 masters and optimizer state, on the CPU."""
+        ...
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Restore what `state` returned, exactly."""
+        ...
+
+    def export(self, directory: Path) -> None:
+        """Write the served model as a Hugging Face directory."""
+        ...
+
+    def load_weights(self, weights: Mapping[str, Tensor]) -> None:
+        """Serve the weights of a trainer with gradients: all of the checkpoint's tensors, by name."""
+        ...

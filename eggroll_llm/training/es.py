@@ -20,7 +20,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from eggroll_llm.engine.interface import Completion, sample_population
+from eggroll_llm.engine.interface import Completion
+from eggroll_llm.engine.sampling import sample_population
 from eggroll_llm.errors import TaskError, TrainingError
 from eggroll_llm.es.estimate import NonFiniteUpdate, UpdateSpec, check_finite
 from eggroll_llm.es.fitness import Fitness, shape_fitness

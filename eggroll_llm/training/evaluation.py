@@ -13,7 +13,8 @@ import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from eggroll_llm.engine.interface import Completion, Decoding, Generator, Progress, Request, sampling_seed
+from eggroll_llm.engine.interface import Completion, Decoding, Progress, Request, Sampler
+from eggroll_llm.engine.sampling import sampling_seed
 from eggroll_llm.records.answers import TASK, Graded, Sample
 from eggroll_llm.tasks.prompts import ProblemSet
 from eggroll_llm.tasks.task import Problem
@@ -77,7 +78,7 @@ def stderr(values: Sequence[float]) -> float:
 
 
 def evaluate(
-    engine: Generator,
+    engine: Sampler,
     scorer: Scorer,
     problems: ProblemSet,
     decoding: Decoding,
@@ -98,7 +99,7 @@ def evaluate(
 
 
 def answer(
-    engine: Generator,
+    engine: Sampler,
     problems: ProblemSet,
     graders: Mapping[str, Grader],
     decoding: Decoding,

@@ -27,7 +27,8 @@ import torch
 
 import eggroll_llm.engine.vllm  # noqa: F401  # TRL imports vLLM, whose environment this sets
 from eggroll_llm.config.schema import RunConfig
-from eggroll_llm.engine.interface import Completion, Decoding, Progress, Request, sampling_seed
+from eggroll_llm.engine.interface import Completion, Decoding, Engine, Progress, Request
+from eggroll_llm.engine.sampling import sampling_seed
 from eggroll_llm.errors import TrainingError
 from eggroll_llm.es.plan import schedule
 from eggroll_llm.es.weight_change import UpdateReport, sampled_rows, update_report
@@ -63,7 +64,9 @@ _NUMPY_SEEDS = 2**32
 class Rollouts:
     """Takes the place of TRL's `VLLMGeneration`."""
 
-    def __init__(self, engine: Any, config: RunConfig, decoding: Decoding, on_progress: Progress | None = None) -> None:
+    def __init__(
+        self, engine: Engine, config: RunConfig, decoding: Decoding, on_progress: Progress | None = None
+    ) -> None:
         self._engine, self._config = engine, config
         self._decoding, self._on_progress = dataclasses.replace(decoding, logprobs=True), on_progress
         self.model: Any = None

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from eggroll_llm.config.schema import RunConfig
-from eggroll_llm.engine.interface import Completion, Decoding
+from eggroll_llm.engine.interface import Completion, Decoding, Engine
 from eggroll_llm.errors import SamplesError
 from eggroll_llm.models.card import write_card
 from eggroll_llm.records.answers import TASK
@@ -79,7 +79,7 @@ class Loop:
     def __init__(
         self,
         config: RunConfig,
-        engine: Any,
+        engine: Engine,
         scorer: Scorer,
         held_out: ProblemSet,
         stop: tuple[str, ...],

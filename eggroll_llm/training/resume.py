@@ -4,10 +4,10 @@ A run of ES goes on after the last update of its journal, one of GRPO after its 
 interruption cannot explain is repaired silently.
 """
 
-from typing import Any
-
 from eggroll_llm.config.schema import RunConfig
+from eggroll_llm.engine.interface import Engine
 from eggroll_llm.errors import CheckpointError, JournalError, RunDirError
+from eggroll_llm.es.estimate import UpdateSpec
 from eggroll_llm.records.checkpoint import Checkpoint, list_checkpoints, load_training_state, newest_valid, remove_after
 from eggroll_llm.records.journal import Journal, JournalHeader
 from eggroll_llm.records.run_dir import RunDir
@@ -50,7 +50,7 @@ def by_checkpoint(run: RunDir, display: Display) -> tuple[int, Checkpoint | None
     return step, checkpoint
 
 
-def restore(engine: Any, config: RunConfig, run: RunDir, journal: Journal, display: Display) -> Checkpoint | None:
+def restore(engine: Engine, config: RunConfig, run: RunDir, journal: Journal, display: Display) -> Checkpoint | None:
     """Bring the engine to the last step of the journal: newest valid checkpoint, which is returned, then replay.
 
     Raises:
@@ -73,7 +73,7 @@ def restore(engine: Any, config: RunConfig, run: RunDir, journal: Journal, displ
                 "Delete that checkpoint: an earlier one and the journal take its place."
             )
     display.message(f"resuming after step {journal.last_step}: {_sources(start, journal.last_step)}")
-    pending: list[Any] = []
+    pending: list[UpdateSpec] = []
     for entry in journal.entries[start : journal.last_step]:
         if entry.checksum and pending:
             engine.replay(pending)

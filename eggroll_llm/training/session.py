@@ -11,6 +11,7 @@ from typing import Any
 from eggroll_llm.config.compare import applies, check_resume, flat
 from eggroll_llm.config.recipe import load_recipe, to_toml
 from eggroll_llm.config.schema import RunConfig
+from eggroll_llm.engine.interface import Engine
 from eggroll_llm.errors import EngineError, TrainingError
 from eggroll_llm.models import embedded
 from eggroll_llm.records.checkpoint import Checkpoint, clean
@@ -52,15 +53,15 @@ class Outcome:
     """What kept the run from learning."""
 
 
-def start_engine(prepared: Prepared) -> Any:
+def start_engine(prepared: Prepared) -> Engine:
     """Start vLLM for a run."""
-    from eggroll_llm.engine.vllm.engine import Engine
+    from eggroll_llm.engine.vllm.engine import VllmEngine
 
     config = prepared.config
     common: dict[str, Any] = {"slots": config.engine.slots, "max_model_len": config.engine.max_model_len}
     if config.method == "grpo":  # the weights come from outside, and there are no members
-        return Engine(prepared.model_dir, config.engine, rank=1, trainable=False, logprobs=True, **common)
-    return Engine(prepared.model_dir, config.engine, rank=config.es.rank, es=config.es, **common)
+        return VllmEngine(prepared.model_dir, config.engine, rank=1, trainable=False, logprobs=True, **common)
+    return VllmEngine(prepared.model_dir, config.engine, rank=config.es.rank, es=config.es, **common)
 
 
 def train(config: RunConfig, recipe_dir: Path, run_path: Path, on_existing: OnExisting, display: Display) -> Outcome:

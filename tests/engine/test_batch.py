@@ -16,7 +16,7 @@ from eggroll_llm.config.schema import EngineConfig
 from eggroll_llm.engine.interface import Decoding, Request
 from eggroll_llm.engine.vllm import engine as engine_module
 from eggroll_llm.engine.vllm import weights
-from eggroll_llm.engine.vllm.engine import Engine
+from eggroll_llm.engine.vllm.engine import VllmEngine
 from eggroll_llm.es.noise import NoiseSpec
 from eggroll_llm.system.hardware import cpu_flags, serves_on_cpu
 from eggroll_llm.tasks.prompts import Prompter
@@ -77,7 +77,7 @@ def requests_of(model_dir: Path) -> list[Request]:
     ]
 
 
-def answers(engine: Engine, requests: Sequence[Request], at_once: int) -> list[Answer]:
+def answers(engine: VllmEngine, requests: Sequence[Request], at_once: int) -> list[Answer]:
     """Answers with their log-probabilities, the requests sent in waves."""
     engine.begin(NoiseSpec(seed=3, step=1, rank=1, sigma=0.004), MEMBERS)
     waves = [requests[first : first + at_once] for first in range(0, len(requests), at_once)]
@@ -93,7 +93,7 @@ def test_an_answer_of_the_real_model_depends_on_nothing_but_its_request(
     requests = requests_of(embedded_model)
     config = EngineConfig(dtype=dtype, kv_cache_gib=0.1, max_sequences=64, threads=2)
     with_logprobs: dict[str, Any] = {"rank": 1, "max_model_len": 256, "logprobs": True}
-    engine = Engine(embedded_model, config, slots=MEMBERS, **with_logprobs)
+    engine = VllmEngine(embedded_model, config, slots=MEMBERS, **with_logprobs)
     try:
         together = answers(engine, requests, len(requests))
         assert len({token_ids for token_ids, _ in together}) > len(requests) // 2
@@ -114,7 +114,7 @@ def test_an_answer_of_the_real_model_depends_on_nothing_but_its_request(
 
     monkeypatch.setattr(engine_module, "_engine_args", in_chunks)
     config = EngineConfig(dtype=dtype, kv_cache_gib=0.1, max_sequences=3, threads=1)
-    other = Engine(embedded_model, config, slots=2, prefix_caching=False, **with_logprobs)
+    other = VllmEngine(embedded_model, config, slots=2, prefix_caching=False, **with_logprobs)
     try:
         assert answers(other, requests, len(requests)) == together
     finally:

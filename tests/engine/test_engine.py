@@ -21,9 +21,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from eggroll_llm.config.schema import EngineConfig
-from eggroll_llm.engine.interface import Decoding, Request, sample_population
+from eggroll_llm.engine.interface import Decoding, Request
+from eggroll_llm.engine.sampling import sample_population
 from eggroll_llm.engine.vllm import slots as members
-from eggroll_llm.engine.vllm.engine import Engine
+from eggroll_llm.engine.vllm.engine import VllmEngine
 from eggroll_llm.es.estimate import UpdateSpec
 from eggroll_llm.es.noise import NoiseSpec, served_factors
 from eggroll_llm.system.hardware import serves_on_cpu
@@ -78,7 +79,7 @@ ON_CPU = serves_on_cpu()
 
 @dataclass
 class Served:
-    engine: Engine
+    engine: VllmEngine
     model_dir: Path
     case: Case
 
@@ -108,7 +109,7 @@ def served(request: pytest.FixtureRequest, tiny_model: Callable[[str], Path]) ->
         enforce_eager=not case.compiled,
     )
     model_dir = tiny_model(case.kind)
-    engine = Engine(model_dir, config, slots=SLOTS, rank=case.rank, max_model_len=128)
+    engine = VllmEngine(model_dir, config, slots=SLOTS, rank=case.rank, max_model_len=128)
     start = {name: tensor.clone() for name, tensor in engine.state().items()}
     yield Served(engine, model_dir, case)
     engine.load_state(start)
@@ -122,7 +123,7 @@ def fresh_weights(served: Served) -> Iterator[None]:
     served.engine.load_state(before)
 
 
-def perturbation(engine: Engine, spec: NoiseSpec, member: int) -> dict[str, Tensor]:
+def perturbation(engine: VllmEngine, spec: NoiseSpec, member: int) -> dict[str, Tensor]:
     """sign sigma E of every trained parameter, dense, from the factors as rounded to the served dtype."""
     sign = -1.0 if member % 2 else 1.0
     dense = {}
@@ -136,7 +137,7 @@ def transformers_logprobs(model_dir: Path, added: dict[str, Tensor] | None = Non
     return dense_logprobs(model_dir, PROMPTS, added)
 
 
-def served_logprobs(engine: Engine, members: list[int | None]) -> Tensor:
+def served_logprobs(engine: VllmEngine, members: list[int | None]) -> Tensor:
     """[members, prompts, vocabulary], all in one batch."""
     requests = [Request(prompt_ids=prompt, member=member) for member in members for prompt in PROMPTS]
     return engine.next_token_logprobs(requests).view(len(members), len(PROMPTS), -1)

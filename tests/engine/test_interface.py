@@ -4,7 +4,8 @@ from collections.abc import Callable, Sequence
 
 import pytest
 
-from eggroll_llm.engine.interface import Completion, Decoding, Request, sample_population, sampling_seed
+from eggroll_llm.engine.interface import Completion, Decoding, Request
+from eggroll_llm.engine.sampling import sample_population, sampling_seed
 from eggroll_llm.errors import EngineError
 
 PROMPTS = [(1, 2, 3), (4,)]

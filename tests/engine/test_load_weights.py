@@ -14,7 +14,7 @@ from torch import Tensor
 
 from eggroll_llm.config.schema import EngineConfig
 from eggroll_llm.engine.interface import Decoding, Request
-from eggroll_llm.engine.vllm.engine import Engine
+from eggroll_llm.engine.vllm.engine import VllmEngine
 from eggroll_llm.engine.vllm.text import TextRules
 from eggroll_llm.errors import ModelError
 
@@ -25,7 +25,7 @@ PROMPTS = tuple(tuple((7 * i + j) % 300 + 3 for j in range(40)) for i in range(3
 
 @dataclass
 class Served:
-    engine: Engine
+    engine: VllmEngine
     model_dir: Path
     tolerance: float
 
@@ -36,7 +36,7 @@ class Served:
 def served(request: pytest.FixtureRequest, tiny_model: Callable[[str], Path]) -> Iterator[Served]:
     kind, dtype = request.param
     config = EngineConfig(dtype=dtype, kv_cache_gib=0.05, max_sequences=16)
-    engine = Engine(tiny_model(kind), config, slots=1, rank=1, max_model_len=128, trainable=False, logprobs=True)
+    engine = VllmEngine(tiny_model(kind), config, slots=1, rank=1, max_model_len=128, trainable=False, logprobs=True)
     yield Served(engine, tiny_model(kind), 1e-4 if dtype == "float32" else 0.2)
     engine.close()
 
@@ -62,7 +62,7 @@ def logprobs(model: Any) -> Tensor:
         return model(torch.tensor(PROMPTS)).logits[:, -1].log_softmax(-1)
 
 
-def ours(engine: Engine) -> Tensor:
+def ours(engine: VllmEngine) -> Tensor:
     return engine.next_token_logprobs([Request(prompt_ids=prompt) for prompt in PROMPTS])
 
 

@@ -8,7 +8,7 @@ import pytest
 from eggroll_llm.bench.worker import resident_gib
 from eggroll_llm.config.schema import EngineConfig
 from eggroll_llm.engine.interface import Decoding, Request
-from eggroll_llm.engine.vllm.engine import Engine
+from eggroll_llm.engine.vllm.engine import VllmEngine
 from eggroll_llm.es.estimate import UpdateSpec
 from eggroll_llm.es.noise import NoiseSpec
 
@@ -19,7 +19,7 @@ POPULATION, SLOTS = 8, 4
 
 def test_memory_does_not_grow(tiny_model: Callable[[str], Path]) -> None:
     config = EngineConfig(dtype="bfloat16", kv_cache_gib=0.05, max_sequences=16)
-    engine = Engine(tiny_model("llama"), config, slots=SLOTS, rank=2, max_model_len=64)
+    engine = VllmEngine(tiny_model("llama"), config, slots=SLOTS, rank=2, max_model_len=64)
     resident = []
     for step in range(1, 241):
         engine.begin(NoiseSpec(seed=0, step=step, rank=2, sigma=0.01), POPULATION)

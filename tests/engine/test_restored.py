@@ -9,7 +9,7 @@ import torch
 
 from eggroll_llm.config.schema import EngineConfig
 from eggroll_llm.engine.interface import Decoding, Request
-from eggroll_llm.engine.vllm.engine import Engine
+from eggroll_llm.engine.vllm.engine import VllmEngine
 from eggroll_llm.es.estimate import UpdateSpec
 from eggroll_llm.es.noise import NoiseSpec
 
@@ -19,7 +19,7 @@ STEPS, POPULATION, SLOTS, RANK, SIGMA = 1000, 6, 4, 2, 0.05
 
 
 @torch.inference_mode()
-def served_bytes(engine: Engine) -> dict[str, bytes]:
+def served_bytes(engine: VllmEngine) -> dict[str, bytes]:
     """Of all that vLLM computes with. A linear weight on CPU is packed: its product with the identity is its bits."""
     worker = engine._llm.model_executor.driver_worker.worker
     model = worker.model_runner.model
@@ -41,7 +41,7 @@ def test_a_thousand_populations_leave_the_served_weights_as_they_were(
     tiny_model: Callable[[str], Path], kind: str, dtype: Any
 ) -> None:
     config = EngineConfig(dtype=dtype, kv_cache_gib=0.05, max_sequences=16)
-    engine = Engine(tiny_model(kind), config, slots=SLOTS, rank=RANK, max_model_len=64)
+    engine = VllmEngine(tiny_model(kind), config, slots=SLOTS, rank=RANK, max_model_len=64)
     try:
         before = served_bytes(engine)
         masters = {name: tensor.clone() for name, tensor in engine.state().items()}

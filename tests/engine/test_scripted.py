@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from eggroll_llm.engine.interface import Completion, Decoding, Request
-from eggroll_llm.engine.vllm.engine import Engine
+from eggroll_llm.engine.vllm.engine import VllmEngine
 from eggroll_llm.engine.watchdog import Watchdog
 from eggroll_llm.errors import EngineError, ModelError
 from eggroll_llm.es.estimate import NonFiniteUpdate
@@ -74,8 +74,8 @@ class Words:
         return " ".join(map(str, tokens)), False
 
 
-def scripted(script: Callable[[list[Any]], list[Any]]) -> tuple[Engine, ScriptedLlm]:
-    engine, llm = Engine.__new__(Engine), ScriptedLlm(script)
+def scripted(script: Callable[[list[Any]], list[Any]]) -> tuple[VllmEngine, ScriptedLlm]:
+    engine, llm = VllmEngine.__new__(VllmEngine), ScriptedLlm(script)
     engine._llm = llm  # type: ignore[assignment]
     engine.text_rules = Words()  # type: ignore[assignment]
     engine._calls, engine._version = count(), "base"

@@ -79,10 +79,10 @@ def test_what_stops_vllm_is_told_with_the_settings_to_change(
 START = """
 import pathlib, sys
 from eggroll_llm.config.recipe import EngineConfig
-from eggroll_llm.engine.vllm.engine import Engine
+from eggroll_llm.engine.vllm.engine import VllmEngine
 from eggroll_llm.errors import UserError
 try:
-    Engine(
+    VllmEngine(
         pathlib.Path(sys.argv[1]),
         EngineConfig(dtype="float32", kv_cache_gib=float(sys.argv[2]), max_sequences=4),
         slots=2,

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from eggroll_llm.cli.main import main
 from eggroll_llm.engine.interface import Request
-from eggroll_llm.engine.vllm.engine import Engine
+from eggroll_llm.engine.vllm.engine import VllmEngine
 from eggroll_llm.system.jsonl import read_rows
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
@@ -44,13 +44,13 @@ def test_ten_steps_raise_the_reward_and_the_export_is_what_was_served(
 ) -> None:
     """Logits of the engine just before it is closed = those of transformers with `final/`."""
     served: list[Tensor] = []
-    close = Engine.close
+    close = VllmEngine.close
 
-    def look_and_close(engine: Engine) -> None:
+    def look_and_close(engine: VllmEngine) -> None:
         served.append(engine.next_token_logprobs([Request(prompt_ids=prompt) for prompt in PROMPTS]))
         close(engine)
 
-    monkeypatch.setattr(Engine, "close", look_and_close)
+    monkeypatch.setattr(VllmEngine, "close", look_and_close)
     (tmp_path / "letters.py").write_text(TASK)
     recipe = tmp_path / "recipe.toml"
     recipe.write_text(RECIPE.format(model=tiny_model(kind)))

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from eggroll_llm.config.schema import EngineConfig
 from eggroll_llm.engine.interface import Request
-from eggroll_llm.engine.vllm.engine import Engine
+from eggroll_llm.engine.vllm.engine import VllmEngine
 from eggroll_llm.es.estimate import UpdateSpec
 from eggroll_llm.es.noise import NoiseSpec
 from eggroll_llm.kernels import build, member_term
@@ -26,7 +26,7 @@ REQUESTS = [Request(prompt_ids=tuple(range(5 + m, 45 + m)), member=m) for m in (
 def before_and_after(model_dir: Path, *, stock: bool) -> tuple[Tensor, Tensor]:
     """Log-probabilities of four members, before and after an update."""
     config = EngineConfig(dtype="float32", kv_cache_gib=0.05, max_sequences=16)
-    engine = Engine(model_dir, config, slots=4, rank=2, max_model_len=64, stock=stock)
+    engine = VllmEngine(model_dir, config, slots=4, rank=2, max_model_len=64, stock=stock)
     try:
         engine.begin(NOISE, 4)
         before = engine.next_token_logprobs(REQUESTS)

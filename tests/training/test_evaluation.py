@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from eggroll_llm.engine.interface import Completion, Decoding, Request, sampling_seed
+from eggroll_llm.engine.interface import Completion, Decoding, Request
+from eggroll_llm.engine.sampling import sampling_seed
 from eggroll_llm.records.answers import TASK, Graded, Sample
 from eggroll_llm.tasks.prompts import ProblemSet
 from eggroll_llm.tasks.task import Score

@@ -285,7 +285,7 @@ def test_a_step_is_that_of_trl(
         rollout_func=rollouts,
     )
     # What the micro batches of "bnpo" are depends on the shuffle, whose seed is ours.
-    from eggroll_llm.engine.interface import sampling_seed
+    from eggroll_llm.engine.sampling import sampling_seed
 
     shuffle = trainer._calculate_rewards
 

@@ -23,10 +23,9 @@ from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.llm_engine import LLMEngine
 
 from eggroll_llm.config.schema import EngineConfig
-from eggroll_llm.engine.interface import Completion, Decoding, Progress, Request
+from eggroll_llm.engine.interface import Completion, Decoding, Progress, Request, UpdateTimes
 from eggroll_llm.engine.vllm.failures import call_error, start_error
 from eggroll_llm.engine.vllm.text import TextRules, before_stop
-from eggroll_llm.engine.vllm.worker import UpdateTimes
 from eggroll_llm.engine.watchdog import Watchdog
 from eggroll_llm.errors import EngineError, ModelError, UserError
 from eggroll_llm.es.estimate import NonFiniteUpdate, UpdateSpec
@@ -42,7 +41,7 @@ VLLM_RANKS = (1, 8, 16, 32, 64)  # sizes that vLLM allows for its adapter buffer
 CPU_BLOCK = 32  # tokens per block of the KV cache; vLLM's default of 128 shares no prefix of a short prompt
 
 
-class Engine:
+class VllmEngine:
     """vLLM with a population inside. Only one may be alive in a process.
 
     What vLLM raises in a call becomes an EngineError. A call that hangs ends the process (`watchdog`).

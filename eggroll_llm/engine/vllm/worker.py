@@ -9,7 +9,6 @@ applies the last slot's adapter to tokens without one, and the model's norms and
 import logging
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -20,6 +19,7 @@ from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 from vllm.lora.request import LoRARequest
 from vllm.platforms import current_platform
 
+from eggroll_llm.engine.interface import UpdateTimes
 from eggroll_llm.engine.vllm import norms
 from eggroll_llm.engine.vllm.compiled import compile_model
 from eggroll_llm.engine.vllm.layers import Layer, find_layers
@@ -30,7 +30,6 @@ from eggroll_llm.es.estimate import UpdateSpec
 from eggroll_llm.es.masters import MasterWeights
 from eggroll_llm.es.noise import NoiseSpec
 from eggroll_llm.es.settings import EsSettings
-from eggroll_llm.es.weight_change import UpdateReport
 from eggroll_llm.kernels.fold import fold_for
 from eggroll_llm.kernels.member_term import AddTerm, graph_operator, implementation
 from eggroll_llm.system.hardware import cxx_compiler
@@ -40,17 +39,6 @@ log = logging.getLogger(__name__)
 if current_platform.is_cpu():
     keep_linear_weights()  # vLLM imports this module before it loads the model
     count_ranks_uncompiled()
-
-
-@dataclass(frozen=True, kw_only=True)
-class UpdateTimes:
-    """Report of an update and the seconds of its parts."""
-
-    report: UpdateReport
-    update: float
-    """Estimate, optimizer and rounding."""
-    serve: float
-    """Packing the served weights, and forgetting the prefix cache."""
 
 
 class EsWorkerExtension:
