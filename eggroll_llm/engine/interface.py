@@ -10,8 +10,8 @@ from torch import Tensor
 
 from eggroll_llm.engine.watchdog import Watchdog
 from eggroll_llm.es.estimate import UpdateSpec
-from eggroll_llm.es.masters import UpdateReport
 from eggroll_llm.es.noise import NoiseSpec
+from eggroll_llm.es.weight_change import UpdateReport
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

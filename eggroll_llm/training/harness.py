@@ -37,6 +37,10 @@ if TYPE_CHECKING:
 TIED = "rewards tied, nothing learned"
 
 
+OnStep = Callable[[Mapping[str, Any]], None]
+"""Called with the row of metrics of each finished step, evaluation included, when it is on disk."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Course:
     """Where a run stands."""
@@ -90,10 +94,12 @@ class Loop:
         step: int = 0,
         metrics: Sequence[Mapping[str, Any]] = (),
         trackers: Trackers | None = None,
+        on_step: OnStep | None = None,
     ) -> None:
-        """Continue after `step`, which `metrics` are the rows up to."""
+        """Continue after `step`, which `metrics` are the rows up to. `on_step` gets each row that is recorded."""
         self.config, self.engine, self.scorer, self.held_out = config, engine, scorer, held_out
         self.run_dir, self.journal, self.display, self.trackers = run, journal, display, trackers
+        self.on_step = on_step
         self.step, self.wall_time = step, float(metrics[-1]["wall_time"]) if metrics else 0.0
         self.best = best_step(metrics)
         self.rows = [*metrics]
@@ -228,6 +234,8 @@ class Loop:
         self.display.course(self._course())
         if self.trackers:
             self.trackers.log(row)
+        if self.on_step:
+            self.on_step(row)
 
     def _evaluate(self) -> Evaluation:
         evaluation = evaluate(

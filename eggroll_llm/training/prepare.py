@@ -42,8 +42,8 @@ class Prepared:
     """What else the user should know, as `task.notes`."""
 
 
-def settle(config: RunConfig, recipe_dir: Path) -> RunConfig:
-    """Return the configuration with what depends on the machine or the recipe's folder made explicit."""
+def with_absolute_paths(config: RunConfig, recipe_dir: Path) -> RunConfig:
+    """Return the configuration with the paths that are relative to its recipe's folder made absolute."""
     task = config.task
     path, separator, name = task.rpartition(":")
     if separator and path.endswith(".py"):
@@ -52,6 +52,11 @@ def settle(config: RunConfig, recipe_dir: Path) -> RunConfig:
     for key in PATH_OPTIONS.get(task, ()):
         if options.get(key) and isinstance(options[key], str):
             options[key] = str((recipe_dir / options[key]).resolve())
+    return dataclasses.replace(config, task=task, task_options=options)
+
+
+def settle(config: RunConfig, recipe_dir: Path) -> RunConfig:
+    """Return the configuration with what depends on the machine or the recipe's folder made explicit."""
     if config.engine.dtype == "float32" and not serves_on_cpu():
         raise ConfigError(
             'engine.dtype = "float32": vLLM\'s adapter kernels on CUDA serve bfloat16 only. Set it to "auto".'
@@ -59,10 +64,8 @@ def settle(config: RunConfig, recipe_dir: Path) -> RunConfig:
     es, grpo, engine = config.es, config.grpo, config.engine
     model = Path(config.model).expanduser()
     return dataclasses.replace(
-        config,
+        with_absolute_paths(config, recipe_dir),
         model=str(model.resolve()) if model.is_dir() and config.model != embedded.NAME else config.model,
-        task=task,
-        task_options=options,
         grpo=dataclasses.replace(grpo, dtype=resolve_dtype(grpo.dtype)) if config.method == "grpo" else grpo,
         engine=dataclasses.replace(
             engine,

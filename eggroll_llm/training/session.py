@@ -23,7 +23,7 @@ from eggroll_llm.training.budget import check_memory
 from eggroll_llm.training.es import EsTrainer
 from eggroll_llm.training.evaluation import Evaluation
 from eggroll_llm.training.grpo import GrpoTrainer
-from eggroll_llm.training.harness import Display, Loop
+from eggroll_llm.training.harness import Display, Loop, OnStep
 from eggroll_llm.training.prepare import Prepared, journal_header, prepare
 from eggroll_llm.training.resume import by_checkpoint, by_journal, restore, say_what_was_found
 from eggroll_llm.training.scorer import Scorer
@@ -46,7 +46,10 @@ class Outcome:
     """What it is called beside its figures."""
     constant: Constant | None
     """The best fixed answer pattern on the held-out problems; None where the task has none, or `evaluation` is None."""
+    path: Path
+    """The run directory."""
     final: Path
+    """The model as it was at the end."""
     evaluation: Evaluation | None
     """The last evaluation, when this process did it."""
     findings: Sequence[Finding] = ()
@@ -64,7 +67,15 @@ def start_engine(prepared: Prepared) -> Engine:
     return VllmEngine(prepared.model_dir, config.engine, rank=config.es.rank, es=config.es, **common)
 
 
-def train(config: RunConfig, recipe_dir: Path, run_path: Path, on_existing: OnExisting, display: Display) -> Outcome:
+def train(
+    config: RunConfig,
+    recipe_dir: Path,
+    run_path: Path,
+    on_existing: OnExisting,
+    display: Display,
+    *,
+    on_step: OnStep | None = None,
+) -> Outcome:
     """Train to the limit, write `final/` and return what came out. Raises UserError."""
     RunDir.check(run_path, on_existing)
     prepared = prepare(config, recipe_dir)
@@ -87,7 +98,7 @@ def train(config: RunConfig, recipe_dir: Path, run_path: Path, on_existing: OnEx
                 step, checkpoint = by_journal(run, journal, display), None
             else:
                 step, checkpoint = by_checkpoint(run, display)
-            evaluation = _train_from(step, checkpoint, prepared, scorer, run, journal, display)
+            evaluation = _train_from(step, checkpoint, prepared, scorer, run, journal, display, on_step)
         return outcome(run, config, evaluation)
 
 
@@ -99,6 +110,7 @@ def _train_from(
     run: RunDir,
     journal: Journal,
     display: Display,
+    on_step: OnStep | None,
 ) -> Evaluation | None:
     """Start the engine, train on after `step`, and write `final/`; return the last evaluation if it was done here."""
     config = prepared.config
@@ -119,6 +131,7 @@ def _train_from(
             step=step,
             metrics=run.read_metrics() if step else (),
             trackers=trackers,
+            on_step=on_step,
         )
         engine.watchdog.describe = loop.stopped_by
         trainer: EsTrainer | GrpoTrainer
@@ -158,6 +171,7 @@ def outcome(run: RunDir, config: RunConfig, evaluation: Evaluation | None = None
         metrics=metrics,
         base_model=embedded.called(config.model),
         constant=best_constant(config.task, config.task_options, held_out),
+        path=run.path,
         final=run.final,
         evaluation=evaluation,
         findings=diagnose(config, metrics, ended=True),

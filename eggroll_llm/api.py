@@ -1,0 +1,125 @@
+"""Train, evaluate and plot from Python. Everything public here is importable from `eggroll_llm` itself.
+
+    from eggroll_llm import evaluate, load_recipe, plot, train
+
+    recipe = load_recipe("recipes/countdown_smollm2.toml", {"steps": 20})
+    run = train(recipe, "runs/notebook", on_step=lambda row: print(row["step"], row["reward/mean"]))
+    plot(run.path)
+    evaluate(run.path, limit=256)["results"]
+
+The command line does the same with the same functions. All raise a `UserError` for whatever its user can mend. Only one
+engine may be alive in a process, and both `train` and `evaluate` close theirs before they return.
+"""
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from eggroll_llm.config import recipe
+from eggroll_llm.config.schema import RunConfig
+from eggroll_llm.config.toml import format_value
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from eggroll_llm.records.run_dir import OnExisting
+    from eggroll_llm.training.harness import Display
+    from eggroll_llm.training.session import Outcome
+
+
+def load_recipe(path: Path | str, settings: Mapping[str, Any] | None = None) -> RunConfig:
+    """Return the checked configuration of a TOML recipe, its paths made absolute.
+
+    `settings` replace some of the recipe's, by dotted name: `{"steps": 20, "es.sigma": 1e-3}`. Raises ConfigError.
+    """
+    from eggroll_llm.training.prepare import with_absolute_paths
+
+    return with_absolute_paths(recipe.load_recipe(path, _flags(settings)), Path(path).resolve().parent)
+
+
+def train(
+    config: RunConfig,
+    run_dir: Path | str,
+    *,
+    on_existing: "OnExisting" = "fail",
+    on_step: Callable[[Mapping[str, Any]], None] | None = None,
+    display: "Display | None" = None,
+) -> "Outcome":
+    """Train to the limit of the configuration, write `final/` into the run directory and return what came out.
+
+    `on_existing` says what to do about a run directory that is there: "fail", "resume" or "overwrite". `on_step` gets
+    the row of metrics of each finished step, and of step 0, the evaluation of the base model; what it raises ends the
+    run, which can be resumed. Progress goes to the terminal or to `display`. Raises UserError.
+    """
+    from eggroll_llm.training import session
+
+    with _shown(display) as shown:
+        return session.train(config, Path.cwd(), Path(run_dir), on_existing, shown, on_step=on_step)
+
+
+def evaluate(
+    model: Path | str,
+    *,
+    task: str | None = None,
+    at: str = "final",
+    settings: Mapping[str, Any] | None = None,
+    limit: int = 0,
+    samples: int = 1,
+    temperature: float = 0.0,
+    max_tokens: int = 0,
+    num_fewshot: int | None = None,
+    apply_chat_template: bool = False,
+    display: "Display | None" = None,
+) -> dict[str, Any]:
+    """Evaluate a model or a run on a task's test split; return the figures, under the keys of lm-evaluation-harness.
+
+    `model` is a name, a model directory or a run directory, whose model is taken `at` "final", "best" or a step. A run
+    is evaluated on its own task unless another is named. `settings` are those of the tables [task_options], [engine]
+    and [reward], by dotted name. `limit` takes that many problems, 0 all. Raises UserError.
+    """
+    from eval.evaluation import evaluate_subject, settings_for
+    from eval.subject import find_subject
+    from eval.summary import summarize
+
+    how = settings_for(
+        find_subject(str(model), at),
+        _flags(settings),
+        task=task,
+        shots=num_fewshot,
+        chat=apply_chat_template,
+        limit=limit,
+        max_tokens=max_tokens,
+        samples=samples,
+        temperature=temperature,
+    )
+    with _shown(display) as shown:
+        results = evaluate_subject(
+            how,
+            Path.cwd(),
+            None,
+            on_progress=lambda done, total: shown.sampling("eval", done, total),
+            say=shown.message,
+        )
+    return summarize(results, [samples] if samples > 1 else [])
+
+
+def plot(*runs: Path | str) -> "Figure":
+    """Return a matplotlib figure of the accuracy and the reward of runs over their steps, seeds of a run as a band."""
+    from eval.plots import overview_figure
+    from eval.runs import group_seeds, read_runs
+
+    return overview_figure(group_seeds(read_runs(runs)))
+
+
+def _flags(settings: Mapping[str, Any] | None) -> list[tuple[str, str]]:
+    """Return settings as the command line has them: text, which is read by the type of the setting."""
+    return [
+        (key, value if isinstance(value, str) else format_value(value, key)) for key, value in (settings or {}).items()
+    ]
+
+
+def _shown(display: "Display | None") -> AbstractContextManager["Display"]:
+    from eggroll_llm.cli.display import ConsoleDisplay
+
+    return nullcontext(display) if display else ConsoleDisplay()

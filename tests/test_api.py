@@ -1,0 +1,72 @@
+"""Training, evaluating and plotting from Python, on a stand-in for the engine with a tiny random model."""
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from grpo_stub import Recorder, StubEngine, write_recipe
+
+import eggroll_llm
+from eggroll_llm import evaluate, load_recipe, plot, train
+from eggroll_llm.errors import ConfigError
+from eggroll_llm.training import session
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, tiny_model: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A recipe whose engine is the stand-in."""
+
+    def start(prepared: Any, context: int = 0) -> StubEngine:
+        return StubEngine(prepared.model_dir if context == 0 else prepared.subject.model_dir)
+
+    monkeypatch.setattr(session, "start_engine", start)
+    monkeypatch.setattr("eval.evaluation.start_engine", start)
+    return write_recipe(tmp_path, tiny_model("llama"), "grpo", "reward")
+
+
+def test_train_evaluate_and_plot(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = load_recipe(recipe, {"steps": 2, "eval.every": 1, "grpo.learning_rate": 1e-4})
+    monkeypatch.chdir("/")  # paths are the recipe's, wherever Python stands
+    rows: list[Any] = []
+    run = train(config, tmp_path / "run", on_step=rows.append, display=Recorder())
+    assert [row["step"] for row in rows] == [0, 1, 2]
+    assert rows == list(run.metrics)
+    assert (run.steps, run.path, run.final) == (2, tmp_path / "run", tmp_path / "run" / "final")
+    figures = evaluate(run.path, limit=3, display=Recorder())
+    ((_, count),) = figures["n-samples"].items()
+    assert (count["effective"], figures["completions"]) == (3, 3)
+    figure = plot(run.path)
+    assert [ax.get_ylabel() for ax in figure.axes if ax.get_ylabel()]
+
+
+def test_a_callback_that_raises_leaves_a_run_to_resume(recipe: Path, tmp_path: Path) -> None:
+    config = load_recipe(recipe, {"steps": 3, "eval.every": 0, "checkpoint.every": 1})
+
+    def stop(row: Any) -> None:
+        if row["step"] == 2:
+            raise RuntimeError("enough")
+
+    with pytest.raises(RuntimeError, match="enough"):
+        train(config, tmp_path / "run", on_step=stop, display=Recorder())
+    rows: list[Any] = []
+    train(config, tmp_path / "run", on_existing="resume", on_step=rows.append, display=Recorder())
+    assert [row["step"] for row in rows] == [2, 3]  # the checkpoint of step 2 was not written yet
+
+
+def test_mistakes_are_user_errors(recipe: Path) -> None:
+    with pytest.raises(ConfigError, match=r"es\.sigm\b.*Did you mean --es\.sigma"):
+        load_recipe(recipe, {"es.sigm": 1})
+    with pytest.raises(ConfigError, match=r"es\.rank"):
+        load_recipe(recipe, {"es.rank": 2.5})
+
+
+def test_the_package_lists_its_public_names_and_loads_nothing() -> None:
+    assert dir(eggroll_llm) == ["evaluate", "load_recipe", "plot", "train"]
+    with pytest.raises(AttributeError, match="no attribute 'trian'"):
+        _ = eggroll_llm.trian
+    code = "import sys, eggroll_llm; print({'torch', 'vllm', 'rich', 'eggroll_llm.api'} & set(sys.modules))"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert loaded.stdout == "set()\n"
