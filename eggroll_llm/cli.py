@@ -12,7 +12,7 @@ from typing import NoReturn
 
 from eggroll_llm import commands, installed, interruption
 from eggroll_llm.arguments import SETTINGS, check_no_rest, split
-from eggroll_llm.config import MAY_CHANGE
+from eggroll_llm.config_rules import MAY_CHANGE
 from eggroll_llm.environment import package_versions
 from eggroll_llm.errors import ConfigError, UserError
 from eggroll_llm.inert import inert

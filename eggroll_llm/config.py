@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from eggroll_llm.config_rules import validate
+from eggroll_llm.config_rules import MAY_CHANGE, MAY_CHANGE_KEYS, validate
 from eggroll_llm.errors import ConfigError
 from eggroll_llm.field_docs import FieldHelp, field_docs, field_help
 from eggroll_llm.overrides import apply_overrides, flags_by_key
@@ -21,7 +21,6 @@ from eggroll_llm.toml_table import parse_table
 from eggroll_llm.toml_text import Origin, Sourced, format_value, read_toml, write_toml
 
 __all__ = [
-    "MAY_CHANGE",
     "CheckpointConfig",
     "EngineConfig",
     "EsConfig",
@@ -49,9 +48,6 @@ __all__ = [
 ]
 
 Schedule = Literal["constant", "linear", "cosine"]
-_MAY_CHANGE = ("steps", "minutes", "eval.every", "grpo.gradient_checkpointing")
-MAY_CHANGE = f"{', '.join(_MAY_CHANGE)}, [log], [checkpoint], [reward], [engine] except dtype"
-"""What `may_change` allows, in words; steps only without a schedule."""
 METHOD_TABLES = ("es", "grpo")
 """Tables of settings that only the method of that name has."""
 
@@ -316,7 +312,7 @@ def may_change(key: str) -> bool:
     """
     if key.startswith("engine."):
         return key != "engine.dtype"
-    return key in _MAY_CHANGE or key.startswith(("log.", "checkpoint.", "reward."))
+    return key in MAY_CHANGE_KEYS or key.startswith(("log.", "checkpoint.", "reward."))
 
 
 def applies(key: str, config: RunConfig) -> bool:

@@ -87,6 +87,9 @@ _BELOW = {
     "grpo.adam_beta1": 1,
     "grpo.adam_beta2": 1,
 }
+MAY_CHANGE_KEYS = ("steps", "minutes", "eval.every", "grpo.gradient_checkpointing")
+MAY_CHANGE = f"{', '.join(MAY_CHANGE_KEYS)}, [log], [checkpoint], [reward], [engine] except dtype"
+"""What may be changed within a run, in words; steps only without a schedule (`config.may_change`)."""
 _NEEDED = {"es": ("es.sigma", "es.learning_rate"), "grpo": ("grpo.learning_rate",)}
 """Settings of a method that have no default: 0 means not given."""
 
