@@ -47,7 +47,8 @@ def write_run_report(run_path: Path | str) -> Path:
     run, comparison, groups = runs[0], compare_runs(runs), groups_of(runs)
     test = comparison.tests[0] if comparison.tests else None
     body = [
-        _notes([*about(runs), *comparison.notes]),
+        f'<p class="source">{_text(" ".join(about(runs)))}</p>',
+        _notes(comparison),
         _section("Learning curves", _overview(groups)),
         _section("Evaluations", _table(_evaluations_grid(run))),
         _section("Answers that changed", _examples(test)) if test else "",
@@ -78,7 +79,8 @@ def write_comparison(runs: Sequence[Run], comparison: Comparison, out_dir: Path 
         if test.won or test.lost
     )
     body = [
-        _notes([*about(runs), *comparison.notes]),
+        f'<p class="source">{_text(" ".join(about(runs)))}</p>',
+        _notes(comparison),
         _section("Learning curves", _overview(groups)),
         *(_section(grid.title, _table(grid)) for grid in grids(comparison)),
         _section("Answers that changed", *details),
@@ -174,9 +176,9 @@ def _data_uri(figure: Figure) -> str:
     return "data:image/svg+xml;base64," + base64.b64encode(plots.svg(figure).encode()).decode()
 
 
-def _notes(notes: Iterable[str]) -> str:
-    items = "".join(f"<li>{_text(note)}</li>" for note in notes)
-    return f'<ul class="notes">{items}</ul>'
+def _notes(comparison: Comparison) -> str:
+    items = "".join(f"<li>{_text(note)}</li>" for note in comparison.notes)
+    return f'<ul class="notes">{items}</ul>' if items else ""
 
 
 def _run_headline(run: Summary, test: PairedTest | None) -> str:

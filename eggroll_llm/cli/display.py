@@ -116,9 +116,9 @@ class Line:
 
     def _facts(self, course: "Course") -> Iterator[Text]:
         left = "" if course.seconds_left is None else f"left {duration(course.seconds_left)}"
+        best = "" if course.best is None else f"best {course.best:.3f}"
         yield Text(left.ljust(10))
-        if course.best is not None:
-            yield Text(f"best {course.best:.3f}", style="bold")
+        yield Text(best.ljust(10), style="bold")
 
 
 class ConsoleDisplay(Closing):

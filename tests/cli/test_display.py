@@ -186,15 +186,15 @@ def test_the_moving_line_never_wraps_and_its_parts_stay_where_they_are(width: in
     line = Line()
     places = set()
     for step, fraction, left, done in ((0, 0.0, None, 1), (9, 0.18, 3599.0, 256), (50, 1.0, 0.0, 99)):
-        line.course = Course(fraction=fraction, seconds_left=left, best=0.25)
+        line.course = Course(fraction=fraction, seconds_left=left, best=0.25 if step else None)
         line.counting(f"step {step:>2} of 50", done, 256)
         text = drawn(line, width)
         assert cell_len(text) < width
-        places.add((text.find("%"), text.find("best")))
+        places.add(text.find("%"))
     assert len(places) == 1
     assert ("best 0.250" in text) == (width > 50)
     assert "━" in text or width < 80
-    assert text.lstrip("⠋ ").startswith("step 50 of 50:"[: width - 6])
+    assert text[2:].startswith("step 50 of 50:"[: width - 6])
 
 
 def test_the_line_tells_limit_time_and_best() -> None:

@@ -213,6 +213,7 @@ def test_a_run_that_has_only_begun(tmp_path: Path) -> None:
 def test_the_headline_is_of_the_last_evaluation(tmp_path: Path) -> None:
     path = write_run(tmp_path / "run", {0: "10", 4: "11"}, steps=6, finished=False)
     words = " ".join(Page(write_run_report(path)).text.split())
+    assert "Base model: SmolLM2-135M-Instruct, 4-bit GGUF expanded to bfloat16. The best constant answer to" in words
     assert "went from 50.0 % to 100.0 % in 4 steps and 4.0 minutes of training: +50.0 percentage points" in words
     problems = [{"id": i} for i in range(12)]
     path = write_run(tmp_path / "clear", {0: "0" * 12, 2: "1" * 11 + "0"}, problems=problems)
