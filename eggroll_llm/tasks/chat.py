@@ -2,40 +2,22 @@
 
 import difflib
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Sequence
 
 from eggroll_llm.config.schema import ChatConfig
 from eggroll_llm.errors import ConfigError, ModelError
-
-if TYPE_CHECKING:
-    from eggroll_llm.tasks.prompts import Prompt, Prompter
+from eggroll_llm.tasks.prompts import Prompt, Prompter
 
 # Tags that transformers adds to Jinja.
 _GENERATION = re.compile(r"\{%[-+]?\s*(?:end)?generation\s*[-+]?%\}")
 
 
-def with_system(chat: ChatConfig, prompt: Sequence[Mapping[str, str]]) -> list[dict[str, str]]:
-    """Return the messages with the system prompt, if any, before them. Raises ConfigError when they have one."""
-    messages = [dict(message) for message in prompt]
-    if not chat.system:
-        return messages
-    if any(message["role"] in ("system", "developer") for message in messages):
-        raise ConfigError(
-            f"chat.system = {chat.system!a:.60}: the task's messages have a system prompt already: remove it there, or "
-            'set chat.system = ""'
-        )
-    return [{"role": "system", "content": chat.system}, *messages]
-
-
-def is_chat(prompts: Sequence["Prompt"]) -> bool:
+def is_chat(prompts: Sequence[Prompt]) -> bool:
     """Whether the chat template is applied to any of the prompts."""
     return any(not isinstance(prompt, str) for prompt in prompts)
 
 
-def check_chat(
-    prompter: "Prompter", prompts: Sequence["Prompt"], remedy: str = "have the task ask in messages"
-) -> None:
+def check_chat(prompter: Prompter, prompts: Sequence[Prompt], remedy: str = "have the task ask in messages") -> None:
     """Raise UserError when settings of [chat] change nothing; `remedy` is one for prompts that are plain text."""
     chat = prompter.chat
     if chat == ChatConfig():

@@ -10,7 +10,6 @@ from typing import Any
 from eggroll_llm.config.schema import ChatConfig
 from eggroll_llm.config.toml import is_unicode
 from eggroll_llm.errors import ConfigError, ModelError, TaskError
-from eggroll_llm.tasks.chat import with_system
 from eggroll_llm.tasks.task import Problem, problem_text
 from rewards.turns import ends_in_thought
 
@@ -220,3 +219,16 @@ def _read_object(path: Path) -> Mapping[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{path.name} does not hold a JSON object")
     return content
+
+
+def with_system(chat: ChatConfig, prompt: Sequence[Mapping[str, str]]) -> list[dict[str, str]]:
+    """Return the messages with the system prompt, if any, before them. Raises ConfigError when they have one."""
+    messages = [dict(message) for message in prompt]
+    if not chat.system:
+        return messages
+    if any(message["role"] in ("system", "developer") for message in messages):
+        raise ConfigError(
+            f"chat.system = {chat.system!a:.60}: the task's messages have a system prompt already: remove it there, or "
+            'set chat.system = ""'
+        )
+    return [{"role": "system", "content": chat.system}, *messages]

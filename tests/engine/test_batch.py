@@ -62,8 +62,15 @@ def test_a_row_of_a_layer_has_the_same_bits_in_any_batch(dtype: str, in_features
             assert torch.equal(apart, together), (threads, rows)
 
 
-def requests_of(model_dir: Path) -> list[Request]:
-    """The base model and six members, three prompts each, of 15 to 120 tokens."""
+def tile(dtype: str) -> int:
+    """Tokens that vLLM's attention takes at once: those whose q, k, v, scores and sums fill half of the L2 cache."""
+    head_size, itemsize = 64, getattr(torch, dtype).itemsize
+    per_token = head_size * (4 + 4 + 2 * itemsize) + 32
+    return int(torch.cpu.get_capabilities()["l2_cache_size"]) // 2 // per_token // 32 * 32
+
+
+def requests_of(model_dir: Path, longest: int) -> list[Request]:
+    """The base model and six members: three prompts of 15 to 120 tokens each, and one of `longest` for two of them."""
     draw, tokenizer = random.Random(0), Prompter(model_dir).tokenizer
 
     def example() -> str:
@@ -71,10 +78,11 @@ def requests_of(model_dir: Path) -> list[Request]:
         return f"Make {a + b} from {a} and {b}: {a} + {b} = {a + b}"
 
     texts = ["\n".join([*(example() for _ in range(1 + i % 4)), "Make 57 from"]) for i in range(3 * (MEMBERS + 1))]
-    return [
-        Request(prompt_ids=tuple(tokenizer(text)["input_ids"]), member=member)
-        for text, member in zip(texts, 3 * [None, *range(MEMBERS)], strict=True)
-    ]
+    prompts = [tuple(tokenizer(text)["input_ids"]) for text in texts]
+    long = tuple(tokenizer("\n".join(example() for _ in range(longest // 10)))["input_ids"])[:longest]
+    assert len(long) == longest
+    members = [*3 * [None, *range(MEMBERS)], None, 0]
+    return [Request(prompt_ids=ids, member=m) for ids, m in zip([*prompts, long, long], members, strict=True)]
 
 
 def answers(engine: VllmEngine, requests: Sequence[Request], at_once: int) -> list[Answer]:
@@ -90,9 +98,9 @@ def answers(engine: VllmEngine, requests: Sequence[Request], at_once: int) -> li
 def test_an_answer_of_the_real_model_depends_on_nothing_but_its_request(
     dtype: str, embedded_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    requests = requests_of(embedded_model)
-    config = EngineConfig(dtype=dtype, kv_cache_gib=0.1, max_sequences=64, threads=2)
-    with_logprobs: dict[str, Any] = {"rank": 1, "max_model_len": 256, "logprobs": True}
+    requests = requests_of(embedded_model, min(tile(dtype), 640))
+    config = EngineConfig(dtype=dtype, kv_cache_gib=0.2, max_sequences=64, threads=2)
+    with_logprobs: dict[str, Any] = {"rank": 1, "max_model_len": 672, "logprobs": True}
     engine = VllmEngine(embedded_model, config, slots=MEMBERS, **with_logprobs)
     try:
         together = answers(engine, requests, len(requests))
@@ -113,7 +121,7 @@ def test_an_answer_of_the_real_model_depends_on_nothing_but_its_request(
         return found
 
     monkeypatch.setattr(engine_module, "_engine_args", in_chunks)
-    config = EngineConfig(dtype=dtype, kv_cache_gib=0.1, max_sequences=3, threads=1)
+    config = EngineConfig(dtype=dtype, kv_cache_gib=0.2, max_sequences=3, threads=1)
     other = VllmEngine(embedded_model, config, slots=2, prefix_caching=False, **with_logprobs)
     try:
         assert answers(other, requests, len(requests)) == together
