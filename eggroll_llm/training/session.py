@@ -46,14 +46,17 @@ class Outcome:
     """What it is called beside its figures."""
     constant: Constant | None
     """The best fixed answer pattern on the held-out problems; None where the task has none, or `evaluation` is None."""
-    path: Path
-    """The run directory."""
     final: Path
     """The model as it was at the end."""
     evaluation: Evaluation | None
     """The last evaluation, when this process did it."""
     findings: Sequence[Finding] = ()
     """What kept the run from learning."""
+
+    @property
+    def path(self) -> Path:
+        """Return the run directory."""
+        return self.final.parent
 
 
 def start_engine(prepared: Prepared) -> Engine:
@@ -171,7 +174,6 @@ def outcome(run: RunDir, config: RunConfig, evaluation: Evaluation | None = None
         metrics=metrics,
         base_model=embedded.called(config.model),
         constant=best_constant(config.task, config.task_options, held_out),
-        path=run.path,
         final=run.final,
         evaluation=evaluation,
         findings=diagnose(config, metrics, ended=True),

@@ -478,7 +478,7 @@ def test_a_run_ends_with_its_table_and_how_to_go_on(
     ):
         assert text in output
     words = " ".join(re.sub("[│┃]", " ", output).split())
-    assert "the best constant answer to them: a - b, largest first 0.518" in words
+    assert "the best constant answer to them: a - b, largest first 51.8 %" in words
     assert f"before: the base model, {DESCRIPTION}" in words
     lines = output.splitlines()
     assert f"model: {path / 'final'} (loads in transformers and vLLM)" in lines
