@@ -19,8 +19,8 @@ A recipe is a TOML file. Every setting of a recipe can also be given as a flag, 
     eggroll-llm train recipes/countdown_smollm2.toml --es.sigma 5e-4 --steps 40
 
 `eggroll-llm train --settings` prints the list below, and `eggroll-llm train RECIPE.toml --dry-run` prints the resolved
-recipe and what a step costs. Unknown keys, wrong types and contradictory settings are rejected before a model is
-loaded; the message names the file, line, value and remedy.
+recipe, what a step costs, and an estimate of its time. Unknown keys, wrong types and contradictory settings are
+rejected before a model is loaded; the message names the file, line, value and remedy.
 
 A minimal recipe needs a task, a limit (`steps` or `minutes`) and the two step sizes of the method. They have no
 default because they depend on the model:
