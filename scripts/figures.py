@@ -130,14 +130,14 @@ def accuracy(groups: dict, x: float, width: float) -> list[str]:
         parts.append(line(start - 5, y, start + 108, y, "dash"))
         what, _, how = name.partition(", ")
         parts += [text(start + 50, bottom + 34, what, "middle"), text(start + 50, bottom + 51, how, "small middle")]
-    legend = left - 20
+    legend = left - 4
     for label, words, advance in (("base", "base model", 92), ("ES", "ES", 42), ("GRPO", "GRPO", 60)):
         parts += [rectangle(legend, 36, 11, 11, label, 2), text(legend + 16, 46, words, "small")]
         legend += advance
     return [
         *parts,
         line(legend, 42, legend + 20, 42, "dash"),
-        text(legend + 26, 46, "always the same operation", "small"),
+        text(legend + 26, 46, "best constant answer", "small"),
     ]
 
 
