@@ -6,7 +6,7 @@ BIN := .venv/bin
 RECIPE := recipes/countdown_smollm2.toml
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-demo demo compare test check bench audit clean
+.PHONY: help install install-demo demo compare test check bench docs audit clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -35,6 +35,12 @@ check: install  ## lint, formatting and types
 
 bench: install-demo  ## sampling and update speed next to plain vLLM
 	$(BIN)/eggroll-llm bench $(RECIPE)
+
+docs:  ## build the documentation into build/site; warnings are errors
+	test -x build/docs/bin/mkdocs || python3 -m venv build/docs
+	build/docs/bin/pip --disable-pip-version-check install --quiet $$(sed -n 's/^docs = \[\(.*\)\]/\1/p' pyproject.toml | tr -d '",')
+	PYTHONPATH=. build/docs/bin/python scripts/configuration_page.py
+	NO_MKDOCS_2_WARNING=1 build/docs/bin/mkdocs build --strict --quiet
 
 audit: install  ## look for known vulnerabilities of all that is installed (pip-audit, asks a service on the network)
 	python3 -m venv build/audit

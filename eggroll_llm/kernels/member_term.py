@@ -2,7 +2,7 @@
 
 `member_term.cpp` computes it in one pass; where it cannot be built, `add_term_torch` computes it more slowly, equal up
 to rounding. Both leave tokens of the base model (slot -1) untouched and make each row depend on its own token alone,
-to the bit: where a completion depends on its batch (README, "Determinism and numerics"), it is not through this term.
+to the bit: where a completion depends on its batch (docs/determinism.md), it is not through this term.
 
 Shapes: T token, S slot, C slice of a fused layer (q, k, v or gate, up), R rank, O out features of all slices, I in,
 V values of all A of a slot: the [R, out features] of one slice after the other.

@@ -2,7 +2,7 @@
 
 A completion depends on the prompt, the weights and a seed of (seed, problem, sample). An evaluation that was
 interrupted continues with what is missing; it comes to the samples of an uninterrupted one where the engine computes a
-sequence independently of its batch (README, "Determinism and numerics"), else a few may differ. Requests go to the base
+sequence independently of its batch (docs/determinism.md), else a few may differ. Requests go to the base
 model: the members of a population stay what they are.
 """
 

@@ -107,7 +107,7 @@ def test_another_torch_is_wrong_unless_it_was_seen_to_work(version: str, device:
 def test_cuda_is_said_to_be_hardly_tried() -> None:
     torch = TORCH | {"version": "2.13.0+cu130", "gpus": ["H200"]}
     used = by_name(check_packages(torch, TRANSFORMERS, VLLM | {"device": "cuda"}))["device"]
-    assert (used.status, used.detail) == ("note", "on H200; tried on one H100 only, see README")
+    assert (used.status, used.detail) == ("note", "on H200; tried on one H100 only, see docs/benchmarks.md")
     unused = by_name(check_packages(torch, TRANSFORMERS, VLLM))["device"]
     assert unused.status == "note"
     assert "EXTRAS=cuda" in unused.remedy

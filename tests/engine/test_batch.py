@@ -1,7 +1,7 @@
 """What greedy answers on a CPU do not depend on: other requests, their order, threads, slots, chunks, cached prefixes.
 
 It holds to the bit, log-probabilities included, in float32 and, where the processor multiplies it without AMX, in
-bfloat16, for prompts that fit one tile of vLLM's attention (README, "Determinism and numerics").
+bfloat16, for prompts that fit one tile of vLLM's attention (docs/determinism.md).
 """
 
 import random
