@@ -87,7 +87,7 @@ def evaluate(
         _flags(settings),
         task=task,
         shots=num_fewshot,
-        chat=apply_chat_template,
+        apply_chat_template=apply_chat_template,
         limit=limit,
         max_tokens=max_tokens,
         samples=samples,

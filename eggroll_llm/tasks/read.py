@@ -75,9 +75,7 @@ def _parquet(path: Path) -> list[Row]:
     try:
         from pyarrow import parquet
     except ImportError:
-        raise TaskError(
-            f"{path}: is parquet, which needs the package pyarrow. Run pip install pyarrow, or convert it to JSONL."
-        ) from None
+        raise TaskError(f"{path}: parquet needs pyarrow. {remedy('pyarrow')}. Or convert the file to JSONL.") from None
     try:
         rows = parquet.read_table(path).to_pylist()
     except Exception as error:  # pyarrow's own classes

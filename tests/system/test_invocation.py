@@ -74,7 +74,7 @@ def test_a_printed_command_runs_when_it_is_pasted(folder: Path, called: str, pat
     """Into the same shell: it comes to the very run, and says what is wrong with that."""
     called = called.format(folder=folder)
     line = printed(called, folder, PATH=path)
-    assert line.startswith(f"{called.removesuffix('.cli')} resume ")
+    assert line.startswith(f"{called.removesuffix('.cli.main')} resume ")
     result = shell(line, folder, PATH=path)
     assert (result.returncode, result.stdout) == (2, "")
     assert result.stderr.startswith(f"error: {ODD}/config.toml:1: unknown key stepz. Did you mean steps?")

@@ -62,7 +62,7 @@ def use_template(monkeypatch: pytest.MonkeyPatch, template: str) -> None:
             super().__init__(*arguments)
             self.tokenizer.chat_template = template
 
-    monkeypatch.setattr(session, "Prompter", Templated)
+    monkeypatch.setattr("eggroll_llm.training.prepare.Prompter", Templated)
     monkeypatch.setattr(evaluation, "Prompter", Templated)
 
 
@@ -127,7 +127,7 @@ def test_they_are_set_in_a_recipe_and_by_flags(tmp_path: Path) -> None:
     recipe.write_text(base + "[chat.template_args]\nadd_generation_prompt = false\n")
     with pytest.raises(ConfigError, match=r"recipe\.toml:7: .*add_generation_prompt = False: is set by the run itself"):
         load_recipe(recipe)
-    with pytest.raises(ConfigError, match=r"unknown key --chat\.sytem. Did you mean --chat\.system"):
+    with pytest.raises(ConfigError, match=r"unknown flag --chat\.sytem. Did you mean --chat\.system"):
         load_recipe(recipe, [("--chat.sytem", "x")])
 
 

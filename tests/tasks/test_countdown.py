@@ -391,7 +391,7 @@ def test_a_damaged_array_or_table_is_named_with_its_row(tmp_path, data, said):
 def test_parquet_without_the_package_for_it(tmp_path, monkeypatch):
     (tmp_path / "all.parquet").write_bytes(as_parquet(ES_AT_SCALE))
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(TaskError, match=r"all\.parquet: is parquet, which needs the package pyarrow"):
+    with pytest.raises(TaskError, match=r"all\.parquet: parquet needs pyarrow\. Run: .*-m pip install pyarrow"):
         load(tmp_path, file="all.parquet", test_size=1)
 
 

@@ -130,7 +130,7 @@ def test_no_name_of_ours_or_of_the_installed_is_taken_by_a_file_beside_the_task(
         import eggroll_llm, eval, rewards
         for package in (eggroll_llm, eval, rewards):
             for found in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
-                if not {"vllm", "bench", "grpo_trl", "__main__"} & set(found.name.split(".")):
+                if not set(("vllm", "bench", "grpo_trl", "__main__")) & set(found.name.split(".")):
                     importlib.import_module(found.name)
         for name in {TRAPS!r}:
             importlib.import_module(name)

@@ -117,7 +117,7 @@ def test_the_first_step_stops_only_when_everything_failed() -> None:
     with pytest.raises(TaskError, match=r"failed on all 2 completions of the first step") as info:
         broken.check(of=" of the first step")
     assert "KeyError: 'answer'" in str(info.value)
-    assert "test_scoring.py" in str(info.value)
+    assert "test_scorer.py" in str(info.value)
 
     fussy = scorer(lambda text, problem, *, truncated: Score(float(text), True, ""))
     fussy.score(completion("no number"), {})

@@ -380,7 +380,9 @@ def test_a_run_directory_that_cannot_be_used_is_refused_before_the_model_is_look
     config: RunConfig, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("resolve_model", "load_task", "Prompter"):
-        monkeypatch.setattr(session, name, lambda *_, name=name: pytest.fail(f"{name} was called"))
+        monkeypatch.setattr(
+            f"eggroll_llm.training.prepare.{name}", lambda *_, name=name: pytest.fail(f"{name} was called")
+        )
 
     def refused(path: Path | str, on_existing: Any = "fail") -> str:
         before = sorted(folder.rglob("*"))
