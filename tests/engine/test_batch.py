@@ -106,7 +106,7 @@ def test_an_answer_of_the_real_model_depends_on_nothing_but_its_request(
         together = answers(engine, requests, len(requests))
         assert len({token_ids for token_ids, _ in together}) > len(requests) // 2
         assert answers(engine, requests, len(requests)) == together
-        assert answers(engine, requests, 1) == together
+        assert answers(engine, requests[::3], 1) == together[::3]
         order = random.Random(1).sample(range(len(requests)), len(requests))
         shuffled = dict(zip(order, answers(engine, [requests[i] for i in order], 5), strict=True))
         assert [shuffled[i] for i in range(len(requests))] == together
