@@ -78,7 +78,7 @@ def test_what_stops_vllm_is_told_with_the_settings_to_change(
 
 START = """
 import pathlib, sys
-from eggroll_llm.config.recipe import EngineConfig
+from eggroll_llm.config.schema import EngineConfig
 from eggroll_llm.engine.vllm.engine import VllmEngine
 from eggroll_llm.errors import UserError
 try:

@@ -291,7 +291,7 @@ MAIN = """
 import signal, sys
 from pathlib import Path
 from eggroll_llm.system import signals as interruption
-from eggroll_llm.config.recipe import RewardConfig
+from eggroll_llm.config.schema import RewardConfig
 from eggroll_llm.engine.interface import Completion
 from eggroll_llm.training.scorer import Scorer
 from eggroll_llm.tasks.load import load_task
