@@ -12,12 +12,11 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "granite": (
         "GraniteConfig",
         {
-            "tie_word_embeddings": True,
             "attention_bias": True,
             "mlp_bias": True,
-            "embedding_multiplier": 6.0,
+            "embedding_multiplier": 3.0,
             "attention_multiplier": 0.1,
-            "residual_multiplier": 0.4,
+            "residual_multiplier": 0.7,
             "logits_scaling": 0.5,
         },
     ),

@@ -5,6 +5,7 @@ where those operations round, so that completions stay those of plain vLLM up to
 of an exponential. What cannot be built, or is called in another way than Llama and Qwen blocks do, is left to vLLM.
 """
 
+import copy
 import ctypes
 from collections.abc import Callable
 from functools import partial
@@ -20,17 +21,20 @@ from eggroll_llm.kernels.binding import SUFFIXES, array_error, by_dtype, check_a
 
 
 def install(model: torch.nn.Module) -> None:
-    """Replace the forward of every norm and activation that is covered, on the instances."""
+    """Replace the forward of every norm and activation inside `model` that is covered, on the instances."""
     library = build.library()
     if library is None:
         return
     rms_norm, silu_and_mul = bind(library)
     module: Any
-    for module in model.modules():
+    for name, module in [*model.named_modules(remove_duplicate=False)]:
         if type(module) is RMSNorm and module.has_weight and module.variance_size_override is None:
             module._forward_method = partial(_norm, module, rms_norm)
         elif type(module) is SiluAndMul:
-            module._forward_method = silu_and_mul
+            # The Transformers backend takes the one activation of a registry for all models of the process.
+            activation = copy.copy(module)
+            activation._forward_method = silu_and_mul
+            model.set_submodule(name, activation)
 
 
 def _norm(module: Any, rms_norm: Callable[..., Tensor], x: Tensor, residual: Tensor | None = None) -> Any:
