@@ -24,7 +24,7 @@ from eggroll_llm.system.terminal import inert
 from eggroll_llm.training.evaluation import Evaluation
 
 if TYPE_CHECKING:
-    from eggroll_llm.training.harness import Course
+    from eggroll_llm.training.limits import Course
 
 INDENT = " " * 11  # of completions, below the step's line
 QUESTION_CHARACTERS = 80

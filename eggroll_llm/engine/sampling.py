@@ -1,42 +1,57 @@
-"""Members x problems x samples -> completions, through one engine.
+"""Members x prompts x samples -> rollouts, through one engine.
 
-Every member sees the same problems (common random numbers) and, when sampling is not greedy, the same sampling seeds:
-members differ in nothing but their weights. Requests are member-major, so that the problems of a member share the
-prefix of their prompts through the engine's cache.
+Every member sees the same prompts (common random numbers) and, when sampling is not greedy, the same sampling seeds:
+members differ in nothing but their weights. Requests are member-major, so that the prompts of a member share their
+prefix through the engine's cache.
 
 Shapes: M member, P prompt, S sample.
 """
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from eggroll_llm.engine.interface import Completion, Decoding, Progress, Request, Sampler
 from eggroll_llm.errors import EngineError
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rollout:
+    """One completion of a step, and whose it is."""
+
+    member: int | None
+    """Which member answered; None is the base model."""
+    prompt: int
+    """Index of the prompt among those of the step."""
+    sample: int
+    """Which of the member's completions of that prompt, from 0."""
+    completion: Completion
+
+
 def sample_population(
     engine: Sampler,
     prompts_P: Sequence[tuple[int, ...]],
-    population: int,
+    members_M: Sequence[int | None],
     samples: int,
     decoding: Decoding,
     *,
     seed: int,
     step: int,
     on_progress: Progress | None = None,
-) -> list[list[list[Completion]]]:
-    """Return completions_MPS of every member on every prompt. Raises EngineError when there are fewer or more."""
-    requests = [
-        Request(prompt_ids=prompt, member=member, seed=sampling_seed(seed, step, p, s))
-        for member in range(population)
-        for p, prompt in enumerate(prompts_P)
-        for s in range(samples)
-    ]
+) -> list[Rollout]:
+    """Return MPS rollouts in member-major order: every member on every prompt, `samples` times.
+
+    A member of None is the base model. Raises EngineError when the engine returns fewer completions, or more.
+    """
+    places = [(m, p, s) for m in members_M for p in range(len(prompts_P)) for s in range(samples)]
+    requests = [Request(prompt_ids=prompts_P[p], member=m, seed=sampling_seed(seed, step, p, s)) for m, p, s in places]
     completions = engine.generate(requests, decoding, on_progress)
     if len(completions) != len(requests):
         raise EngineError(f"the inference engine returned {len(completions)} completions for {len(requests)} requests")
-    flat = iter(completions)
-    return [[[next(flat) for _ in range(samples)] for _ in prompts_P] for _ in range(population)]
+    return [
+        Rollout(member=m, prompt=p, sample=s, completion=completion)
+        for (m, p, s), completion in zip(places, completions, strict=True)
+    ]
 
 
 def sampling_seed(seed: int, step: int, prompt: int, sample: int) -> int:

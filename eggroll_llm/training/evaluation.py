@@ -53,6 +53,28 @@ class Evaluation:
         """Return the fraction of completions that the length limit ended."""
         return mean([sample.truncated for sample in self.samples])
 
+    @property
+    def metrics(self) -> dict[str, float]:
+        """Return what the row of metrics of a step says of its evaluation."""
+        return {
+            "eval/accuracy": self.accuracy,
+            "eval/problems": self.problems,
+            "eval/reward": self.reward,
+            "eval/truncated": self.truncated,
+            "time/eval": self.seconds,
+        }
+
+    def against(self, base: Iterable[Sample]) -> dict[str, float]:
+        """Return how many problems are solved here and not in `base`, and the reverse; {} if `base` lacks a problem."""
+        before = {(sample.problem, sample.prompt_hash): sample.scores[TASK].correct for sample in base}
+        now = {(sample.problem, sample.prompt_hash): sample.scores[TASK].correct for sample in self.samples}
+        if now.keys() - before.keys():
+            return {}
+        return {
+            "eval/won": sum(solved and not before[key] for key, solved in now.items()),
+            "eval/lost": sum(before[key] and not solved for key, solved in now.items()),
+        }
+
 
 def finite_rewards(samples: Iterable[Sample], grader: str) -> list[float]:
     """Return the rewards of a grader that are neither NaN nor infinite."""

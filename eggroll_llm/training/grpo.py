@@ -35,12 +35,10 @@ from eggroll_llm.models.export import export_model
 from eggroll_llm.models.files import tensor_shapes
 from eggroll_llm.records.checkpoint import Checkpoint, checkpoint_path, is_valid
 from eggroll_llm.system.hardware import keep_freed_memory, serves_on_cpu
-from eggroll_llm.tasks.order import problems_of_step
-from eggroll_llm.tasks.prompts import ProblemSet
-from eggroll_llm.tasks.task import Score
 from eggroll_llm.training.evaluation import Evaluation
-from eggroll_llm.training.harness import Loop, reward_row, sample_rows, throughput_row
-from eggroll_llm.training.scorer import answered
+from eggroll_llm.training.harness import Harness
+from eggroll_llm.training.recorder import Metrics, reward_metrics, sampling_metrics
+from eggroll_llm.training.scorer import ScoredRollout, rewards_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -54,41 +52,42 @@ TRL_METRICS = ("loss", "grad_norm", "learning_rate", "entropy", "kl", "reward_st
 class GrpoTrainer:
     """Trains until a limit of the configuration is reached."""
 
-    def __init__(self, loop: Loop, train: ProblemSet, *, model_dir: Path, checkpoint: Checkpoint | None = None) -> None:
-        """Continue after `checkpoint`, at whose step `loop` stands; the engine may hold any weights."""
+    def __init__(self, harness: Harness, *, checkpoint: Checkpoint | None = None) -> None:
+        """Continue after `checkpoint`, at whose step `harness` stands; the engine may hold any weights."""
         from eggroll_llm.training import grpo_trl
 
         grpo_trl.quiet()
         keep_freed_memory()
-        config = loop.config
-        self.loop, self.train_set, self.model_dir, self.checkpoint = loop, train, model_dir, checkpoint
-        self.config, self.engine, self.scorer = config, loop.engine, loop.scorer
-        self.rollouts = grpo_trl.Rollouts(loop.engine, config, loop.decoding, self._show_progress)
-        model, tokenizer = grpo_trl.load_model(model_dir)
+        run, config = harness.run, harness.config
+        self.harness, self.config, self.checkpoint = harness, config, checkpoint
+        self.engine, self.scorer, self.recorder = run.engine, run.scorer, run.recorder
+        self.model_dir = run.prepared.model_dir
+        self.rollouts = grpo_trl.Rollouts(run.engine, config, harness.decoding, harness.show_sampling)
+        model, tokenizer = grpo_trl.load_model(self.model_dir)
         self.trl = grpo_trl.EngineGrpoTrainer(
             config,
             model,
             tokenizer,
-            train,
+            run.prepared.train,
             self.rollouts,
             self._reward,
             grpo_trl.Hooks(config.grpo.num_iterations, self._begin_step, self._end_step),
-            loop.run_dir.checkpoints,
+            self.recorder.directory.checkpoints,
             use_cpu=serves_on_cpu(),
         )
         self._evaluation: Evaluation | None = None
         self._step_start = self._reward_seconds = 0.0
-        self._scores: list[Score] = []
+        self._scored: list[ScoredRollout] = []
 
     def run(self) -> Evaluation | None:
         """Train to the limit and return the last evaluation; None when a resumed run had reached it already."""
         state = str(self.checkpoint.path / STATE / f"checkpoint-{self._optimizer_steps}") if self.checkpoint else None
-        if self.loop.step == 0:
-            self._evaluation = self.loop.start()
-        if not self.loop.finished():
+        if self.harness.step == 0:
+            self._evaluation = self.harness.start()
+        if not self.harness.finished():
             self.trl.train(resume_from_checkpoint=state)
             # There is no journal to come back by: without it, a finished run that is resumed would be done again.
-            if not is_valid(checkpoint_path(self.loop.run_dir.checkpoints, self.loop.step)):
+            if not is_valid(checkpoint_path(self.recorder.directory.checkpoints, self.harness.step)):
                 self.save()
         elif state:
             self.trl._load_from_checkpoint(state)
@@ -97,7 +96,7 @@ class GrpoTrainer:
     def export(self, directory: Path) -> None:
         """Write the model as it is now, with its model card, into a new directory."""
         export_model(self.model_dir, directory, self._stored_tensors(), self.engine.dtype)
-        self.loop.describe(directory)
+        self.recorder.describe(self.harness.step, directory)
 
     def save(self) -> None:
         """Write a checkpoint of the current step and delete old ones."""
@@ -107,62 +106,56 @@ class GrpoTrainer:
             (directory / STATE).mkdir()
             self.trl.write_state(directory / STATE)
 
-        self.loop.save(write, {}, {})
+        self.harness.save(write, {}, {})
 
     @property
     def _optimizer_steps(self) -> int:
-        return self.loop.step * self.config.grpo.num_iterations
+        return self.harness.step * self.config.grpo.num_iterations
 
     def _begin_step(self, step: int) -> None:
         self._step_start = time.perf_counter()
-        self.loop.step = self.rollouts.step = step
+        self.harness.step = self.rollouts.step = step
         self.rollouts.sampling_seconds = self.rollouts.sync_seconds = 0.0
 
     def _reward(self, prompts: Sequence[str], completion_ids: Sequence[Sequence[int]], **_: Any) -> list[float | None]:
         """Score what the engine answered, its text up to a stop string; None gives a completion no advantage."""
         start = time.perf_counter()
-        completions = self.rollouts.completions
-        assert [list(completion.token_ids) for completion in completions] == [list(ids) for ids in completion_ids]
-        self.scorer.start_counting()
-        pairs = [answered(self.train_set, int(p), c) for p, c in zip(prompts, completions, strict=True)]
-        self._scores = self.scorer.score_all(pairs)
-        if self.loop.step == 1:
-            self.scorer.check(of=" of the first step")
-        rewards = [score.reward if math.isfinite(score.reward) else None for score in self._scores]
+        rollouts = self.rollouts.last
+        assert [list(rollout.completion.token_ids) for rollout in rollouts] == [list(ids) for ids in completion_ids]
+        indices_P = [int(prompt) for prompt in prompts[:: self.config.sampling.samples_per_prompt]]
+        self._scored = self.harness.score(rollouts, indices_P)
+        rewards = [r.score.reward if math.isfinite(r.score.reward) else None for r in self._scored]
         if 2 * rewards.count(None) > len(rewards):
             raise TaskError(
-                f"step {self.loop.step}: {rewards.count(None)} of {len(rewards)} completions were dropped for a NaN or "
-                f"infinite reward: make score() return finite rewards; the first: {self.scorer.first_dropped}"
+                f"step {self.harness.step}: {rewards.count(None)} of {len(rewards)} completions were dropped for a NaN "
+                f"or infinite reward: make score() return finite rewards; the first: {self.scorer.first_dropped}"
             )
         self._reward_seconds = time.perf_counter() - start
         return rewards
 
     def _end_step(self, logs: Mapping[str, float]) -> bool:
         """Record a step from TRL's metrics of it; whether it was the last."""
-        import torch
-
-        config, loop, step, rollouts = self.config, self.loop, self.loop.step, self.rollouts
         self._check_finite(logs)
         self.trl.sync_weights()
-        report = rollouts.report
-        assert report is not None  # the weights were served before the step too
         seconds = time.perf_counter() - self._step_start
-        loop.wall_time += seconds
+        indices_P = self.harness.problems()
+        metrics = self._metrics(logs, len(indices_P), seconds)
+        tied = metrics["prompts/tied"] == len(indices_P)
+        self._evaluation = self.harness.end_step(metrics, self._scored, indices_P, tied=tied)
+        if self.recorder.checkpoint_due(self.harness.step):
+            self.save()
+        return self.harness.finished()
 
-        samples = config.sampling.samples_per_prompt
-        indices_P = problems_of_step(
-            len(self.train_set.problems), config.sampling.prompts_per_step, seed=config.seed, step=step
-        )
-        rewards_PS = torch.tensor([score.reward for score in self._scores], dtype=torch.float64).view(-1, samples)
-        tied = sum(len({reward for reward in row if math.isfinite(reward)}) <= 1 for row in rewards_PS.tolist())
-        row = {
-            "step": step,
-            "wall_time": loop.wall_time,
-            **reward_row(self._scores, rewards_PS),
+    def _metrics(self, logs: Mapping[str, float], prompts: int, seconds: float) -> Metrics:
+        rollouts, report = self.rollouts, self.rollouts.report
+        assert report is not None  # the weights were served before the step too
+        (rewards_PS,) = rewards_of(self._scored, prompts, self.config.sampling.samples_per_prompt)
+        return {
+            **reward_metrics(self._scored, rewards_PS),
             "completions/dropped": int((~rewards_PS.isfinite()).sum()),
             "rewards/failed": self.scorer.failures,
-            "prompts/tied": tied,
-            **throughput_row(rollouts.completions, rollouts.sampling_seconds),
+            "prompts/tied": sum(len(set(filter(math.isfinite, row))) <= 1 for row in rewards_PS.tolist()),
+            **sampling_metrics(self._scored, rollouts.sampling_seconds),
             "time/sample": rollouts.sampling_seconds,
             "time/reward": self._reward_seconds,
             "time/update": seconds - rollouts.sampling_seconds - self._reward_seconds - rollouts.sync_seconds,
@@ -173,25 +166,18 @@ class GrpoTrainer:
             "weights/rms": report.weights_rms,
             **{name: value for name, value in logs.items() if name.startswith(TRL_METRICS)},
         }
-        completions_SP = [rollouts.completions[s::samples] for s in range(samples)]
-        scores_SP = [self._scores[s::samples] for s in range(samples)]
-        shown = sample_rows(step, "sample", self.train_set, indices_P, completions_SP, scores_SP)
-        self._evaluation = loop.end_step(row, shown, tied=tied == len(indices_P))
-        if loop.checkpoint_due():
-            self.save()
-        return loop.finished()
 
     def _check_finite(self, logs: Mapping[str, float]) -> None:
         for name in ("loss", "grad_norm"):
             if not math.isfinite(logs.get(name, 0.0)):
                 raise TrainingError(
-                    f"step {self.loop.step}: {name} is {logs[name]}, so that the weights are lost: start a new run "
+                    f"step {self.harness.step}: {name} is {logs[name]}, so that the weights are lost: start a new run "
                     "with a lower grpo.learning_rate"
                 )
 
     def _stored_tensors(self) -> "dict[str, Tensor]":
         """The tensors that the base checkpoint stores, as they are now. Raises ModelError when one is not trained."""
-        from eggroll_llm.training.grpo_weights import checkpoint_tensors
+        from eggroll_llm.training.grpo_trl import checkpoint_tensors
 
         tensors = checkpoint_tensors(self.trl.model)
         stored = tensor_shapes(self.model_dir)
@@ -201,6 +187,3 @@ class GrpoTrainer:
                 "GRPO yet; use a Llama- or Qwen-shaped model"
             )
         return {name: tensors[name].detach().cpu() for name in stored}
-
-    def _show_progress(self, done: int, total: int) -> None:
-        self.loop.sampling(self.loop.step_label, done, total)

@@ -27,15 +27,14 @@ import torch
 
 import eggroll_llm.engine.vllm  # noqa: F401  # TRL imports vLLM, whose environment this sets
 from eggroll_llm.config.schema import RunConfig
-from eggroll_llm.engine.interface import Completion, Decoding, Engine, Progress, Request
-from eggroll_llm.engine.sampling import sampling_seed
+from eggroll_llm.engine.interface import Decoding, Engine, Progress
+from eggroll_llm.engine.sampling import Rollout, sample_population, sampling_seed
 from eggroll_llm.errors import TrainingError
 from eggroll_llm.es.plan import schedule
 from eggroll_llm.es.weight_change import UpdateReport, sampled_rows, update_report
 from eggroll_llm.models.targets import TARGET_MODULES, is_trained
 from eggroll_llm.tasks.order import problems_of_step
 from eggroll_llm.tasks.prompts import ProblemSet
-from eggroll_llm.training.grpo_weights import checkpoint_tensors
 
 with warnings.catch_warnings():
     # That vLLM is newer than TRL knows: its vLLM code is not used, and the engine pins its own version.
@@ -59,6 +58,7 @@ trl_utils._use_triton = lambda device: True  # in that module it means nothing b
 
 NO_LIMIT = 10**7  # steps of a run that ends by the clock
 _NUMPY_SEEDS = 2**32
+_ADAPTED = ".base_layer."  # what peft puts into the name of a weight that has an adapter
 
 
 class Rollouts:
@@ -73,7 +73,7 @@ class Rollouts:
         """The model in training, set by its trainer."""
         self.step = 0
         """Step of the run, set before it samples: sampling depends on nothing but seed and step."""
-        self.completions: list[Completion] = []
+        self.last: list[Rollout] = []
         """What the last call of `generate` returned, in order."""
         self.sampling_seconds = self.sync_seconds = 0.0
         """Spent since they were set to 0."""
@@ -109,19 +109,22 @@ class Rollouts:
             The prompts, and per completion its tokens and, in a list of one, the log-probability of each.
         """
         start = time.perf_counter()
-        requests = [
-            Request(
-                prompt_ids=tuple(ids),
-                seed=sampling_seed(self._config.seed, self.step, i // num_generations, i % num_generations),
-            )
-            for i, ids in enumerate(prompts)
-        ]
-        self.completions = self._engine.generate(requests, self._decoding, self._on_progress)
+        self.last = sample_population(
+            self._engine,
+            [tuple(ids) for ids in prompts[::num_generations]],
+            (None,),
+            num_generations,
+            self._decoding,
+            seed=self._config.seed,
+            step=self.step,
+            on_progress=self._on_progress,
+        )
         # TRL shuffles completions before it cuts them into micro batches; vLLM's draws have moved the generator.
         torch.manual_seed(sampling_seed(self._config.seed, self.step, len(prompts), 0))
         self.sampling_seconds += time.perf_counter() - start
-        ids = [list(completion.token_ids) for completion in self.completions]
-        return prompts, ids, [[[logprob] for logprob in c.logprobs] for c in self.completions], None
+        completions = [rollout.completion for rollout in self.last]
+        ids = [list(completion.token_ids) for completion in completions]
+        return prompts, ids, [[[logprob] for logprob in c.logprobs] for c in completions], None
 
 
 class StepSampler(torch.utils.data.Sampler[int]):
@@ -348,3 +351,19 @@ def load_model(directory: Path) -> tuple[Any, Any]:
     """Return the model with float32 weights, and its tokenizer."""
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, trust_remote_code=False)
     return model, AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+
+
+def checkpoint_tensors(model: Any) -> dict[str, torch.Tensor]:
+    """Return every weight by name: views of the model's own, but where it has an adapter W + (alpha / r) B A, a copy.
+
+    Merging in place, as peft does it, and taking the adapter out again would leave a rounding error in W every time.
+    """
+    inner = model.get_base_model() if hasattr(model, "peft_config") else model
+    tensors = {
+        name.replace(_ADAPTED, "."): tensor for name, tensor in inner.state_dict().items() if ".lora_" not in name
+    }
+    for name, module in inner.named_modules():
+        if hasattr(module, "get_delta_weight"):
+            for adapter in module.active_adapters:
+                tensors[f"{name}.weight"] = tensors[f"{name}.weight"] + module.get_delta_weight(adapter).detach()
+    return tensors

@@ -9,10 +9,15 @@ step fail, the run stops with the first failure, as the mistake is the grader's.
 import dataclasses
 import math
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Self
+
+import torch
+from torch import Tensor
 
 from eggroll_llm.config.schema import RewardConfig
 from eggroll_llm.engine.interface import Completion
+from eggroll_llm.engine.sampling import Rollout
 from eggroll_llm.errors import TaskError
 from eggroll_llm.records.answers import Graded
 from eggroll_llm.system import signals
@@ -26,9 +31,22 @@ from eggroll_llm.tasks.user import UserTask
 FAILED = "reward_failed"
 
 
-def unusable(reward: float, detail: str) -> bool:
-    """Whether the grader has failed, or given no finite number."""
-    return detail == FAILED or not math.isfinite(reward)
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ScoredRollout(Rollout):
+    """A rollout with the task's score."""
+
+    score: Score
+
+    @property
+    def unusable(self) -> bool:
+        """Return whether the grader failed, or gave no finite number."""
+        return self.score.detail == FAILED or not math.isfinite(self.score.reward)
+
+
+def rewards_of(rollouts: Sequence[ScoredRollout], prompts: int, samples: int) -> Tensor:
+    """Return rewards_MPS, float64, of rollouts in member-major order."""
+    rewards = [rollout.score.reward for rollout in rollouts]
+    return torch.tensor(rewards, dtype=torch.float64).view(-1, prompts, samples)
 
 
 def answered(problems: ProblemSet, index: int, completion: Completion) -> tuple[Completion, Problem]:
@@ -66,8 +84,6 @@ class Scorer(Closing):
     def start_counting(self) -> None:
         """Count scored completions and failures from here on."""
         self.scored = self.failures = 0
-        self.unusable: Completion | None = None
-        """The first without a finite reward."""
 
     def score(self, completion: Completion, problem: Problem) -> Score:
         """Return the task's score; the reward may be NaN or infinite, which drops the member later."""
@@ -77,6 +93,16 @@ class Scorer(Closing):
         """Return the score of each completion, as `score` does."""
         verdicts = self._judge(pairs, voted=False)
         return [self._count(verdict, *pair) for verdict, pair in zip(verdicts, pairs, strict=True)]
+
+    def score_rollouts(
+        self, rollouts: Sequence[Rollout], problems: ProblemSet, indices_P: Sequence[int]
+    ) -> list[ScoredRollout]:
+        """Return the rollouts with their scores; `indices_P` are the problems that the step's prompts put."""
+        scores = self.score_all([answered(problems, indices_P[r.prompt], r.completion) for r in rollouts])
+        return [
+            ScoredRollout(member=r.member, prompt=r.prompt, sample=r.sample, completion=r.completion, score=score)
+            for r, score in zip(rollouts, scores, strict=True)
+        ]
 
     def grade(self, completion: Completion, problem: Problem) -> Graded:
         """Return the task's score together with the answer that majority votes count."""
@@ -106,7 +132,6 @@ class Scorer(Closing):
         self.scored += 1
         if verdict.score and math.isfinite(verdict.score.reward):
             return verdict.score
-        self.unusable = self.unusable or completion
         sample = f'problem {inert(str(problem.get("id")), 60)}, answer "{inert(completion.text)}"'
         if verdict.score:
             if not self.first_dropped:

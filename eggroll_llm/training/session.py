@@ -23,8 +23,9 @@ from eggroll_llm.training.budget import check_memory
 from eggroll_llm.training.es import EsTrainer
 from eggroll_llm.training.evaluation import Evaluation
 from eggroll_llm.training.grpo import GrpoTrainer
-from eggroll_llm.training.harness import Display, Loop, OnStep
+from eggroll_llm.training.harness import Display, Harness, Run
 from eggroll_llm.training.prepare import Prepared, journal_header, prepare
+from eggroll_llm.training.recorder import OnStep, Recorder
 from eggroll_llm.training.resume import by_checkpoint, by_journal, restore, say_what_was_found
 from eggroll_llm.training.scorer import Scorer
 from eggroll_llm.training.trackers import Trackers
@@ -122,35 +123,26 @@ def _train_from(
     settings = {key: value for key, value in flat(config).items() if applies(key, config)}
     trackers = Trackers(config.log, run.path, settings, display.message)
     try:
-        loop = Loop(
-            config,
-            engine,
-            scorer,
-            prepared.held_out,
-            tuple(prepared.task.stop),
-            run,
-            journal,
-            display,
-            step=step,
-            metrics=run.read_metrics() if step else (),
-            trackers=trackers,
-            on_step=on_step,
+        metrics = run.read_metrics() if step else ()
+        recorder = Recorder(config, run, journal, metrics=metrics, trackers=trackers, on_step=on_step)
+        harness = Harness(
+            Run(prepared=prepared, engine=engine, scorer=scorer, recorder=recorder, display=display), step=step
         )
-        engine.watchdog.describe = loop.stopped_by
+        engine.watchdog.describe = harness.stopped_by
         trainer: EsTrainer | GrpoTrainer
         if config.method == "es":
             checkpoint = restore(engine, config, run, journal, display)
-            trainer = EsTrainer(loop, prepared.train)
+            trainer = EsTrainer(harness)
         else:
             if run.resumed:
                 display.message(_FROM.format(step) if step else _FROM_START)
-            trainer = GrpoTrainer(loop, prepared.train, model_dir=prepared.model_dir, checkpoint=checkpoint)
-        loop.resumed_from = checkpoint.path if checkpoint else None
+            trainer = GrpoTrainer(harness, checkpoint=checkpoint)
+        recorder.resumed_from = checkpoint.path if checkpoint else None
         evaluation = trainer.run()
         display.working("writing the model")
         run.write_final(trainer.export)
     except EngineError as error:
-        raise TrainingError(loop.stopped_by(str(error))) from error
+        raise TrainingError(harness.stopped_by(str(error))) from error
     finally:
         trackers.close()
         engine.close()

@@ -21,7 +21,7 @@ from eggroll_llm.cli.display import ConsoleDisplay, Line, _Console, duration
 from eggroll_llm.records.answers import TASK, Graded, Sample
 from eggroll_llm.system.terminal import SAMPLE_CHARACTERS, inert
 from eggroll_llm.training.evaluation import Evaluation
-from eggroll_llm.training.harness import Course
+from eggroll_llm.training.limits import Course
 
 ROOT = Path(__file__).parents[2]
 ROW = {

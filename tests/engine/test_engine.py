@@ -339,7 +339,7 @@ def test_no_file_is_written_while_sampling(served: Served) -> None:
     served.engine.begin(served.noise(), POPULATION)
     try:
         _opened = []
-        sample_population(served.engine, PROMPTS, POPULATION, 1, GREEDY, seed=0, step=1)
+        sample_population(served.engine, PROMPTS, range(POPULATION), 1, GREEDY, seed=0, step=1)
         written, _opened = _opened, []
         Path(os.devnull).open("w").close()
         assert _opened == [os.devnull]  # the hook does see writes

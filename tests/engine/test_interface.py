@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import pytest
 
 from eggroll_llm.engine.interface import Completion, Decoding, Request
-from eggroll_llm.engine.sampling import sample_population, sampling_seed
+from eggroll_llm.engine.sampling import Rollout, sample_population, sampling_seed
 from eggroll_llm.errors import EngineError
 
 PROMPTS = [(1, 2, 3), (4,)]
@@ -35,9 +35,9 @@ class Echo:
         ]
 
 
-def sample(population: int = 3, samples: int = 2, seed: int = 0, step: int = 1) -> tuple[Echo, list]:
+def sample(population: int = 3, samples: int = 2, seed: int = 0, step: int = 1) -> tuple[Echo, list[Rollout]]:
     engine = Echo()
-    return engine, sample_population(engine, PROMPTS, population, samples, DECODING, seed=seed, step=step)
+    return engine, sample_population(engine, PROMPTS, range(population), samples, DECODING, seed=seed, step=step)
 
 
 def test_requests_are_member_major() -> None:
@@ -47,13 +47,12 @@ def test_requests_are_member_major() -> None:
     assert engine.decoding is DECODING
 
 
-def test_each_completion_is_credited_to_its_member_prompt_and_sample() -> None:
-    _, completions_MPS = sample(seed=3, step=4)
-    assert [[len(row_S) for row_S in row_PS] for row_PS in completions_MPS] == [[2, 2]] * 3
-    for m, row_PS in enumerate(completions_MPS):
-        for p, row_S in enumerate(row_PS):
-            for s, completion in enumerate(row_S):
-                assert completion.text == f"{m} {PROMPTS[p]} {sampling_seed(3, 4, p, s)}"
+def test_rollouts_are_member_major_and_know_their_member_prompt_and_sample() -> None:
+    _, rollouts = sample(seed=3, step=4)
+    places = [(rollout.member, rollout.prompt, rollout.sample) for rollout in rollouts]
+    assert places == [(m, p, s) for m in range(3) for p in range(2) for s in range(2)]
+    for rollout, (m, p, s) in zip(rollouts, places, strict=True):
+        assert rollout.completion.text == f"{m} {PROMPTS[p]} {sampling_seed(3, 4, p, s)}"
 
 
 def test_seeds_are_equal_across_members_and_differ_in_all_else() -> None:
@@ -74,7 +73,9 @@ def test_seeds_do_not_change_between_versions() -> None:
 
 def test_progress_is_passed_on() -> None:
     seen: list[tuple[int, int]] = []
-    sample_population(Echo(), PROMPTS, 4, 1, DECODING, seed=0, step=1, on_progress=lambda *both: seen.append(both))
+    sample_population(
+        Echo(), PROMPTS, range(4), 1, DECODING, seed=0, step=1, on_progress=lambda *both: seen.append(both)
+    )
     assert seen == [(1, 8)]
 
 
@@ -86,4 +87,4 @@ def test_an_engine_that_answers_too_little_or_too_much_is_noticed(start: int, ex
             return completions[start:] + completions[:extra]
 
     with pytest.raises(EngineError, match=f"returned {count} completions for 4 requests"):
-        sample_population(Miscounting(), PROMPTS, 2, 1, DECODING, seed=0, step=1)
+        sample_population(Miscounting(), PROMPTS, range(2), 1, DECODING, seed=0, step=1)

@@ -28,7 +28,7 @@ from eggroll_llm.records.journal import read_journal
 from eggroll_llm.tasks.prompts import ProblemSet
 from eggroll_llm.tasks.task import Score
 from eggroll_llm.training import session
-from eggroll_llm.training.harness import Course
+from eggroll_llm.training.limits import Course
 from eggroll_llm.training.prepare import Prepared
 
 SHAPES = {"a.weight": (6, 4), "b.weight": (3, 6)}

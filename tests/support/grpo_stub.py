@@ -19,7 +19,7 @@ from eggroll_llm.config.recipe import load_recipe
 from eggroll_llm.engine.interface import Completion, Decoding, Request
 from eggroll_llm.engine.watchdog import Watchdog
 from eggroll_llm.training import session
-from eggroll_llm.training.harness import Course
+from eggroll_llm.training.limits import Course
 from eggroll_llm.training.prepare import Prepared
 
 TASK = """

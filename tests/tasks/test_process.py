@@ -185,7 +185,6 @@ def test_a_bad_score_costs_its_own_completion(task: UserTask, bad: str) -> None:
     assert len(said) == 1
     assert BAD[bad] in said[0]
     assert sample in said[0]
-    assert scorer.unusable == completion(bad)
 
 
 def test_memory_that_was_kept_does_not_fail_the_next(task: UserTask) -> None:

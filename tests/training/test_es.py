@@ -32,12 +32,13 @@ from eggroll_llm.errors import EngineError, TaskError, TrainingError
 from eggroll_llm.es.estimate import NonFiniteUpdate, UpdateSpec
 from eggroll_llm.records.answers import TASK, read_samples
 from eggroll_llm.records.checkpoint import verify_checkpoint
-from eggroll_llm.records.journal import read_journal
+from eggroll_llm.records.journal import Journal, read_journal
+from eggroll_llm.records.run_dir import RunDir
 from eggroll_llm.system.invocation import command
 from eggroll_llm.tasks.load import load_task
 from eggroll_llm.tasks.task import Score
 from eggroll_llm.training import es as trainer
-from eggroll_llm.training import harness, session
+from eggroll_llm.training import recorder, session
 
 
 @pytest.fixture
@@ -159,7 +160,7 @@ def test_killed_before_the_best_checkpoint_was_written(bench: Bench) -> None:
         raise Killed
 
     with bench.monkeypatch.context() as patch:
-        patch.setattr(harness, "save_checkpoint", fail)
+        patch.setattr(recorder, "save_checkpoint", fail)
         with pytest.raises(Killed):
             bench.train("run", task=Scripted(), **options)
     assert not list((bench.folder / "run" / "checkpoints").iterdir())
@@ -183,10 +184,10 @@ def test_a_run_killed_anywhere_ends_like_one_that_was_not(bench: Bench, place: s
     with bench.monkeypatch.context() as patch:
         owner = {
             "generate": FakeEngine,
-            "append": harness.Journal,
+            "append": Journal,
             "update": FakeEngine,
-            "append_completions": harness.RunDir,
-            "append_metrics": harness.RunDir,
+            "append_completions": RunDir,
+            "append_metrics": RunDir,
             "save": trainer.EsTrainer,
         }[place]
         real, calls = getattr(owner, place), [0]
@@ -569,13 +570,13 @@ def test_checkpoints_come_at_the_cadence_and_old_ones_go(bench: Bench) -> None:
 
 
 def test_what_saving_takes_is_in_the_next_row(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = harness.save_checkpoint
+    real = recorder.save_checkpoint
 
     def slow(*arguments: Any) -> Path:
         time.sleep(0.3)
         return real(*arguments)
 
-    monkeypatch.setattr(harness, "save_checkpoint", slow)
+    monkeypatch.setattr(recorder, "save_checkpoint", slow)
     checkpoint = CheckpointConfig(every=2, best=False)
     seconds = [row["time/save"] for row in bench.train("run", steps=4, checkpoint=checkpoint).metrics[1:]]
     assert seconds[2] > 0.3 > max(seconds[0], seconds[1], seconds[3]) > 0

@@ -31,8 +31,8 @@ from eggroll_llm.tasks import prompts
 from eggroll_llm.tasks.task import Problem, Verdict
 from eggroll_llm.training import es as trainer
 from eggroll_llm.training import grpo, session
-from eggroll_llm.training.grpo_weights import checkpoint_tensors
-from eggroll_llm.training.harness import Loop
+from eggroll_llm.training.grpo_trl import checkpoint_tensors
+from eggroll_llm.training.harness import Harness
 from eggroll_llm.training.prepare import prepare
 from eggroll_llm.training.scorer import Scorer
 
@@ -199,7 +199,7 @@ def test_a_run_killed_anywhere_ends_like_one_that_was_not(bench: Bench, place: s
     """At its third step. Without a checkpoint everything is done again."""
     flags = {"checkpoint__every": every, "checkpoint__best": "false", "eval__every": 1}
     bench.train("whole", **flags)
-    owner: Any = {"save": Loop, "generate": StubEngine, "step": torch.optim.AdamW}.get(place, RunDir)
+    owner: Any = {"save": Harness, "generate": StubEngine, "step": torch.optim.AdamW}.get(place, RunDir)
     real, calls = getattr(owner, place), [0]
 
     def fail(*arguments: Any, **options: Any) -> Any:
@@ -454,7 +454,7 @@ def compared(monkeypatch: pytest.MonkeyPatch) -> Comparison:
     from transformers import AutoModelForCausalLM
 
     comparison = Comparison()
-    real_init, real_end = grpo.GrpoTrainer.__init__, Loop.end_step
+    real_init, real_end = grpo.GrpoTrainer.__init__, Harness.end_step
 
     def init(self: Any, *arguments: Any, **options: Any) -> None:
         real_init(self, *arguments, **options)
@@ -464,11 +464,11 @@ def compared(monkeypatch: pytest.MonkeyPatch) -> Comparison:
     def logits(of: Any) -> Tensor:
         return of.engine.next_token_logprobs([Request(prompt_ids=prompt) for prompt in PROMPTS])
 
-    def end(self: Loop, *arguments: Any, **options: Any) -> Any:
+    def end(self: Harness, *arguments: Any, **options: Any) -> Any:
         ours = logits(comparison.trainer)
         model = AutoModelForCausalLM.from_pretrained(comparison.trainer.model_dir, dtype=torch.float32)
         tensors = checkpoint_tensors(comparison.trainer.trl.model)
-        model.load_state_dict({name: t.to(self.engine.dtype).float() for name, t in tensors.items()})
+        model.load_state_dict({name: t.to(self.run.engine.dtype).float() for name, t in tensors.items()})
         with torch.no_grad():
             theirs = model(torch.tensor(PROMPTS)).logits[:, -1].log_softmax(-1)
         comparison.found.append(float((ours - theirs).abs().max()))
@@ -476,7 +476,7 @@ def compared(monkeypatch: pytest.MonkeyPatch) -> Comparison:
         return real_end(self, *arguments, **options)
 
     monkeypatch.setattr(grpo.GrpoTrainer, "__init__", init)
-    monkeypatch.setattr(Loop, "end_step", end)
+    monkeypatch.setattr(Harness, "end_step", end)
     return comparison
 
 

@@ -24,10 +24,10 @@ from eggroll_llm.engine.interface import Completion, Request
 from eggroll_llm.models.targets import trained_parameters
 from eggroll_llm.records.journal import Journal, JournalHeader
 from eggroll_llm.records.run_dir import RunDir
-from eggroll_llm.training import grpo_trl
+from eggroll_llm.training import grpo_trl, recorder
 from eggroll_llm.training.grpo import GrpoTrainer
-from eggroll_llm.training.grpo_weights import checkpoint_tensors
-from eggroll_llm.training.harness import Loop
+from eggroll_llm.training.grpo_trl import checkpoint_tensors
+from eggroll_llm.training.harness import Harness, Run
 from eggroll_llm.training.prepare import Prepared, prepare
 from eggroll_llm.training.scorer import Scorer
 
@@ -82,9 +82,9 @@ def step_of(tmp_path: Path, tiny_model: Callable[[str], Path]) -> Iterator[Calla
         header = JournalHeader(frozen_hash="a" * 64, base_model="0" * 16)
         journal = opened.enter_context(Journal.open(run.journal, header))
         scorer = opened.enter_context(Scorer(prepared.task))
-        loop = Loop(prepared.config, engine, scorer, prepared.held_out, (), run, journal, Recorder())
-        trainer = GrpoTrainer(loop, prepared.train, model_dir=prepared.model_dir)
-        return Step(trainer, engine, prepared)
+        written = recorder.Recorder(prepared.config, run, journal)
+        parts = Run(prepared=prepared, engine=engine, scorer=scorer, recorder=written, display=Recorder())
+        return Step(GrpoTrainer(Harness(parts)), engine, prepared)
 
     with opened:
         yield make
@@ -181,7 +181,7 @@ def test_a_step_is_that_of_the_formula(step_of: Callable[..., Step], grpo: dict[
     base = checkpoint_tensors(AutoModelForCausalLM.from_pretrained(step.prepared.model_dir, dtype=torch.float32))
     assert largest_difference(ours, base) > 1e-3
     assert largest_difference(ours, by_the_formula(step, step.trainer.config)) < 1e-6
-    row = step.trainer.loop.run_dir.read_metrics()[1]
+    row = step.trainer.recorder.directory.read_metrics()[1]
     if grpo.get("importance_sampling", True):  # the case is not an empty one: some were left out, some kept
         assert row["sampling/importance_sampling_ratio/min"] == 0
         assert 0.3 < row["sampling/importance_sampling_ratio/mean"] < 1
