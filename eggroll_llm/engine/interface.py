@@ -1,17 +1,19 @@
-"""What an engine is: requests in, completions out, with a population inside. Imports no vLLM."""
+"""What an engine is: requests in, completions out, with a population inside. Imports neither vLLM nor torch."""
 
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Protocol
 
 from eggroll_llm.engine.watchdog import Watchdog
-from eggroll_llm.es.estimate import UpdateSpec
-from eggroll_llm.es.noise import NoiseSpec
-from eggroll_llm.es.weight_change import UpdateReport
+
+if TYPE_CHECKING:  # reports and comparisons, which read recorded answers, work without torch
+    import torch
+    from torch import Tensor
+
+    from eggroll_llm.es.estimate import UpdateSpec
+    from eggroll_llm.es.noise import NoiseSpec
+    from eggroll_llm.es.weight_change import UpdateReport
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -68,7 +70,7 @@ class Completion:
 class UpdateTimes:
     """Report of an update, and the seconds of its parts."""
 
-    report: UpdateReport
+    report: "UpdateReport"
     update: float
     """Estimate, optimizer and rounding."""
     serve: float
@@ -83,7 +85,7 @@ Progress = Callable[[int, int], None]
 class Sampler(Protocol):
     """Answers requests with the weights that it serves."""
 
-    dtype: torch.dtype
+    dtype: "torch.dtype"
     """Number format of the served weights."""
     watchdog: Watchdog
     """Ends the process when a call hangs."""
@@ -106,15 +108,15 @@ class Sampler(Protocol):
 class Engine(Sampler, Protocol):
     """A sampler that serves every member of a population beside the base model, and updates the base model."""
 
-    def begin(self, noise: NoiseSpec, population: int, *, antithetic: bool = True) -> float:
+    def begin(self, noise: "NoiseSpec", population: int, *, antithetic: bool = True) -> float:
         """Make the members 0 ... population - 1 of a step available; return the seconds that their noise took."""
         ...
 
-    def update(self, spec: UpdateSpec) -> UpdateTimes:
+    def update(self, spec: "UpdateSpec") -> UpdateTimes:
         """Fold a step's fitness into the weights and serve them. Raises NonFiniteUpdate with nothing changed."""
         ...
 
-    def replay(self, specs: Sequence[UpdateSpec]) -> None:
+    def replay(self, specs: "Sequence[UpdateSpec]") -> None:
         """Apply recorded updates without sampling."""
         ...
 
@@ -122,11 +124,11 @@ class Engine(Sampler, Protocol):
         """Return 16 hexadecimal digits that identify the bits of the served weights."""
         ...
 
-    def state(self) -> Mapping[str, Tensor]:
+    def state(self) -> "Mapping[str, Tensor]":
         """Return float32 masters and optimizer state, on the CPU."""
         ...
 
-    def load_state(self, state: Mapping[str, Tensor]) -> None:
+    def load_state(self, state: "Mapping[str, Tensor]") -> None:
         """Restore what `state` returned, exactly."""
         ...
 
@@ -134,6 +136,6 @@ class Engine(Sampler, Protocol):
         """Write the served model as a Hugging Face directory."""
         ...
 
-    def load_weights(self, weights: Mapping[str, Tensor]) -> None:
+    def load_weights(self, weights: "Mapping[str, Tensor]") -> None:
         """Serve the weights of a trainer with gradients: all of the checkpoint's tensors, by name."""
         ...
