@@ -40,6 +40,7 @@ _WORDS_ELSEWHERE = (
     ("check info", "doctor"),
     ("run fit finetune", "train"),
 )
+LEAST_ABBREVIATION = 3  # characters
 _ELSEWHERE = {word: here.split() for words, here in _WORDS_ELSEWHERE for word in words.split()}
 
 
@@ -55,9 +56,14 @@ def meant(name: str, valid: Iterable[str]) -> Sequence[str]:
     if found := [known for known in _ELSEWHERE.get(last, ()) if known in names]:
         return found
     by_last = {_last(known): known for known in names}
-    return difflib.get_close_matches(name, names, n=1, cutoff=0.7) or [
-        by_last[near] for near in difflib.get_close_matches(_last(name), by_last, n=1, cutoff=0.7)
-    ]
+    # A long name of the table would make it like everything in it.
+    elsewhere = [known for known in names if _table(known) != _table(name) or not _table(name)]
+    if found := difflib.get_close_matches(name, elsewhere, n=1, cutoff=0.7):
+        return found
+    if near := difflib.get_close_matches(_last(name), by_last, n=1, cutoff=0.7):
+        return [by_last[near[0]]]
+    begun = [known for known in names if len(last) >= LEAST_ABBREVIATION and _plain(_last(known)).startswith(last)]
+    return begun if len(begun) <= 2 else []
 
 
 def did_you_mean(name: str, valid: Iterable[str], dash: str = "") -> str:
@@ -68,6 +74,10 @@ def did_you_mean(name: str, valid: Iterable[str], dash: str = "") -> str:
 
 def _last(name: str) -> str:
     return name.rpartition(".")[2]
+
+
+def _table(name: str) -> str:
+    return name.rpartition(".")[0]
 
 
 def _plain(name: str) -> str:

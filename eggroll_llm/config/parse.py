@@ -69,9 +69,9 @@ def unknown_key(key: str, valid: Sequence[str], where: str, dash: str = "") -> C
     """The error for a key that does not exist; `dash` is put before key names (flags)."""
     tables = {name.rpartition(".")[0] for name in valid} - {""}
     problem = f"unknown flag {where}" if dash else f"{where}: unknown key {key}"
-    if hint := did_you_mean(key, [*valid, *([] if dash else tables)], dash):
-        return ConfigError(f"{problem}.{hint}")
     table = key.rpartition(".")[0]
+    if hint := did_you_mean(key, [*valid, *([] if dash else tables - {table})], dash):
+        return ConfigError(f"{problem}.{hint}")
     prefix = f"{table}." if table else ""
     level = [prefix + name.removeprefix(prefix).partition(".")[0] for name in valid if name.startswith(prefix)]
     names = dict.fromkeys(level or valid)

@@ -35,10 +35,11 @@ class _Check:
     def __init__(self, config: "RunConfig", origin: Origin) -> None:
         self.config, self.origin = config, origin
 
-    def fail(self, problem: str, remedy: str, *keys: str) -> None:
+    def fail(self, problem: str, remedy: str, *keys: str, because: str = "") -> None:
+        """Raise ConfigError about the values of `keys`; `because` is a setting that only makes them wrong."""
         settings = ", ".join(f"{key} = {format_value(self.get(key), key)}" for key in keys)
         # A flag among them rather than the file's line of another: it is what the user has just written.
-        blamed = next(filter(self.origin.flag, keys), keys[0])
+        blamed = next(filter(self.origin.flag, (*keys, because)), keys[0])
         raise ConfigError(f"{self.origin.at(blamed)}: {settings}: {problem}. {remedy}.")
 
     def get(self, key: str) -> object:
@@ -59,7 +60,8 @@ class _Check:
         for key in _NEEDED[self.config.method]:
             if self.number(key) <= 0:
                 method = self.config.method
-                self.fail(f'must be above 0 with method "{method}"', f"Set {key} to a positive number", key)
+                problem = f'must be above 0 with method "{method}"'
+                self.fail(problem, f"Set {key} to a positive number", key, because="method")
         for table in ("", *(field.name for field in dataclasses.fields(self.config))):
             settings = self.get(table) if table else self.config
             for found in violations(settings) if dataclasses.is_dataclass(settings) else ():
@@ -165,18 +167,21 @@ class _Check:
                 "GRPO compares the completions of a problem with each other",
                 "Set sampling.samples_per_prompt to 2 or more, such as 8",
                 "sampling.samples_per_prompt",
+                because="method",
             )
         if sampling.temperature == 0:
             self.fail(
                 "greedy completions of a problem are all the same",
                 "Set sampling.temperature above 0, such as 1.0",
                 "sampling.temperature",
+                because="method",
             )
         if sampling.top_p < 1:
             self.fail(
                 "the trainer's probabilities are of the whole vocabulary, not of a nucleus",
                 "Set sampling.top_p to 1",
                 "sampling.top_p",
+                because="method",
             )
         completions = sampling.prompts_per_step * sampling.samples_per_prompt
         if completions % grpo.micro_batch:

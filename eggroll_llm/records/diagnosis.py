@@ -156,10 +156,11 @@ class _Course:
             return None
         key, rate = self._rate()
         text = f"an update changes the weights by {_times(ratio)} their own size (RMS)"
+        destroyed = ratio >= DESTRUCTIVE and not self._gained()
         return Finding(
             kind="step size",
-            severity="failure" if ratio >= DESTRUCTIVE else "warning",
-            text=text + (", which destroys a model" if ratio >= DESTRUCTIVE else ""),
+            severity="failure" if destroyed else "warning",
+            text=text + (", which destroys a model" if destroyed else ""),
             remedy=f"start again with {key} lowered from {rate:g} to about {rate * GOOD_STEP / ratio:.0e}",
             level=1 + int(math.log10(min(ratio, 1e9) / LARGE_STEP)),
         )
@@ -248,6 +249,14 @@ class _Course:
             text=f"accuracy changed by {points(gain)} points, which chance explains ({p_text(p)})",
             remedy="train for longer, or evaluate on more problems (eval.problems)",
         )
+
+    def _gained(self) -> bool:
+        """Whether accuracy rose above the base model's, by more than chance explains."""
+        if not self.base:
+            return False
+        last = self.evaluations[-1]
+        rose = number(last, "eval/accuracy") > number(self.base, "eval/accuracy")
+        return rose and p_value(self.base, last) < CHANCE
 
     def _tied(self, row: Row) -> bool:
         if self.es:

@@ -52,7 +52,7 @@ def check_factory(factory: Any, options: Mapping[str, Any], name: str, place: Pl
         function = name.rpartition(" ")[2]
         raise TaskError(
             f"{name}{signature} is a reward function of TRL, and not a task. {NEEDED}; in its class, write "
-            f"{_adapter(signature, function)}. {_PAGE}."
+            f"{_adapter(factory, signature, function)}. {_PAGE}."
         )
     try:
         signature.bind(**options)
@@ -82,10 +82,14 @@ def _check_call(method: Any, name: str, arguments: tuple[str, ...], where: str) 
         signature.bind(*arguments, **options)
     except TypeError as error:
         fault = f"cannot be called as {call}: {error}"
+    else:
+        first = tuple(signature.parameters)[: len(arguments)]
+        if first != arguments and sorted(first) == sorted(arguments):
+            fault = f"names in another order what it is called with, {call}"
     if name == "score" and _is_trl(signature) and (fault or _is_for_columns(signature)):
         raise TaskError(
             f"{where}: score{signature} is a reward function of TRL. Move it out of the class as reward, and write "
-            f"{_adapter(signature, 'reward')}. {_PAGE}."
+            f"{_adapter(method, signature, 'reward')}. {_PAGE}."
         )
     if fault:
         known = 'What else it needs, the problem holds: problem["answer"]. ' if "problem" in arguments else ""
@@ -116,7 +120,7 @@ def _is_for_columns(signature: inspect.Signature) -> bool:
     return names[0] != "completions" or (_takes_any(signature) and "problem" not in names)
 
 
-def _adapter(signature: inspect.Signature, function: str) -> str:
+def _adapter(reward: Any, signature: inspect.Signature, function: str) -> str:
     """Return the line that calls a reward function of TRL for one completion."""
     given = {"completions": "[completion]", "prompts": "[self.prompt(problem)]"}
     names = [name for name, p in signature.parameters.items() if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
@@ -125,4 +129,7 @@ def _adapter(signature: inspect.Signature, function: str) -> str:
         arguments.append("**{key: [value] for key, value in problem.items()}")
     else:
         arguments = [f"{name}={given.get(name, f'[problem[{chr(34)}{name}{chr(34)}]]')}" for name in names]
-    return f"def score(self, completion, problem): return {function}({', '.join(arguments)})[0]"
+    call = f"{function}({', '.join(arguments)})"
+    if inspect.iscoroutinefunction(reward):
+        call = f"asyncio.run({call})"
+    return f"def score(self, completion, problem): return {call}[0]"

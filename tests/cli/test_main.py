@@ -154,6 +154,9 @@ def test_mistakes_in_a_recipe(refused: Callable[..., str], recipe: Path, old: st
         ("--dry-run true", "'true' is no value of a flag: one such as --dry-run has none, leave it out"),
         ("--dryrun", "unknown flag --dryrun. Did you mean --dry-run?"),
         ("--dry_run", "unknown flag --dry_run. Did you mean --dry-run?"),
+        ("--dry", "unknown flag --dry. Did you mean --dry-run?"),
+        ("--pop 4", "unknown flag --pop. Did you mean --es.population?"),
+        ("--samplin.max_tok 4", "unknown flag --samplin.max_tok. Did you mean --sampling.max_tokens?"),
         ("--lr 0.1", "unknown flag --lr. Did you mean --es.learning_rate or --grpo.learning_rate?"),
         (
             "--learning_rate 0.1",
@@ -184,6 +187,13 @@ def test_a_setting_of_the_file_that_a_flag_contradicts_is_blamed_on_the_flag(
 ) -> None:
     recipe.write_text(recipe.read_text().replace("population = 4", "population = 5\nantithetic = false"))
     assert refused("train", recipe, "--es.antithetic", "yes").startswith("--es.antithetic: es.population = 5")
+
+
+def test_what_a_method_lacks_is_blamed_on_the_flag_that_chose_it(refused: Callable[..., str], recipe: Path) -> None:
+    grpo = ["--method", "grpo"]
+    assert refused("train", recipe, *grpo).startswith("--method: grpo.learning_rate = 0.0: must be above 0 with method")
+    grpo += ["--grpo.learning_rate", "1e-6"]
+    assert refused("train", recipe, *grpo).startswith("--method: sampling.samples_per_prompt = 1: GRPO compares")
 
 
 @pytest.mark.parametrize(
@@ -239,6 +249,8 @@ def test_mistakes_in_task_options_that_are_flags(refused: Callable[..., str], re
     model = load_recipe(recipe).model
     message = refused("eval", model, "--task", "countdown", "--task_options.sede", "1")
     assert message == "--task_options.sede: unknown key task_options.sede. Did you mean task_options.seed?"
+    message = refused("eval", model, "--task", "countdown", "--task_options.foo", "1")
+    assert message.startswith("--task_options.foo: unknown key task_options.foo. Valid keys: task_options.count, ")
 
 
 def test_an_error_that_quotes_an_answer_does_nothing_to_the_terminal(

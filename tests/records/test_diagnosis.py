@@ -128,7 +128,7 @@ def test_a_score_that_fails() -> None:
 )
 def test_the_size_of_a_step_next_to_the_weights(config: RunConfig, rms: float, severity: str | None) -> None:
     """0.19 is theirs. The remedy is a step of 0.3 %; that the weights have grown by the updates does not hide it."""
-    rows = course(update__rms=rms)
+    rows = course(last=evaluated(0.25), update__rms=rms)
     rows = [row | {"weights/rms": 0.19 + rms * row["step"]} if row["step"] > 1 else row for row in rows]
     finding = found(rows, config, ended=False).get("step size")
     assert (finding and finding.severity) == severity
@@ -137,6 +137,12 @@ def test_the_size_of_a_step_next_to_the_weights(config: RunConfig, rms: float, s
         now = 5e-4 if config.method == "es" else 3e-6
         assert f"{config.method}.learning_rate lowered from {now:g}" in finding.remedy
         assert rate / now == pytest.approx(0.003 * 0.19 / rms, rel=0.5)
+
+
+def test_a_model_that_learned_is_not_called_destroyed() -> None:
+    finding = found(course(update__rms=0.05))["step size"]
+    assert finding.severity == "warning"
+    assert "destroys" not in finding.text
 
 
 def test_updates_that_are_lost_in_rounding() -> None:

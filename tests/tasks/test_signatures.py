@@ -43,6 +43,7 @@ def refused(folder: Path, before: str = "", name: str = "Mine", **methods: str) 
         ("score", "def score(completion, problem): return 1.0", "too many positional arguments"),
         ("score", "@staticmethod\n    def score(self, completion, problem): return 1.0", "missing a required argument"),
         ("score", "score = functools.partial(pow, 1, 2)", "too many positional arguments"),
+        ("score", "def score(self, problem, completion): return 1.0", "names in another order what it is called with"),
         ("score", "async def score(self, completion, problem): return 1.0", "score is asynchronous"),
         ("score", "def score(self, completion, problem): yield 1.0", "score yields"),
         ("score", "score = 1.0", r"score = 1\.0 is not a method. Write def score\(self, completion, problem\)\.$"),
@@ -106,6 +107,7 @@ TRL = [
     "zip(completions, answer, prompts)]",
     "def reward(completions=(), word=(), **kwargs): return [float(c == a) for c, a in zip(completions, word)]",
 ]
+ASYNCHRONOUS = f"import asyncio\nasync {TRL[0]}"
 
 
 @pytest.mark.parametrize("reward", TRL)
@@ -120,6 +122,13 @@ def test_a_reward_of_trl_comes_with_the_line_that_makes_it_a_score(tmp_path: Pat
         task = load(tmp_path, before=reward, score=line)
         problem = task.problems("train")[0]
         assert [task.score(text, problem).reward for text in "ab"] == [1.0, 0.0]
+
+
+def test_an_asynchronous_reward_of_trl_is_run_to_its_end(tmp_path: Path) -> None:
+    message = refused(tmp_path, before=ASYNCHRONOUS, name="reward")
+    (line,) = re.findall(r"write (def score\(self, completion, problem\): return .*\[0\])\. ", message)
+    task = load(tmp_path, before=ASYNCHRONOUS, score=line)
+    assert [task.score(text, task.problems("train")[0]).reward for text in "ab"] == [1.0, 0.0]
 
 
 @pytest.mark.parametrize(
