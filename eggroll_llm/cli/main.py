@@ -20,7 +20,7 @@ from eggroll_llm.system.terminal import inert
 from eggroll_llm.system.versions import package_versions
 
 ENGINE = ("torch", "vllm")
-PLOTS = ("matplotlib", "numpy")
+PLOTS = ("jinja2", "matplotlib", "numpy")
 EXIT_MISTAKE = 2
 ERROR_CHARACTERS = 4000  # of a line
 
