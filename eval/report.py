@@ -1,19 +1,20 @@
 """Reports as one HTML file that needs nothing else: no network, no script, figures inside, light and dark.
 
-Every text of a run (completions, problems, names, settings) is somebody else's: `_text` makes it inert, control and
-direction characters visible, before it comes near the markup. A content security policy forbids the rest.
+Every text of a run (completions, problems, names, settings) is somebody else's. The markup is in parts.html and
+report.html; jinja2 escapes all they are given, after `_finalize` has made control and direction characters visible. A
+content security policy forbids the rest.
 """
 
 import base64
 import hashlib
-import html
 import math
 import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from string import Template
 from typing import Any
 
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup, escape
 from matplotlib.figure import Figure
 
 from eggroll_llm.config.recipe import to_toml
@@ -47,18 +48,18 @@ def write_run_report(run_path: Path | str) -> Path:
     run, comparison, groups = runs[0], compare_runs(runs), groups_of(runs)
     test = comparison.tests[0] if comparison.tests else None
     body = [
-        f'<p class="source">{_text(" ".join(about(runs)))}</p>',
-        _notes(comparison),
+        _part("source", " ".join(about(runs))),
+        _part("notes", comparison.notes),
         _section("Learning curves", _overview(groups)),
         _section("Evaluations", _table(_evaluations_grid(run))),
-        _section("Answers that changed", _examples(test)) if test else "",
+        _section("Answers that changed", _examples(test)) if test else Markup(),
         _section("Prompt", _prompt(run.directory.example_prompt())),
         _section("Time and tokens", *_costs(run)),
         _section("Last completions", *_last_completions(run)),
         _section("Reproduce", *_reproduce(run)),
         _section(
             "Settings",
-            _details("All settings, as resolved", f"<pre>{_text(to_toml(run.config), SETTINGS_LIMIT)}</pre>"),
+            _part("details", "All settings, as resolved", _part("pre", _text(to_toml(run.config), SETTINGS_LIMIT))),
         ),
         _section("Environment", *_environment(run)),
     ]
@@ -74,13 +75,17 @@ def write_comparison(runs: Sequence[Run], comparison: Comparison, out_dir: Path 
     """
     groups = groups_of(runs)
     details = (
-        _details(f"{pair_text(test)}: {len(test.result.wins)} won, {len(test.result.losses)} lost", _examples(test))
+        _part(
+            "details",
+            f"{pair_text(test)}: {len(test.result.wins)} won, {len(test.result.losses)} lost",
+            _examples(test),
+        )
         for test in comparison.tests
         if test.won or test.lost
     )
     body = [
-        f'<p class="source">{_text(" ".join(about(runs)))}</p>',
-        _notes(comparison),
+        _part("source", " ".join(about(runs))),
+        _part("notes", comparison.notes),
         _section("Learning curves", _overview(groups)),
         *(_section(grid.title, _table(grid)) for grid in grids(comparison)),
         _section("Answers that changed", *details),
@@ -113,58 +118,56 @@ def _write(folder: Path, page: str, groups: Sequence[Group]) -> Path:
     return folder / "report.html"
 
 
-def _text(value: object, limit: int = TEXT_LIMIT) -> str:
+def _text(value: object, limit: int = TEXT_LIMIT) -> Markup:
     """Return text for HTML in which nothing acts on a browser or on the order of letters; its lines are kept."""
-    return html.escape(inert_lines(str(value), limit))
+    return escape(inert_lines(str(value), limit))
 
 
-def _page(kind: str, title: str, headline: str, body: Iterable[str]) -> str:
-    template = Template((_HERE / "report.html").read_text(encoding="utf-8"))
-    style = (_HERE / "report.css").read_text(encoding="utf-8")
-    parts = "\n".join(part for part in body if part)
-    return template.substitute(kind=_text(kind), title=_text(title), style=style, headline=headline, body=parts)
+def _finalize(value: object) -> Markup:
+    """Make what a template prints inert, unless it is markup already."""
+    return value if isinstance(value, Markup) else _text(value)
 
 
-def _section(title: str, *parts: str) -> str:
-    content = "\n".join(part for part in parts if part)
-    return f"<section>\n<h2>{_text(title)}</h2>\n{content}\n</section>" if content else ""
+_TEMPLATES = Environment(
+    loader=FileSystemLoader(_HERE),
+    autoescape=True,
+    finalize=_finalize,
+    undefined=StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+)
+_PARTS: Any = _TEMPLATES.get_template("parts.html").module
+"""The macros of parts.html; each returns Markup."""
 
 
-def _details(summary: str, content: str) -> str:
-    return f"<details>\n<summary>{_text(summary)}</summary>\n{content}\n</details>"
+def _page(kind: str, title: str, headline: Markup, body: Iterable[Markup]) -> str:
+    style = Markup((_HERE / "report.css").read_text(encoding="utf-8"))
+    parts = [part for part in body if part]
+    return _TEMPLATES.get_template("report.html").render(
+        kind=kind, title=title, style=style, headline=headline, parts=parts
+    )
 
 
-def _scroll(label: str, content: str) -> str:
-    """What is wider than the screen scrolls on its own; the keyboard must reach it."""
-    return f'<div class="scroll" role="region" aria-label="{_text(label)}" tabindex="0">\n{content}\n</div>'
+def _section(title: str, *parts: Markup) -> Markup:
+    shown = [part for part in parts if part]
+    return _part("section", title, shown) if shown else Markup()
 
 
-def _table(grid: Grid, shares: Sequence[float] = ()) -> str:
-    """A table; `shares` (0 to 1) are drawn as bars beside its rows."""
-    kinds = ["" if i < grid.texts else ' class="n"' for i in range(len(grid.columns))]
-    head = "".join(f'<th scope="col"{kind}>{_text(name)}</th>' for kind, name in zip(kinds, grid.columns, strict=True))
-    rows = []
-    for i, row in enumerate(grid.rows):
-        first, *others = (_text(cell) for cell in row)
-        cells = "".join(f"<td{kind}>{cell}</td>" for kind, cell in zip(kinds[1:], others, strict=True))
-        bar = f'<td class="bar"><span style="width:{100 * shares[i]:.1f}%"></span></td>' if shares else ""
-        rows.append(f'<tr><th scope="row">{first}</th>{cells}{bar}</tr>')
-    head += "<td></td>" if shares else ""
-    caption = f"<caption><span>{_text(grid.note or grid.title)}</span></caption>"
-    table = f"<table>{caption}\n<thead><tr>{head}</tr></thead>\n<tbody>\n" + "\n".join(rows) + "\n</tbody></table>"
-    return _scroll(grid.title, table)
+def _part(name: str, *values: object) -> Markup:
+    """Return a part of the page, made by the macro `name`."""
+    return Markup(getattr(_PARTS, name)(*values).strip("\n"))
 
 
-def _overview(groups: Sequence[Group]) -> str:
+def _table(grid: Grid, shares: Sequence[float] = ()) -> Markup:
+    """Return a table; `shares` (0 to 1) are drawn as bars beside its rows."""
+    return _part("table", grid, shares)
+
+
+def _overview(groups: Sequence[Group]) -> Markup:
     light, dark = (_data_uri(plots.overview_figure(groups, theme)) for theme in (plots.LIGHT, plots.DARK))
     runs = "; ".join(f"{run.name} {_course(run)}" for group in groups for run in group.runs)
     alt = f"Held-out accuracy and training reward against steps, generated tokens and training time. Accuracy: {runs}."
-    picture = (
-        f'<picture><source media="screen and (prefers-color-scheme: dark)" srcset="{dark}">'
-        f'<img src="{light}" alt="{_text(alt)}"></picture>'
-    )
-    caption = _text(plots.caption(groups, reward=True))
-    return f"<figure>\n{_scroll('Learning curves', picture)}\n<figcaption>{caption}</figcaption>\n</figure>"
+    return _part("overview", light, dark, alt, plots.caption(groups, reward=True))
 
 
 def _course(run: Run) -> str:
@@ -172,16 +175,11 @@ def _course(run: Run) -> str:
     return f"{percent(first.accuracy)} at step {first.step}, {percent(last.accuracy)} at step {last.step}"
 
 
-def _data_uri(figure: Figure) -> str:
-    return "data:image/svg+xml;base64," + base64.b64encode(plots.svg(figure).encode()).decode()
+def _data_uri(figure: Figure) -> Markup:
+    return Markup("data:image/svg+xml;base64," + base64.b64encode(plots.svg(figure).encode()).decode())
 
 
-def _notes(comparison: Comparison) -> str:
-    items = "".join(f"<li>{_text(note)}</li>" for note in comparison.notes)
-    return f'<ul class="notes">{items}</ul>' if items else ""
-
-
-def _run_headline(run: Summary, test: PairedTest | None) -> str:
+def _run_headline(run: Summary, test: PairedTest | None) -> Markup:
     spent = f"{run.final.step} steps and {run.final.seconds / 60:.1f} minutes of training"
     if run.final.step == 0:
         sentence = (
@@ -208,12 +206,12 @@ def _run_headline(run: Summary, test: PairedTest | None) -> str:
         ("Best, optimistic", _tile(run.best)),
         ("Completions", (amount(run.total.completions), f"{amount(run.total.tokens)} generated tokens")),
     ]
-    return f'<p class="lead">{_text(sentence)}</p>\n{_tiles(tiles)}'
+    return _part("headline", sentence, tiles)
 
 
-def _comparison_headline(comparison: Comparison) -> str:
+def _comparison_headline(comparison: Comparison) -> Markup:
     if not comparison.comparable:
-        return '<p class="lead">The accuracies of these runs are not comparable: see the notes.</p>'
+        return _part("headline", "The accuracies of these runs are not comparable: see the notes.", [])
     groups = comparison.groups
     if len(groups) == 1:
         sentence = f"Final accuracy: {mean_text(groups[0].final)}."
@@ -224,7 +222,7 @@ def _comparison_headline(comparison: Comparison) -> str:
     if any(math.isfinite(group.final.stderr) for group in groups):
         sentence += " Means over seeds ± standard error over seeds."
     tiles = [_group_tile(group, ranked=len(groups) > 1) for group in groups[:MOST_TILES]]
-    return f'<p class="lead">{_text(sentence)}</p>\n{_tiles(tiles)}'
+    return _part("headline", sentence, tiles)
 
 
 def _places(comparison: Comparison) -> list[str]:
@@ -246,14 +244,6 @@ def _group_tile(group: Seeds, *, ranked: bool) -> tuple[str, tuple[str, str]]:
     if same is None or not math.isfinite(same.value):
         return group.label, (final, base)
     return group.label, (mean_text(same), f"at the {BUDGETS[TILE_BUDGET]}; final {final}; {base}")
-
-
-def _tiles(tiles: Sequence[tuple[str, tuple[str, str]]]) -> str:
-    items = (
-        f"<div><dt>{_text(label)}</dt><dd>{_text(value)}<small>{_text(remark)}</small></dd></div>"
-        for label, (value, remark) in tiles
-    )
-    return f'<dl class="tiles">{"".join(items)}</dl>'
 
 
 def _tile(point: Point | None) -> tuple[str, str]:
@@ -278,7 +268,7 @@ def _evaluations_grid(run: Run) -> Grid:
     )
 
 
-def _examples(test: PairedTest) -> str:
+def _examples(test: PairedTest) -> Markup:
     result = test.result
     won, lost = len(result.wins), len(result.losses)
     text = (
@@ -286,28 +276,22 @@ def _examples(test: PairedTest) -> str:
         f"often: {p_text(result.p_value)}, of an exact sign-flip test. Some of them, with one answer of each side:"
     )
     shown = [("won", example) for example in test.won] + [("lost", example) for example in test.lost]
-    return f"<p>{_text(text)}</p>\n" + "\n".join(_example(word, example, test) for word, example in shown)
+    return Markup("\n").join([_part("paragraph", text), *(_example(word, example, test) for word, example in shown)])
 
 
-def _example(word: str, example: Example, test: PairedTest) -> str:
-    answers = "".join(
-        f"<div><p>{_text(name)}</p><pre>{_text(answer.strip())}</pre></div>"
-        for name, answer in ((test.first, example.first), (test.second, example.second))
-    )
-    return (
-        f'<article class="example"><p><span class="{word}">{word}</span> · problem {_text(example.id)}</p>'
-        f'<pre>{_text(problem_text(example.problem))}</pre><div class="answers">{answers}</div></article>'
-    )
+def _example(word: str, example: Example, test: PairedTest) -> Markup:
+    answers = [(test.first, example.first.strip()), (test.second, example.second.strip())]
+    return _part("example", word, example.id, problem_text(example.problem), answers)
 
 
-def _prompt(text: str) -> str:
+def _prompt(text: str) -> Markup:
     if not text:
-        return ""
+        return Markup()
     words = "The first held-out problem as the model sees it, with the chat template where the task uses one:"
-    return f"<p>{words}</p>\n<pre>{_text(text, PROMPT_LIMIT)}</pre>"
+    return _part("paragraph", words) + "\n" + _part("pre", _text(text, PROMPT_LIMIT))
 
 
-def _costs(run: Run) -> list[str]:
+def _costs(run: Run) -> list[Markup]:
     """Where the time of the steps went, and how many tokens there were."""
     steps = [row for row in run.rows if row["step"]]
     total = _sum(steps, "time/step")
@@ -346,35 +330,31 @@ def _sum(rows: Iterable[Mapping[str, Any]], key: str) -> float:
     return math.fsum(value for row in rows if math.isfinite(value := number(row, key)))
 
 
-def _last_completions(run: Run) -> list[str]:
+def _last_completions(run: Run) -> list[Markup]:
     rows = read_rows(run.directory.completions) if run.directory.completions.is_file() else []
     last = [row for row in rows if row.get("step") == rows[-1].get("step")]
     return [_last_completion(row) for row in last]
 
 
-def _last_completion(row: Mapping[str, Any]) -> str:
-    right = bool(row.get("correct"))
+def _last_completion(row: Mapping[str, Any]) -> Markup:
     question = row.get("question") or f"problem {row.get('problem')}"
-    return (
-        f'<article class="example"><p><span class="{"won" if right else "lost"}">{"right" if right else "wrong"}</span>'
-        f" · step {_text(row.get('step'))}, {_text(question)}</p>"
-        f"<pre>{_text(str(row.get('completion', '')).strip())}</pre></article>"
-    )
+    text = str(row.get("completion", "")).strip()
+    return _part("completion", bool(row.get("correct")), row.get("step"), question, text)
 
 
-def _reproduce(run: Run) -> list[str]:
+def _reproduce(run: Run) -> list[Markup]:
     name = shlex.quote(run.directory.path.resolve().name)
     commands = [f"eggroll-llm train {name}/config.toml --run-dir NEW_RUN"]
     parts = []
     if run.directory.journal.is_file() and run.config.method == "es":
         commands.append(f"eggroll-llm replay {name} --out NEW_MODEL")
         journal = run.directory.journal.read_bytes()
-        parts.append(
-            f"<p>The base model and journal.jsonl give back the weights of every step. The journal has "
-            f"{_size(len(journal))}{_beside(run.directory.final)}; its SHA-256 is "
-            f"<code>{hashlib.sha256(journal).hexdigest()}</code>.</p>"
+        sentence = (
+            "The base model and journal.jsonl give back the weights of every step. The journal has "
+            f"{_size(len(journal))}{_beside(run.directory.final)};"
         )
-    return [f"<pre>{_text(chr(10).join(commands))}</pre>", *parts]
+        parts.append(_part("journal", sentence, hashlib.sha256(journal).hexdigest()))
+    return [_part("pre", "\n".join(commands)), *parts]
 
 
 def _beside(final: Path) -> str:
@@ -386,7 +366,7 @@ def _size(count: int) -> str:
     return f"{amount(count)}{'B' if count >= 1000 else ' B'}"
 
 
-def _environment(run: Run) -> list[str]:
+def _environment(run: Run) -> list[Markup]:
     if not run.starts:
         return []
     last = dict(run.starts[-1])
@@ -396,4 +376,4 @@ def _environment(run: Run) -> list[str]:
     grid = Grid(
         title="Environment", columns=["", "value"], rows=[[key, f"{value}"] for key, value in rows], note=note, texts=2
     )
-    return [_details("Machine and versions", _table(grid))]
+    return [_part("details", "Machine and versions", _table(grid))]

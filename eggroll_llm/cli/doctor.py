@@ -4,6 +4,7 @@ Every finding is a `Check`. Heavy packages are imported in processes of their ow
 import is a finding like any other.
 """
 
+import argparse
 import json
 import os
 import platform
@@ -17,6 +18,7 @@ from typing import Any, Literal, TextIO
 from rich.console import Console
 from rich.table import Column, Table
 
+from eggroll_llm.cli.arguments import Settings
 from eggroll_llm.kernels import build
 from eggroll_llm.models import embedded
 from eggroll_llm.models.resolve import embedded_path
@@ -67,7 +69,16 @@ class Check:
     remedy: str = ""
 
 
-def run(*, file: TextIO | None = None) -> int:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add none."""
+
+
+def run(options: argparse.Namespace, settings: Settings) -> int:
+    """Report what is installed and what is wrong."""
+    return diagnose()
+
+
+def diagnose(*, file: TextIO | None = None) -> int:
     """Print every finding to `file` (standard output); 1 if something is wrong, else 0."""
     checks = [
         check_python(),

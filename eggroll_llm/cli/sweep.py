@@ -17,6 +17,7 @@ finished with these settings is left alone, one that was interrupted goes on, on
 which training diverges) is told and does not stop the others.
 """
 
+import argparse
 import signal
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
@@ -24,6 +25,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from eggroll_llm.cli.arguments import Settings
+from eggroll_llm.cli.compare import show_comparison
+from eggroll_llm.cli.shared import GO_ON
 from eggroll_llm.config.compare import applies, flat, may_change
 from eggroll_llm.config.parse import parse_table
 from eggroll_llm.config.recipe import load_recipe
@@ -34,7 +38,7 @@ from eggroll_llm.records.run_dir import RunDir
 from eggroll_llm.records.weights import final_step
 from eggroll_llm.system.files import describe_failure
 from eggroll_llm.system.invocation import child_python
-from eggroll_llm.training.prepare import settle
+from eggroll_llm.system.terminal import inert
 
 Flags = list[tuple[str, str]]
 NAME_BYTES = 200  # of a trial; a folder's may have 255
@@ -68,6 +72,31 @@ class Planned:
     def shown(self) -> str:
         """Return the flags as they are typed."""
         return " ".join(f"--{key} {text}" for key, text in self.flags)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's own arguments."""
+    parser.add_argument("sweep", type=Path, metavar="SWEEP.toml")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="for the runs; default: runs/<sweep>")
+    parser.add_argument("--dry-run", action="store_true", help="list the runs, train nothing")
+
+
+def run(options: argparse.Namespace, settings: Settings) -> int:
+    """Train those runs of a file that are not finished yet, and compare all."""
+    from eggroll_llm.cli.display import ConsoleDisplay
+
+    planned = read_sweep(options.sweep, settings)
+    if options.dry_run:
+        for run in planned:
+            print(inert(f"{run.name}: {run.recipe} {run.shown}", 4000))
+        return 0
+    out = options.out or Path("runs") / options.sweep.stem
+    options.again = GO_ON
+    display = ConsoleDisplay()
+    finished = run_sweep(planned, out, display.message)
+    if finished:
+        show_comparison(finished, out / "comparison", display)
+    return 0 if len(finished) == len(planned) else 1
 
 
 def read_sweep(path: Path, overrides: Sequence[tuple[str, str]] = ()) -> list[Planned]:
@@ -141,6 +170,8 @@ def run_sweep(planned: Sequence[Planned], out: Path, show: Callable[[str], None]
 
 
 def _is_finished(run: Planned, directory: Path) -> bool:
+    from eggroll_llm.training.prepare import settle
+
     try:
         found = RunDir.open(directory)
         metrics, saved = found.read_metrics(), load_recipe(found.config)

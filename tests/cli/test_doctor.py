@@ -181,7 +181,7 @@ def run_with(monkeypatch: pytest.MonkeyPatch, *facts: object) -> tuple[int, str]
     monkeypatch.setattr(doctor, "probe", lambda code: next(answers))
     monkeypatch.setattr(torch_companions, "find_broken", list)
     output = io.StringIO()
-    return doctor.run(file=output), output.getvalue()
+    return doctor.diagnose(file=output), output.getvalue()
 
 
 def test_exit_status_and_report(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -199,4 +199,4 @@ def test_exit_status_and_report(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_this_environment_is_healthy() -> None:
     """The probes as they are, against what is installed."""
     output = io.StringIO()
-    assert doctor.run(file=output) == 0, output.getvalue()
+    assert doctor.diagnose(file=output) == 0, output.getvalue()

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from eggroll_llm.cli.commands import _samples_file
+from eggroll_llm.cli.evaluate import _samples_file
 from eggroll_llm.cli.main import main
 from eggroll_llm.config.compare import flat
 from eggroll_llm.config.help import field_help
@@ -451,6 +451,7 @@ def finished(run_path: Path) -> Outcome:
         },
     ]  # fmt: skip
     return Outcome(
+        path=run_path,
         steps=1,
         wall_time=90.0,
         first=metrics[0],

@@ -12,8 +12,8 @@ import pytest
 from fake_engine import CONFIG, Bench, same_run
 from process_tree import ROOT, ProcessTree, wait_for
 
-from eggroll_llm.cli.commands import GO_ON
 from eggroll_llm.cli.main import main
+from eggroll_llm.cli.shared import GO_ON
 from eggroll_llm.config.recipe import to_toml
 from eggroll_llm.config.schema import CheckpointConfig
 from eggroll_llm.engine.interface import Completion, Decoding, Request
@@ -111,14 +111,14 @@ def test_the_second_signal_of_a_closed_terminal_is_no_second_one(tree: ProcessTr
 THREADS = """
 import os, signal, sys, threading, time
 from eggroll_llm.cli import main as cli
-from eggroll_llm.cli import commands
+from eggroll_llm.cli import doctor
 
 def wait(options, settings):
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(600)
 
 threading.Thread(target=time.sleep, args=(600,)).start()  # as a task's file may
-commands.run_doctor = wait
+doctor.run = wait
 sys.argv[1:] = ["doctor"]
 cli.run()
 """

@@ -1,0 +1,98 @@
+"""`eval`: accuracy of a model or a run on a task's test split."""
+
+import argparse
+from pathlib import Path
+
+from eggroll_llm.cli.arguments import Settings
+from eggroll_llm.cli.shared import GO_ON, absolute_task, not_negative, positive
+from eggroll_llm.errors import ConfigError
+from eggroll_llm.system.output_file import check_output_file
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's own arguments."""
+    parser.add_argument("model", metavar="MODEL_OR_RUN", help="directory, hub id, embedded model, or run directory")
+    parser.add_argument("--task", help="gsm8k, gsm8k_cot, countdown or file.py:NAME; default: the run's, as trained")
+    parser.add_argument("--at", default="final", metavar="STEP", help="of a run: final (default), best, or a step")
+    parser.add_argument(
+        "--protocol",
+        choices=("lm-eval", "task"),
+        help="whose prompts: lm-evaluation-harness's (default for gsm8k, gsm8k_cot) or those of training",
+    )
+    parser.add_argument("--num-fewshot", type=not_negative, metavar="N", help="worked examples in lm-eval's prompts")
+    parser.add_argument(
+        "--apply-chat-template", action="store_true", help="put lm-eval's prompts through the chat template"
+    )
+    parser.add_argument(
+        "--data-dir", type=Path, metavar="DIR", help="folder with the task's train.jsonl and test.jsonl"
+    )
+    parser.add_argument("--limit", type=positive, default=0, metavar="N", help="only the first N problems")
+    parser.add_argument("--max-tokens", type=positive, default=0, metavar="N", help="length limit of an answer")
+    parser.add_argument("--samples", type=positive, default=1, metavar="N", help="completions per problem")
+    parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 (default) is greedy")
+    parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="nucleus of sampling")
+    parser.add_argument("--seed", type=not_negative, default=0, metavar="N", help="of sampling")
+    parser.add_argument(
+        "--k", type=_ks, metavar="K,K", help="k of pass@k and maj@k; default: the number of samples, if above 1"
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="FILE.json",
+        help="write the result, and every answer to FILE.samples.jsonl, from which an interrupted evaluation continues",
+    )
+    parser.add_argument("--on-existing", choices=("resume", "overwrite"), default="resume")
+
+
+def run(options: argparse.Namespace, settings: Settings) -> int:
+    """Evaluate a model or a run, print the table and write the files."""
+    from eggroll_llm.cli.display import ConsoleDisplay
+    from eval.evaluation import evaluate_subject, settings_for
+    from eval.subject import find_subject
+    from eval.summary import summarize, table, write_summary
+
+    samples_file = _samples_file(options.out) if options.out else None
+    if options.data_dir:
+        settings = [*settings, ("task_options.data_dir", str(options.data_dir.resolve()))]
+    how = settings_for(
+        find_subject(options.model, options.at),
+        settings,
+        task=absolute_task(options.task) if options.task else None,
+        protocol=options.protocol,
+        shots=options.num_fewshot,
+        apply_chat_template=options.apply_chat_template,
+        limit=options.limit,
+        max_tokens=options.max_tokens,
+        samples=options.samples,
+        temperature=options.temperature,
+        top_p=options.top_p,
+        seed=options.seed,
+    )
+    ks = [k for k in (options.k or [options.samples]) if k > 1]
+    if max(ks, default=0) > options.samples:
+        raise ConfigError(f"--k {max(ks)}: there are only {options.samples} completions per problem: raise --samples")
+    options.again = GO_ON if options.out else ""
+    with ConsoleDisplay() as display:
+        results = evaluate_subject(
+            how,
+            Path.cwd(),
+            samples_file,
+            overwrite=options.on_existing == "overwrite",
+            on_progress=lambda done, total: display.sampling("eval", done, total),
+            say=display.message,
+        )
+    summary = summarize(results, ks)
+    if options.out:
+        write_summary(options.out, summary)
+    print(table(summary))
+    return 0
+
+
+def _samples_file(out: Path) -> Path:
+    """Return FILE.samples.jsonl beside FILE.json. Raises ConfigError for what cannot be a file."""
+    check_output_file(out, "eval.json")
+    return out.with_name(f"{out.name.removesuffix('.json')}.samples.jsonl")
+
+
+def _ks(text: str) -> list[int]:
+    return [positive(k) for k in text.split(",")]

@@ -1,0 +1,26 @@
+"""`push`: upload a model to the Hugging Face hub."""
+
+import argparse
+from pathlib import Path
+
+from eggroll_llm.cli.arguments import Settings
+from eggroll_llm.models.push import plan_push, push
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's own arguments."""
+    parser.add_argument("model", type=Path, metavar="RUN_OR_DIR")
+    parser.add_argument("repo_id", metavar="OWNER/NAME")
+    parser.add_argument("--at", default="final", metavar="STEP", help="of a run: final (default), best, or a step")
+    parser.add_argument("--private", action="store_true", help="make the repository private")
+    parser.add_argument("--revision", metavar="BRANCH", help="default: main")
+    parser.add_argument("--dry-run", action="store_true", help="say what would be uploaded; uses no network")
+
+
+def run(options: argparse.Namespace, settings: Settings) -> int:
+    """Print what would be uploaded, and upload it."""
+    plan = plan_push(options.model, options.repo_id, at=options.at, private=options.private, revision=options.revision)
+    print(*plan.lines(), sep="\n")
+    if not options.dry_run:
+        print(push(plan))
+    return 0

@@ -1,0 +1,170 @@
+"""`train`: train a model as a recipe says. What `resume` shares with it is here, too.
+
+Torch and the engine are imported when a command runs: `--help` needs neither.
+"""
+
+import argparse
+import os
+from collections.abc import Mapping
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from rich.table import Table
+
+from eggroll_llm.cli.arguments import Settings
+from eggroll_llm.cli.shared import absolute_task
+from eggroll_llm.config.compare import is_scheduled
+from eggroll_llm.config.help import field_help
+from eggroll_llm.config.recipe import load_recipe, to_toml
+from eggroll_llm.config.schema import RunConfig
+from eggroll_llm.errors import UserError
+from eggroll_llm.records.accuracy import accuracy_text, p_text, percent, points
+from eggroll_llm.records.diagnosis import p_value
+from eggroll_llm.records.run_dir import OnExisting, default_run_dir, is_run_dir
+from eggroll_llm.records.weights import best_step
+from eggroll_llm.system.invocation import command
+from eggroll_llm.system.terminal import inert
+from eggroll_llm.tasks.load import PATH_OPTIONS
+
+if TYPE_CHECKING:
+    from eggroll_llm.training.harness import Display
+    from eggroll_llm.training.session import Outcome
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's own arguments."""
+    parser.add_argument("recipe", type=Path, metavar="RECIPE.toml")
+    parser.add_argument("--run-dir", type=Path, metavar="DIR", help="default: runs/<recipe>-<time>")
+    parser.add_argument("--on-existing", choices=("fail", "resume", "overwrite"), default="fail")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print the resolved settings and the budget, train nothing"
+    )
+    parser.add_argument(
+        "--settings", action=_ListSettings, nargs=0, help="list every setting that --KEY VALUE can change"
+    )
+
+
+def run(options: argparse.Namespace, settings: Settings) -> int:
+    """Train as a recipe and flags say."""
+    # Paths in a recipe are relative to its folder, paths on the command line to where the user stands.
+    path_flags = {f"--task_options.{key}" for keys in PATH_OPTIONS.values() for key in keys}
+    settings = [
+        (key, os.path.abspath(text) if text and f"--{key[2:].replace('-', '_')}" in path_flags else text)
+        for key, text in settings
+    ]
+    settings = [(key, absolute_task(text) if key == "--task" else text) for key, text in settings]
+    config = load_recipe(options.recipe, settings)
+    recipe_dir = options.recipe.resolve().parent
+
+    if options.dry_run:
+        from eggroll_llm.training.budget import budget
+        from eggroll_llm.training.prepare import prepare
+        from eggroll_llm.training.step_time import estimate_lines, measure
+
+        prepared = prepare(config, recipe_dir)
+        print(to_toml(prepared.config))
+        for line in [*budget(prepared), *estimate_lines(prepared, measure(prepared))]:
+            print(f"# {line}")
+        return 0
+
+    run_path = options.run_dir or default_run_dir(options.recipe, datetime.now())
+    return train_and_report(options, config, recipe_dir, run_path, options.on_existing)
+
+
+def train_and_report(
+    options: argparse.Namespace, config: RunConfig, recipe_dir: Path, run_path: Path, on_existing: OnExisting
+) -> int:
+    """Train in a run directory, print the outcome and write the report."""
+    from eggroll_llm.cli.display import ConsoleDisplay
+
+    display = ConsoleDisplay()
+    display.message(f"run directory: {run_path}")
+    try:
+        with display:
+            display.working("loading task and model")
+            from eggroll_llm.training.session import train
+
+            outcome = train(config, recipe_dir, run_path, on_existing, display)
+    except KeyboardInterrupt:
+        if is_run_dir(run_path):
+            options.again = f"go on with: {command('resume', run_path)}"
+        raise
+    display.table(_outcome_table(outcome))
+    _report(run_path, display)
+    display.message(f"model: {outcome.final} (loads in transformers and vLLM)")
+    if longer := _twice_as_long(config):
+        display.message(f"go on: {command('resume', run_path, *longer)}")
+    display.message(f"test:  {command('eval', run_path)}")
+    for finding in outcome.findings:  # last, and status 0: the files are whole, and scripts go by them
+        display.message(f"{finding}")
+    return 0
+
+
+def _twice_as_long(config: RunConfig) -> list[str]:
+    """The flags with which a run that has reached its limits goes on; none where a schedule holds it to its steps."""
+    if config.steps and is_scheduled(config):
+        return []
+    steps = ["--steps", f"{2 * config.steps}"] if config.steps else []
+    return steps + (["--minutes", f"{2 * config.minutes:g}"] if config.minutes else [])
+
+
+def _report(run_path: Path, display: "Display") -> None:
+    """Write report.html. The run is finished: a report that fails is a warning."""
+    try:
+        from eval.report import write_run_report
+
+        display.message(f"report: {write_run_report(run_path)}")
+    except (UserError, ImportError, OSError) as error:
+        display.message(f"no report was written: {error}")
+
+
+def _outcome_table(outcome: "Outcome") -> Table:
+    def shown(row: Mapping[str, Any]) -> str:
+        return accuracy_text(row["eval/accuracy"], row["eval/problems"])
+
+    def gain(row: Mapping[str, Any]) -> str:
+        return f"{points(row['eval/accuracy'] - first['eval/accuracy'])} points"
+
+    first, last = outcome.first, outcome.last
+    table = Table(
+        title=f"{outcome.steps} updates in {outcome.wall_time / 60:.1f} minutes of training",
+        caption=f"before: the base model, {inert(outcome.base_model)}",
+    )
+    for column in ("", "before", "after", "change"):
+        table.add_column(column, justify="right" if column else "left", no_wrap=bool(column))
+    problems = f"accuracy on {last['eval/problems']} held-out problems"
+    table.add_row(problems, shown(first), shown(last), f"{gain(last)}\n{p_text(p_value(first, last))}")
+    if outcome.constant:
+        label = f"the best constant answer to them: {outcome.constant.pattern}"
+        table.add_row(label, "", percent(outcome.constant.accuracy), "")
+    best = best_step(outcome.metrics)
+    if best and best["step"] and best["eval/accuracy"] > last["eval/accuracy"]:
+        table.add_row(
+            f"best of the evaluations, after step {best['step']} (optimistic)",
+            "",
+            shown(best),
+            gain(best),
+        )
+    steps = [row for row in outcome.metrics if "time/sample" in row]
+    if steps:
+        tokens = sum(row["tokens/prompt"] + row["tokens/generated"] for row in steps)
+        seconds = sum(row["time/sample"] for row in steps)
+        overhead = sum(row.get(f"time/{part}", 0.0) for row in steps for part in ("noise", "update", "serve"))
+        table.add_row("tokens/s while sampling (prompt + generated)", "", f"{tokens / seconds:,.0f}", "")
+        table.add_row(
+            f"{'noise, update and repacking' if 'time/noise' in steps[0] else 'update and serving'}, share of a step",
+            "",
+            f"{overhead / sum(r['time/step'] for r in steps):.1%}",
+            "",
+        )
+    return table
+
+
+class _ListSettings(argparse.Action):
+    """List the settings and exit, like --help: no recipe is needed."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *rest: object) -> NoReturn:
+        for row in field_help(RunConfig):
+            print(f"--{row.key} ({row.kind}{', default ' + row.default if row.default else ''})\n      {row.doc}")
+        parser.exit()
