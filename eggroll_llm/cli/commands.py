@@ -259,7 +259,7 @@ def run_eval(options: argparse.Namespace, settings: list[tuple[str, str]]) -> in
 
 def _samples_file(out: Path) -> Path:
     """FILE.samples.jsonl beside FILE.json. Raises ConfigError for what cannot be a file."""
-    from eggroll_llm.system.output_file import check_output_file
+    from eggroll_llm.system.files import check_output_file
 
     check_output_file(out, "eval.json")
     return out.with_name(f"{out.name.removesuffix('.json')}.samples.jsonl")
@@ -336,7 +336,7 @@ def run_bench(options: argparse.Namespace, settings: list[tuple[str, str]]) -> i
     """Measure sampling and update speed."""
     from eggroll_llm.bench.run import Size, bench
     from eggroll_llm.config.recipe import load_recipe
-    from eggroll_llm.system.output_file import check_output_file
+    from eggroll_llm.system.files import check_output_file
 
     config, folder = load_recipe(options.recipe, settings), options.recipe.resolve().parent
     if config.method != "es":
