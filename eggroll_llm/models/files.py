@@ -15,7 +15,7 @@ from typing import Any
 
 from eggroll_llm.errors import ModelError
 from eggroll_llm.models.architectures import architecture, check_architecture, check_dense
-from eggroll_llm.system.nesting import parse_json
+from eggroll_llm.system.jsonl import parse_json
 
 _UNSTABLE_CONFIG_KEYS = (
     "_name_or_path",

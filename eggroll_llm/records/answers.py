@@ -19,8 +19,7 @@ from typing import Any
 from eggroll_llm.errors import SamplesError
 from eggroll_llm.system.closing import Closing
 from eggroll_llm.system.files import append, describe_failure, write_text
-from eggroll_llm.system.jsonl import to_json
-from eggroll_llm.system.nesting import parse_json
+from eggroll_llm.system.jsonl import parse_json, to_json
 
 FORMAT = 1
 _START = b'{"format": '

@@ -23,7 +23,7 @@ from typing import Any, Self
 from eggroll_llm.errors import JournalError
 from eggroll_llm.system.closing import Closing
 from eggroll_llm.system.files import describe_failure, fsync_directory
-from eggroll_llm.system.nesting import parse_json
+from eggroll_llm.system.jsonl import parse_json
 
 FORMAT = 1
 # More than a newline after the end of a record: not a line that a crash cut short, but two that became one.

@@ -31,8 +31,7 @@ from eggroll_llm.system.files import (
     write_text,
 )
 from eggroll_llm.system.invocation import command
-from eggroll_llm.system.jsonl import cut_after_step, last_step, read_rows, to_json
-from eggroll_llm.system.nesting import parse_json
+from eggroll_llm.system.jsonl import cut_after_step, last_step, parse_json, read_rows, to_json
 from eggroll_llm.system.versions import describe_environment
 
 OnExisting = Literal["fail", "resume", "overwrite"]
