@@ -14,6 +14,7 @@ import shutil
 import stat
 import tomllib
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -21,7 +22,6 @@ from typing import Any, Literal, Self
 from eggroll_llm.errors import RunDirError, SamplesError
 from eggroll_llm.records.answers import Sample, read_samples, samples_text
 from eggroll_llm.records.lock import RunLock
-from eggroll_llm.system.closing import Closing
 from eggroll_llm.system.files import (
     append,
     describe_failure,
@@ -50,7 +50,7 @@ def is_run_dir(path: Path) -> bool:
     return os.path.isfile(path / LOCK) or all(os.path.isfile(path / name) for name in ("config.toml", "journal.jsonl"))
 
 
-class RunDir(Closing):
+class RunDir(AbstractContextManager["RunDir"]):
     """Paths of a run; made by `create`, also its lock and logs. Use as a context manager or call `close`."""
 
     def __init__(self, path: Path) -> None:
@@ -183,6 +183,9 @@ class RunDir(Closing):
             kept = cut_after_step(path, step)
             if kept is not None:
                 self._write_text(path, kept)
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def close(self) -> None:
         """Give the directory free for other processes; a second call does nothing."""
