@@ -6,7 +6,7 @@ BIN := .venv/bin
 RECIPE := recipes/countdown_smollm2.toml
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-demo demo compare test check bench docs audit clean
+.PHONY: help install install-demo demo compare test nightly check bench docs audit clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -27,6 +27,9 @@ compare: install  ## ES next to GRPO: two tasks by the clock, one by completions
 
 test: install  ## all tests, the ones with the real model and vLLM included
 	$(BIN)/pytest
+
+nightly: install  ## runs killed at every change of the disk, and the graders fuzzed: some minutes, not part of `make test`
+	$(BIN)/pytest -s -m "soak or fuzz"
 
 check: install  ## lint, formatting and types
 	$(BIN)/ruff check

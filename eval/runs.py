@@ -24,8 +24,7 @@ from eggroll_llm.models.embedded import called
 from eggroll_llm.records.answers import TASK, Sample, read_samples
 from eggroll_llm.records.run_dir import RunDir, earlier_starts
 from eggroll_llm.records.weights import best_step, final_step
-from eggroll_llm.system.jsonl import number, read_rows
-from eggroll_llm.system.nesting import parse_json
+from eggroll_llm.system.jsonl import number, parse_json, read_rows
 from eggroll_llm.system.terminal import inert
 from eggroll_llm.tasks.constant import Constant, best_constant
 

@@ -23,8 +23,8 @@ from typing import Any
 from eggroll_llm.models.embedded import called
 from eggroll_llm.records.accuracy import wilson
 from eggroll_llm.records.answers import TASK, Sample
+from eggroll_llm.system.files import write_output_file
 from eggroll_llm.system.jsonl import to_json
-from eggroll_llm.system.output_file import write_output_file
 from eggroll_llm.training.evaluation import finite_rewards
 from eggroll_llm.training.scorer import FAILED
 from eval.evaluation import Results

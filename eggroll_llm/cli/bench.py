@@ -7,7 +7,7 @@ from eggroll_llm.cli.arguments import Settings
 from eggroll_llm.cli.shared import positive
 from eggroll_llm.config.recipe import load_recipe
 from eggroll_llm.errors import ConfigError
-from eggroll_llm.system.output_file import check_output_file
+from eggroll_llm.system.files import check_output_file
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

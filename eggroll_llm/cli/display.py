@@ -8,6 +8,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import IO, TYPE_CHECKING, Any
 
 from rich.cells import cell_len
@@ -19,7 +20,6 @@ from rich.table import Table
 from rich.text import Text
 
 from eggroll_llm.records.accuracy import accuracy_text
-from eggroll_llm.system.closing import Closing
 from eggroll_llm.system.terminal import inert
 from eggroll_llm.training.evaluation import Evaluation
 
@@ -41,7 +41,7 @@ def duration(seconds: float) -> str:
 
 def give_up(file: IO[str]) -> None:
     """Send nowhere what is written, and what is still buffered: it would fail once more when the interpreter exits."""
-    with contextlib.suppress(OSError, ValueError, AttributeError):  # it may be closed, no file, or None
+    with contextlib.suppress(OSError):  # it may be no file
         os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())
 
 
@@ -121,20 +121,18 @@ class Line:
         yield Text(best.ljust(10), style="bold")
 
 
-class ConsoleDisplay(Closing):
+class ConsoleDisplay(AbstractContextManager["ConsoleDisplay"]):
     """Shows a run on standard output. As a context manager it leaves the terminal as it was, whatever happened."""
 
     def __init__(self, console: Console | None = None) -> None:
-        # There is no sys.stdout at all when the process was started with it closed.
-        live = sys.stdout is not None and sys.stdout.isatty()
-        self.console = console or _Console(highlight=False, soft_wrap=not live)
+        self.console = console or _Console(highlight=False, soft_wrap=not sys.stdout.isatty())
         self._line = Line()
         self._live: Live | None = None
 
     @property
     def moves(self) -> bool:
         """Whether there is a terminal that can redraw a line."""
-        return self.console.is_terminal and not self.console.is_dumb_terminal
+        return self.console.is_terminal
 
     def working(self, text: str) -> None:
         """Show that something of unknown length has begun."""
@@ -185,6 +183,9 @@ class ConsoleDisplay(Closing):
         with self._surviving():
             self.console.print(table)
 
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
     def close(self) -> None:
         """Remove what still moves."""
         with self._surviving():
@@ -196,7 +197,7 @@ class ConsoleDisplay(Closing):
         with self._surviving():
             if self._live is None:
                 # What others print goes above the line. What they send to a file stays in that.
-                redirect = sys.stderr is not None and sys.stderr.isatty()
+                redirect = sys.stderr.isatty()
                 self._live = _Live(self._line, console=self.console, transient=True, redirect_stderr=redirect)
                 self._live.start(refresh=True)
 

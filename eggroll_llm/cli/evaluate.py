@@ -6,7 +6,7 @@ from pathlib import Path
 from eggroll_llm.cli.arguments import Settings
 from eggroll_llm.cli.shared import GO_ON, absolute_task, not_negative, positive
 from eggroll_llm.errors import ConfigError
-from eggroll_llm.system.output_file import check_output_file
+from eggroll_llm.system.files import check_output_file
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

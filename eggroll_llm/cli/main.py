@@ -1,6 +1,7 @@
 """The command line: commands, messages and exit status. What a command takes and does is in the module it names."""
 
 import argparse
+import contextlib
 import importlib
 import logging
 import os
@@ -27,7 +28,6 @@ ERROR_CHARACTERS = 4000  # of a line
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; return the exit status. A user's mistake is one line on standard error and status 2."""
-    _open_standard_descriptors()
     find_own_packages_first()
     _set_up_messages()
     options = argparse.Namespace(again="")
@@ -40,8 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             check_no_rest(rest, options.setting_keys is not None)
             installed.check(options.name, *options.needs)
             status = int(options.command(options, settings))
-            if sys.stdout is not None:
-                sys.stdout.flush()
+            sys.stdout.flush()
             return status
     except UserError as error:
         _complain(f"error: {error}")
@@ -69,24 +68,10 @@ def run() -> NoReturn:
     sys.exit(status)
 
 
-def _open_standard_descriptors() -> None:
-    """Put nothing where standard input, output or error are closed: files of the run would get their numbers.
-
-    And with them whatever a library prints below Python.
-    """
-    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
-        os.set_inheritable(descriptor, True)
-    os.close(descriptor)
-
-
 def _complain(text: str) -> None:
     """Print to standard error; text of models, which a grader's traceback may hold, is inert."""
-    try:
+    with contextlib.suppress(BrokenPipeError):  # nobody reads it, and the status says it too
         print(*(inert(line, ERROR_CHARACTERS) for line in text.split("\n")), sep="\n", file=sys.stderr)
-    except OSError:  # nobody reads it, and the status says it too
-        from eggroll_llm.cli.display import give_up
-
-        give_up(sys.stderr)
 
 
 def _set_up_messages() -> None:

@@ -41,7 +41,6 @@ from eggroll_llm.system.invocation import child_python
 from eggroll_llm.system.terminal import inert
 
 Flags = list[tuple[str, str]]
-NAME_BYTES = 200  # of a trial; a folder's may have 255
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -134,8 +133,7 @@ def _plan(path: Path, sweep: SweepFile, trial: Mapping[str, Any], seed: int | No
 
 
 def _names_a_folder(name: str) -> bool:
-    fits = 0 < len(name.encode()) <= NAME_BYTES
-    return fits and name.isprintable() and name[0] != "." and not {*name} & {*"/\\"}
+    return bool(name) and name.isprintable() and name[0] != "." and not {*name} & {*"/\\"}
 
 
 def _flags(settings: Mapping[str, Any], prefix: str = "") -> Flags:

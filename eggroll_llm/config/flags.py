@@ -7,14 +7,14 @@ none, as the string that it is.
 
 import copy
 import dataclasses
+import tomllib
 import types
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, Union, get_args, get_origin
 
 from eggroll_llm.config.parse import all_keys, convert, expected, field_types, unknown_key
-from eggroll_llm.config.toml import Origin, is_unicode, parse_toml
+from eggroll_llm.config.toml import Origin, is_unicode
 from eggroll_llm.errors import ConfigError
-from eggroll_llm.system.nesting import too_deep
 
 _BOOLEANS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
 _EXACT = 2.0**53  # up to which a float is the integer that was written
@@ -44,8 +44,6 @@ def apply_overrides(cls: type, table: Mapping[str, Any], overrides: Sequence[tup
             target = inner
         # A plain list is what TOML itself would have given.
         target[path[-1]] = list(value) if isinstance(value, tuple) else value
-        if too_deep(result):
-            raise ConfigError(f"{origin.name:.80}: values are nested too deeply. Flatten them.")
     return result
 
 
@@ -136,7 +134,7 @@ def whole_number(text: str) -> int | None:
 def _toml_value(text: str) -> object:
     text = {"True": "true", "False": "false"}.get(text, text)
     try:
-        table = parse_toml(f"value = {text}")
+        table = tomllib.loads(f"value = {text}")
     except (ValueError, RecursionError):
         return text
     # Dates are no values of any setting, and text with line breaks could spell more keys than one.

@@ -9,16 +9,12 @@ Source: TOML 1.0.0, https://toml.io/en/v1.0.0
 import datetime
 import re
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from eggroll_llm.errors import ConfigError
-from eggroll_llm.system.nesting import too_deep
-
-LARGEST = 10**1000
-"""Integers beyond it are refused: there is no use for them, and Python does not write those of some thousand digits."""
 
 _BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")
 _HEADER = re.compile(r"\s*\[\[?([^\[\]]+)\]\]?\s*(?:#.*)?$")
@@ -70,7 +66,7 @@ def read_toml(path: Path) -> tuple[dict[str, Any], Origin]:
     """Table and origin of the file.
 
     Raises:
-        ConfigError: the file is missing, unreadable, not UTF-8 or not TOML, or its values are too deep or too large.
+        ConfigError: the file is missing, unreadable, not UTF-8 or not TOML, or its values are too deep.
     """
     try:
         text = path.read_bytes().decode("utf-8-sig")
@@ -85,7 +81,7 @@ def read_toml(path: Path) -> tuple[dict[str, Any], Origin]:
     except ValueError:
         raise ConfigError(f"{str(path)!r}: not a usable file name. Name a .toml file.") from None
     try:
-        return parse_toml(text), Origin(name=str(path), text=text)
+        return tomllib.loads(text), Origin(name=str(path), text=text)
     except RecursionError:
         raise ConfigError(f"{path}: values are nested too deeply. Flatten them.") from None
     except ValueError as error:
@@ -96,29 +92,6 @@ def read_toml(path: Path) -> tuple[dict[str, Any], Origin]:
         number = int(match[2] or len(lines))
         line = lines[number - 1].strip() if number <= len(lines) else ""
         raise ConfigError(f"{path}:{number}: TOML syntax error: {match[1]}{f', in: {line}' if line else ''}") from None
-
-
-def parse_toml(text: str) -> dict[str, Any]:
-    """The table of a text.
-
-    Raises:
-        ValueError: not TOML, or an integer beyond LARGEST.
-        RecursionError: values are nested too deeply for the parser, or for what is done with them.
-    """
-    table = tomllib.loads(text)
-    if too_deep(table):
-        raise RecursionError
-    if any(abs(number) > LARGEST for number in _integers(table)):
-        raise ValueError("an integer is too large")
-    return table
-
-
-def _integers(value: object) -> Iterator[int]:
-    if isinstance(value, int):
-        yield value
-    elif isinstance(value, Mapping | list):
-        for inner in value.values() if isinstance(value, Mapping) else value:
-            yield from _integers(inner)
 
 
 def key_line(text: str, key: str) -> int:

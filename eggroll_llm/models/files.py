@@ -15,8 +15,7 @@ from typing import Any
 
 from eggroll_llm.errors import ModelError
 from eggroll_llm.models.architectures import architecture, check_architecture, check_dense
-from eggroll_llm.system.files import LONGEST_NAME
-from eggroll_llm.system.nesting import parse_json
+from eggroll_llm.system.jsonl import parse_json
 
 _UNSTABLE_CONFIG_KEYS = (
     "_name_or_path",
@@ -91,13 +90,11 @@ def weight_files(directory: Path) -> list[Path]:
     if index.is_file():
         try:
             shards = sorted(set(parse_json(index.read_bytes())["weight_map"].values()))
-            if not shards or any(
-                Path(shard).name != shard or len(os.fsencode(shard)) > LONGEST_NAME for shard in shards
-            ):
+            if not shards or any(Path(shard).name != shard for shard in shards):
                 raise ValueError("it names no files of the directory")
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ModelError(f"{index} is not a safetensors index ({error}): restore it from the original") from error
-        if missing := [shard for shard in shards if not (directory / shard).is_file()]:
+        if missing := [shard for shard in shards if not os.path.isfile(directory / shard)]:
             raise ModelError(
                 f"{directory}: {len(missing)} of {len(shards)} weight files are missing, first {missing[0]}"
             )

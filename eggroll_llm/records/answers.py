@@ -12,15 +12,14 @@ import fcntl
 import json
 import os
 from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from eggroll_llm.errors import SamplesError
-from eggroll_llm.system.closing import Closing
 from eggroll_llm.system.files import append, describe_failure, write_text
-from eggroll_llm.system.jsonl import to_json
-from eggroll_llm.system.nesting import parse_json
+from eggroll_llm.system.jsonl import parse_json, to_json
 
 FORMAT = 1
 _START = b'{"format": '
@@ -66,7 +65,7 @@ class Sample:
     """Grade by the name of its grader."""
 
 
-class SampleFile(Closing):
+class SampleFile(AbstractContextManager["SampleFile"]):
     """An open file of graded completions that grows by one line at a time. Use as a context manager."""
 
     def __init__(self, path: Path, settings: Mapping[str, Any], *, overwrite: bool = False) -> None:
@@ -113,6 +112,9 @@ class SampleFile(Closing):
         except OSError as error:
             raise SamplesError(describe_failure(self.path, error, "completions")) from error
         self.samples = {(sample.problem, sample.sample): sample for sample in samples}
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def close(self) -> None:
         """Flush to disk and give the file free. Raises SamplesError when the disk does not take it."""

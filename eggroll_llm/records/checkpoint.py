@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from eggroll_llm.errors import CheckpointError
 from eggroll_llm.system.files import describe_failure, fsync_tree, recover, remove_directory, replace_directory
-from eggroll_llm.system.nesting import parse_json
+from eggroll_llm.system.jsonl import parse_json
 
 if TYPE_CHECKING:
     from torch import Tensor

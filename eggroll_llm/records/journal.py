@@ -16,14 +16,14 @@ import os
 import re
 import struct
 import zlib
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
 
 from eggroll_llm.errors import JournalError
-from eggroll_llm.system.closing import Closing
 from eggroll_llm.system.files import describe_failure, fsync_directory
-from eggroll_llm.system.nesting import parse_json
+from eggroll_llm.system.jsonl import parse_json
 
 FORMAT = 1
 # More than a newline after the end of a record: not a line that a crash cut short, but two that became one.
@@ -86,7 +86,7 @@ class JournalContents:
     """Byte position after each valid line, header included."""
 
 
-class Journal(Closing):
+class Journal(AbstractContextManager["Journal"]):
     """An open journal, to append to. Use as a context manager or call `close`."""
 
     def __init__(self, path: Path, contents: JournalContents) -> None:
@@ -149,6 +149,9 @@ class Journal(Closing):
             del self._line_ends[step + 1 :]
             self.entries = self.entries[:step]
             self._truncate(self._end)
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def close(self) -> None:
         """Close the file; a second call does nothing."""

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from eggroll_llm.errors import RunDirError
-from eggroll_llm.system.nesting import parse_json
+from eggroll_llm.system.jsonl import parse_json
 
 
 class RunLock:

@@ -14,6 +14,7 @@ import shutil
 import stat
 import tomllib
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -21,9 +22,7 @@ from typing import Any, Literal, Self
 from eggroll_llm.errors import RunDirError, SamplesError
 from eggroll_llm.records.answers import Sample, read_samples, samples_text
 from eggroll_llm.records.lock import RunLock
-from eggroll_llm.system.closing import Closing
 from eggroll_llm.system.files import (
-    LONGEST_NAME,
     append,
     describe_failure,
     fsync_directory,
@@ -32,8 +31,7 @@ from eggroll_llm.system.files import (
     write_text,
 )
 from eggroll_llm.system.invocation import command
-from eggroll_llm.system.jsonl import cut_after_step, last_step, read_rows, to_json
-from eggroll_llm.system.nesting import parse_json
+from eggroll_llm.system.jsonl import cut_after_step, last_step, parse_json, read_rows, to_json
 from eggroll_llm.system.versions import describe_environment
 
 OnExisting = Literal["fail", "resume", "overwrite"]
@@ -43,15 +41,16 @@ LOCK = ".eggroll-llm.lock"
 
 def default_run_dir(recipe: Path | str, now: datetime) -> Path:
     """`runs/<recipe name>-<time>`, relative to the working directory."""
-    return Path("runs") / f"{Path(recipe).stem[:200]}-{now:%Y%m%d-%H%M%S}"
+    return Path("runs") / f"{Path(recipe).stem}-{now:%Y%m%d-%H%M%S}"
 
 
 def is_run_dir(path: Path) -> bool:
     """Whether the directory was made by a run."""
-    return (path / LOCK).is_file() or ((path / "config.toml").is_file() and (path / "journal.jsonl").is_file())
+    # os.path answers no where Path raises OSError, as for a name that is too long.
+    return os.path.isfile(path / LOCK) or all(os.path.isfile(path / name) for name in ("config.toml", "journal.jsonl"))
 
 
-class RunDir(Closing):
+class RunDir(AbstractContextManager["RunDir"]):
     """Paths of a run; made by `create`, also its lock and logs. Use as a context manager or call `close`."""
 
     def __init__(self, path: Path) -> None:
@@ -185,6 +184,9 @@ class RunDir(Closing):
             if kept is not None:
                 self._write_text(path, kept)
 
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
     def close(self) -> None:
         """Give the directory free for other processes; a second call does nothing."""
         if self._lock is not None:
@@ -241,18 +243,16 @@ class RunDir(Closing):
 
 
 def _check_path(path: Path | str) -> Path:
-    """The path, or a RunDirError for one that no file system takes."""
+    """The path, or a RunDirError for what is none."""
     text = str(path)
     try:
-        longest = max((len(os.fsencode(part)) for part in Path(path).parts), default=0)
+        encoded = os.fsencode(text)
     except UnicodeEncodeError:
-        longest = 0
+        encoded = b""
     if text == ".":
         raise RunDirError(f"run directory '.': has no name of its own. Write it out, if it is meant: {Path.cwd()}.")
-    if not text or "\0" in text or not longest:
+    if not encoded or b"\0" in encoded:
         raise RunDirError(f"run directory {text!a}: not a path. Name a directory.")
-    if longest > LONGEST_NAME:
-        raise RunDirError(f"run directory {text[:40]}...: a name of {longest} bytes. Use at most {LONGEST_NAME} bytes.")
     return Path(path)
 
 

@@ -14,7 +14,7 @@ from eggroll_llm.records.checkpoint import checkpoint_path, verify_checkpoint
 from eggroll_llm.records.run_dir import RunDir
 from eggroll_llm.system.files import write_text
 from eggroll_llm.system.invocation import command
-from eggroll_llm.system.nesting import parse_json
+from eggroll_llm.system.jsonl import parse_json
 
 PROVENANCE = "eggroll.json"
 

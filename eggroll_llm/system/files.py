@@ -6,15 +6,17 @@ directory is atomic, and durable once the directory itself is fsynced.
 """
 
 import contextlib
+import errno
 import os
 import re
 import shutil
+import zlib
 from collections.abc import Callable
 from io import FileIO
 from pathlib import Path
 
-LONGEST_NAME = 255
-"""Bytes that a file's or folder's name may have."""
+from eggroll_llm.errors import ConfigError
+
 _STAGING, _RETIRED = ".tmp-", ".old-"
 
 
@@ -28,8 +30,8 @@ def fsync_directory(path: Path) -> None:
 
 
 def staging_of(path: Path) -> Path:
-    """Return the temporary name beside `path` of what is not whole: being written, or being removed."""
-    return path.parent / f"{_STAGING}{path.name}-{os.getpid()}"
+    """Return the temporary name beside `path`, of fixed length, of what is not whole: being written or removed."""
+    return path.parent / f"{_STAGING}{zlib.crc32(os.fsencode(path.name)):08x}-{os.getpid():07}"
 
 
 def write_text(path: Path, text: str) -> None:
@@ -148,7 +150,28 @@ def describe_failure(path: Path, error: OSError, wanted: str) -> str:
     cause, file = error.strerror or error, error.filename
     if isinstance(file, str) and not Path(file).is_relative_to(path.parent):  # it may be one that was to be read
         cause = f"{cause}: {file}"
-    return f"{path}: cannot write {wanted} ({cause}; {free}). Free space or check permissions."
+    remedy = "Use a shorter name." if error.errno == errno.ENAMETOOLONG else "Free space or check permissions."
+    return f"{path}: cannot write {wanted} ({cause}; {free}). {remedy}"
+
+
+def check_output_file(out: Path, example: str) -> None:
+    """Raise ConfigError for an `--out` that cannot be a file; `example` is a name that could."""
+    try:
+        is_folder = out.is_dir()
+    except OSError as error:
+        raise ConfigError(f"--out {describe_failure(out, error, 'it')}") from error
+    if is_folder or not out.name:
+        raise ConfigError(f"--out {out}: is a folder: name a file in it, such as {out / example}")
+    if not out.parent.is_dir():
+        raise ConfigError(f"--out {out}: there is no folder {out.parent}: create it")
+
+
+def write_output_file(out: Path, text: str) -> None:
+    """Replace the file that `--out` names. Raises ConfigError when it cannot be written; the old one is still there."""
+    try:
+        write_text(out, text)
+    except OSError as error:
+        raise ConfigError(f"--out {describe_failure(out, error, f'{len(text.encode())} bytes')}") from error
 
 
 def cache_root() -> Path:

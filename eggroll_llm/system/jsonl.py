@@ -11,7 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from eggroll_llm.errors import RunDirError
-from eggroll_llm.system.nesting import parse_json
+
+
+def parse_json(data: bytes | str) -> Any:
+    """Return what JSON, as text or in UTF-8, holds. Raises ValueError for anything else, and for what is too deep."""
+    try:
+        return json.loads(data if isinstance(data, str) else data.decode())
+    except RecursionError:
+        raise ValueError("values are nested too deeply") from None
 
 
 def to_json(value: object) -> str:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from eggroll_llm.errors import TaskError
-from eggroll_llm.system.nesting import parse_json
+from eggroll_llm.system.jsonl import parse_json
 from eggroll_llm.tasks.countdown_generate import Key, key_of, make_row
 from eggroll_llm.tasks.read import load_file, load_hub
 from eggroll_llm.tasks.task import Problem

@@ -11,7 +11,7 @@ from typing import Any
 from eggroll_llm.config.toml import is_unicode
 from eggroll_llm.errors import TaskError
 from eggroll_llm.system.installed import remedy
-from eggroll_llm.system.nesting import parse_json
+from eggroll_llm.system.jsonl import parse_json
 
 Row = tuple[str, dict[str, Any]]
 """Where a row stands, for messages, and what it holds."""

@@ -9,6 +9,7 @@ step fail, the run stops with the first failure, as the mistake is the grader's.
 import dataclasses
 import math
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Self
 
@@ -21,7 +22,6 @@ from eggroll_llm.engine.sampling import Rollout
 from eggroll_llm.errors import TaskError
 from eggroll_llm.records.answers import Graded
 from eggroll_llm.system import signals
-from eggroll_llm.system.closing import Closing
 from eggroll_llm.system.terminal import inert
 from eggroll_llm.tasks.prompts import ProblemSet
 from eggroll_llm.tasks.sandbox.process import UserProcess
@@ -56,7 +56,7 @@ def answered(problems: ProblemSet, index: int, completion: Completion) -> tuple[
     return completion, problems.problems[index]
 
 
-class Scorer(Closing):
+class Scorer(AbstractContextManager["Scorer"]):
     """Scores completions of a task and counts the failures of its grader. Use as a context manager, or call `close`."""
 
     def __init__(
@@ -75,6 +75,9 @@ class Scorer(Closing):
         if self._process:
             self._process.start()
         return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def close(self) -> None:
         """End the user's process; a second call does nothing."""

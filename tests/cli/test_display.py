@@ -159,11 +159,9 @@ def a_run(display: ConsoleDisplay) -> None:
         display.step(ROW, [sample("4+5=9", True)], seconds_left=0)
 
 
-@pytest.mark.parametrize("kind", ["pipe", "dumb"])
-def test_progress_is_for_terminals_only(kind: str) -> None:
-    """Without one, or on one that cannot move its cursor, there are lines alone."""
+def test_progress_is_for_terminals_only() -> None:
     output = io.StringIO()
-    a_run(terminal(output, kind="dumb") if kind == "dumb" else ConsoleDisplay(Console(file=output, width=80)))
+    a_run(ConsoleDisplay(Console(file=output, width=80)))
     plain = uncoloured(output)
     assert "\x1b" not in plain
     assert "\r" not in plain
@@ -294,11 +292,6 @@ def test_a_reader_that_goes_away_stops_nothing() -> None:
     os.close(reading)
     result = chatter(stdout=writing)
     os.close(writing)
-    assert (result.returncode, result.stderr) == (0, "survived\n")
-
-
-def test_no_standard_output_at_all() -> None:
-    result = chatter(preexec_fn=lambda: os.close(1))
     assert (result.returncode, result.stderr) == (0, "survived\n")
 
 

@@ -299,7 +299,7 @@ def test_a_run_directory_that_cannot_be_used(refused: Callable[..., str], recipe
         (tmp_path / "a" / ".." / "run", 'contains "..". Write the directory out'),
         ("a\0b", r"run directory 'a\x00b': not a path"),
         (".", f"run directory '.': has no name of its own. Write it out, if it is meant: {os.getcwd()}"),
-        (tmp_path / ("x" * 300), "a name of 300 bytes"),
+        (tmp_path / ("x" * 300), "File name too long"),
     ):
         assert said in refused("train", recipe, "--run-dir", path), path
     assert {path.name for path in tmp_path.iterdir()} == {"file", "recipe.toml", "words.py"}
@@ -339,8 +339,7 @@ def test_eval_of_a_model_needs_a_task(refused: Callable[..., str], recipe: Path,
     assert message == f"--out {out}: there is no folder {out.parent}: create it"
     for folder in (tmp_path, "", "."):
         assert "is a folder: name a file in it" in refused("eval", model, "--task", "countdown", "--out", folder)
-    for long in ("b" * 250, "b" * 2000):
-        assert "a name of more than" in refused("eval", model, "--task", "countdown", "--out", tmp_path / long)
+    assert "File name too long" in refused("eval", model, "--task", "countdown", "--out", tmp_path / ("b" * 256))
 
 
 def test_where_the_answers_of_an_evaluation_go(tmp_path: Path) -> None:

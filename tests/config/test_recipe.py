@@ -131,11 +131,9 @@ def test_files_that_are_no_recipe(recipe: Path) -> None:
     digits = refusal(recipe, text=f"# no line is known\na = {'9' * 5000}")
     assert digits.startswith("recipe.toml: TOML syntax error: Exceeds the limit")
     assert refusal(recipe, text="a = " + "[" * 100_000) == "recipe.toml: values are nested too deeply. Flatten them."
-    for deep in ("a." * 2000 + "b = 1", "[" + "a." * 2000 + "b]", "x = " + "[" * 150 + "]" * 150):
+    for deep in ("a." * 2000 + "b = 1", "[" + "a." * 2000 + "b]"):
         text = f"{RECIPE}\n[task_options.deep]\n{deep.replace('[a', '[task_options.a')}"
         assert refusal(recipe, text=text) == "recipe.toml: values are nested too deeply. Flatten them."
-    hexadecimal = refusal(recipe, text=f"seed = 0x{'f' * 4000}\n{RECIPE}")  # without digits that Python counts
-    assert hexadecimal == "recipe.toml: TOML syntax error: an integer is too large"
     recipe.write_bytes(b'task = "\xff"')
     assert refusal(recipe) == "recipe.toml: byte 8 is not UTF-8. Save the file as UTF-8."
     missing = recipe.parent / "none.toml"

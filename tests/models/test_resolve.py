@@ -130,14 +130,20 @@ def test_models_that_cannot_be_trained(copied: Path, changes: dict[str, object],
     assert str(copied / "config.json") in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    "shard", [3, None, [], ["model.safetensors"], "x" * 300, "../model.safetensors", "/model.safetensors", "\ud800"]
-)
+@pytest.mark.parametrize("shard", [3, None, [], ["model.safetensors"], "../model.safetensors", "/model.safetensors"])
 def test_an_index_names_files_of_the_directory(copied: Path, shard: object) -> None:
     index = copied / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"a": shard}}))
     with pytest.raises(ModelError, match=r"index\.json is not a safetensors index \(.*\): restore it"):
         check_model(copied)
+
+
+def test_an_index_names_files_that_are_there(copied: Path) -> None:
+    index = copied / "model.safetensors.index.json"
+    for shard in ("other.safetensors", "x" * 300, "\ud800"):
+        index.write_text(json.dumps({"weight_map": {"a": shard}}))
+        with pytest.raises(ModelError, match="1 of 1 weight files are missing, first"):
+            check_model(copied)
 
 
 @pytest.mark.parametrize("content", ['{"weight_map": ' + "[" * 2000 + "]" * 2000 + "}", '{"weight_map": {}}', "[]"])

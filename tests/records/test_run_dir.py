@@ -250,8 +250,8 @@ def test_paths_that_cannot_be_run_directories(tmp_path: Path, monkeypatch: pytes
     here = f"run directory '.': has no name of its own. Write it out, if it is meant: {Path.cwd()}."
     assert refusal(".") == refusal(Path()) == here
     assert refusal("\ud800") == "run directory '\\ud800': not a path. Name a directory."
-    assert refusal(tmp_path / ("x" * 300)).endswith("...: a name of 300 bytes. Use at most 255 bytes.")
-    assert refusal("d/" * 3000).endswith("Free space or check permissions.")
+    assert refusal(tmp_path / ("x" * 300)).endswith("Use a shorter name.")
+    assert refusal("d/" * 3000).endswith("Use a shorter name.")
     monkeypatch.setattr(os, "access", lambda *_: False)
     (tmp_path / "readonly").mkdir()
     assert refusal(tmp_path / "readonly") == (

@@ -19,19 +19,12 @@ class ProcessTree:
     def __init__(self, folder: Path) -> None:
         self._mark = ("EGGROLL_TEST_TREE", str(folder))
 
-    def start(
-        self, command: Sequence[object], *, path: Sequence[Path] = (), closed: bool = False, **options: Any
-    ) -> "subprocess.Popen[str]":
-        """Start a process in the repository, whose modules are found first in `path` and then in the repository.
-
-        With `closed` it has no standard input, output and error at all.
-        """
+    def start(self, command: Sequence[object], *, path: Sequence[Path] = (), **options: Any) -> "subprocess.Popen[str]":
+        """Start a process in the repository, whose modules are found first in `path` and then in the repository."""
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (*path, ROOT)))} | options.pop("env", {})
         marked = environment | dict([self._mark])
         words = [str(word) for word in command]
-        return subprocess.Popen(
-            words, cwd=ROOT, env=marked, text=True, preexec_fn=_listen_only if closed else _listen, **options
-        )
+        return subprocess.Popen(words, cwd=ROOT, env=marked, text=True, preexec_fn=_listen, **options)
 
     def alive(self) -> list[int]:
         """Return those that run; one that waits to be collected does not."""
@@ -56,12 +49,6 @@ class ProcessTree:
 def _listen() -> None:
     """What a shell starts in the background ignores Ctrl-C, and so do its children."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
-def _listen_only() -> None:
-    _listen()
-    for descriptor in range(3):
-        os.close(descriptor)
 
 
 def wait_for(condition: Callable[[], object], seconds: float = SECONDS) -> bool:

@@ -132,7 +132,7 @@ def soak_es(folder: Path) -> None:
             bench.train(name, "resume", steps=steps, checkpoint=CheckpointConfig(every=1, keep=1))
 
     run("first")  # which imports what is imported late
-    soak(run, folder, same_run, changes=itertools.count(1), delays=20)
+    soak(run, folder, same_run, changes=itertools.count(1, 3), delays=10)
 
 
 def soak_grpo(folder: Path, model: Path) -> None:

@@ -93,13 +93,12 @@ ConsoleDisplay().message(f"go on: {command('resume', Path(sys.argv[1]))}")
 """
 
 
-@pytest.mark.parametrize("columns", ["20", "300"])
-def test_a_message_is_not_wrapped(columns: str) -> None:
-    """On a terminal, whatever its width: what it wraps itself is copied in one piece."""
+def test_a_message_is_not_wrapped() -> None:
+    """On a narrow terminal: what it wraps itself is copied in one piece."""
     name = f"runs/{ODD} " * 9
     master, slave = pty.openpty()
     with subprocess.Popen(
-        [sys.executable, "-c", TELLS, name], stdout=slave, env=ENVIRONMENT | {"COLUMNS": columns, "TERM": "xterm"}
+        [sys.executable, "-c", TELLS, name], stdout=slave, env=ENVIRONMENT | {"COLUMNS": "20", "TERM": "xterm"}
     ) as process:
         os.close(slave)
         output = b""

@@ -126,7 +126,6 @@ def test_questions_of_test_are_left_out_of_train(tmp_path, style):
         (b'{"question": "q", "answer": \n', 2, "is not JSON"),
         (b'{"question": "q", "answer": "\xff#### 1"}\n', 2, "is not JSON in UTF-8"),
         (b"[" * 100_000 + b"\n", 2, "is not JSON"),
-        (b'{"question": ' + b"[" * 200 + b"]" * 200 + b"}\n", 2, "is not JSON in UTF-8 .values are nested too deeply"),
         ('{"question": "q", "answer": "#### 1"}'.encode("utf-16-le") + b"\n", 2, "is not JSON in UTF-8"),
         (b'{"question": "q", "ans', 2, "the last line is cut off"),
     ],

@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "tests" / "support" / "soak.py"
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.soak]
 
 
 def soak(*arguments: object) -> dict[str, int]:
@@ -34,11 +34,12 @@ def soak(*arguments: object) -> dict[str, int]:
 
 
 def test_a_run_of_es_killed_at_any_instant_ends_like_one_that_was_not(tmp_path: Path) -> None:
-    """At every change of the disk, in turn, and after twenty random delays."""
+    """At every third change of the disk, in turn, and after ten random delays."""
     killed = soak("es", tmp_path)
-    assert killed["at a change"] == killed["changes"] - 1 > 200
-    assert killed["after a delay"] == 20
-    assert killed["again"] > 200
+    assert killed["changes"] > 200
+    assert killed["at a change"] == (killed["changes"] - 1) // 3
+    assert killed["after a delay"] == 10
+    assert killed["again"] > 60
 
 
 def test_a_run_of_grpo_killed_at_some_instants_ends_like_one_that_was_not(

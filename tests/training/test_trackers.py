@@ -3,9 +3,9 @@
 import dataclasses
 import importlib.util
 import json
-import os
+import sys
 import textwrap
-import time
+import types
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,10 +15,8 @@ from fake_engine import CONFIG, Bench, Near, rows, same_run
 
 from eggroll_llm.config.schema import LogConfig
 from eggroll_llm.tasks.task import Score
-from eggroll_llm.training import trackers
 from eggroll_llm.training.trackers import Trackers
 
-ROOT = Path(__file__).parents[2]
 WANDB = """
     import json, pathlib
     def say(*values):
@@ -72,45 +70,37 @@ def said(tmp_path: Path) -> Callable[[str], list[Any]]:
 
 @pytest.fixture
 def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Put stand-ins where the trackers' processes find them first; code goes into a place of wandb's."""
-    packages = tmp_path / "packages"
-    monkeypatch.setenv("PYTHONPATH", f"{packages}{os.pathsep}{ROOT}")
+    """Put stand-ins where they are imported from; code goes into a place of wandb's."""
+    monkeypatch.syspath_prepend(tmp_path / "packages")
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    del sys.modules["wandb"]  # and again after the test
 
     def write(**code: str) -> None:
         places = dict.fromkeys(("in_init", "in_log", "in_finish", "on_import"), "pass") | code
-        folder = packages / "torch" / "utils"
-        folder.mkdir(parents=True)
-        for file, text, log in (
-            (packages / "wandb.py", WANDB, "wandb"),
-            (packages / "torch" / "__init__.py", "", ""),
-            (folder / "__init__.py", "", ""),
-            (folder / "tensorboard.py", WRITER, "tensorboard"),
-        ):
-            values = {"log": str(tmp_path / f"{log}.log"), **places}
-            file.write_text(textwrap.dedent(text).format(**values) if text else "")
+        package = tmp_path / "packages" / "wandb.py"
+        package.parent.mkdir()
+        package.write_text(textwrap.dedent(WANDB).format(log=str(tmp_path / "wandb.log"), **places))
+        writer = types.ModuleType("torch.utils.tensorboard")
+        exec(textwrap.dedent(WRITER).format(log=str(tmp_path / "tensorboard.log")), writer.__dict__)
+        monkeypatch.setitem(sys.modules, writer.__name__, writer)
 
     return write
 
 
-def run(path: Path, config: LogConfig, *rows: dict[str, Any], settle: float = 0.0) -> tuple[list[str], list[float]]:
-    """Log the rows and close; the warnings, and how long each call took."""
+def run(path: Path, config: LogConfig, *rows: dict[str, Any]) -> list[str]:
+    """Log the rows and close; return the warnings."""
     warnings: list[str] = []
-    seconds = []
     (path / "run").mkdir(exist_ok=True)
     logged = Trackers(config, path / "run", {"es.sigma": 0.01, "seed": 3}, warnings.append)
     for row in rows:
-        start = time.perf_counter()
         logged.log(row)
-        seconds.append(time.perf_counter() - start)
-        time.sleep(settle)
-    start = time.perf_counter()
     logged.close()
     logged.close()
-    return warnings, [*seconds, time.perf_counter() - start]
+    return warnings
 
 
 def test_none_by_default(tmp_path: Path) -> None:
-    warnings, _ = run(tmp_path, LogConfig(), ROW)
+    warnings = run(tmp_path, LogConfig(), ROW)
     assert warnings == []
 
 
@@ -118,7 +108,7 @@ def test_both_get_every_number_of_every_row(
     tmp_path: Path, install: Callable[..., None], said: Callable[[str], list[Any]]
 ) -> None:
     install()
-    warnings, _ = run(tmp_path, BOTH, ROW, {"step": 4, "reward/mean": 0.75})
+    warnings = run(tmp_path, BOTH, ROW, {"step": 4, "reward/mean": 0.75})
     assert warnings == []
     assert said("wandb") == [
         [
@@ -170,18 +160,6 @@ def test_a_resumed_run_goes_on_in_the_same_run_of_both(
     assert [purge_step for _, purge_step in opened] == [0, 3, 5, 0, 0]
 
 
-def test_files_in_the_current_directory_do_it_no_harm(
-    tmp_path: Path, install: Callable[..., None], said: Callable[[str], list[Any]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    install()
-    for name in ("json", "queue", "random", "rewards", "secrets"):
-        (tmp_path / f"{name}.py").write_text(f"raise SystemExit('{name} of the current directory')")
-    monkeypatch.chdir(tmp_path)
-    warnings, _ = run(tmp_path, BOTH, ROW)
-    assert warnings == []
-    assert said("wandb")[-1] == ["finish"]
-
-
 @pytest.mark.parametrize(
     ("place", "code", "reason"),
     [
@@ -189,11 +167,8 @@ def test_files_in_the_current_directory_do_it_no_harm(
         ("on_import", "1 / 0", "ZeroDivisionError: division by zero"),
         ("in_init", "raise ConnectionError('no\\nroute')", "ConnectionError: no route"),
         ("in_init", "raise SystemExit(1)", "SystemExit: 1"),
-        ("in_log", "raise KeyboardInterrupt", "KeyboardInterrupt: no message"),
-        ("in_log", "print('chatter'); raise ValueError('bad row')", "ValueError: bad row"),
+        ("in_log", "raise ValueError", "ValueError: no message"),
         ("in_finish", "raise TimeoutError('late')", "TimeoutError: late"),
-        ("in_log", "import os; os._exit(9)", "status 9"),
-        ("in_init", "import os, signal; os.kill(os.getpid(), signal.SIGKILL)", "status -9"),
     ],
 )
 def test_whatever_it_raises_is_one_warning_and_the_other_goes_on(
@@ -205,7 +180,7 @@ def test_whatever_it_raises_is_one_warning_and_the_other_goes_on(
     reason: str,
 ) -> None:
     install(**{place: code})
-    warnings, _ = run(tmp_path, BOTH, *({"step": step, "x": 1} for step in range(1, 6)), settle=0.1)
+    warnings = run(tmp_path, BOTH, *({"step": step, "x": 1} for step in range(1, 6)))
     assert warnings == [f"wandb is off from here on, metrics.jsonl goes on: {reason}"]
     assert [line for line in said("tensorboard") if line[0] == "x"] == [["x", 1, step] for step in range(1, 6)]
 
@@ -215,7 +190,6 @@ def test_whatever_it_raises_is_one_warning_and_the_other_goes_on(
     [
         ("in_log", "if step == 2: raise ConnectionError('unreachable')", "ConnectionError: unreachable"),
         ("in_init", "raise SystemExit('no network')", "SystemExit: no network"),
-        ("in_log", "import time; step == 2 and time.sleep(600)", "it did not finish within 2 s"),
     ],
 )
 def test_a_run_comes_to_the_same_whatever_its_trackers_do(
@@ -227,7 +201,6 @@ def test_a_run_comes_to_the_same_whatever_its_trackers_do(
     code: str,
     reason: str,
 ) -> None:
-    monkeypatch.setattr(trackers, "CLOSE_SECONDS", 2.0)
     install(**{place: code})
     bench = Bench(tmp_path, monkeypatch)
     bench.train("run", log=dataclasses.replace(CONFIG.log, wandb="mine", tensorboard=True))
@@ -264,67 +237,12 @@ def test_they_get_no_text_of_a_model_and_settings_as_valid_text(
     assert HOSTILE[:9] in (tmp_path / "bench" / "completions.jsonl").read_text()  # where it belongs
 
 
-def test_a_package_that_is_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+def test_a_package_that_is_not_installed(tmp_path: Path) -> None:
     if importlib.util.find_spec("wandb"):
         pytest.skip("it is installed here")
-    warnings, _ = run(tmp_path, ONLY_WANDB, ROW)
+    warnings = run(tmp_path, ONLY_WANDB, ROW)
     assert len(warnings) == 1
     assert warnings[0].startswith(
         "wandb is off from here on, metrics.jsonl goes on: wandb is not installed here. Run: "
     )
     assert warnings[0].endswith(" -m pip install wandb")
-
-
-@pytest.mark.parametrize("place", ["in_init", "in_log", "in_finish"])
-def test_one_that_hangs_delays_nothing_and_is_ended(
-    tmp_path: Path,
-    install: Callable[..., None],
-    monkeypatch: pytest.MonkeyPatch,
-    place: str,
-) -> None:
-    """Killed with its own children, and with what it would do at exit."""
-    monkeypatch.setattr(trackers, "CLOSE_SECONDS", 1.0)
-    pids = tmp_path / "pids"
-    hang = (
-        "import subprocess, os, time, atexit; atexit.register(time.sleep, 600); "
-        "child = subprocess.Popen(['sleep', '600']); "
-        f"open({str(pids)!r}, 'w').write(f'{{os.getpid()}} {{child.pid}}'); time.sleep(600)"
-    )
-    install(**{place: hang})
-    warnings, seconds = run(tmp_path, ONLY_WANDB, *({"step": step} for step in range(300)))
-    assert warnings == ["wandb is off from here on, metrics.jsonl goes on: it did not finish within 1 s"]
-    assert max(seconds[:-1]) < 0.5
-    assert seconds[-1] < 3
-    for pid in map(int, pids.read_text().split()):
-        assert gone(pid)
-
-
-def gone(pid: int) -> bool:
-    """Whether the process has ended; one that init has yet to collect has."""
-    for _ in range(50):
-        try:
-            if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
-                return True
-        except OSError:
-            return True
-        time.sleep(0.1)
-    return False
-
-
-def test_one_that_falls_behind_is_switched_off(
-    tmp_path: Path, install: Callable[..., None], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(trackers, "QUEUED_ROWS", 20)
-    install(in_init="import time; time.sleep(600)")
-    # The pipe to the process holds some rows as well: 64 KiB.
-    warnings, seconds = run(tmp_path, ONLY_WANDB, *({"step": n, "x" * 10_000: 1} for n in range(60)))
-    assert warnings == ["wandb is off from here on, metrics.jsonl goes on: it is 20 rows behind"]
-    assert max(seconds) < 1
-
-
-def test_a_failure_to_start_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trackers.sys, "executable", "/no/such/python")
-    warnings, _ = run(tmp_path, ONLY_WANDB, ROW)
-    (warning,) = warnings
-    assert warning.startswith("wandb is off from here on, metrics.jsonl goes on: FileNotFoundError: ")

@@ -15,9 +15,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
-from eggroll_llm.system.closing import Closing
 from eggroll_llm.system.processes import kill_descendants
 
 _PIECE = 1 << 16
@@ -39,7 +39,7 @@ class EndedError(Exception):
     """The process is of no more use, and why."""
 
 
-class Child(Closing):
+class Child(AbstractContextManager["Child"]):
     """The process and its pipes; can be started again. Use as a context manager or call `close`."""
 
     def __init__(self) -> None:
@@ -76,6 +76,9 @@ class Child(Closing):
         finally:
             for descriptor in theirs:
                 os.close(descriptor)
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def close(self) -> None:
         """Kill it with what it has started; a second call does nothing."""

@@ -9,12 +9,12 @@ was at has failed, and a new one goes on with the next. It ends with this proces
 
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 from eggroll_llm.config.schema import RewardConfig
 from eggroll_llm.config.toml import write_toml
 from eggroll_llm.errors import TaskError
-from eggroll_llm.system.closing import Closing
 from eggroll_llm.tasks.sandbox.child import GARBLED, Child, EndedError
 from eggroll_llm.tasks.task import SPLITS, Answer, Verdict
 from eggroll_llm.tasks.user import UserTask
@@ -23,7 +23,7 @@ from rewards import Score
 START_SECONDS = 300.0  # patience with what the user's file imports and loads
 
 
-class UserProcess(Closing):
+class UserProcess(AbstractContextManager["UserProcess"]):
     """The process of a user's task, started when it is needed. Use as a context manager or call `close`."""
 
     def __init__(self, task: UserTask, limits: RewardConfig) -> None:
@@ -89,6 +89,9 @@ class UserProcess(Closing):
         except BaseException:
             self.close()
             raise
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def close(self) -> None:
         """Kill the process with what it has started; a second call does nothing."""
