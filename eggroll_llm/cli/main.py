@@ -260,7 +260,7 @@ def _setting_keys() -> list[str]:
 
 
 def _eval_keys() -> list[str]:
-    return [key for key in _setting_keys() if key.partition(".")[0] in ("task_options", "engine", "reward")]
+    return [key for key in _setting_keys() if key.partition(".")[0] in ("task_options", "chat", "engine", "reward")]
 
 
 class _ListSettings(argparse.Action):
