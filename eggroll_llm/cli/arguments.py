@@ -18,7 +18,8 @@ SETTINGS = "setting_keys"
 """Default of a command's parser: a function that lists the dotted keys of the settings that it takes, or None."""
 _ONE_DASH = re.compile(r"-[A-Za-z]{2}[\w.-]*")
 _ASSIGNMENT = re.compile(r"\+*([A-Za-z_][\w.]*)=(.*)", re.DOTALL)
-_FREE = "task_options."
+_FREE = ("task_options.", "chat.template_args.")
+"""Tables whose keys are not ours."""
 _YES_OR_NO = ("true", "false", "yes", "no", "on", "off", "1", "0")
 
 

@@ -115,7 +115,7 @@ def _setting_keys() -> list[str]:
 
 
 def _eval_keys() -> list[str]:
-    return [key for key in _setting_keys() if key.partition(".")[0] in ("task_options", "engine", "reward")]
+    return [key for key in _setting_keys() if key.partition(".")[0] in ("task_options", "chat", "engine", "reward")]
 
 
 COMMANDS: Mapping[str, Command] = {

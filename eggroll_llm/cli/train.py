@@ -64,8 +64,9 @@ def run(options: argparse.Namespace, settings: Settings) -> int:
 
         prepared = prepare(config, recipe_dir)
         print(to_toml(prepared.config))
-        for line in [*budget(prepared), *estimate_lines(prepared, measure(prepared))]:
-            print(f"# {line}")
+        notes = [*prepared.task.notes, *prepared.notes]
+        for line in [*notes, *budget(prepared), *estimate_lines(prepared, measure(prepared))]:
+            print(f"# {inert(line, 4000)}")
         return 0
 
     run_path = options.run_dir or default_run_dir(options.recipe, datetime.now())

@@ -123,7 +123,7 @@ class _Check:
             at = f"{self.origin.at(key)}: {key} = {value!r:.60}"
             if name in _SET_HERE:
                 raise ConfigError(f"{at}: is set by the run itself. Remove it.")
-            if str(value).lower() in ("true", "false", "none") and isinstance(value, str):
+            if isinstance(value, str) and value.lower() in ("true", "false", "none", "yes", "no", "on", "off"):
                 raise ConfigError(
                     f"{at}: is text, which a template takes for true. Write true or false without quotes."
                 )

@@ -155,6 +155,7 @@ def test_mistakes_in_a_recipe(refused: Callable[..., str], recipe: Path, old: st
         ("--dryrun", "unknown flag --dryrun. Did you mean --dry-run?"),
         ("--dry_run", "unknown flag --dry_run. Did you mean --dry-run?"),
         ("--dry", "unknown flag --dry. Did you mean --dry-run?"),
+        ("--chat.template_args.enable_thinking no", "--chat.template_args.enable_thinking: "),
         ("--pop 4", "unknown flag --pop. Did you mean --es.population?"),
         ("--samplin.max_tok 4", "unknown flag --samplin.max_tok. Did you mean --sampling.max_tokens?"),
         ("--lr 0.1", "unknown flag --lr. Did you mean --es.learning_rate or --grpo.learning_rate?"),
@@ -200,6 +201,8 @@ def test_what_a_method_lacks_is_blamed_on_the_flag_that_chose_it(refused: Callab
     ("flags", "key", "value"),
     [
         ("--steps 1e3", "steps", 1000),
+        ("--chat.template_args.enable_thinking false", "chat.template_args.enable_thinking", False),
+        ("--chat.template-args.depth=2", "chat.template_args.depth", 2),
         ("--steps 20.0", "steps", 20),
         ("--es.antithetic False", "es.antithetic", False),
         ("--es.antithetic off", "es.antithetic", False),
@@ -249,6 +252,7 @@ def test_mistakes_in_task_options_that_are_flags(refused: Callable[..., str], re
     model = load_recipe(recipe).model
     message = refused("eval", model, "--task", "countdown", "--task_options.sede", "1")
     assert message == "--task_options.sede: unknown key task_options.sede. Did you mean task_options.seed?"
+    assert "unknown flag" not in refused("eval", model, "--task", "countdown", "--chat.system", "x")
     message = refused("eval", model, "--task", "countdown", "--task_options.foo", "1")
     assert message.startswith("--task_options.foo: unknown key task_options.foo. Valid keys: task_options.count, ")
 
