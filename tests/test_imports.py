@@ -158,6 +158,13 @@ def test_the_method_opens_no_files(module: str) -> None:
     assert calls & {"open", "torch.load", "torch.save"} == set()
 
 
+@pytest.mark.parametrize("module", ["eval.compare", "eval.report", "eggroll_llm.cli.display"])
+def test_reports_need_no_torch(module: str) -> None:
+    code = f"import sys, {module}; print('torch' in sys.modules)"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert result.stdout == "False\n"
+
+
 @pytest.mark.parametrize(
     "module",
     ["eggroll_llm", "rewards", "eggroll_llm.cli.main", "eggroll_llm.config.recipe", "eggroll_llm.models.resolve"],

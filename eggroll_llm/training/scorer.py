@@ -11,10 +11,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Self
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Self
 
 from eggroll_llm.config.schema import RewardConfig
 from eggroll_llm.engine.interface import Completion
@@ -27,6 +24,9 @@ from eggroll_llm.tasks.prompts import ProblemSet
 from eggroll_llm.tasks.sandbox.process import UserProcess
 from eggroll_llm.tasks.task import Answer, Problem, Score, Task, Verdict, judge
 from eggroll_llm.tasks.user import UserTask
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 FAILED = "reward_failed"
 
@@ -43,9 +43,11 @@ class ScoredRollout(Rollout):
         return self.score.detail == FAILED or not math.isfinite(self.score.reward)
 
 
-def rewards_of(rollouts: Sequence[ScoredRollout], prompts: int, samples: int) -> Tensor:
+def rewards_of(rollouts: Sequence[ScoredRollout], prompts: int, samples: int) -> "Tensor":
     """Return rewards_MPS, float64, of rollouts in member-major order."""
     rewards = [rollout.score.reward for rollout in rollouts]
+    import torch  # evaluations are compared without it
+
     return torch.tensor(rewards, dtype=torch.float64).view(-1, prompts, samples)
 
 
