@@ -1,7 +1,6 @@
 """The command line: commands, messages and exit status. What a command takes and does is in the module it names."""
 
 import argparse
-import contextlib
 import importlib
 import logging
 import os
@@ -70,8 +69,12 @@ def run() -> NoReturn:
 
 def _complain(text: str) -> None:
     """Print to standard error; text of models, which a grader's traceback may hold, is inert."""
-    with contextlib.suppress(BrokenPipeError):  # nobody reads it, and the status says it too
-        print(*(inert(line, ERROR_CHARACTERS) for line in text.split("\n")), sep="\n", file=sys.stderr)
+    try:
+        print(*(inert(line, ERROR_CHARACTERS) for line in text.split("\n")), sep="\n", file=sys.stderr, flush=True)
+    except BrokenPipeError:  # nobody reads it, and the status says it too
+        from eggroll_llm.cli.display import give_up
+
+        give_up(sys.stderr)
 
 
 def _set_up_messages() -> None:

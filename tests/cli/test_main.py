@@ -454,7 +454,6 @@ def finished(run_path: Path) -> Outcome:
         },
     ]  # fmt: skip
     return Outcome(
-        path=run_path,
         steps=1,
         wall_time=90.0,
         first=metrics[0],
