@@ -1,6 +1,7 @@
 """A user's mistake is one line that says what to do, and status 2; help and dry runs start nothing."""
 
 import dataclasses
+import json
 import os
 import re
 import signal
@@ -430,6 +431,17 @@ def test_a_dry_run_prints_settings_and_budget_and_trains_nothing(
     assert "# time, estimated: " in output
     assert "grpo" not in printed
     assert [path for path in sorted(tmp_path.iterdir()) if path.name != "__pycache__"] == before
+
+
+def test_a_dry_run_shows_the_notes_of_the_task(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"nums": [n, 7], "target": n + 7, "solution": f"{n}*7" if n == 2 else f"{n}+7"} for n in range(2, 42)]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    options = ["--task_options.file", str(tmp_path / "rows.json"), "--task_options.test_size", "8"]
+    options += ["--task_options.prompt_style", "tinyzero"]
+    assert main(["train", str(recipe), "--task", "countdown", *options, "--dry-run"]) == 0
+    assert "# Countdown: the solution of 1 of 40 rows is wrong and left out" in capsys.readouterr().out
 
 
 def test_paths_in_flags_are_relative_to_where_the_user_stands(
