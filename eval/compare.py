@@ -203,7 +203,7 @@ def _unfinished(run: Run) -> str:
 
 
 def _obstacles(runs: Sequence[Run], answers: _Answers) -> list[str]:
-    """What differs between runs so that their accuracies are not of the same thing."""
+    """Return what differs between runs so that their accuracies are not of the same thing."""
     known = all(run.base_model for run in runs)
     kinds: dict[str, set[Any]] = {
         "base model": {run.base_model if known else run.config.model for run in runs},
@@ -220,7 +220,7 @@ def _obstacles(runs: Sequence[Run], answers: _Answers) -> list[str]:
 
 
 def _machines(runs: Sequence[Run]) -> list[str]:
-    """What differs of what training time depends on: settings of the engine, machines, versions."""
+    """Return what differs of what training time depends on: settings of the engine, machines, versions."""
     tables: list[dict[str, Any]] = [
         {
             key: value
@@ -311,7 +311,7 @@ def _group_tests(
 def _test(
     first: Side, second: Side, names: tuple[str, str], at: str, answers: _Answers, notes: list[str]
 ) -> Iterator[PairedTest]:
-    """The test, or none: then a sentence is added to `notes`."""
+    """Return the test, or none: then a sentence is added to `notes`."""
     try:
         sides = [[answers(*each) for each in side] for side in (first, second)]
     except (RunDirError, SamplesError) as error:

@@ -272,7 +272,7 @@ def _rewards(run: Run, axis: Axis, factor: float) -> tuple[Array, Array]:
 
 
 def _stride(rewards: int) -> int:
-    """Every how many of the rewards one is drawn."""
+    """Return every how many of the rewards one is drawn."""
     return -(-rewards // RAW_POINTS)
 
 
@@ -286,7 +286,7 @@ def _range(numbers: Collection[int]) -> str:
 
 
 def _unit(groups: Sequence[Group], axis: Axis) -> tuple[float, str]:
-    """What x is divided by, and the label of the axis."""
+    """Return what x is divided by, and the label of the axis."""
     largest = max(getattr(run.points[-1], axis) for group in groups for run in group.runs)
     if axis == "step":
         return 1, "Training steps"

@@ -226,7 +226,7 @@ def _comparison_headline(comparison: Comparison) -> Markup:
 
 
 def _places(comparison: Comparison) -> list[str]:
-    """Which groups are best at which equal budgets."""
+    """Return which groups are best at which equal budgets."""
     found: dict[str, list[str]] = {}
     for cut in comparison.cuts:
         values = {group.label: group.within[cut.budget] for group in comparison.groups}
@@ -292,7 +292,7 @@ def _prompt(text: str) -> Markup:
 
 
 def _costs(run: Run) -> list[Markup]:
-    """Where the time of the steps went, and how many tokens there were."""
+    """Return where the time of the steps went, and how many tokens there were."""
     steps = [row for row in run.rows if row["step"]]
     total = _sum(steps, "time/step")
     if not total:

@@ -251,7 +251,7 @@ def _base_model(journal: Path) -> str:
 
 
 def _names(places: Sequence[Path]) -> list[str]:
-    """The last parts of the paths, as many as make them all different."""
+    """Return the last parts of the paths, as many as make them all different."""
     longest = max(len(place.parts) for place in places)
     for length in range(1, longest + 1):
         names = ["/".join(place.parts[-length:]) for place in places]

@@ -153,7 +153,7 @@ def _check(answer: str, given: Counter[int], goal: Fraction, use_all: bool, *, m
 
 
 def _parse(expression: str) -> list[int | str]:
-    """The expression in postfix order: integers, operators, "neg" and "pos"."""
+    """Return the expression in postfix order: integers, operators, "neg" and "pos"."""
     steps: list[int | str] = []
     stack: list[str] = []
     depth, operand_next, signed = 0, True, False
@@ -218,7 +218,7 @@ def _meets(value: Fraction, goal: Fraction) -> bool:
 
 
 def _given(numbers: object) -> Counter[int] | None:
-    """The given numbers as a multiset; None unless all are whole and not negative."""
+    """Return the given numbers as a multiset; None unless all are whole and not negative."""
     if isinstance(numbers, str) or not isinstance(numbers, Iterable):
         return None
     values = [_number(number) for number in numbers]
@@ -228,7 +228,7 @@ def _given(numbers: object) -> Counter[int] | None:
 
 
 def _number(value: object) -> Fraction | None:
-    """The value exactly, a decimal string digit by digit; None for what is no ordinary number."""
+    """Return the value exactly, a decimal string digit by digit; None for what is no ordinary number."""
     if not isinstance(value, str):
         try:
             decimal = Decimal(str(value))

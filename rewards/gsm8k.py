@@ -101,7 +101,7 @@ def read_answer(
 
 
 def gold_number(answer: str) -> str | None:
-    """The number of a gold answer in its shortest form; None where there is none."""
+    """Return the number of a gold answer in its shortest form; None where there is none."""
     return canonical(answer.rpartition("#### ")[2].strip())
 
 
@@ -124,7 +124,7 @@ def _found(text: str | None, nothing: str) -> str:
 
 
 def _normalise(text: str) -> str:
-    """What lm-evaluation-harness ignores: commas, dollar signs, everything to the last `#### `, a final
+    """Return what lm-evaluation-harness ignores: commas, dollar signs, everything to the last `#### `, a final
     period, case."""
     text = text.replace(",", "").replace("$", "").rpartition("#### ")[2]
     return re.sub(r"\.$", "", text).lower()

@@ -57,7 +57,7 @@ class _Span:
 
 
 def answer_text(text: str, *, truncated: bool) -> str:
-    """The marked text.
+    """Return the marked text.
 
     Args:
         truncated: whether the text was cut off; then a marked text that reaches its end may have gone on.
@@ -117,7 +117,7 @@ def _box(text: str, start: int, begin: int, end: int) -> _Span:
 
 
 def _closing_brace(text: str, begin: int, end: int) -> int:
-    """Where the brace is that closes one before `begin`; -1 where there is none."""
+    """Return where the brace is that closes one before `begin`; -1 where there is none."""
     depth = 1
     for brace in _BRACE.finditer(text, begin, min(end, begin + 2 * MAX_TEXT)):
         depth += {"{": 1, "}": -1}.get(brace.group(), 0)
@@ -139,7 +139,7 @@ def _enclosed(text: str, start: int, begin: int, close: int, after: int, end: in
 
 
 def _listed_before(text: str, start: int) -> str | None:
-    """What the box or tag holds that this one follows in a list; None where there is none."""
+    """Return what the box or tag holds that this one follows in a list; None where there is none."""
     window = max(0, start - MAX_TEXT)
     earlier = text[window:start]
     if _BETWEEN_TAGS.search(earlier):
@@ -155,7 +155,7 @@ def _listed_before(text: str, start: int) -> str | None:
 
 
 def _number(text: str) -> str | None:
-    """The number of the text, or the text itself where it has no plain one."""
+    """Return the number of the text, or the text itself where it has no plain one."""
     try:
         return read_number(text)
     except RefusedError:
@@ -163,7 +163,7 @@ def _number(text: str) -> str | None:
 
 
 def _line_marker(text: str, literal: str, start: int, end: int) -> int | None:
-    """Where the text after `####` or after "answer is" begins; None if this is neither."""
+    """Return where the text after `####` or after "answer is" begins; None if this is neither."""
     if literal == "####":
         return start + len(literal)
     if start == 0 or text[start - 1] not in "aA" or text[start - 2 : start - 1].isalpha():
@@ -173,7 +173,7 @@ def _line_marker(text: str, literal: str, start: int, end: int) -> int | None:
 
 
 def _line(text: str, begin: int, end: int) -> _Span | None:
-    """The rest of the line, or the next line that says something; None if there is no number."""
+    """Return the rest of the line, or the next line that says something; None if there is no number."""
     span = _until_newline(text, begin, end)
     if re.search("[0-9]", span.text):
         return span
@@ -192,7 +192,7 @@ def _line(text: str, begin: int, end: int) -> _Span | None:
 
 
 def _without_bullet(text: str, position: int, end: int, span: _Span) -> _Span:
-    """The span without the bullet of a list that has no other numbers."""
+    """Return the span without the bullet of a list that has no other numbers."""
     if not _BULLET.match(span.text):
         return span
     another = _BULLET.match(text, text.find("\n", position, end) + 1 or end, end)

@@ -126,7 +126,7 @@ class RefusedError(Exception):
 
 
 def canonical(text: str) -> str | None:
-    """A plain number in its shortest form, "1,234.50" as "1234.5"; None for anything else."""
+    """Return a plain number in its shortest form, "1,234.50" as "1234.5"; None for anything else."""
     match = _PLAIN.fullmatch(text)
     if match is None or not (match[2] or match[3]):
         return None
@@ -137,7 +137,7 @@ def canonical(text: str) -> str | None:
 
 
 def read_number(text: str) -> str:
-    """The plain number of the text, as `canonical` writes it.
+    """Return the plain number of the text, as `canonical` writes it.
 
     Raises:
         RefusedError: there is none, more than one, or one that is changed or taken back.
@@ -166,7 +166,7 @@ def read_number(text: str) -> str:
 
 
 def _written_out(scaled: re.Match[str]) -> str:
-    """The digits of "1.45 million"; as it is where that is no plain number, or goes on in words."""
+    """Return the digits of "1.45 million"; as it is where that is no plain number, or goes on in words."""
     number = canonical(scaled[1])
     if number is None or _NUMBER_GOES_ON.match(scaled.string, scaled.end()):
         return scaled.group()
@@ -177,7 +177,7 @@ def _written_out(scaled: re.Match[str]) -> str:
 
 
 def _split_reason(text: str) -> tuple[str, str]:
-    """The text up to the end of the sentence, or the reason, that follows the first number; and what follows it."""
+    """Return the text up to the end of the sentence, or the reason, after the first number; and the rest."""
     first = _NUMBER.search(text)
     if first is None:
         return text, ""
@@ -216,7 +216,7 @@ def _right_side(text: str) -> str:
 
 
 def _without_remarks(after: str, number: str) -> str:
-    """The text after the number without brackets; a bracket that offers another number or a hedge is
+    """Return the text after the number without brackets; a bracket that offers another number or a hedge is
     refused."""
     for bracket in _BRACKETS.findall(after):
         content = bracket[1:-1].strip(f" \t.{_CURRENCY}?%")
@@ -248,7 +248,7 @@ def _check_surroundings(before: str, after: str) -> None:
 
 
 def _sign(before: str) -> str:
-    """The sign in front of the number: "-$18", "$-18", "minus 18", but not the dash of "Total - 18"."""
+    """Return the sign in front of the number: "-$18", "$-18", "minus 18", but not the dash of "Total - 18"."""
     head = _CURRENCY_BEFORE.sub("", before)
     if _MINUS_WORD.search(head):
         return "-"

@@ -55,7 +55,7 @@ def reward_function(score: Callable[..., Score], **options: Any) -> Callable[...
 
 
 def text_of(completion: Completion) -> str:
-    """The text of a completion: itself, or the content of its last message, whose text parts are joined."""
+    """Return the text of a completion: itself, or the content of its last message, whose text parts are joined."""
     if isinstance(completion, str):
         return completion
     content = completion[-1].get("content") if completion else None
@@ -65,7 +65,7 @@ def text_of(completion: Completion) -> str:
 
 
 def _begun(prompt: Any) -> str:
-    """The part of a prompt that the completion goes on with."""
+    """Return the part of a prompt that the completion goes on with."""
     if isinstance(prompt, str):
         return prompt
     return text_of(prompt) if prompt and prompt[-1].get("role") == "assistant" else ""

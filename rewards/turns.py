@@ -85,12 +85,12 @@ def visible(text: str, *, thought_open: bool = False) -> str:
 
 
 def closes_thought(text: str) -> bool:
-    """Whether a thought ends in the text."""
+    """Return whether a thought ends in the text."""
     return bool(_CLOSING.search(text))
 
 
 def ends_in_thought(prompt: str) -> bool:
-    """Whether a prompt, chat template applied, ends inside a thought that the completion goes on with.
+    """Return whether a prompt, chat template applied, ends inside a thought that the completion goes on with.
 
     The tag must stand where a line or a turn begins: one in the middle of a sentence is only mentioned.
     """
@@ -118,7 +118,7 @@ def next_turns(text: str, start: int = 0) -> list[int]:
 
 
 def _turn_at(text: str, position: int, cue: str) -> int | None:
-    """Where the turn begins whose cue stands there; None when it is none."""
+    """Return where the turn begins whose cue stands there; None when it is none."""
     if cue in _TOKEN_CUES:
         start = text.rfind(_BEFORE_CUE.get(cue, "<"), max(0, position - 8), position + 1)
         return start if start >= 0 and (TURN_END.match(text, start) or TURN_START.match(text, start)) else None

@@ -71,7 +71,7 @@ def check_no_rest(rest: Sequence[str], takes_settings: bool) -> None:
 
 
 def _value(action: argparse.Action, equals: str, pending: Iterator[str]) -> list[str]:
-    """The next word, where the flag takes one; argparse says so where it is another flag or none."""
+    """Return the next word, where the flag takes one; argparse says so where it is another flag or none."""
     if equals or action.nargs == 0:
         return []
     word = next(pending, None)
@@ -86,7 +86,7 @@ def _text(flag: str, pending: Iterator[str]) -> str:
 
 
 def _kind(flag: str) -> str:
-    """What to write after a flag: its choices, or VALUE."""
+    """Return what to write after a flag: its choices, or VALUE."""
     from eggroll_llm.config.help import field_help
     from eggroll_llm.config.schema import RunConfig
 

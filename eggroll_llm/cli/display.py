@@ -131,7 +131,7 @@ class ConsoleDisplay(AbstractContextManager["ConsoleDisplay"]):
 
     @property
     def moves(self) -> bool:
-        """Whether there is a terminal that can redraw a line."""
+        """Return whether there is a terminal that can redraw a line."""
         return self.console.is_terminal
 
     def working(self, text: str) -> None:

@@ -104,7 +104,7 @@ def diagnose(*, file: TextIO | None = None) -> int:
 
 
 def verdict(checks: Sequence[Check]) -> str:
-    """What will run here, in one sentence."""
+    """Return what will run here, in one sentence."""
     wrong = [check.name for check in checks if check.status == "wrong"]
     if wrong:
         return f"Fix this before training: {', '.join(wrong)}."
@@ -113,7 +113,7 @@ def verdict(checks: Sequence[Check]) -> str:
 
 
 def probe(code: str) -> dict[str, Any] | str:
-    """The JSON object that `code` prints last, run in a fresh Python, or what went wrong, in one line."""
+    """Return the JSON object that `code` prints last, run in a fresh Python, or what went wrong, in one line."""
     command = [*child_python(), "-c", code]
     try:
         result = subprocess.run(command, capture_output=True, text=True, timeout=IMPORT_SECONDS, check=False)
@@ -126,7 +126,7 @@ def probe(code: str) -> dict[str, Any] | str:
 
 
 def check_python() -> Check:
-    """The interpreter and the versions of what is installed."""
+    """Return the interpreter and the versions of what is installed."""
     environment = describe_environment()
     versions = ", ".join(f"{name} {version}" for name, version in environment["packages"].items())
     return Check(name="versions", status="ok", detail=f"Python {environment['python']}, {versions}")
@@ -161,7 +161,7 @@ def check_hardware(cpuinfo: str, gib: float | None) -> list[Check]:
 
 
 def check_companions(broken: Sequence[torch_companions.Broken]) -> list[Check]:
-    """One finding for each companion of torch that does not work with it."""
+    """Return one finding for each companion of torch that does not work with it."""
     return [
         Check(
             name=found.name,
@@ -176,7 +176,7 @@ def check_companions(broken: Sequence[torch_companions.Broken]) -> list[Check]:
 def check_packages(
     torch: dict[str, Any] | str, transformers: dict[str, Any] | str, vllm: dict[str, Any] | str
 ) -> list[Check]:
-    """What `probe` found out about each, and the device that will be used."""
+    """Return what `probe` found out about each, and the device that will be used."""
     checks = []
     if isinstance(torch, str):
         checks.append(Check(name="torch", status="wrong", detail=torch, remedy=installed.remedy("torch")))
@@ -226,7 +226,7 @@ def _device(device: str, gpus: Sequence[str]) -> Check:
 
 
 def check_compiler() -> Check:
-    """Whether the C++ of the CPU engine compiles here; doing so takes about ten seconds the first time."""
+    """Return whether the C++ of the CPU engine compiles here; doing so takes about ten seconds the first time."""
     slower = "on the CPU, members, noise and updates are computed in torch, correct and slower"
     try:
         path = build.build()
@@ -240,7 +240,7 @@ def check_compiler() -> Check:
 
 
 def check_embedded() -> Check:
-    """The default model's wheel, or its conversion."""
+    """Return the default model's wheel, or its conversion."""
     if embedded_path().is_dir():
         return Check(name="embedded model", status="ok", detail=f"{embedded.DESCRIPTION}, in {embedded_path()}")
     if embedded.find_gguf() is not None:
@@ -252,7 +252,7 @@ def check_embedded() -> Check:
 
 
 def check_cache(root: Path) -> Check:
-    """Whether converted models and the compiled kernel can be kept."""
+    """Return whether converted models and the compiled kernel can be kept."""
     existing = next(path for path in (root, *root.parents) if path.exists())
     if existing.is_dir() and os.access(existing, os.W_OK):
         free = shutil.disk_usage(existing).free / 2**30
@@ -275,7 +275,7 @@ def memory_gib() -> float | None:
 
 
 def read_text(path: Path) -> str:
-    """The file's text, empty where there is no such file (anywhere but on Linux)."""
+    """Return the file's text, empty where there is no such file (anywhere but on Linux)."""
     try:
         return path.read_text(encoding="utf-8", errors="replace")
     except OSError:

@@ -181,7 +181,7 @@ def _is_finished(run: Planned, directory: Path) -> bool:
 
 
 def _is_as_asked(saved: RunConfig, asked: RunConfig) -> bool:
-    """Whether a run has the settings that are asked for, as far as what comes out depends on them."""
+    """Return whether a run has the settings that are asked for, as far as what comes out depends on them."""
     was, now = flat(saved), flat(asked)
     return all(
         was.get(key) == now.get(key)

@@ -103,7 +103,7 @@ def train_and_report(
 
 
 def _twice_as_long(config: RunConfig) -> list[str]:
-    """The flags with which a run that has reached its limits goes on; none where a schedule holds it to its steps."""
+    """Return the flags that continue a run beyond its limits; none where a schedule fixes its number of steps."""
     if config.steps and is_scheduled(config):
         return []
     steps = ["--steps", f"{2 * config.steps}"] if config.steps else []

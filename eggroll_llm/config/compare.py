@@ -20,7 +20,7 @@ MAY_CHANGE = f"{', '.join(_MAY_CHANGE)}, [log], [checkpoint], [reward], [engine]
 
 
 def of_its_method(config: RunConfig) -> RunConfig:
-    """The configuration with the table of every other method at its defaults: nothing depends on it."""
+    """Return the configuration with the table of every other method at its defaults: nothing depends on it."""
     return dataclasses.replace(
         config,
         es=config.es if config.method == "es" else EsSettings(),
@@ -29,19 +29,19 @@ def of_its_method(config: RunConfig) -> RunConfig:
 
 
 def flat(config: RunConfig) -> dict[str, Any]:
-    """Dotted key -> value of every setting, task options included."""
+    """Return dotted key -> value of every setting, task options included."""
     return dict(_leaves(dataclasses.asdict(config), ""))
 
 
 def differences(a: RunConfig, b: RunConfig) -> list[str]:
-    """Dotted keys whose values differ, in the order of the configuration."""
+    """Return dotted keys whose values differ, in the order of the configuration."""
     flat_a, flat_b = flat(a), flat(b)
     # Compared as text: 1, 1.0 and true are equal in Python but are not the same setting.
     return [key for key in flat_a | flat_b if _shown(flat_a, key) != _shown(flat_b, key)]
 
 
 def may_change(key: str) -> bool:
-    """Whether a resumed run may have another value: true of settings that the updates do not depend on.
+    """Return whether a resumed run may have another value: true of settings that the updates do not depend on.
 
     Not of the problems of the evaluation: one run would then report accuracies that cannot be compared. The limits of
     [reward] may, as those of the engine: they protect the machine, and may have been too tight for it.
@@ -52,7 +52,7 @@ def may_change(key: str) -> bool:
 
 
 def applies(key: str, config: RunConfig) -> bool:
-    """Whether a setting has a meaning for the run: those in the table of another method have none."""
+    """Return whether a setting has a meaning for the run: those in the table of another method have none."""
     table = key.partition(".")[0]
     return table not in METHOD_TABLES or table == config.method
 
@@ -75,14 +75,14 @@ def check_resume(saved: RunConfig, now: RunConfig, *, saved_in: str) -> None:
 
 
 def is_scheduled(config: RunConfig) -> bool:
-    """Whether something takes a course over the steps, so that their number may not change within a run."""
+    """Return whether something takes a course over the steps, so that their number may not change within a run."""
     if config.method == "es":
         return {config.es.sigma_schedule, config.es.learning_rate_schedule} != {"constant"}
     return config.grpo.learning_rate_schedule != "constant"
 
 
 def frozen_hash(config: RunConfig) -> str:
-    """SHA-256 of the settings that may not change within a run."""
+    """Return the SHA-256 of the settings that may not change within a run."""
     frozen = {
         key: value
         for key, value in flat(config).items()

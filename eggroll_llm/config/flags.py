@@ -21,7 +21,7 @@ _EXACT = 2.0**53  # up to which a float is the integer that was written
 
 
 def apply_overrides(cls: type, table: Mapping[str, Any], overrides: Sequence[tuple[str, str]]) -> dict[str, Any]:
-    """A copy of the table with each dotted key set; dashes in keys count as underscores.
+    """Return a copy of the table with each dotted key set; dashes in keys count as underscores.
 
     Raises:
         ConfigError: unknown key, or text that is not of the field's type.
@@ -48,7 +48,7 @@ def apply_overrides(cls: type, table: Mapping[str, Any], overrides: Sequence[tup
 
 
 def flags_by_key(overrides: Sequence[tuple[str, str]]) -> dict[str, str]:
-    """Dotted key of a setting -> the flag that sets it, as it was written."""
+    """Return dotted key of a setting -> the flag that sets it, as it was written."""
     keys = {}
     for flag, _ in overrides:
         name = flag.removeprefix("--")
@@ -82,7 +82,7 @@ def _resolve(cls: type, parts: Sequence[str]) -> tuple[list[str], Any]:
 
 
 def _read(kind: Any, text: str, flag: str) -> object:
-    """The text as a value of the kind. Raises ConfigError for a number or boolean that is none."""
+    """Return the text as a value of the kind. Raises ConfigError for a number or boolean that is none."""
     if get_origin(kind) in (Union, types.UnionType):
         return _read_union([argument for argument in get_args(kind) if argument is not type(None)], text, flag)
     if kind is str:
@@ -119,7 +119,7 @@ def _number(kind: Any, text: str) -> int | float | None:
 
 
 def whole_number(text: str) -> int | None:
-    """The integer that a text spells, also as 1e3 or 1000.0; None when it spells none."""
+    """Return the integer that a text spells, also as 1e3 or 1000.0; None when it spells none."""
     try:
         return int(text)
     except ValueError:

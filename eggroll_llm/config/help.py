@@ -45,7 +45,7 @@ def field_docs(cls: type) -> dict[str, str]:
 
 
 def field_help(cls: type, where: str = "") -> list[FieldHelp]:
-    """Help of every setting of a configuration dataclass, nested ones included, in order."""
+    """Return help of every setting of a configuration dataclass, nested ones included, in order."""
     docs, kinds = field_docs(cls), field_types(cls)
     rows: list[FieldHelp] = []
     for field in dataclasses.fields(cls):

@@ -34,7 +34,7 @@ def parse_table(
     text: str = "",
     flags: Mapping[str, str] | None = None,
 ) -> Table:
-    """An instance of the dataclass `cls` from a TOML table.
+    """Return an instance of the dataclass `cls` from a TOML table.
 
     Args:
         cls: dataclass whose fields are the valid keys; a field without default is required.
@@ -51,7 +51,7 @@ def parse_table(
 
 
 def all_keys(cls: type, where: str = "") -> Iterator[str]:
-    """Dotted names of the fields of a dataclass, those of nested dataclasses instead of the table itself."""
+    """Return dotted names of the fields of a dataclass, those of nested dataclasses instead of the table itself."""
     for name, kind in field_types(cls).items():
         if isinstance(kind, type) and dataclasses.is_dataclass(kind):
             yield from all_keys(kind, _join(where, name))
@@ -66,7 +66,7 @@ def field_types(cls: type) -> dict[str, Any]:
 
 
 def unknown_key(key: str, valid: Sequence[str], where: str, dash: str = "") -> ConfigError:
-    """The error for a key that does not exist; `dash` is put before key names (flags)."""
+    """Return the error for a key that does not exist; `dash` is put before key names (flags)."""
     tables = {name.rpartition(".")[0] for name in valid} - {""}
     problem = f"unknown flag {where}" if dash else f"{where}: unknown key {key}"
     table = key.rpartition(".")[0]
@@ -82,7 +82,7 @@ def unknown_key(key: str, valid: Sequence[str], where: str, dash: str = "") -> C
 
 
 def convert(value: object, kind: Any, key: str, origin: Origin, valid: Sequence[str] = ()) -> Any:
-    """The value as an instance of `kind`. Raises ConfigError when it is none."""
+    """Return the value as an instance of `kind`. Raises ConfigError when it is none."""
     family, arguments = get_origin(kind), get_args(kind)
     if kind is Any:
         return value
@@ -196,7 +196,7 @@ def _wrong(value: object, expected: str, remedy: str, key: str, origin: Origin) 
 
 
 def expected(kind: Any) -> str:
-    """What a value of that kind is, in words."""
+    """Return what a value of that kind is, in words."""
     if get_origin(kind) is Literal:
         return "one of " + ", ".join(format_value(choice) for choice in get_args(kind))
     if get_origin(kind) in (Union, types.UnionType):

@@ -20,7 +20,7 @@ from eggroll_llm.errors import ConfigError
 
 
 def load_recipe(path: Path | str, overrides: Sequence[tuple[str, str]] = ()) -> RunConfig:
-    """The validated configuration of a recipe with flags, e.g. `("es.sigma", "5e-4")`; the last one wins.
+    """Return the validated configuration of a recipe with flags, e.g. `("es.sigma", "5e-4")`; the last one wins.
 
     Raises:
         ConfigError: anything wrong with the file, its keys and values, or the flags.
@@ -47,7 +47,7 @@ def sourced(options: Mapping[str, Any], origin: Origin, overrides: Sequence[tupl
 
 
 def to_toml(config: RunConfig) -> str:
-    """The resolved configuration as TOML that `load_recipe` reads back as an equal one, without other methods' tables.
+    """Return the resolved configuration as TOML, without other methods' tables; `load_recipe` reads back an equal one.
 
     One that was built in Python is read back `of_its_method`.
     """

@@ -37,13 +37,13 @@ class Origin:
     """Dotted keys that the command line has set, with the flag of each as it was written."""
 
     def flag(self, key: str) -> str:
-        """The flag that has set a dotted key, or a table that it is in; empty when none has."""
+        """Return the flag that has set a dotted key, or a table that it is in; empty when none has."""
         parts = key.split(".")
         prefixes = (".".join(parts[:length]) for length in range(len(parts), 0, -1))
         return next((self.flags[prefix] for prefix in prefixes if prefix in self.flags), "")
 
     def at(self, key: str) -> str:
-        """The flag that set a dotted key, else `file:line` of it or of the nearest table with a line, else `file`."""
+        """Return the flag that set a dotted key, else `file:line` of it or of its nearest table, else `file`."""
         if flag := self.flag(key):
             return flag
         line = key_line(self.text, key) if self.text else 0
@@ -63,7 +63,7 @@ class Sourced(dict[str, Any]):
 
 
 def read_toml(path: Path) -> tuple[dict[str, Any], Origin]:
-    """Table and origin of the file.
+    """Return table and origin of the file.
 
     Raises:
         ConfigError: the file is missing, unreadable, not UTF-8 or not TOML, or its values are too deep.
@@ -95,7 +95,7 @@ def read_toml(path: Path) -> tuple[dict[str, Any], Origin]:
 
 
 def key_line(text: str, key: str) -> int:
-    """1-based line that spells the dotted key, or its longest prefix that has a line; 0 when there is none.
+    """Return the 1-based line that spells the dotted key, or its longest prefix that has a line; 0 when there is none.
 
     A scan of lines, not a parser: a key of an inline table is found at the line of that table.
     """
@@ -119,7 +119,7 @@ def key_line(text: str, key: str) -> int:
 
 
 def write_toml(table: Mapping[str, Any]) -> str:
-    """TOML text that `tomllib` reads back as the same table; keys whose value is None are left out.
+    """Return TOML text that `tomllib` reads back as the same table; keys whose value is None are left out.
 
     Raises:
         ConfigError: a value that TOML cannot hold.
@@ -128,7 +128,7 @@ def write_toml(table: Mapping[str, Any]) -> str:
 
 
 def format_value(value: object, key: str = "value") -> str:
-    """One value as TOML text. Raises ConfigError, naming the key, for what TOML cannot hold."""
+    """Return one value as TOML text. Raises ConfigError, naming the key, for what TOML cannot hold."""
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, int | float):
@@ -169,7 +169,7 @@ def _format_key(key: object, where: str) -> str:
 
 
 def is_unicode(text: str) -> bool:
-    """Whether a text can be written in UTF-8: what the command line could not decode has halves of surrogate pairs."""
+    """Return whether UTF-8 can hold a text: undecodable words of the command line have halves of surrogate pairs."""
     try:
         text.encode()
     except UnicodeEncodeError:

@@ -79,7 +79,7 @@ class Watchdog:
 
     @property
     def watching(self) -> bool:
-        """Whether a call is under way."""
+        """Return whether a call is under way."""
         return bool(self._turns % 2)
 
     def close(self) -> None:
@@ -91,7 +91,7 @@ class Watchdog:
             self._second = None
 
     def look(self) -> bool:
-        """Whether the same call was under way at this look and the `LOOKS` before it."""
+        """Return whether the same call was under way at this look and the `LOOKS` before it."""
         return self._looks.look(self._turns) >= LOOKS
 
     def _turn(self) -> None:

@@ -34,12 +34,12 @@ class RowLayout:
 
     @property
     def a_width(self) -> int:
-        """Values of all A, which come first."""
+        """Return values of all A, which come first."""
         return self.rank * sum(out for _, out, _ in self.shapes)
 
     @property
     def width(self) -> int:
-        """Values of a row."""
+        """Return values of a row."""
         return self.a_width + self.rank * sum(inside for _, _, inside in self.shapes)
 
     def starts(self) -> dict[str, tuple[int, int]]:

@@ -65,7 +65,7 @@ def card_text(
     journal: Path,
     prompt: str = "",
 ) -> str:
-    """The model card of the weights after `step` updates.
+    """Return the model card of the weights after `step` updates.
 
     Args:
         config: settings of the run, with everything automatic settled.
@@ -258,14 +258,14 @@ def _journal_digest(journal: Path, step: int) -> tuple[str, int]:
 
 
 def _hub_id(model: str) -> str | None:
-    """The hub id of the base model; None for a local directory, whose path a run has absolute."""
+    """Return the hub id of the base model; None for a local directory, whose path a run has absolute."""
     if model == embedded.NAME:
         return embedded.HUB_ID
     return model if _HUB_ID.fullmatch(model) else None
 
 
 def _data_set(config: RunConfig) -> str | None:
-    """The hub id of the data set that the problems are from; None for generated ones and those of files."""
+    """Return the hub id of the data set that the problems are from; None for generated ones and those of files."""
     if config.task == "gsm8k":
         return None if config.task_options.get("data_dir") else _GSM8K
     return _hub_id(str(config.task_options.get("hub", ""))) if config.task == "countdown" else None
@@ -280,7 +280,7 @@ def _task(config: RunConfig) -> str:
 
 
 def _name(config: RunConfig, step: int) -> str:
-    """A title without characters that mean something in Markdown."""
+    """Return a title without characters that mean something in Markdown."""
     words = f"{PurePath(config.model).name} {_task_name(config)} {_METHODS[config.method][1][-2]} step {step}"
     return re.sub(r"[^A-Za-z0-9.]+", "-", words).strip("-.").lower()
 
@@ -290,7 +290,7 @@ def _plain(text: str) -> str:
 
 
 def _code(text: str) -> str:
-    """A code span that shows the text whatever is in it."""
+    """Return a code span that shows the text whatever is in it."""
     text = _plain(text)
     ticks = "`" * (_longest_run(text) + 1)
     space = " " if text.startswith("`") or text.endswith("`") else ""

@@ -27,7 +27,7 @@ def called(model: str) -> str:
 
 
 def find_gguf() -> Path | None:
-    """The GGUF file among the wheel's installed files, or None when the wheel is not installed."""
+    """Return the GGUF file among the wheel's installed files, or None when the wheel is not installed."""
     try:
         files = importlib.metadata.files(WHEEL) or []
     except importlib.metadata.PackageNotFoundError:

@@ -25,7 +25,7 @@ _UNSTABLE_CONFIG_KEYS = (
 
 
 def check_model(directory: Path) -> str:
-    """The architecture that config.json names, after checking that the directory can be trained from.
+    """Return the architecture that config.json names, after checking that the directory can be trained from.
 
     Raises `ModelError` for a missing or unreadable config.json, remote code, quantized weights, anything but
     a causal language model, and weights that are missing, incomplete or pickled.
@@ -50,7 +50,7 @@ def check_model(directory: Path) -> str:
 
 
 def architecture_of(directory: Path) -> str:
-    """The first architecture that config.json names; empty when it names none. Raises `ModelError`."""
+    """Return the first architecture that config.json names; empty when it names none. Raises `ModelError`."""
     return architecture(_read_config(directory))
 
 
@@ -84,7 +84,7 @@ def _read_config(directory: Path) -> dict[str, Any]:
 
 
 def weight_files(directory: Path) -> list[Path]:
-    """The safetensors files that hold the weights. Raises `ModelError` when one or all are missing."""
+    """Return the safetensors files that hold the weights. Raises `ModelError` when one or all are missing."""
     weights = sorted(directory.glob("*.safetensors"))
     index = directory / "model.safetensors.index.json"
     if index.is_file():

@@ -82,7 +82,7 @@ class PushPlan:
         return sum(file.size for file in self.files)
 
     def lines(self) -> list[str]:
-        """The plan as text to print."""
+        """Return the plan as text to print."""
         lines = [
             f"repository: {self.repo_id} ({'private' if self.private else 'public'}), branch {self.revision or 'main'}",
             f"model: {self.directory}" + ("" if self.step is None else f", step {self.step}"),
@@ -98,7 +98,7 @@ class PushPlan:
 def plan_push(
     source: Path | str, repo_id: str, *, at: str = "final", private: bool = False, revision: str | None = None
 ) -> PushPlan:
-    """What pushing a run or a Hugging Face directory would upload; nothing is sent or changed.
+    """Return what pushing a run or a Hugging Face directory would upload; nothing is sent or changed.
 
     Args:
         source: run directory, or directory of a model.
@@ -197,7 +197,7 @@ def _check_repo_id(repo_id: str) -> None:
 
 
 def _model_files(directory: Path) -> tuple[list[PushFile], list[str]]:
-    """The files of a model to upload, and the names of what else lies there."""
+    """Return the files of a model to upload, and the names of what else lies there."""
     if not (directory / "config.json").is_file():
         raise PushError(f"{directory}: holds no config.json. Name a run, or the directory of a Hugging Face model.")
     weight_files(directory)  # all there, or it says which is not
@@ -215,7 +215,7 @@ def _is_model_file(name: str) -> bool:
 
 
 def _run_files(run: RunDir, step: int, line_ends: Sequence[int] | None) -> list[PushFile]:
-    """What of a run is uploaded: enough for `replay`, where there is one, and the report."""
+    """Return what of a run is uploaded: enough for `replay`, where there is one, and the report."""
     if line_ends is not None and step >= len(line_ends):
         raise PushError(f"{run.journal}: ends before step {step}. Restore it, or push the model's directory by itself.")
     files = [_push_file("eggroll/config.toml", run.config, run.path)]
@@ -239,7 +239,7 @@ def _content(file: PushFile) -> Path | bytes:
 
 
 def _private_settings(files: Sequence[PushFile]) -> list[str]:
-    """A warning for each setting that looks secret or is a path of this machine: in the recipe, card or report."""
+    """Return a warning for each setting that looks secret or is a path of this machine."""
     where: dict[str, list[str]] = {}
     for file in files:
         if file.path in ("README.md", "eggroll/config.toml", "eggroll/report.html"):
@@ -261,7 +261,7 @@ def _private_settings(files: Sequence[PushFile]) -> list[str]:
 
 
 def _token_found() -> bool:
-    """Whether `get_token` would find one; it is not asked, as it renews some tokens over the network."""
+    """Return whether `get_token` would find one; it is not asked, as it renews some tokens over the network."""
     from huggingface_hub import constants
 
     if any(os.environ.get(name, "").strip() for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_OIDC_RESOURCE")):
@@ -273,7 +273,7 @@ def _token_found() -> bool:
 
 
 def _explain(error: Exception, plan: PushPlan) -> str:
-    """One line: what went wrong and what to do. Only texts of which we know that they do not hold the token."""
+    """Return one line: what went wrong and what to do. Only texts of which we know that they do not hold the token."""
     from huggingface_hub import constants
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 

@@ -30,7 +30,7 @@ _HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "merges.txt", "vo
 
 
 def resolve_model(name: str) -> Path:
-    """The checked directory of the model called `name`: the embedded default, a local directory, or a hub id.
+    """Return the checked directory of the model called `name`: the embedded default, a local directory, or a hub id.
 
     The embedded model is converted on first use (about 20 s), a hub model downloaded. Raises `ModelError`, and
     `CheckpointError` for a checkpoint of a run whose files are not those that were written.
@@ -54,7 +54,7 @@ def resolve_model(name: str) -> Path:
 
 
 def embedded_path() -> Path:
-    """Where the converted embedded model lies, or will lie after its first use."""
+    """Return where the converted embedded model lies, or will lie after its first use."""
     return cache_root() / "models" / f"{embedded.NAME}-{embedded.WHEEL_VERSION}-{_CONVERSION}"
 
 

@@ -21,7 +21,7 @@ TARGET_MODULES = (
 
 
 def is_trained(name: str) -> bool:
-    """Whether a tensor of this name is the weight of a trained layer."""
+    """Return whether a tensor of this name is the weight of a trained layer."""
     return name.endswith(".weight") and name.split(".")[-2] in TARGET_MODULES
 
 

@@ -91,12 +91,12 @@ def save_checkpoint(
 
 
 def checkpoint_path(root: Path, step: int) -> Path:
-    """The directory of a step's checkpoint, whether or not there is one."""
+    """Return the directory of a step's checkpoint, whether or not there is one."""
     return root / f"step-{step:06d}"
 
 
 def verify_checkpoint(path: Path) -> Checkpoint:
-    """The checkpoint in a directory. Raises CheckpointError naming the file that is missing, changed or unreadable."""
+    """Return the checkpoint in a directory. Raises CheckpointError naming the file that is missing or changed."""
     manifest = _read_manifest(path)
     for name, expected in manifest["files"].items():
         file = path / name
@@ -123,14 +123,14 @@ def verify_checkpoint(path: Path) -> Checkpoint:
 
 
 def load_training_state(checkpoint: Checkpoint) -> dict[str, "Tensor"]:
-    """The tensors saved with a verified checkpoint, on the CPU."""
+    """Return the tensors saved with a verified checkpoint, on the CPU."""
     from safetensors.torch import load_file
 
     return load_file(checkpoint.path / TRAINING_STATE)
 
 
 def newest_valid(root: Path, *, at_most: int | None = None) -> Newest:
-    """The valid checkpoint of the highest step, not above `at_most`, and why newer ones were refused."""
+    """Return the valid checkpoint of the highest step, not above `at_most`, and why newer ones were refused."""
     refused: list[str] = []
     for step, path in reversed(list_checkpoints(root)):
         if at_most is not None and step > at_most:
@@ -151,7 +151,7 @@ def list_checkpoints(root: Path) -> list[tuple[int, Path]]:
 
 
 def is_valid(path: Path) -> bool:
-    """Whether there is a checkpoint in a directory, and it is what its manifest says."""
+    """Return whether there is a checkpoint in a directory, and it is what its manifest says."""
     try:
         verify_checkpoint(path)
     except CheckpointError:
@@ -231,7 +231,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
 
 
 def _is_manifest(content: Mapping[str, Any]) -> bool:
-    """Whether it says what a manifest says: a hash that is right does not mean that we have written it."""
+    """Return whether it says what a manifest says: a hash that is right does not mean that we have written it."""
     files = content.get("files")
     return (
         type(content.get("step")) is int

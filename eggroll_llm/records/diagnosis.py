@@ -251,7 +251,7 @@ class _Course:
         )
 
     def _gained(self) -> bool:
-        """Whether accuracy rose above the base model's, by more than chance explains."""
+        """Return whether accuracy rose above the base model's, by more than chance explains."""
         if not self.base:
             return False
         last = self.evaluations[-1]

@@ -184,7 +184,7 @@ class Journal(AbstractContextManager["Journal"]):
 
 
 def read_journal(path: Path) -> JournalContents:
-    """Everything valid in a journal; the file is not changed.
+    """Return everything valid in a journal; the file is not changed.
 
     Raises:
         JournalError: no such file, or damage before the last line.
@@ -215,7 +215,7 @@ def read_journal(path: Path) -> JournalContents:
 
 
 def _split(data: bytes) -> list[bytes]:
-    """Lines with their newline; unlike `splitlines`, nothing but a newline ends one."""
+    """Return lines with their newline; unlike `splitlines`, nothing but a newline ends one."""
     lines = [line + b"\n" for line in data.split(b"\n")]
     lines[-1] = lines[-1][:-1]
     return lines if lines[-1] else lines[:-1]
@@ -227,7 +227,7 @@ def _encode(fields: dict[str, Any]) -> bytes:
 
 
 def _decode(line: bytes) -> tuple[dict[str, Any], str]:
-    """Fields of a line and what is wrong with it. The CRC is of bytes: no change can hide in equal JSON."""
+    """Return fields of a line and what is wrong with it. The CRC is of bytes: no change can hide in equal JSON."""
     if not line.endswith(b"\n"):
         return {}, "incomplete line"
     body = line[:-1]
@@ -270,7 +270,7 @@ def _parse_entry(path: Path, number: int, fields: dict[str, Any], *, expected_st
 
 
 def _remedy(number: int) -> str:
-    """What to do about a bad line; the first is the header, so that two lines before it hold one update."""
+    """Return what to do about a bad line; the first is the header, so that two lines before it hold one update."""
     if number < 3:
         return "Restore the file from a backup."
     return (
@@ -280,7 +280,7 @@ def _remedy(number: int) -> str:
 
 
 def _is_update(fields: dict[str, Any]) -> bool:
-    """Whether the fields are those of an entry, and of its types: the CRC says who wrote a line, not what it says."""
+    """Return whether the fields and their types are those of an entry: the CRC says who wrote a line, not what."""
     entry = {"checksum": ""} | fields
     if entry.keys() != _ENTRY_KEYS or not isinstance(entry["fitness"], list) or not isinstance(entry["dropped"], list):
         return False

@@ -70,7 +70,7 @@ def _describe_process(holder: Mapping[str, Any]) -> str:
 
 
 def _name_holder(holder: Mapping[str, Any]) -> str:
-    """The process named in the file or, when that one is gone, a child that inherited the lock."""
+    """Return the process named in the file or, when that one is gone, a child that inherited the lock."""
     pid = holder.get("pid")
     here = holder.get("host") == socket.gethostname() and Path("/proc/self").exists()
     if here and isinstance(pid, int) and not Path(f"/proc/{pid}").exists():

@@ -45,7 +45,7 @@ def default_run_dir(recipe: Path | str, now: datetime) -> Path:
 
 
 def is_run_dir(path: Path) -> bool:
-    """Whether the directory was made by a run."""
+    """Return whether the directory was made by a run."""
     # os.path answers no where Path raises OSError, as for a name that is too long.
     return os.path.isfile(path / LOCK) or all(os.path.isfile(path / name) for name in ("config.toml", "journal.jsonl"))
 
@@ -71,7 +71,7 @@ class RunDir(AbstractContextManager["RunDir"]):
 
     @classmethod
     def open(cls, path: Path | str) -> Self:
-        """The run in that directory, to read: nothing is locked or changed."""
+        """Return the run in that directory, to read: nothing is locked or changed."""
         path = _check_path(path)
         if not is_run_dir(path):
             raise RunDirError(
@@ -128,7 +128,7 @@ class RunDir(AbstractContextManager["RunDir"]):
         self._append(self.metrics, [row], durable=True)
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        """The rows of metrics.jsonl, none when there is no file. Raises RunDirError for a damaged line."""
+        """Return the rows of metrics.jsonl, none when there is no file. Raises RunDirError for a damaged line."""
         return read_rows(self.metrics) if self.metrics.is_file() else []
 
     def append_completions(self, rows: Iterable[Mapping[str, Any]]) -> None:
@@ -162,7 +162,7 @@ class RunDir(AbstractContextManager["RunDir"]):
             ) from error
 
     def has_updates_in_journal(self) -> bool:
-        """Whether its journal rebuilds the weights of every step, as that of method "es" does."""
+        """Return whether its journal rebuilds the weights of every step, as that of method "es" does."""
         try:
             method = tomllib.loads(self.config.read_text(encoding="utf-8-sig")).get("method", "es")
         except (OSError, ValueError, RecursionError):
@@ -193,7 +193,7 @@ class RunDir(AbstractContextManager["RunDir"]):
             self._lock.close()
 
     def _check_existing(self, on_existing: OnExisting) -> bool:
-        """Whether there is something of an earlier run. Raises RunDirError when that cannot be treated as asked."""
+        """Return whether an earlier run left something. Raises RunDirError when it cannot be treated as requested."""
         files, folders = (self.journal, self.metrics), (self.checkpoints, self.final)
         started = any(file.exists() for file in files) or any(_is_filled(folder) for folder in folders)
         if started and on_existing == "fail":
@@ -243,7 +243,7 @@ class RunDir(AbstractContextManager["RunDir"]):
 
 
 def _check_path(path: Path | str) -> Path:
-    """The path, or a RunDirError for what is none."""
+    """Return the path, or a RunDirError for what is none."""
     text = str(path)
     try:
         encoded = os.fsencode(text)

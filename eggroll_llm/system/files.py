@@ -99,7 +99,7 @@ def replace_directory(target: Path, write: Callable[[Path], None]) -> None:
 
 
 def _of_the_system(error: BaseException) -> OSError | None:
-    """The operating system's error that this is, or that safetensors or `torch.save` made it of; None for others."""
+    """Return the system's error behind this one, which safetensors or `torch.save` may have wrapped; else None."""
     if isinstance(error, OSError):
         return error
     text = str(error).partition("\n")[0]

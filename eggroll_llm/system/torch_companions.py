@@ -29,7 +29,7 @@ class Broken:
 
 
 def find_broken(names: tuple[str, ...] = COMPANIONS) -> list[Broken]:
-    """Those of `names` that are installed and fail to import, each tried in a process of its own."""
+    """Return those of `names` that are installed and fail to import, each tried in a process of its own."""
     broken = []
     for name in names:
         try:

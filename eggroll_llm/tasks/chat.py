@@ -13,7 +13,7 @@ _GENERATION = re.compile(r"\{%[-+]?\s*(?:end)?generation\s*[-+]?%\}")
 
 
 def is_chat(prompts: Sequence[Prompt]) -> bool:
-    """Whether the chat template is applied to any of the prompts."""
+    """Return whether the chat template is applied to any of the prompts."""
     return any(not isinstance(prompt, str) for prompt in prompts)
 
 

@@ -95,11 +95,11 @@ class CountdownTask:
         return ("\n",) if self.options.prompt_style == "few_shot" else ()
 
     def problems(self, split: Split) -> Sequence[Problem]:
-        """All problems of the split."""
+        """Return all problems of the split."""
         return self.train if split == "train" else self.test
 
     def prompt(self, problem: Problem) -> str | list[Message]:
-        """Text to complete (few_shot, tinyzero) or one user message (chat)."""
+        """Return text to complete (few_shot, tinyzero) or one user message (chat)."""
         numbers, target = list(problem["numbers"]), problem["target"]
         if self.options.prompt_style == "tinyzero":
             return _TINYZERO.format(numbers=numbers, target=target)
@@ -124,7 +124,7 @@ class CountdownTask:
         )
 
     def answer(self, completion: str, *, truncated: bool = False, thought_open: bool = False) -> str | None:
-        """The expression, without spaces."""
+        """Return the expression, without spaces."""
         answer = countdown.read_answer(
             completion, answer_format=self._answer_format, thought_open=thought_open or self._opens_thought
         )
@@ -139,7 +139,7 @@ class CountdownTask:
         return self.options.prompt_style == "tinyzero"
 
     def gold(self, problem: Problem) -> str | None:
-        """The solution in the format of the prompt style; None for problems that came without one."""
+        """Return the solution in the format of the prompt style; None for problems that came without one."""
         if "solution" not in problem:
             return None
         if self.options.prompt_style == "few_shot":
@@ -149,7 +149,7 @@ class CountdownTask:
 
 
 def load_countdown(options: CountdownOptions, base_dir: Path, place: Place = no_place) -> CountdownTask:
-    """The task with its problems generated or loaded.
+    """Return the task with its problems generated or loaded.
 
     Raises:
         TaskError: contradictory options, unusable rows, or too few problems.

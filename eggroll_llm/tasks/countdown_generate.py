@@ -39,12 +39,12 @@ class Space:
 
 
 def key_of(numbers: list[int], target: int | float) -> Key:
-    """What makes a problem: its numbers without order, and its target."""
+    """Return what makes a problem: its numbers without order, and its target."""
     return tuple(sorted(numbers)), str(int(target) if target == int(target) else target)
 
 
 def make_row(numbers: list[int], target: int | float, solution: str | None) -> dict[str, Any]:
-    """A problem as a row; `id` is its key."""
+    """Return a problem as a row; `id` is its key."""
     ordered, goal = key_of(numbers, target)
     row = {"id": f"{'_'.join(map(str, ordered))}={goal}", "numbers": numbers, "target": target}
     return row if solution is None else {**row, "solution": solution}

@@ -48,14 +48,14 @@ class Solutions:
 
 
 def hub_problems(name: str, rng: random.Random, solutions: Solutions) -> Iterator[Problem]:
-    """The problems of a data set in random order, checked when reached: there may be half a million."""
+    """Return the problems of a data set in random order, checked when reached: there may be half a million."""
     table = load_hub(name, "train", instead="write the problems into a file and set file")
     for index in rng.sample(range(len(table)), len(table)):
         yield _parse(table[index], f"{name}[{index}]", solutions)
 
 
 def file_problems(path: Path, solutions: Solutions) -> list[Problem]:
-    """The problems of a file, all checked.
+    """Return the problems of a file, all checked.
 
     Raises:
         TaskError: a row is not usable, or repeats an earlier problem.

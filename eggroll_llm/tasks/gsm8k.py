@@ -68,11 +68,11 @@ class Gsm8kTask:
         return ("\nQuestion:",) if self.options.prompt_style == "few_shot" else ()
 
     def problems(self, split: Split) -> Sequence[Problem]:
-        """All problems of the split."""
+        """Return all problems of the split."""
         return self.train if split == "train" else self.test
 
     def prompt(self, problem: Problem) -> str | list[Message]:
-        """Text to complete (few_shot) or one user message (chat)."""
+        """Return text to complete (few_shot) or one user message (chat)."""
         if self.options.prompt_style == "chat":
             return [{"role": "user", "content": _CHAT.format(question=problem["question"])}]
         shots = [
@@ -91,16 +91,16 @@ class Gsm8kTask:
         )
 
     def answer(self, completion: str, *, truncated: bool = False, thought_open: bool = False) -> str | None:
-        """The number, in the form that the grader compares."""
+        """Return the number, in the form that the grader compares."""
         return gsm8k.read_answer(completion, truncated=truncated, thought_open=thought_open, method=self.options.grader)
 
     def gold(self, problem: Problem) -> str | None:
-        """The published solution."""
+        """Return the published solution."""
         return str(problem["solution"])
 
 
 def load_gsm8k(options: Gsm8kOptions, base_dir: Path, place: Place = no_place) -> Gsm8kTask:
-    """The task with its problems loaded.
+    """Return the task with its problems loaded.
 
     Raises:
         TaskError: missing or unusable data.

@@ -25,7 +25,7 @@ PATH_OPTIONS = {"countdown": ("file", "test_file"), "gsm8k": ("data_dir",), "gsm
 
 
 def load_task(name: str, options: Mapping[str, Any], *, base_dir: Path, limits: RewardConfig | None = None) -> Task:
-    """The task `name` with its problems loaded and the gold answer of every one checked.
+    """Return the task `name` with its problems loaded and the gold answer of every one checked.
 
     Args:
         name: "countdown", "gsm8k", or "path/to/file.py:NAME".
@@ -61,7 +61,7 @@ def load_task(name: str, options: Mapping[str, Any], *, base_dir: Path, limits: 
 
 
 def _parse(kind: "type[Options]", options: Sourced) -> "Options":
-    """The options of a built-in task; each is parsed by itself first, as each may come from elsewhere."""
+    """Return the options of a built-in task; each is parsed by itself first, as each may come from elsewhere."""
     for key, value in options.items():
         origin = options.origin_of(key)
         parse_table(kind, {key: value}, where="task_options", source=origin.name, text=origin.text)

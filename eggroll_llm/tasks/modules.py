@@ -63,7 +63,7 @@ def find_modules(path: Path, source: bytes) -> dict[str, Module]:
 
 
 def is_hidden(path: Path, name: str) -> bool:
-    """Whether a module beside the file cannot be imported under that name, which means another."""
+    """Return whether a module beside the file cannot be imported under that name, which means another."""
     module = _read(path.resolve().parent / name)
     return module is not None and _is_taken(name, module)
 
@@ -149,7 +149,7 @@ def _read(place: Path) -> Module | None:
 
 
 def _is_taken(name: str, module: Module) -> bool:
-    """Whether a name means another module than this one, installed or loaded."""
+    """Return whether a name means another module than this one, installed or loaded."""
     if name in sys.modules and name not in _FINDER.modules:
         return not _is_file(getattr(sys.modules[name], "__file__", None), module)
     specs = (finder.find_spec(name, None) for finder in sys.meta_path if finder is not _FINDER)

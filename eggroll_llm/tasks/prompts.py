@@ -68,7 +68,7 @@ class Prompter:
 
     @property
     def has_chat_template(self) -> bool:
-        """Whether chat messages can be rendered."""
+        """Return whether chat messages can be rendered."""
         return self.tokenizer.chat_template is not None
 
     def render(self, prompt: Prompt) -> str:

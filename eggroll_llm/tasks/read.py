@@ -120,7 +120,7 @@ def _excerpt(line: bytes) -> str:
 
 
 def load_hub(name: str, split: str, config: str | None = None, *, instead: str) -> Sequence[Any]:
-    """A split of a data set on the hub. `instead` says what to do where the hub is out of reach.
+    """Return a split of a data set on the hub. `instead` says what to do where the hub is out of reach.
 
     Raises:
         TaskError: the package `datasets` is missing, or the data set cannot be loaded.

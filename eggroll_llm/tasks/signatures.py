@@ -110,12 +110,12 @@ def _takes_any(signature: inspect.Signature) -> bool:
 
 
 def _is_trl(signature: inspect.Signature) -> bool:
-    """Whether it is called like reward(completions, **columns), each a list."""
+    """Return whether it is called like reward(completions, **columns), each a list."""
     return "completions" in signature.parameters
 
 
 def _is_for_columns(signature: inspect.Signature) -> bool:
-    """Whether such a function, which can be called with a completion and a problem, expects something else there."""
+    """Return whether such a function expects something else than a completion and a problem."""
     names = list(signature.parameters)
     return names[0] != "completions" or (_takes_any(signature) and "problem" not in names)
 

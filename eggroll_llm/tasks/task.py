@@ -22,12 +22,12 @@ Place = Callable[[str], str]
 
 
 def no_place(option: str) -> str:
-    """The place of options that come from no file."""
+    """Return the place of options that come from no file."""
     return "task_options"
 
 
 def problem_text(problem: Problem) -> str:
-    """What a problem holds, as JSON that is the same in every process.
+    """Return what a problem holds, as JSON that is the same in every process.
 
     What JSON cannot hold counts by its type, as its text may have an address or an order of its own in it; so does what
     has a circle in it or is too deep. Keys that JSON cannot hold are left out.
@@ -54,13 +54,13 @@ class Task(Protocol):
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What loading did that the user should know, such as rows removed; one sentence each."""
+        """Return what loading did that the user should know, such as rows removed; one sentence each."""
 
     def problems(self, split: Split) -> Sequence[Problem]:
-        """All problems of a split, in a fixed order."""
+        """Return all problems of a split, in a fixed order."""
 
     def prompt(self, problem: Problem) -> str | list[Message]:
-        """Text to complete, or chat messages."""
+        """Return text to complete, or chat messages."""
 
     def score(self, completion: str, problem: Problem, *, truncated: bool = False, thought_open: bool = False) -> Score:
         """Grade a completion.
@@ -69,10 +69,10 @@ class Task(Protocol):
         """
 
     def answer(self, completion: str, *, truncated: bool = False, thought_open: bool = False) -> str | None:
-        """What the completion gives as its answer, equal for equal answers, for majority votes; None for nothing."""
+        """Return the answer of the completion for majority votes, equal for equal answers; None where there is none."""
 
     def gold(self, problem: Problem) -> str | None:
-        """A completion that earns reward 1; None where none is known."""
+        """Return a completion that earns reward 1; None where none is known."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -88,7 +88,7 @@ class Answer:
 
     @property
     def options(self) -> dict[str, bool]:
-        """What a task's methods get beside text and problem; a task whose prompts open no thought never hears of it."""
+        """Return what a task's methods get beside text and problem; `thought_open` only where it is true."""
         return {"truncated": self.truncated} | ({"thought_open": True} if self.thought_open else {})
 
 
@@ -121,7 +121,7 @@ def judge(task: Task, answer: Answer, *, voted: bool, catch: type[BaseException]
 
 
 def short_traceback(error: BaseException) -> str:
-    """The end of a traceback: the calls next to the error, and what it says. Lines, too, are cut."""
+    """Return the end of a traceback: the calls next to the error, and what it says. Lines, too, are cut."""
     lines = "".join(traceback.format_exception(error, limit=-3)).strip().split("\n")
     return "\n".join(line if len(line) <= 500 else f"{line[:500]}…" for line in lines[-30:])
 

@@ -58,15 +58,15 @@ class UserTask:
 
     @property
     def file_hash(self) -> str:
-        """SHA-256 of the file and of what it imports from beside it."""
+        """Return the SHA-256 of the file and of what it imports from beside it."""
         return source_hash(self.source, self.modules)
 
     def problems(self, split: Split) -> Sequence[Problem]:
-        """All problems of the split."""
+        """Return all problems of the split."""
         return self.train if split == "train" else self.test
 
     def prompt(self, problem: Problem) -> str | list[Message]:
-        """The user's prompt. Raises TaskError when there is none."""
+        """Return the user's prompt. Raises TaskError when there is none."""
         what = f"prompt() of problem {problem.get('id')!r:.60}"
         with _calling(self.path, what):
             prompt: Any = self.inner.prompt(problem)
@@ -80,20 +80,20 @@ class UserTask:
         )
 
     def score(self, completion: str, problem: Problem, *, truncated: bool = False, thought_open: bool = False) -> Score:
-        """The user's score; what it raises is not caught. Raises TypeError when it is none."""
+        """Return the user's score; what it raises is not caught. Raises TypeError when it is none."""
         given = {"truncated": truncated, "thought_open": thought_open}
         options = {name: value for name, value in given.items() if name in self.takes}
         return as_score(self.inner.score(completion, problem, **options))
 
     def answer(self, completion: str, *, truncated: bool = False, thought_open: bool = False) -> str | None:
-        """The user's answer, if there is such a method."""
+        """Return the user's answer, if there is such a method."""
         if not hasattr(self.inner, "answer"):
             return None
         answer = self.inner.answer(completion)
         return None if answer is None else str(answer)
 
     def gold(self, problem: Problem) -> str | None:
-        """The user's gold answer, if there is such a method. Raises TaskError when it is no text."""
+        """Return the user's gold answer, if there is such a method. Raises TaskError when it is no text."""
         if not hasattr(self.inner, "gold"):
             return None
         what = f"gold() of problem {problem.get('id')!r:.60}"
@@ -105,7 +105,7 @@ class UserTask:
 
 
 def as_score(value: object) -> Score:
-    """A Score from what a user's score returned: a Score, a number, or a tensor or array with one number.
+    """Return a Score from what a user's score returned: a Score, a number, or a tensor or array with one number.
 
     Raises TypeError, saying what it was, for anything else.
     """
@@ -127,7 +127,7 @@ def load_user_task(
     place: Place = no_place,
     read: tuple[bytes, Modules] | None = None,
 ) -> UserTask:
-    """The object that `name`, "file.py:NAME", points to; with `read`, no file is read, but these were what it held.
+    """Return the object that `name`, "file.py:NAME", points to; `read` is what its files held, so none is read.
 
     Raises:
         TaskError: no such file or name, the file fails, or the object is not a task.
@@ -173,7 +173,7 @@ def _calling(path: Path, what: str) -> Iterator[None]:
 
 
 def _import(path: Path, source: bytes, modules: Modules) -> Any:
-    """The module of a file that held `source`."""
+    """Return the module of a file that held `source`."""
     try:
         with _calling(path, "importing it"):
             return load_module(path, source, modules)
@@ -224,7 +224,7 @@ def _hash(problems: Sequence[Problem]) -> str:
 
 
 def _texts(inner: Any, name: str, path: Path) -> tuple[str, ...]:
-    """One text or several, where the object has such an attribute."""
+    """Return one text or several, where the object has such an attribute."""
     with _calling(path, name):
         given = getattr(inner, name, ())
         texts = [given] if isinstance(given, str) or not isinstance(given, Iterable) else list(given)

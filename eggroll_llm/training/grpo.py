@@ -176,7 +176,7 @@ class GrpoTrainer:
                 )
 
     def _stored_tensors(self) -> "dict[str, Tensor]":
-        """The tensors that the base checkpoint stores, as they are now. Raises ModelError when one is not trained."""
+        """Return the tensors of the base checkpoint as they are now. Raises ModelError when one is not trained."""
         from eggroll_llm.training.grpo_trl import checkpoint_tensors
 
         tensors = checkpoint_tensors(self.trl.model)

@@ -86,7 +86,7 @@ def restore(engine: Engine, config: RunConfig, run: RunDir, journal: Journal, di
 
 
 def _sources(checkpoint: int, last: int) -> str:
-    """What the weights of step `last` come from; checkpoint 0 is none."""
+    """Return what the weights of step `last` come from; checkpoint 0 is none."""
     begin = f"checkpoint of step {checkpoint}" if checkpoint else "base model"
     count = last - checkpoint
     return begin + (f" and {count} update{'s' * (count > 1)} from the journal" if count else "")

@@ -51,7 +51,7 @@ class Child(AbstractContextManager["Child"]):
 
     @property
     def is_ready(self) -> bool:
-        """Whether it runs, with nothing left to answer."""
+        """Return whether it runs, with nothing left to answer."""
         return self._process is not None and not self._waiting and not _has_ended(self._process)
 
     def start(self) -> None:
@@ -149,7 +149,7 @@ class Child(AbstractContextManager["Child"]):
 
 
 def _has_ended(process: "subprocess.Popen[bytes]") -> bool:
-    """Whether it has; its number stays taken, so that no other process can be killed by it."""
+    """Return whether it has; its number stays taken, so that no other process can be killed by it."""
     try:
         return os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
     except ChildProcessError:  # where SIGCHLD is ignored, the kernel has taken its number back
@@ -157,7 +157,7 @@ def _has_ended(process: "subprocess.Popen[bytes]") -> bool:
 
 
 def _reply(line: bytes, number: int) -> dict[str, Any]:
-    """What the reply of that number says. Raises EndedError when this is another line."""
+    """Return what the reply of that number says. Raises EndedError when this is another line."""
     repeated, _, text = line.partition(b" ")
     try:
         value = json.loads(text) if repeated == b"%d" % number else None
@@ -179,7 +179,7 @@ def _write(descriptor: int, data: memoryview) -> int:
 
 
 def _described(status: int) -> str:
-    """How a process ended that nobody here has killed."""
+    """Return how a process ended that nobody here has killed."""
     if status >= 0:
         return f"ended its process with status {status}"
     name = next((known.name for known in signal.Signals if known == -status), f"signal {-status}")
