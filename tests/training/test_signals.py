@@ -142,14 +142,6 @@ def test_a_signal_that_was_swallowed_ends_the_run_soon_after(
     run.goes_on(bench)
 
 
-WANDB = """
-import pathlib, subprocess, time
-subprocess.Popen(["sleep", "600"])
-pathlib.Path({path!r}).touch()
-time.sleep(600)
-"""
-
-
 @pytest.mark.parametrize(
     ("how", "first", "second"),
     [
@@ -161,13 +153,9 @@ time.sleep(600)
 def test_a_second_signal_ends_it_at_once(
     tree: ProcessTree, tmp_path: Path, bench: Bench, how: str, first: signal.Signals, second: signal.Signals
 ) -> None:
-    """A reward that hangs whatever comes, a tracker too, each with children, in sessions of their own and not."""
-    packages = tmp_path / "packages"
-    packages.mkdir()
-    (packages / "wandb.py").write_text(WANDB.format(path=f"{tmp_path}/wandb.up"))
-    run = Run(tree, tmp_path, "reward", how, "--log.wandb", "mine", path=[packages])
-    run.wait_for_file("wandb.up")
-    assert len(tree.alive()) == 6
+    """A reward that hangs whatever comes, with children in sessions of their own and not."""
+    run = Run(tree, tmp_path, "reward", how)
+    assert len(tree.alive()) == 4
     run.process.send_signal(first)
     if how == "deaf":
         run.wait_for_file("run.swallowed")
