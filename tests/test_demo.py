@@ -1,6 +1,7 @@
 """The demo on the real embedded model, small: through the command line, as a user runs it."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -54,10 +55,10 @@ def test_the_demo_ends_with_its_table(run: tuple[Path, str]) -> None:
         "held-out",
         "4-bit GGUF",
         "best constant answer",
-        " -m eggroll_llm resume ",
-        " -m eggroll_llm eval ",
+        "-m eggroll_llm resume ",
+        "-m eggroll_llm eval ",
     ):
-        assert text in output
+        assert text in " ".join(re.sub("[│┃]", " ", output).split())  # cells of the table are wrapped
     rows = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [0, 1, 2]
     assert [row.get("eval/problems") for row in rows] == [48, None, 48]

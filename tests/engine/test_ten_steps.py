@@ -24,7 +24,7 @@ class Letters:
     def prompt(self, problem):
         return f"Question: how many are left of {problem['number']}? Answer:"
     def score(self, completion, problem):
-        return sum(character.isalpha() for character in completion) / max(1, len(completion))
+        return sum(character in "aeiouAEIOU" for character in completion) / max(1, len(completion))
 """
 RECIPE = """
 model = "{model}"
