@@ -1,7 +1,6 @@
 """The demo on the real embedded model, small: through the command line, as a user runs it."""
 
 import json
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -54,11 +53,11 @@ def test_the_demo_ends_with_its_table(run: tuple[Path, str]) -> None:
         "tokens/s",
         "held-out",
         "4-bit GGUF",
-        "best constant answer",
-        "-m eggroll_llm resume ",
-        "-m eggroll_llm eval ",
+        "best constant",
+        " -m eggroll_llm resume ",
+        " -m eggroll_llm eval ",
     ):
-        assert text in " ".join(re.sub("[│┃]", " ", output).split())  # cells of the table are wrapped
+        assert text in output
     rows = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [0, 1, 2]
     assert [row.get("eval/problems") for row in rows] == [48, None, 48]
