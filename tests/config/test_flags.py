@@ -3,38 +3,9 @@
 from pathlib import Path
 
 import pytest
+from small_recipe import RECIPE, refusal
 
 from eggroll_llm.config.recipe import load_recipe
-from eggroll_llm.errors import ConfigError
-
-RECIPE = """\
-# two-number Countdown
-task = "countdown"
-steps = 30
-
-[task_options]
-numbers = 2
-
-[es]
-sigma = 1.2e-2
-learning_rate = 1.5e-3  # of each weight
-"""
-
-
-@pytest.fixture
-def recipe(tmp_path: Path) -> Path:
-    path = tmp_path / "recipe.toml"
-    path.write_text(RECIPE)
-    return path
-
-
-def refusal(path: Path, *overrides: tuple[str, str], text: str | None = None) -> str:
-    """Message of the error that the recipe (or the text, written there) gives, without the folder."""
-    if text is not None:
-        path.write_text(text)
-    with pytest.raises(ConfigError) as info:
-        load_recipe(path, overrides)
-    return str(info.value).replace(f"{path.parent}/", "")
 
 
 def test_flags_are_read_as_the_type_of_their_field(recipe: Path) -> None:

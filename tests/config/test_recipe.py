@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from small_recipe import RECIPE, refusal
 
 from eggroll_llm.config.compare import check_resume, differences, frozen_hash, may_change
 from eggroll_llm.config.help import field_help
@@ -20,35 +21,6 @@ from eggroll_llm.config.schema import GrpoConfig, RunConfig, SamplingConfig
 from eggroll_llm.config.toml import write_toml
 from eggroll_llm.errors import ConfigError
 from eggroll_llm.es.settings import EsSettings
-
-RECIPE = """\
-# two-number Countdown
-task = "countdown"
-steps = 30
-
-[task_options]
-numbers = 2
-
-[es]
-sigma = 1.2e-2
-learning_rate = 1.5e-3  # of each weight
-"""
-
-
-@pytest.fixture
-def recipe(tmp_path: Path) -> Path:
-    path = tmp_path / "recipe.toml"
-    path.write_text(RECIPE)
-    return path
-
-
-def refusal(path: Path, *overrides: tuple[str, str], text: str | None = None) -> str:
-    """Message of the error that the recipe (or the text, written there) gives, without the folder."""
-    if text is not None:
-        path.write_text(text)
-    with pytest.raises(ConfigError) as info:
-        load_recipe(path, overrides)
-    return str(info.value).replace(f"{path.parent}/", "")
 
 
 def config(**es: Any) -> RunConfig:
