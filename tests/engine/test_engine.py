@@ -15,10 +15,10 @@ from typing import Any
 
 import pytest
 import torch
-from dense import dense_logprobs
 from kinds import KINDS
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from without_vllm import dense_logprobs
 
 from eggroll_llm.config.schema import EngineConfig
 from eggroll_llm.engine.interface import Decoding, Request

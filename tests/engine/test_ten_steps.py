@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from dense import dense_logprobs
 from safetensors.torch import load_file
 from torch import Tensor
+from without_vllm import dense_logprobs
 
 from eggroll_llm.cli.main import main
 from eggroll_llm.engine.interface import Request

@@ -1,6 +1,6 @@
-"""What transformers computes with weights written down densely, in a process in which there is no vLLM.
+"""What transformers makes of a model, in a process in which there is no vLLM.
 
-Its Transformers backend changes classes of transformers in the process that serves them.
+vLLM's Transformers backend changes the classes of transformers in the process that serves them, for good.
 """
 
 import multiprocessing
@@ -12,6 +12,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from eggroll_llm.config.schema import RunConfig
+
 
 def dense_logprobs(
     model_dir: Path, prompts: Sequence[Sequence[int]], added: Mapping[str, Tensor] | None = None
@@ -19,6 +21,11 @@ def dense_logprobs(
     """Return the log-probabilities [prompts, vocabulary] after each prompt in float32, `added` added to the weights."""
     arrays = {name: delta.numpy() for name, delta in (added or {}).items()}
     return torch.from_numpy(_process().submit(_logprobs, model_dir, prompts, arrays).result())
+
+
+def adapted_layers(model_dir: Path, config: RunConfig) -> set[str]:
+    """Return the names of the layers to which GRPO under this recipe gives adapters."""
+    return _process().submit(_adapted_layers, model_dir, config).result()
 
 
 @cache
@@ -36,3 +43,13 @@ def _logprobs(model_dir, prompts, added):  # type: ignore[no-untyped-def]
         for name, delta in added.items():
             model.get_parameter(name).add_(torch.from_numpy(delta))
         return model(torch.tensor(prompts)).logits[:, -1].log_softmax(-1).numpy()
+
+
+def _adapted_layers(model_dir, config):  # type: ignore[no-untyped-def]
+    from peft import get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    from eggroll_llm.training import grpo_trl
+
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(model_dir), grpo_trl.adapters(config)).get_base_model()
+    return {name for name, module in model.named_modules() if hasattr(module, "get_delta_weight")}
