@@ -5,6 +5,11 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported, and inherited by child processes
 os.environ["TOKENIZERS_PARALLELISM"] = "false"  # or the tokenizer warns in every child process
 
+from eggroll_llm.system.hardware import serves_on_cpu
+
+if serves_on_cpu():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported: kernels of a GPU run in its interpreter
+
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING

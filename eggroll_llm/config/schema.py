@@ -110,8 +110,10 @@ class EngineConfig:
     """Memory of the key-value cache in GiB."""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     """Number format of the served weights; "auto" is bfloat16, but float32 on a CPU without bfloat16 instructions."""
-    enforce_eager: bool = True
-    """Whether the model runs without compilation; compiling starts slowly and gains little on CPU."""
+    enforce_eager: bool = False
+    """On a GPU: whether to run without CUDA graphs. They are captured in seconds, and decoding is slow without them."""
+    compile: bool = False
+    """On a CPU: whether the model runs through torch.compile, which starts slowly and gains little."""
     gpu_memory_utilization: Annotated[float, Gt(0), Le(1)] = 0.85
     """Fraction of the GPU's memory that the engine may use."""
     timeout_seconds: Annotated[float, Ge(0), Le(1e9)] = 1800.0

@@ -1,6 +1,6 @@
 """Functions of the compiled library by the number format of their tensors, and what tensors they may be given.
 
-C++ gets bare addresses and sizes: a tensor that is not what the sizes say is memory of something else.
+C++ and Triton get bare addresses and sizes: a tensor that is not what the sizes say is memory of something else.
 """
 
 import ctypes
@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+CPU = torch.device("cpu")
 SUFFIXES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 
 
@@ -25,10 +26,13 @@ def by_dtype(
     return functions
 
 
-def check_array(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    """Raise ValueError unless `tensor` lies in the CPU's memory in one piece, with this shape and number format."""
-    if tensor.shape != shape or tensor.dtype is not dtype or not tensor.is_cpu or not tensor.is_contiguous():
-        raise array_error(name, tensor, f"contiguous {dtype} {list(shape)} on the CPU")
+def check_array(
+    name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device = CPU
+) -> None:
+    """Raise ValueError unless `tensor` lies in the device's memory in one piece, with this shape and number format."""
+    fits = tensor.shape == shape and tensor.dtype is dtype and tensor.device == device
+    if not fits or not tensor.is_contiguous():
+        raise array_error(name, tensor, f"contiguous {dtype} {list(shape)} on {device}")
 
 
 def check_format(name: str, tensor: Tensor) -> None:

@@ -1,4 +1,7 @@
-"""`update.Fold` for the CPU: products, their sum with a weight and its rounding in one pass over it (`fold.cpp`)."""
+"""`update.Fold` of a device: products, their sum with a weight and its rounding in one pass over it.
+
+On a CPU that is `fold.cpp`, or torch operations where it cannot be built; on a GPU `fold_triton`.
+"""
 
 import ctypes
 
@@ -12,7 +15,11 @@ from eggroll_llm.kernels.binding import by_dtype, check_array, check_format
 
 def fold_for(device: torch.device) -> Fold:
     """Return the fold of a device; engine and replay have to use the same, as their bits differ in the last place."""
-    library = build.library() if device.type == "cpu" else None
+    if device.type == "cuda":
+        from eggroll_llm.kernels.fold_triton import fold_triton
+
+        return fold_triton
+    library = build.library()
     return fold_with_torch if library is None else bind(library)
 
 

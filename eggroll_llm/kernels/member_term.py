@@ -1,8 +1,9 @@
-"""The per-member term of a linear layer on CPU:  y_t += A_s (B_s^T x_t),  s the slot of token t's member.
+"""The per-member term of a linear layer:  y_t += A_s (B_s^T x_t),  s the slot of token t's member.
 
-`member_term.cpp` computes it in one pass; where it cannot be built, `add_term_torch` computes it more slowly, equal up
-to rounding. Both leave tokens of the base model (slot -1) untouched and make each row depend on its own token alone,
-to the bit: where a completion depends on its batch (docs/determinism.md), it is not through this term.
+On a CPU `member_term.cpp` computes it in one pass; where it cannot be built, `add_term_torch` computes it more slowly,
+equal up to rounding. On a GPU it is `member_term_triton`. All leave tokens of the base model (slot -1) untouched and
+make each row depend on its own token alone, to the bit: where a completion depends on its batch (docs/determinism.md),
+it is not through this term.
 
 Shapes: T token, S slot, C slice of a fused layer (q, k, v or gate, up), R rank, O out features of all slices, I in,
 V values of all A of a slot: the [R, out features] of one slice after the other.
@@ -32,32 +33,46 @@ def add_term(y_TO: Tensor, x_TI: Tensor, A_SV: Tensor, B_SCRI: Tensor, slot_T: T
     one slot to the next; sums are float32 and rounded once. Raises ValueError, with nothing added, for other tensors
     and for a slot that does not exist.
     """
-    implementation()(y_TO, x_TI, A_SV, B_SCRI, slot_T, slices)
+    implementation(y_TO.device.type)(y_TO, x_TI, A_SV, B_SCRI, slot_T, slices)
 
 
 @cache
-def implementation() -> AddTerm:
-    """Return the compiled kernel, or the fallback where it cannot be built."""
+def implementation(device_type: str = "cpu") -> AddTerm:
+    """Return the kernel for a device, or for a CPU the fallback where it cannot be built."""
+    if device_type == "cuda":
+        from eggroll_llm.kernels.member_term_triton import add_term_triton
+
+        return add_term_triton
     library = build.library()
     return add_term_torch if library is None else bind(library)
 
 
 def check_arguments(
-    y_TO: Tensor, x_TI: Tensor, A_SV: Tensor, B_SCRI: Tensor, slot_T: Tensor, slices: Sequence[int]
+    y_TO: Tensor,
+    x_TI: Tensor,
+    A_SV: Tensor,
+    B_SCRI: Tensor,
+    slot_T: Tensor,
+    slices: Sequence[int],
+    device_type: str = "cpu",
 ) -> None:
-    """Raise ValueError for what `add_term` does not take, but for the values in `slot_T`."""
+    """Raise ValueError for what `add_term` does not take on such a device, but for the values in `slot_T`."""
     check_format("y", y_TO)
+    device = y_TO.device
+    if device.type != device_type:
+        raise array_error("y", y_TO, f"on a device of type {device_type}")
     dtype, tokens, out = y_TO.dtype, len(y_TO), sum(slices)
     slots, _, rank, inside = B_SCRI.shape if B_SCRI.ndim == 4 else (0, 0, 0, 0)
     # Strides, as taking the first slot would cost more than all else here, in every layer of every forward pass.
     shape_A, shape_B, in_a_slot = (slots, rank * out), (slots, len(slices), rank, inside), (rank * inside, inside, 1)
-    if A_SV.shape != shape_A or A_SV.stride(1) != 1 or A_SV.dtype is not dtype or not A_SV.is_cpu:
-        raise array_error("A", A_SV, f"{dtype} {[*shape_A]} on the CPU, contiguous in each slot")
-    if B_SCRI.shape != shape_B or B_SCRI.stride()[1:] != in_a_slot or B_SCRI.dtype is not dtype or not B_SCRI.is_cpu:
-        raise array_error("B", B_SCRI, f"{dtype} {[*shape_B]} on the CPU, contiguous in each slot")
-    check_array("y", y_TO, (tokens, out), dtype)
-    check_array("x", x_TI, (tokens, inside), dtype)
-    check_array("slot", slot_T, (max(tokens, len(slot_T)),), torch.int32)
+    if A_SV.shape != shape_A or A_SV.stride(1) != 1 or A_SV.dtype is not dtype or A_SV.device != device:
+        raise array_error("A", A_SV, f"{dtype} {[*shape_A]} on {device}, contiguous in each slot")
+    fits = B_SCRI.shape == shape_B and B_SCRI.stride()[1:] == in_a_slot
+    if not fits or B_SCRI.dtype is not dtype or B_SCRI.device != device:
+        raise array_error("B", B_SCRI, f"{dtype} {[*shape_B]} on {device}, contiguous in each slot")
+    check_array("y", y_TO, (tokens, out), dtype, device)
+    check_array("x", x_TI, (tokens, inside), dtype, device)
+    check_array("slot", slot_T, (max(tokens, len(slot_T)),), torch.int32, device)
 
 
 def _no_such_slot(slots: int) -> ValueError:

@@ -1,8 +1,8 @@
 """The factors of a pair as one row of memory, all parameters one after another: all A, then all B.
 
-A member is placed by copying one row, and changing the sign of its front. Within a row A is [R, O] and B [R, I] for
-each parameter. Rows are filled by `noise.cpp`, to the bits of `noise.served_factors_of`, or by that where it cannot be
-built.
+Within a row A is [R, O] and B [R, I] for each parameter. On a CPU rows are filled by `noise.cpp`, to the bits of
+`noise.served_factors_of`, or by that where it cannot be built, and a member is placed by copying one row and changing
+the sign of its front. On a GPU `noise_triton` makes the same bits where they are needed.
 
 Shapes: K pair, V value of a row, R rank, O out features, I in features.
 """
@@ -19,7 +19,7 @@ from torch import Tensor
 from eggroll_llm.es import noise as definition
 from eggroll_llm.es.noise import NoiseSpec, Shape, names_by_size, parameter_id
 from eggroll_llm.kernels import build
-from eggroll_llm.kernels.binding import by_dtype, check_array, check_format
+from eggroll_llm.kernels.binding import CPU, by_dtype, check_array, check_format
 
 # The digits of the definition; C++ has no copy of them.
 TABLES = (*definition.MINUS_TWO_LOG, *definition.SINE, *definition.COSINE, -2 * math.log(2))
@@ -62,15 +62,21 @@ class RowLayout:
         return rows_KV[:, start : start + self.rank * features].unflatten(1, (self.rank, features)).transpose(1, 2)
 
 
-def served_rows(noise: NoiseSpec, pairs_K: Tensor, layout: RowLayout, dtype: torch.dtype) -> Tensor:
-    """Return the rows of pairs [K, V], on the CPU: see `noise.served_factors_of`."""
-    rows_KV = torch.empty(len(pairs_K), layout.width, dtype=dtype)
+def served_rows(
+    noise: NoiseSpec, pairs_K: Tensor, layout: RowLayout, dtype: torch.dtype, device: torch.device = CPU
+) -> Tensor:
+    """Return the rows of pairs [K, V]: see `noise.served_factors_of`."""
+    rows_KV = torch.empty(len(pairs_K), layout.width, dtype=dtype, device=device)
     fill(rows_KV, noise, pairs_K, layout)
     return rows_KV
 
 
 def fill(rows_KV: Tensor, noise: NoiseSpec, pairs_K: Tensor, layout: RowLayout) -> None:
-    """Write the rows of pairs into `rows_KV` [K, V], contiguous and on the CPU. Raises ValueError for other tensors."""
+    """Write the rows of pairs into `rows_KV` [K, V], contiguous, on a CPU or GPU. Raises ValueError for others."""
+    if rows_KV.is_cuda:
+        check_rows(rows_KV, noise, pairs_K, layout)
+        place(rows_KV, torch.arange(len(pairs_K)), noise, pairs_K, torch.zeros_like(pairs_K), layout)
+        return
     library = build.library()
     if library is not None:
         fill_native(library, rows_KV, noise, pairs_K, layout)
@@ -82,12 +88,29 @@ def fill(rows_KV: Tensor, noise: NoiseSpec, pairs_K: Tensor, layout: RowLayout) 
         B_KIR.copy_(made[name][1])
 
 
+def place(
+    rows_SV: Tensor, row_K: Tensor, noise: NoiseSpec, pairs_K: Tensor, negative_K: Tensor, layout: RowLayout
+) -> None:
+    """Write pair k into row row_K[k] of `rows_SV` on a GPU, with A negated where `negative_K`; other rows stay.
+
+    Rows are contiguous in themselves; the three vectors of K are on the CPU. Raises ValueError for noise of another
+    rank than the rows'.
+    """
+    from eggroll_llm.kernels.noise_triton import place_triton
+
+    if noise.rank != layout.rank or rows_SV.shape[1] != layout.width or rows_SV.stride(1) != 1:
+        raise ValueError(f"noise of rank {noise.rank} does not fit rows {[*rows_SV.shape]} of rank {layout.rank}")
+    if len(row_K):
+        place_triton(rows_SV, torch.stack([row_K, pairs_K, negative_K.long()]), noise, layout)
+
+
 def check_rows(rows_KV: Tensor, noise: NoiseSpec, pairs_K: Tensor, layout: RowLayout) -> None:
     """Raise ValueError for what `fill` does not take."""
     if noise.rank != layout.rank:
         raise ValueError(f"noise of rank {noise.rank} does not fit rows of rank {layout.rank}")
     check_format("rows", rows_KV)
-    check_array("rows", rows_KV, (len(pairs_K), layout.width), rows_KV.dtype)
+    device = rows_KV.device if rows_KV.is_cuda else CPU
+    check_array("rows", rows_KV, (len(pairs_K), layout.width), rows_KV.dtype, device)
 
 
 def fill_native(library: ctypes.CDLL, rows_KV: Tensor, noise: NoiseSpec, pairs_K: Tensor, layout: RowLayout) -> None:
@@ -118,11 +141,12 @@ def fill_native(library: ctypes.CDLL, rows_KV: Tensor, noise: NoiseSpec, pairs_K
 def served_factors_of(
     noise: NoiseSpec, pairs_K: Tensor, shapes: Sequence[Shape], dtype: torch.dtype, device: torch.device | str
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """Return A_KOR and B_KIR by name like `noise.served_factors_of`, on the CPU as views of rows."""
-    if torch.device(device).type != "cpu" or build.library() is None:
+    """Return A_KOR and B_KIR by name like `noise.served_factors_of`, as views of rows."""
+    device = torch.device(device)
+    if device.type == "cpu" and build.library() is None:
         return definition.served_factors_of(noise, pairs_K, shapes, dtype, device)
     layout = RowLayout(tuple(shapes), noise.rank)
-    return layout.factors(served_rows(noise, pairs_K, layout, dtype))
+    return layout.factors(served_rows(noise, pairs_K, layout, dtype, device))
 
 
 @cache

@@ -106,7 +106,7 @@ def served(request: pytest.FixtureRequest, tiny_model: Callable[[str], Path]) ->
         kv_cache_gib=0.05,
         gpu_memory_utilization=0.1,
         max_sequences=16,
-        enforce_eager=not case.compiled,
+        compile=case.compiled,
     )
     model_dir = tiny_model(case.kind)
     engine = VllmEngine(model_dir, config, slots=SLOTS, rank=case.rank, max_model_len=128)
@@ -219,7 +219,7 @@ def test_slots_hold_the_bits_that_the_update_credits(served: Served) -> None:
     engine = served.engine
     engine.begin(served.noise(), POPULATION)
     engine.generate([Request(prompt_ids=PROMPTS[0], member=m) for m in (2, 3)], GREEDY)
-    population = engine._llm.model_executor.driver_worker.worker.es_population
+    population = engine._llm.model_executor.driver_worker.worker.model_runner.es_population
     for member, sign in ((2, 1.0), (3, -1.0)):
         slot = population.slots.member_in.index(member)
         for layer in population.layers:

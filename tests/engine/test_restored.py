@@ -24,7 +24,7 @@ def served_bytes(engine: VllmEngine) -> dict[str, bytes]:
     worker = engine._llm.model_executor.driver_worker.worker
     model = worker.model_runner.model
     tensors = dict([*model.named_parameters(), *model.named_buffers()])
-    for layer in worker.es_population.layers:
+    for layer in worker.model_runner.es_population.layers:
         base = layer.module.base_layer
         tensors.pop(f"{layer.name}.base_layer.weight")
         identity = torch.eye(layer.in_features, dtype=engine.dtype)
@@ -45,7 +45,7 @@ def test_a_thousand_populations_leave_the_served_weights_as_they_were(
     try:
         before = served_bytes(engine)
         masters = {name: tensor.clone() for name, tensor in engine.state().items()}
-        linear = engine._llm.model_executor.driver_worker.worker.es_population.layers
+        linear = engine._llm.model_executor.driver_worker.worker.model_runner.es_population.layers
         for layer in linear:  # what is compared is what the masters round to
             rounded = torch.cat([masters[f"master/{name}"].to(engine.dtype) for name in layer.parameters])
             assert before[layer.name] == bytes_of(rounded.T)

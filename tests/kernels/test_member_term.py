@@ -1,17 +1,28 @@
-"""The member term against its definition, compiled and in torch, at every rank and in any batch."""
+"""The member term against its definition, compiled, in torch and in Triton, at every rank and in any batch."""
+
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from eggroll_llm.kernels import build, member_term
+from eggroll_llm.kernels.member_term_triton import add_term_triton
+from eggroll_llm.kernels.rounding import DEVICE
 
 SLICES, INSIDE, SLOTS = (48, 16, 16), 64, 5
 
 
+def on_gpu(y_TO: Tensor, *inputs: Any) -> None:
+    """Triton's kernels where they run: on a GPU, or in the interpreter."""
+    y = y_TO.to(DEVICE)
+    add_term_triton(y, *(value.to(DEVICE) if isinstance(value, Tensor) else value for value in inputs))
+    y_TO.copy_(y)
+
+
 def implementations() -> list[member_term.AddTerm]:
     library = build.library()
-    return [member_term.add_term_torch] + ([member_term.bind(library)] if library else [])
+    return [member_term.add_term_torch, on_gpu] + ([member_term.bind(library)] if library else [])
 
 
 def inputs(tokens: int, rank: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -46,7 +57,7 @@ def dense(y_TO: Tensor, x_TI: Tensor, A_SV: Tensor, B_SCRI: Tensor, slot_T: Tens
 @pytest.mark.parametrize("rank", [1, 2, 3, 4, 8, 16, 64])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_term_is_the_dense_product(add_term: member_term.AddTerm, rank: int, dtype: torch.dtype) -> None:
-    y_TO, x_TI, A_SV, B_SCRI, slot_T = inputs(37, rank, dtype)
+    y_TO, x_TI, A_SV, B_SCRI, slot_T = inputs(12, rank, dtype)
     expected = dense(y_TO, x_TI, A_SV, B_SCRI, slot_T)
     add_term(y_TO, x_TI, A_SV, B_SCRI, slot_T, SLICES)
     # One rounding to the dtype of y, besides the float32 sums.
@@ -68,10 +79,10 @@ def test_tokens_of_the_base_model_keep_their_bits(add_term: member_term.AddTerm)
 @pytest.mark.parametrize("add_term", implementations(), ids=lambda function: function.__name__)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_row_has_the_same_bits_in_any_batch(add_term: member_term.AddTerm, dtype: torch.dtype) -> None:
-    y_TO, x_TI, A_SV, B_SCRI, slot_T = inputs(300, 4, dtype)
+    y_TO, x_TI, A_SV, B_SCRI, slot_T = inputs(40, 4, dtype)
     together = y_TO.clone()
     add_term(together, x_TI, A_SV, B_SCRI, slot_T, SLICES)
-    order = torch.randperm(300, generator=torch.Generator().manual_seed(0))
+    order = torch.randperm(40, generator=torch.Generator().manual_seed(0))
     for rows in order.split(7):
         alone = y_TO[rows].contiguous()
         add_term(alone, x_TI[rows].contiguous(), A_SV, B_SCRI, slot_T[rows].contiguous(), SLICES)
@@ -105,11 +116,29 @@ def test_neighbours_of_one_member_and_odd_sizes() -> None:
         assert torch.equal(alone[0], results[-1][t])
 
 
-def test_twins_terms_are_exact_negatives() -> None:
+@pytest.mark.parametrize("add_term", implementations(), ids=lambda function: function.__name__)
+def test_many_slots_and_wide_layers(add_term: member_term.AddTerm) -> None:
+    """More slots than tokens, and more features than one block of any kernel has."""
+    slices, inside, slots = (2100, 70), 4200, 300
+    generator = torch.Generator().manual_seed(2)
+    y_TO, x_TI, A_SV, B_SCRI = (
+        torch.randn(shape, generator=generator)
+        for shape in ((3, 2170), (3, inside), (slots, 2170), (slots, 2, 1, inside))
+    )
+    slot_T, expected = torch.tensor([299, 257, 0], dtype=torch.int32), y_TO.double()
+    for t, slot in enumerate(slot_T.tolist()):
+        h = B_SCRI[slot, :, 0].double() @ x_TI[t].double()
+        expected[t] += A_SV[slot].double() * h.repeat_interleave(torch.tensor(slices))
+    add_term(y_TO, x_TI, A_SV, B_SCRI, slot_T, slices)
+    assert (y_TO - expected).abs().max() < 1e-5 * expected.abs().max()
+
+
+@pytest.mark.parametrize("add_term", implementations(), ids=lambda function: function.__name__)
+def test_twins_terms_are_exact_negatives(add_term: member_term.AddTerm) -> None:
     """y = 0, so that only the term is left; A of slot 1 is minus A of slot 0."""
     _, x_TI, A_SV, B_SCRI, _ = inputs(2, 2, torch.float32)
     A_SV[1], B_SCRI[1], x_TI[1] = -A_SV[0], B_SCRI[0], x_TI[0]
     y_TO = torch.zeros(2, sum(SLICES))
-    member_term.add_term(y_TO, x_TI, A_SV, B_SCRI, torch.tensor([0, 1], dtype=torch.int32), SLICES)
+    add_term(y_TO, x_TI, A_SV, B_SCRI, torch.tensor([0, 1], dtype=torch.int32), SLICES)
     assert y_TO[0].abs().min() > 0
     assert torch.equal(y_TO[0], -y_TO[1])

@@ -27,7 +27,7 @@ from eggroll_llm.engine.interface import Completion, Decoding, Progress, Request
 from eggroll_llm.engine.vllm.failures import call_error, start_error
 from eggroll_llm.engine.vllm.text import TextRules, before_stop
 from eggroll_llm.engine.watchdog import Watchdog
-from eggroll_llm.errors import EngineError, ModelError, UserError
+from eggroll_llm.errors import ConfigError, EngineError, ModelError, UserError
 from eggroll_llm.es.estimate import NonFiniteUpdate, UpdateSpec
 from eggroll_llm.es.noise import NoiseSpec
 from eggroll_llm.es.settings import EsSettings
@@ -70,6 +70,10 @@ class VllmEngine:
         """
         if rank > VLLM_RANKS[-1]:
             raise ValueError(f"rank {rank}: the engine serves ranks up to {VLLM_RANKS[-1]}")
+        if config.compile and not current_platform.is_cpu():
+            raise ConfigError(
+                "engine.compile = true is for CPUs; leave it out, as CUDA graphs do without torch.compile"
+            )
         self.model_dir, self.dtype = model_dir, getattr(torch, resolve_dtype(config.dtype))
         if config.threads:
             torch.set_num_threads(config.threads)
@@ -82,24 +86,27 @@ class VllmEngine:
         args.enable_prefix_caching = prefix_caching
         if logprobs:  # those of the distribution that is sampled from
             args.logprobs_mode = "processed_logprobs"
-        start = {
+        if not stock and not current_platform.is_cpu() and not config.enforce_eager:
+            args.compilation_config = decode_graphs(config.max_sequences)
+        settings = {
             "rank": rank,
-            "es": (es or EsSettings()) if trainable else None,
-            "compiled": not config.enforce_eager,
+            "es": dataclasses.asdict(es or EsSettings()) if trainable else None,
+            "compiled": config.compile,
             "stock": stock,
         }
+        args.additional_config = {"eggroll": settings}
         try:
             with self.watchdog:
                 self._llm = LLMEngine.from_engine_args(args)
                 self.text_rules = TextRules(self._llm.get_tokenizer())
-                (shapes,) = self._llm.collective_rpc("es_start", kwargs=start)
+                (shapes,) = self._llm.collective_rpc("es_call", args=("shapes",))
         except UserError:
             raise
         except Exception as error:
             raise start_error(error, model_dir, config, max_model_len) from error
         _check_shapes(model_dir, shapes)
         self.shapes: dict[str, tuple[int, int]] = shapes
-        if not config.enforce_eager:  # compilation must not fall into the first step
+        if config.compile:  # which must not fall into the first step
             self.generate([Request(prompt_ids=(1, 2, 3))], Decoding(max_tokens=2))
 
     def begin(self, noise: NoiseSpec, population: int, *, antithetic: bool = True) -> float:
@@ -305,6 +312,17 @@ def memory_args(config: EngineConfig) -> dict[str, Any]:
     return {"gpu_memory_utilization": config.gpu_memory_utilization}
 
 
+def decode_graphs(max_sequences: int) -> dict[str, Any]:
+    """Return vLLM's compilation settings: every step that only decodes is one CUDA graph, and nothing is compiled.
+
+    A batch is padded to the next size of 1, 2, 4, then steps of 8 up to 64 sequences, of 16 up to 256 and of 32 beyond.
+    Capturing takes seconds and compiling minutes; what the compiler would fuse, `blocks` does.
+    """
+    steps = (range(8, 64, 8), range(64, 256, 16), range(256, max_sequences, 32))
+    sizes = [size for size in (1, 2, 4, *(size for step in steps for size in step)) if size < max_sequences]
+    return {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": [*sizes, max_sequences]}
+
+
 def _engine_args(
     model_dir: Path, config: EngineConfig, dtype: torch.dtype, *, slots: int, rank: int, max_model_len: int
 ) -> EngineArgs:
@@ -314,7 +332,7 @@ def _engine_args(
         max_model_len=max_model_len,
         max_num_seqs=config.max_sequences,
         max_num_batched_tokens=max(4096, max_model_len),
-        enforce_eager=config.enforce_eager,
+        enforce_eager=current_platform.is_cpu() or config.enforce_eager,
         enable_lora=True,
         max_loras=slots,
         max_lora_rank=next(allowed for allowed in VLLM_RANKS if allowed >= rank),

@@ -2,26 +2,32 @@
 
 vLLM's scheduler decides which members take part in a forward pass (at most as many as there are slots). `place` then
 gives each newcomer a slot that no running member uses and writes its A and B into it: noise is regenerated or taken
-from the step's bank, nothing is read from disk, and a population larger than the slots needs no barrier.
+from the step's bank, nothing is read from disk, and a population larger than the slots needs no barrier. `SlotOfTokens`
+says for each token of the pass whose it is.
 
-Shapes: S slot, M member, K pair, C slice, R rank, O out features of all slices, I in features, V value of a row.
+Shapes: S slot, M member, K pair, C slice, R rank, O out features of all slices, I in features, V value of a row,
+T token, Q request.
 """
 
 from collections.abc import Collection, Sequence
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from eggroll_llm.engine.vllm.layers import Layer, parameter_shapes
 from eggroll_llm.es.noise import KEPT_BYTES, NoiseSpec, Shape
-from eggroll_llm.kernels.noise import RowLayout, fill, served_factors_of, served_rows
+from eggroll_llm.kernels.noise import RowLayout, fill, place, served_factors_of, served_rows
 
 Factors = dict[str, tuple[Tensor, Tensor]]
 
 
 class FactorBank:
-    """Factors by pair: kept for the whole step when they fit `KEPT_BYTES`, else regenerated, to the same bits."""
+    """Factors by pair: on a CPU kept for the whole step when they fit `KEPT_BYTES`, else regenerated, to the same bits.
+
+    On a GPU nothing is kept: factors are made where they are needed, faster than they could be copied by much.
+    """
 
     def __init__(self, layers: Sequence[Layer], rank: int, dtype: torch.dtype, device: torch.device) -> None:
         self.shapes = parameter_shapes(layers)
@@ -37,18 +43,14 @@ class FactorBank:
         if (noise, pairs) == (self._noise, self._pairs):
             return
         self._noise = None  # until all of it is there
-        pairs_K = torch.arange(pairs)
-        if pairs * self.layout.width * self.dtype.itemsize > KEPT_BYTES:
+        if self.device.type != "cpu" or pairs * self.layout.width * self.dtype.itemsize > KEPT_BYTES:
             self._rows_KV = self._kept = None
-        elif self.device.type == "cpu":
+        else:
             if self._rows_KV is None or len(self._rows_KV) != pairs:
                 self._rows_KV = self._kept = None
                 self._rows_KV = torch.empty(pairs, self.layout.width, dtype=self.dtype)
                 self._kept = self.layout.factors(self._rows_KV)
-            fill(self._rows_KV, noise, pairs_K, self.layout)
-        else:
-            self._kept = None
-            self._kept = served_factors_of(noise, pairs_K, self.shapes, self.dtype, self.device)
+            fill(self._rows_KV, noise, torch.arange(pairs), self.layout)
         self._noise, self._pairs = noise, pairs
 
     def rows_of(self, pairs_M: Tensor) -> Tensor:
@@ -56,11 +58,11 @@ class FactorBank:
         if self._rows_KV is not None:
             return self._rows_KV[pairs_M]
         pairs_K, row_M = torch.unique(pairs_M, return_inverse=True)
-        return served_rows(self._of_this_step(), pairs_K, self.layout, self.dtype)[row_M]
+        return served_rows(self.noise, pairs_K, self.layout, self.dtype)[row_M]
 
     def of(self, pairs_K: Tensor) -> Factors:
         """Return A_KOR and B_KIR of pairs of this step, by parameter name."""
-        return self.factors_of(self._of_this_step(), pairs_K, self.shapes, self.dtype, self.device)
+        return self.factors_of(self.noise, pairs_K, self.shapes, self.dtype, self.device)
 
     def factors_of(
         self,
@@ -82,7 +84,9 @@ class FactorBank:
             rows_K = pairs_K.to(self.device)
         return {name: (self._kept[name][0][rows_K], self._kept[name][1][rows_K]) for name, _, _ in shapes}
 
-    def _of_this_step(self) -> NoiseSpec:
+    @property
+    def noise(self) -> NoiseSpec:
+        """Return the noise of this step."""
         assert self._noise is not None, "begin() comes before the first member"
         return self._noise
 
@@ -100,7 +104,7 @@ class RowBuffers:
 
     def __init__(self, layers: Sequence[Layer], bank: FactorBank, slots: int) -> None:
         self._bank, layout = bank, bank.layout
-        self._rows_SV = torch.zeros(slots, layout.width, dtype=bank.dtype)
+        self._rows_SV = torch.zeros(slots, layout.width, dtype=bank.dtype, device=bank.device)
         starts = layout.starts()
         for layer in layers:
             at_A, at_B = starts[layer.parameters[0]]
@@ -117,6 +121,14 @@ class RowBuffers:
         for slot, negative in zip(slots, negative_M.tolist(), strict=True):
             if negative:
                 self._rows_SV[slot, : self._bank.layout.a_width].neg_()
+
+
+class GpuRowBuffers(RowBuffers):
+    """The same rows on a GPU, where the kernel of the noise writes a member's factors into its slot."""
+
+    def write(self, slots: list[int], pairs_M: Tensor, negative_M: Tensor) -> None:
+        """Make the factors of each member in its row."""
+        place(self._rows_SV, torch.tensor(slots), self._bank.noise, pairs_M, negative_M, self._bank.layout)
 
 
 class PaddedBuffers:
@@ -145,11 +157,17 @@ class MemberSlots:
         self._buffers = buffers
         self.antithetic = True
         self.member_in: list[int | None] = [None] * slots
+        self._slot_of_member = np.array([-1], np.int32)  # and -1 at its end, which is where -1 points
 
     def begin(self, *, antithetic: bool) -> None:
         """Empty the slots for another population."""
         self.antithetic = antithetic
         self.member_in = [None] * len(self.member_in)
+
+    def slots_of(self, member_Q: np.ndarray) -> np.ndarray:
+        """Return the slot of each member, int32, -1 for the base model (-1); those without a slot get one."""
+        self.place({member for member in np.unique(member_Q).tolist() if member >= 0})
+        return self._slot_of_member[member_Q]
 
     def place(self, members: Collection[int]) -> bool:
         """Make every given member resident, in slots that none of the others needs; return whether anything moved."""
@@ -165,4 +183,21 @@ class MemberSlots:
             self._buffers.write(slots, members_M, torch.zeros(len(members_M), dtype=torch.bool))
         for slot, member in zip(slots, newcomers, strict=True):
             self.member_in[slot] = member
+        resident = {member: slot for slot, member in enumerate(self.member_in) if member is not None}
+        self._slot_of_member = np.full(max(resident) + 2, -1, np.int32)
+        self._slot_of_member[list(resident)] = list(resident.values())
         return True
+
+
+class SlotOfTokens:
+    """The slot of each token of a forward pass, in memory that captured graphs read."""
+
+    def __init__(self, max_tokens: int, device: torch.device) -> None:
+        self.slot_T = torch.full((max_tokens,), -1, dtype=torch.int32, device=device)
+
+    def write(self, slot_Q: np.ndarray, tokens_Q: np.ndarray) -> None:
+        """Give request q's slot, -1 for the base model, to its `tokens_Q[q]` tokens; what follows them has none."""
+        slots = torch.full(self.slot_T.shape, -1, dtype=torch.int32, pin_memory=self.slot_T.is_cuda)
+        slot_T = slot_Q.repeat(tokens_Q)
+        slots[: len(slot_T)] = torch.from_numpy(slot_T)
+        self.slot_T.copy_(slots, non_blocking=True)  # in the order of the stream: the pass before may still run

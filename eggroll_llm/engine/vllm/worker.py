@@ -1,29 +1,39 @@
-"""The extension of vLLM's worker: installs the population into a loaded model. Knows vLLM 0.32's internals.
+"""The population inside vLLM's worker. Knows vLLM 0.32's internals.
 
-vLLM mixes `EsWorkerExtension` into its worker class; `es_start` builds a `Population`, `es_call` reaches its methods.
-What is replaced, on instances only: how the adapter manager makes adapters resident (members are placed, nothing is
-loaded from disk), and on CPU the linear layers' adapter arithmetic (`member_term`), whose stock version is slow and
-applies the last slot's adapter to tokens without one, and the model's norms and activations (`fused`, or `compiled`).
+vLLM mixes `EsWorkerExtension` into its worker class; `es_call` reaches the methods of the `Population`, which exists as
+soon as the model is loaded: before vLLM measures how much memory is left, and before it captures CUDA graphs. What is
+replaced, on instances only: how members become resident and tokens get their slots (nothing is loaded from disk), and
+the linear layers' adapter arithmetic with the norms and activations around it (`blocks`, `norms`, `compiled`). With
+`stock`, a reference, vLLM's own arithmetic stays: on CPU it is slow and applies the last slot's adapter to tokens
+without one, on CUDA most of its grid is empty.
 """
 
+import contextlib
 import logging
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from vllm.lora.layers import LoRAMapping
-from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 from vllm.lora.request import LoRARequest
 from vllm.platforms import current_platform
+from vllm.v1.worker.lora_model_runner_mixin import LoRAModelRunnerMixin
 
 from eggroll_llm.engine.interface import UpdateTimes
 from eggroll_llm.engine.vllm import norms
 from eggroll_llm.engine.vllm.compiled import compile_model
 from eggroll_llm.engine.vllm.layers import Layer, find_layers
-from eggroll_llm.engine.vllm.slots import FactorBank, MemberSlots, PaddedBuffers, RowBuffers
+from eggroll_llm.engine.vllm.slots import (
+    FactorBank,
+    GpuRowBuffers,
+    MemberSlots,
+    PaddedBuffers,
+    RowBuffers,
+    SlotOfTokens,
+)
 from eggroll_llm.engine.vllm.weights import ServedWeights, initial_weights, keep_linear_weights
 from eggroll_llm.engine.vllm.whole_model import WholeModel, count_ranks_uncompiled
 from eggroll_llm.es.estimate import UpdateSpec
@@ -36,59 +46,84 @@ from eggroll_llm.system.hardware import cxx_compiler
 
 log = logging.getLogger(__name__)
 
-if current_platform.is_cpu():
-    keep_linear_weights()  # vLLM imports this module before it loads the model
-    count_ranks_uncompiled()
+SETTINGS = "eggroll"
+"""Key of vLLM's `additional_config` under which the arguments of `Population` are."""
 
 
 class EsWorkerExtension:
     """Methods added to vLLM's worker; the prefix keeps them from clashing with its own."""
 
-    def es_start(self, **settings: Any) -> dict[str, tuple[int, int]]:
-        """Install a `Population` of these settings; return the (out, in) shape of every trained parameter."""
-        self.es_population = Population(self.model_runner, **settings)  # type: ignore[attr-defined]
-        return {name: (out, inside) for name, out, inside in self.es_population.bank.shapes}
-
     def es_call(self, method: str, *args: Any) -> Any:
         """Call a method of the population."""
-        return getattr(self.es_population, method)(*args)
+        return getattr(self.model_runner.es_population, method)(*args)  # type: ignore[attr-defined]
+
+
+def _populate_loaded_models() -> None:
+    """Make every model runner whose configuration asks for it build its `Population` when the model is loaded."""
+    load = LoRAModelRunnerMixin.load_lora_model
+
+    def load_and_populate(self: Any, model: Any, vllm_config: Any, device: torch.device) -> Any:
+        model = load(self, model, vllm_config, device)
+        if settings := vllm_config.additional_config.get(SETTINGS):
+            self.es_population = Population(self, model, **settings)
+        return model
+
+    LoRAModelRunnerMixin.load_lora_model = load_and_populate
+
+
+# vLLM imports this module before it loads the model.
+_populate_loaded_models()
+if current_platform.is_cpu():
+    keep_linear_weights()
+    count_ranks_uncompiled()
+
+
+def runs_triton(device: torch.device) -> bool:
+    """Return whether the population computes with Triton's kernels there; else with those in C++."""
+    return device.type == "cuda"
 
 
 class Population:
     """Slots, factors and master weights inside a vLLM worker."""
 
-    def __init__(self, model_runner: Any, *, rank: int, es: EsSettings | None, compiled: bool, stock: bool) -> None:
-        """Without `es` there are no masters. `stock` leaves vLLM's arithmetic as it is on CPU too."""
-        lora_manager = model_runner.lora_manager
-        self._adapters = adapters = lora_manager._adapter_manager
-        adapters.remove_all_adapters()
-        self.device, self.dtype = model_runner.device, model_runner.model_config.dtype
-        self._model = model_runner.model
+    def __init__(
+        self, runner: Any, model: Any, *, rank: int, es: Mapping[str, Any] | None, compiled: bool, stock: bool
+    ) -> None:
+        """Install it around a loaded model. `es` are fields of EsSettings; without them there are no masters."""
+        self._adapters = adapters = runner.lora_manager._adapter_manager
+        self._manager, self._stock = runner.lora_manager, stock
+        self.device, self.dtype = runner.device, runner.model_config.dtype
+        self._model = model
         self.layers = find_layers(adapters.modules, adapters.packed_modules_mapping)
         self.bank = FactorBank(self.layers, rank, self.dtype, self.device)
-        ours = self.device.type == "cpu" and not stock
-        buffers = RowBuffers if ours else PaddedBuffers
+        buffers = PaddedBuffers if stock else GpuRowBuffers if runs_triton(self.device) else RowBuffers
         self.slots = MemberSlots(buffers(self.layers, self.bank, adapters.lora_slots), adapters.lora_slots)
-        weights = initial_weights(model_runner.model, self.layers)
+        weights = initial_weights(model, self.layers)
         if es is not None:
-            self.masters = MasterWeights(weights, es, self.dtype, fold_for(self.device))
-        lora_manager._apply_adapters = self._place
-        lora_manager._load_adapter = _refuse_to_load
-        if ours:
-            if compiled and cxx_compiler() is None:
-                log.warning(
-                    "engine.enforce_eager = false: no C++ compiler, which the CPU needs for it; running eagerly"
-                )
-                compiled = False
-            self._install_on_cpu(model_runner, compiled)
+            self.masters = MasterWeights(weights, EsSettings(**es), self.dtype, fold_for(self.device))
+        if not stock:
+            self._tokens = SlotOfTokens(runner.max_num_tokens, self.device)
+            self._take_over(runner)
+            if runs_triton(self.device):
+                from eggroll_llm.engine.vllm import blocks
+
+                blocks.install(model, self.layers, self._tokens.slot_T)
+            else:
+                self._install_on_cpu(model, compiled)
+
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        """Return the (out, in) shape of every trained parameter. Members may be asked for from now on."""
+        if self._stock:  # until now vLLM has warmed up with adapters of its own
+            self._adapters.remove_all_adapters()
+            self._manager._apply_adapters = self._place
+            self._manager._load_adapter = _refuse_to_load
+        return {name: (out, inside) for name, out, inside in self.bank.shapes}
 
     def begin(self, noise: NoiseSpec, population: int, antithetic: bool) -> float:
         """Take the noise of a step; return the seconds it took."""
         start = time.perf_counter()
         self.bank.begin(noise, population // 2 if antithetic else population)
         self.slots.begin(antithetic=antithetic)
-        if self.device.type != "cpu":
-            torch.accelerator.synchronize()  # kernels run on after the call that asks for them
         return time.perf_counter() - start
 
     def update(self, spec: UpdateSpec) -> UpdateTimes:
@@ -129,46 +164,46 @@ class Population:
         """Serve all of these weights, by their names in the checkpoint."""
         WholeModel(self._model, self.layers).load(weights, ServedWeights(self.layers, self.device, self.dtype))
 
+    def _take_over(self, runner: Any) -> None:
+        """Place members and tokens instead of vLLM's adapters, with no work for each request in Python.
+
+        An adapter's id is its member + 1, and 0 is the base model.
+        """
+
+        def set_active_loras(batch: Any, tokens_Q: np.ndarray, *args: Any, **kwargs: Any) -> None:
+            member_Q = batch.request_lora_mapping[: batch.num_reqs] - 1
+            self._tokens.write(self.slots.slots_of(member_Q), tokens_Q)
+
+        def set_dummies(sampled: Any, adapter_T: tuple[int, ...], *args: Any, **kwargs: Any) -> None:
+            slot_T = np.asarray(adapter_T, np.int32) - 1  # whose factors are zero or of a step that is over
+            self._tokens.write(slot_T, np.ones_like(slot_T))
+
+        runner.set_active_loras, runner._set_active_loras = set_active_loras, set_dummies
+        runner.maybe_setup_dummy_loras = lambda *args, **kwargs: contextlib.nullcontext()
+        # A captured graph reads the slots from memory: the one that vLLM captures without adapters serves any mixture.
+        dispatcher = runner.cudagraph_dispatcher
+        dispatcher._get_lora_cases = lambda: [0]
+        dispatcher.dispatch = partial(_dispatch_without_adapters, dispatcher.dispatch)
+
     def _place(self, requests: set[LoRARequest]) -> None:
-        """Adapter ids are member + 1. Called by vLLM before each forward pass with the requests' adapters."""
+        """Called by vLLM before each forward pass with the requests' adapters, where its own arithmetic is used."""
         if self.slots.place({request.lora_int_id - 1 for request in requests}):
             self._adapters.lora_index_to_id = [
                 None if member is None else member + 1 for member in self.slots.member_in
             ]
 
-    def _install_on_cpu(self, model_runner: Any, compiled: bool) -> None:
-        tokens = SlotOfTokens(model_runner.max_num_tokens, model_runner.max_num_tokens, self.device)
+    def _install_on_cpu(self, model: Any, compiled: bool) -> None:
+        if compiled and cxx_compiler() is None:
+            log.warning("engine.compile = true: no C++ compiler, which the CPU needs for it; running eagerly")
+            compiled = False
         # The first use on a machine compiles C++, which must not fall into the first step.
         add_term = graph_operator() if compiled else implementation()
         for layer in self.layers:
-            layer.module.apply = _linear_with_term(layer, tokens.slot_T, add_term)
-        for name in self._adapters.punica_wrapper_mapping:
-            self._adapters.punica_wrapper_mapping[name] = tokens
-        self._adapters._last_mapping = None
+            layer.module.apply = _linear_with_term(layer, self._tokens.slot_T, add_term)
         if compiled:
-            compile_model(model_runner.model)
+            compile_model(model)
         else:
-            norms.install(model_runner.model)
-
-
-class SlotOfTokens(PunicaWrapperCPU):
-    """Where vLLM says which adapter each token belongs to, once per forward pass."""
-
-    def __init__(self, max_num_batched_tokens: int, max_batches: int, device: torch.device) -> None:
-        super().__init__(max_num_batched_tokens, max_batches, device)
-        self.slot_T = torch.full((max_num_batched_tokens,), -1, dtype=torch.int32)
-
-    def update_metadata(
-        self, mapping: LoRAMapping, lora_index_to_id: list[int | None], *args: Any, **kwargs: Any
-    ) -> None:
-        """Turn the adapter id of every token into its slot."""
-        id_T = np.asarray(mapping.index_mapping, dtype=np.int64)
-        slot_of_id = np.full(max(id_T.max(initial=0), *(i or 0 for i in lora_index_to_id)) + 1, -1, dtype=np.int32)
-        for slot, adapter_id in enumerate(lora_index_to_id):
-            if adapter_id is not None:
-                slot_of_id[adapter_id] = slot
-        self.slot_T.fill_(-1)
-        self.slot_T[: len(id_T)] = torch.from_numpy(slot_of_id[id_T])
+            norms.install(model)
 
 
 def _linear_with_term(layer: Layer, slot_T: Tensor, add_term: AddTerm) -> Callable[..., Tensor]:
@@ -186,6 +221,10 @@ def _linear_with_term(layer: Layer, slot_T: Tensor, add_term: AddTerm) -> Callab
         return y
 
     return apply
+
+
+def _dispatch_without_adapters(dispatch: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    return dispatch(*args, **kwargs | {"has_lora": False, "num_active_loras": 0})
 
 
 def _refuse_to_load(request: LoRARequest) -> None:

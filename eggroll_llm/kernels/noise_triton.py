@@ -1,0 +1,104 @@
+"""The factors of many pairs and parameters on the GPU, to the bits of `eggroll_llm/es/noise.py`, which defines them.
+
+A program makes a few blocks of one (parameter, pair), Philox4x32-10 and Box-Muller, and rounds them into a row of
+memory, as A [R, O] and B [R, I]. Contraction of a * b + c is switched off: every float32 operation rounds on its own.
+
+Shapes: K pair, N parameter, S row, V value of a row, R rank, O out features, I in features.
+"""
+
+import math
+from functools import cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from eggroll_llm.es.noise import NoiseSpec, names_by_size, parameter_id
+from eggroll_llm.kernels.noise import TABLES, RowLayout
+from eggroll_llm.kernels.rounding import rounded
+
+BLOCKS = 512
+"""Blocks of four values that a program makes."""
+
+
+@triton.jit
+def _polynomial(x, table, first: tl.constexpr, size: tl.constexpr):
+    value = x * tl.load(table + first + size - 1)
+    for j in tl.static_range(size - 2, 0, -1):
+        value = (value + tl.load(table + first + j)) * x
+    return value + tl.load(table + first)
+
+
+@triton.jit
+def _box_muller(radius_word, angle_word, table):
+    uniform = (radius_word & 0x7FFFFFFF).to(tl.int32).to(tl.float32) + 1.0
+    bits = uniform.to(tl.int32, bitcast=True) - 0x3F3504F3 - (31 << 23)
+    exponent = (bits >> 23).to(tl.float32)
+    z = ((bits & 0x7FFFFF) + 0x3F3504F3).to(tl.float32, bitcast=True) - 1.0
+    square = _polynomial(z, table, 0, 8) * z + exponent * tl.load(table + 18)
+    magnitude = tl.sqrt_rn(square).to(tl.uint32, bitcast=True)
+    radius = (magnitude | (radius_word & 0x80000000)).to(tl.float32, bitcast=True)
+    x = angle_word.to(tl.int32, bitcast=True).to(tl.float32) * 4.656612873077393e-10  # 2^-31
+    y = x * x
+    return _polynomial(y, table, 13, 5) * radius, _polynomial(y, table, 8, 5) * x * radius
+
+
+@triton.jit(do_not_specialize=["pairs", "step", "seed", "scale"])
+def _place(
+    rows_SV, width, row_K, negative_K, pair_K, id_N, at_A_N, at_B_N, pairs, scale, step, seed, table,
+    OUT: tl.constexpr, INSIDE: tl.constexpr, R: tl.constexpr, BLOCKS: tl.constexpr,
+):  # fmt: skip
+    k, n = tl.program_id(0) % pairs, tl.program_id(0) // pairs
+    block = tl.program_id(1) * BLOCKS + tl.arange(0, BLOCKS)
+    zero = tl.zeros([BLOCKS], tl.uint32)
+    w0, w1, w2, w3 = tl.philox(
+        seed, zero + step.to(tl.uint32), zero + tl.load(pair_K + k).to(tl.uint32),
+        zero + tl.load(id_N + n).to(tl.uint32), block.to(tl.uint32),
+    )  # fmt: skip
+    v0, v1 = _box_muller(w0, w1, table)
+    v2, v3 = _box_muller(w2, w3, table)
+    value = tl.interleave(tl.interleave(v0, v2), tl.interleave(v1, v3))
+    v = tl.program_id(1) * BLOCKS * 4 + tl.arange(0, 4 * BLOCKS)
+    row = rows_SV + tl.load(row_K + k) * width
+    in_A = v < OUT * R
+    sign = tl.where(tl.load(negative_K + k) != 0, -1.0, 1.0)
+    to_A = tl.load(at_A_N + n) + (v % R) * OUT + v // R
+    tl.store(row + to_A, rounded(value * scale * sign, rows_SV.dtype.element_ty), mask=in_A)
+    v -= OUT * R
+    to_B = tl.load(at_B_N + n) + (v % R) * INSIDE + v // R
+    tl.store(row + to_B, rounded(value, rows_SV.dtype.element_ty), mask=~in_A & (v < INSIDE * R))
+
+
+def place_triton(rows_SV: Tensor, where_3K: Tensor, noise: NoiseSpec, layout: RowLayout) -> None:
+    """Compute `noise.place`; `where_3K` are the row of each pair, the pair, and whether its A is negated, int64."""
+    device = rows_SV.device
+    if rows_SV.is_cuda:  # without waiting for the GPU
+        where_3K = where_3K.pin_memory().to(device, non_blocking=True)
+    (row, pair, negative), pairs = where_3K, where_3K.shape[1]
+    for (out, inside), (ids, at_A, at_B) in _parameters(layout, device).items():
+        blocks = triton.cdiv((out + inside) * noise.rank, 4)
+        _place[len(ids) * pairs, triton.cdiv(blocks, BLOCKS)](
+            rows_SV, rows_SV.stride(0), row, negative, pair, ids, at_A, at_B, pairs,
+            noise.sigma / math.sqrt(noise.rank), noise.step, noise.seed, _table(device),
+            out, inside, noise.rank, BLOCKS, enable_fp_fusion=False,
+        )  # fmt: skip
+
+
+@cache
+def _parameters(layout: RowLayout, device: torch.device) -> dict[tuple[int, int], tuple[Tensor, Tensor, Tensor]]:
+    """Return noise ids and where A and B begin, for the parameters of each size."""
+    starts = layout.starts()
+    return {
+        size: (
+            torch.tensor([parameter_id(name) for name in names], device=device),
+            torch.tensor([starts[name][0] for name in names], device=device),
+            torch.tensor([starts[name][1] for name in names], device=device),
+        )
+        for size, names in names_by_size(layout.shapes).items()
+    }
+
+
+@cache
+def _table(device: torch.device) -> Tensor:
+    return torch.tensor(TABLES, dtype=torch.float32, device=device)

@@ -1,0 +1,90 @@
+"""The whole population as it runs on a GPU, on Triton's kernels: in the interpreter where there is none.
+
+Members against transformers with dense weights; what follows from it for all kernels is tested in `kernels/`.
+"""
+
+from collections.abc import Callable, Iterator
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from without_vllm import dense_logprobs
+
+from eggroll_llm.config.schema import EngineConfig
+from eggroll_llm.engine.interface import Decoding, Request
+from eggroll_llm.engine.vllm import worker
+from eggroll_llm.engine.vllm.engine import VllmEngine
+from eggroll_llm.es.estimate import UpdateSpec
+from eggroll_llm.es.noise import NoiseSpec, served_factors
+from eggroll_llm.system.hardware import serves_on_cpu
+
+pytestmark = [
+    pytest.mark.vllm,
+    pytest.mark.skipif(not serves_on_cpu(), reason="on a GPU test_engine.py runs on these kernels"),
+]
+
+NOISE = NoiseSpec(seed=3, step=1, rank=2, sigma=0.05)
+POPULATION, SLOTS = 6, 3
+PROMPTS = [(5, 6, 7, 8), (60, 61, 62, 63)]
+FITNESS = (1.0, -1.0, 0.5, 0.25, -0.75, 0.0)
+UPDATE = UpdateSpec(step=1, noise_step=1, seed=3, rank=2, sigma=0.05, learning_rate=0.02, fitness_M=FITNESS)
+
+
+@pytest.fixture(scope="module", params=["llama", "qwen2", "qwen3", "granite", "smollm3"])
+def served(request: pytest.FixtureRequest, tiny_model: Callable[[str], Path]) -> Iterator[tuple[VllmEngine, Path]]:
+    """The first three in fused blocks, the others layer by layer, SmolLM3 with activations [1, T, I]."""
+    config = EngineConfig(dtype="float32", kv_cache_gib=0.05, max_sequences=8)
+    model_dir = tiny_model(request.param)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(worker, "runs_triton", lambda device: True)
+        engine = VllmEngine(model_dir, config, slots=SLOTS, rank=2, max_model_len=64, prefix_caching=False)
+        yield engine, model_dir
+        engine.close()
+
+
+def dense(model_dir: Path, engine: VllmEngine, member: int | None) -> Tensor:
+    """Log-probabilities of a member whose weights are written down."""
+    added: dict[str, Any] = {}
+    for name, (out, inside) in engine.shapes.items() if member is not None else ():
+        A_KOR, B_KIR = served_factors(NOISE, torch.tensor([member // 2]), name, out, inside, torch.float32, "cpu")
+        added[name] = (-1) ** member * A_KOR[0] @ B_KIR[0].T
+    return dense_logprobs(model_dir, PROMPTS, added)
+
+
+def test_members_and_the_base_model_share_a_batch(served: tuple[VllmEngine, Path]) -> None:
+    """More members than slots, so that they also take each other's place."""
+    engine, model_dir = served
+    engine.begin(NOISE, POPULATION)
+    members = [0, 1, 4, 5, None]
+    found = engine.next_token_logprobs([Request(prompt_ids=p, member=m) for m in members for p in PROMPTS])
+    for member, logprobs in zip(members, found.split(len(PROMPTS)), strict=True):
+        assert (logprobs - dense(model_dir, engine, member)).abs().max() < 2e-4
+    pairs = combinations(found.view(len(members), -1), 2)
+    assert min((a - b).abs().max() for a, b in pairs) > 0.02
+
+
+def test_an_update_is_served_and_members_follow_it(served: tuple[VllmEngine, Path], tmp_path: Path) -> None:
+    engine, model_dir = served
+    engine.begin(NOISE, POPULATION)
+    engine.update(UPDATE)
+    engine.export(tmp_path / "model")
+    engine.begin(NOISE, POPULATION)
+    for member in (None, 3):
+        found = engine.next_token_logprobs([Request(prompt_ids=p, member=member) for p in PROMPTS])
+        assert (found - dense(tmp_path / "model", engine, member)).abs().max() < 2e-4
+        assert (found - dense(model_dir, engine, member)).abs().max() > 0.02
+
+
+def test_decoding_goes_on_from_what_a_member_wrote(served: tuple[VllmEngine, Path]) -> None:
+    """Two tokens at once are the one token after the other, alone."""
+    engine, _ = served
+    engine.begin(NOISE, POPULATION)
+    requests = [Request(prompt_ids=PROMPTS[0], member=m) for m in (0, 1, None)]
+    together = engine.generate(requests, Decoding(max_tokens=2, temperature=0.0, ignore_eos=True))
+    for request, completion in zip(requests, together, strict=True):
+        first, second = completion.token_ids
+        longer = Request(prompt_ids=(*request.prompt_ids, first), member=request.member)
+        assert int(engine.next_token_logprobs([longer])[0].argmax()) == second

@@ -1,0 +1,35 @@
+"""The kernel that makes noise on a GPU, in Triton's interpreter where there is none: the bits of the definition."""
+
+import pytest
+import torch
+
+from eggroll_llm.es.noise import NoiseSpec, served_factors_of
+from eggroll_llm.kernels import noise as rows
+from eggroll_llm.kernels.rounding import DEVICE
+
+SHAPES = (("a.weight", 37, 101), ("b.weight", 37, 101), ("c.weight", 64, 1100))
+PAIRS = torch.tensor([0, 5, 2**32 - 1, 9])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("rank", [1, 3])
+@pytest.mark.parametrize("seed", [0, 2**40 + 3, 2**64 - 1])
+def test_members_are_placed_to_the_bits_of_the_definition(rank: int, dtype: torch.dtype, seed: int) -> None:
+    noise, layout = NoiseSpec(seed=seed, step=2**31 + 7, rank=rank, sigma=1e-3), rows.RowLayout(SHAPES, rank)
+    memory = torch.full((6, layout.width), 7.0, dtype=dtype, device=DEVICE)
+    slots, negative = torch.tensor([5, 0, 2, 3]), torch.tensor([False, True, True, False])
+    rows.place(memory, slots, noise, PAIRS, negative, layout)
+    placed = layout.factors(memory.cpu()[slots])
+    sign_K = torch.where(negative, -1.0, 1.0).to(dtype)
+    for name, (A_KOR, B_KIR) in served_factors_of(noise, PAIRS, SHAPES, dtype, "cpu").items():
+        assert torch.equal(placed[name][0], A_KOR * sign_K[:, None, None])
+        assert torch.equal(placed[name][1], B_KIR)
+    assert (memory[[1, 4]] == 7.0).all()
+
+
+def test_noise_that_does_not_fit_the_rows_is_refused() -> None:
+    layout = rows.RowLayout(SHAPES, 2)
+    noise = NoiseSpec(seed=1, step=1, rank=3, sigma=0.1)
+    for memory in (torch.zeros(4, layout.width, device=DEVICE), torch.zeros(4, layout.width + 1, device=DEVICE)):
+        with pytest.raises(ValueError, match="does not fit rows"):
+            rows.place(memory, torch.arange(4), noise, PAIRS, torch.zeros(4), layout)
