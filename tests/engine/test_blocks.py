@@ -88,3 +88,15 @@ def test_decoding_goes_on_from_what_a_member_wrote(served: tuple[VllmEngine, Pat
         first, second = completion.token_ids
         longer = Request(prompt_ids=(*request.prompt_ids, first), member=request.member)
         assert int(engine.next_token_logprobs([longer])[0].argmax()) == second
+
+
+def test_sampled_completions_depend_on_their_seed_alone(served: tuple[VllmEngine, Path]) -> None:
+    """Not on their batch; as likely as the model says is for `test_sampling_triton.py`."""
+    engine, _ = served
+    engine.begin(NOISE, POPULATION)
+    decoding = Decoding(max_tokens=3, temperature=1.0, ignore_eos=True, special_tokens=True)
+    requests = [Request(prompt_ids=PROMPTS[0], member=m, seed=s) for m, s in ((None, 7), (None, 8), (2, 7), (None, 7))]
+    together = engine.generate(requests, decoding)
+    assert together[0].token_ids == together[3].token_ids
+    assert len({completion.token_ids for completion in together}) == 3
+    assert engine.generate(requests[1:2], decoding)[0].token_ids == together[1].token_ids

@@ -25,6 +25,7 @@ from vllm.v1.engine.llm_engine import LLMEngine
 from eggroll_llm.config.schema import EngineConfig
 from eggroll_llm.engine.interface import Completion, Decoding, Progress, Request, UpdateTimes
 from eggroll_llm.engine.vllm.failures import call_error, start_error
+from eggroll_llm.engine.vllm.sampler import SEED
 from eggroll_llm.engine.vllm.text import TextRules, before_stop
 from eggroll_llm.engine.watchdog import Watchdog
 from eggroll_llm.errors import ConfigError, EngineError, ModelError, UserError
@@ -99,13 +100,14 @@ class VllmEngine:
             with self.watchdog:
                 self._llm = LLMEngine.from_engine_args(args)
                 self.text_rules = TextRules(self._llm.get_tokenizer())
-                (shapes,) = self._llm.collective_rpc("es_call", args=("shapes",))
+                (started,) = self._llm.collective_rpc("es_call", args=("start",))
         except UserError:
             raise
         except Exception as error:
             raise start_error(error, model_dir, config, max_model_len) from error
-        _check_shapes(model_dir, shapes)
-        self.shapes: dict[str, tuple[int, int]] = shapes
+        _check_shapes(model_dir, started.shapes)
+        self.shapes: dict[str, tuple[int, int]] = started.shapes
+        self._own_sampler: bool = started.own_sampler
         if config.compile:  # which must not fall into the first step
             self.generate([Request(prompt_ids=(1, 2, 3))], Decoding(max_tokens=2))
 
@@ -285,6 +287,8 @@ class VllmEngine:
         if decoding.temperature == 0:
             params = SamplingParams(**common)
             return lambda request: params
+        if self._own_sampler:
+            return lambda request: SamplingParams(**common, extra_args={SEED: request.seed})
         return lambda request: SamplingParams(**common, seed=request.seed)
 
     def _completion(self, output: RequestOutput, decoding: Decoding) -> Completion:

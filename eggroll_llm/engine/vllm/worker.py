@@ -12,6 +12,7 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -83,6 +84,16 @@ def runs_triton(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
+@dataclass(frozen=True, kw_only=True)
+class Started:
+    """What a population says when it is there."""
+
+    shapes: dict[str, tuple[int, int]]
+    """Out and in features of every trained parameter, by name."""
+    own_sampler: bool
+    """Whether `sampler` draws the tokens."""
+
+
 class Population:
     """Slots, factors and master weights inside a vLLM worker."""
 
@@ -105,19 +116,21 @@ class Population:
             self._tokens = SlotOfTokens(runner.max_num_tokens, self.device)
             self._take_over(runner)
             if runs_triton(self.device):
-                from eggroll_llm.engine.vllm import blocks
+                from eggroll_llm.engine.vllm import blocks, sampler
 
                 blocks.install(model, self.layers, self._tokens.slot_T)
+                sampler.install(runner)
             else:
                 self._install_on_cpu(model, compiled)
 
-    def shapes(self) -> dict[str, tuple[int, int]]:
-        """Return the (out, in) shape of every trained parameter. Members may be asked for from now on."""
+    def start(self) -> "Started":
+        """Take requests from now on; return what the engine has to know."""
         if self._stock:  # until now vLLM has warmed up with adapters of its own
             self._adapters.remove_all_adapters()
             self._manager._apply_adapters = self._place
             self._manager._load_adapter = _refuse_to_load
-        return {name: (out, inside) for name, out, inside in self.bank.shapes}
+        shapes = {name: (out, inside) for name, out, inside in self.bank.shapes}
+        return Started(shapes=shapes, own_sampler=not self._stock and runs_triton(self.device))
 
     def begin(self, noise: NoiseSpec, population: int, antithetic: bool) -> float:
         """Take the noise of a step; return the seconds it took."""
