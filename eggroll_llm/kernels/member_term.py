@@ -40,8 +40,6 @@ def add_term(y_TO: Tensor, x_TI: Tensor, A_SV: Tensor, B_SCRI: Tensor, slot_T: T
 def implementation(device_type: str = "cpu") -> AddTerm:
     """Return the kernel for a device, or for a CPU the fallback where it cannot be built."""
     if device_type == "cuda":
-        from eggroll_llm.kernels.member_term_triton import add_term_triton
-
         return add_term_triton
     library = build.library()
     return add_term_torch if library is None else bind(library)
@@ -107,6 +105,17 @@ def add_term_torch(
             for r, A_TO in enumerate(A_TV.chunk(rank, dim=1)):
                 part += h_TCR[:, c, r, None] * A_TO
         y_TO[rows] = y.to(y_TO.dtype)
+
+
+def add_term_triton(
+    y_TO: Tensor, x_TI: Tensor, A_SV: Tensor, B_SCRI: Tensor, slot_T: Tensor, slices: Sequence[int]
+) -> None:
+    """The same term on a GPU, or in Triton's interpreter. A slot that does not exist counts as the base model's."""
+    from eggroll_llm.kernels.member_term_triton import expand, shrink
+    from eggroll_llm.kernels.rounding import DEVICE
+
+    check_arguments(y_TO, x_TI, A_SV, B_SCRI, slot_T, slices, DEVICE)
+    expand(y_TO, shrink(x_TI, B_SCRI, slot_T), A_SV, slot_T, slices)
 
 
 def bind(library: ctypes.CDLL) -> AddTerm:

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from eggroll_llm.kernels.rounding import DEVICE, rounded
+from eggroll_llm.kernels.rounding import rounded
 
 TILE = 4096
 """Values of B in registers at a time: 32 for each of 128 threads."""
@@ -94,17 +94,6 @@ def expand(y_TO: Tensor, h_TCR: Tensor, A_SV: Tensor, slot_T: Tensor, slices: Se
             y_TO, h_TCR, A_SV, slot_T, _ends(tuple(slices), y_TO.device), len(A_SV), y_TO.stride(0), A_SV.stride(0),
             out, C, R, block,
         )  # fmt: skip
-
-
-def add_term_triton(
-    y_TO: Tensor, x_TI: Tensor, A_SV: Tensor, B_SCRI: Tensor, slot_T: Tensor, slices: Sequence[int]
-) -> None:
-    """Compute `member_term.add_term` on the GPU, with the same errors but for slots that do not exist."""
-    # Here and not above, as that module picks this one.
-    from eggroll_llm.kernels.member_term import check_arguments
-
-    check_arguments(y_TO, x_TI, A_SV, B_SCRI, slot_T, slices, DEVICE)
-    expand(y_TO, shrink(x_TI, B_SCRI, slot_T), A_SV, slot_T, slices)
 
 
 def _tile(rows: int, inside: int) -> tuple[int, int]:

@@ -101,7 +101,25 @@ def place(
     if noise.rank != layout.rank or rows_SV.shape[1] != layout.width or rows_SV.stride(1) != 1:
         raise ValueError(f"noise of rank {noise.rank} does not fit rows {[*rows_SV.shape]} of rank {layout.rank}")
     if len(row_K):
-        place_triton(rows_SV, torch.stack([row_K, pairs_K, negative_K.long()]), noise, layout)
+        where_3K = torch.stack([row_K, pairs_K, negative_K.long()])
+        place_triton(rows_SV, where_3K, noise, *_on_gpu(layout, rows_SV.device))
+
+
+@cache
+def _on_gpu(
+    layout: RowLayout, device: torch.device
+) -> tuple[dict[tuple[int, int], tuple[Tensor, Tensor, Tensor]], Tensor]:
+    """Return noise ids and starts of A and B of the parameters of each size, and the tables."""
+    starts = layout.starts()
+    sizes = {
+        size: (
+            torch.tensor([parameter_id(name) for name in names], device=device),
+            torch.tensor([starts[name][0] for name in names], device=device),
+            torch.tensor([starts[name][1] for name in names], device=device),
+        )
+        for size, names in names_by_size(layout.shapes).items()
+    }
+    return sizes, torch.tensor(TABLES, dtype=torch.float32, device=device)
 
 
 def check_rows(rows_KV: Tensor, noise: NoiseSpec, pairs_K: Tensor, layout: RowLayout) -> None:

@@ -7,15 +7,13 @@ Shapes: K pair, N parameter, S row, V value of a row, R rank, O out features, I 
 """
 
 import math
-from functools import cache
+from collections.abc import Mapping
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from eggroll_llm.es.noise import NoiseSpec, names_by_size, parameter_id
-from eggroll_llm.kernels.noise import TABLES, RowLayout
+from eggroll_llm.es.noise import NoiseSpec
 from eggroll_llm.kernels.rounding import rounded
 
 BLOCKS = 512
@@ -70,35 +68,25 @@ def _place(
     tl.store(row + to_B, rounded(value, rows_SV.dtype.element_ty), mask=~in_A & (v < INSIDE * R))
 
 
-def place_triton(rows_SV: Tensor, where_3K: Tensor, noise: NoiseSpec, layout: RowLayout) -> None:
-    """Compute `noise.place`; `where_3K` are the row of each pair, the pair, and whether its A is negated, int64."""
-    device = rows_SV.device
+def place_triton(
+    rows_SV: Tensor,
+    where_3K: Tensor,
+    noise: NoiseSpec,
+    sizes: Mapping[tuple[int, int], tuple[Tensor, Tensor, Tensor]],
+    tables: Tensor,
+) -> None:
+    """Compute `noise.place` of checked arguments: row, pair and whether A is negated, int64 [3, K].
+
+    `sizes` are, by (out features, in features), the parameters' noise ids and where their A and B begin in a row,
+    int64 [N]; `tables` are the digits of the definition, float32.
+    """
     if rows_SV.is_cuda:  # without waiting for the GPU
-        where_3K = where_3K.pin_memory().to(device, non_blocking=True)
+        where_3K = where_3K.pin_memory().to(rows_SV.device, non_blocking=True)
     (row, pair, negative), pairs = where_3K, where_3K.shape[1]
-    for (out, inside), (ids, at_A, at_B) in _parameters(layout, device).items():
+    for (out, inside), (ids, at_A, at_B) in sizes.items():
         blocks = triton.cdiv((out + inside) * noise.rank, 4)
         _place[len(ids) * pairs, triton.cdiv(blocks, BLOCKS)](
             rows_SV, rows_SV.stride(0), row, negative, pair, ids, at_A, at_B, pairs,
-            noise.sigma / math.sqrt(noise.rank), noise.step, noise.seed, _table(device),
+            noise.sigma / math.sqrt(noise.rank), noise.step, noise.seed, tables,
             out, inside, noise.rank, BLOCKS, enable_fp_fusion=False,
         )  # fmt: skip
-
-
-@cache
-def _parameters(layout: RowLayout, device: torch.device) -> dict[tuple[int, int], tuple[Tensor, Tensor, Tensor]]:
-    """Return noise ids and where A and B begin, for the parameters of each size."""
-    starts = layout.starts()
-    return {
-        size: (
-            torch.tensor([parameter_id(name) for name in names], device=device),
-            torch.tensor([starts[name][0] for name in names], device=device),
-            torch.tensor([starts[name][1] for name in names], device=device),
-        )
-        for size, names in names_by_size(layout.shapes).items()
-    }
-
-
-@cache
-def _table(device: torch.device) -> Tensor:
-    return torch.tensor(TABLES, dtype=torch.float32, device=device)

@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from eggroll_llm.kernels.binding import check_array
 from eggroll_llm.kernels.rounding import rounded
 
 TILE = 4096
@@ -117,8 +118,12 @@ def rms_norm(
     """Return x [T, I] and h' [T, C, R]; the residual, if any, is replaced by the sum.
 
     `before` is the layer that returned y, of one slice, with h [T, 1, R] of its input; `after` the layer that takes x.
+    Raises ValueError for y and residual that are not contiguous, of one format and on one device.
     """
     tokens, size = y_TI.shape
+    check_array("y", y_TI, (tokens, size), weight_I.dtype, weight_I.device)
+    if residual_TI is not None:
+        check_array("the residual", residual_TI, (tokens, size), y_TI.dtype, y_TI.device)
     x_TI = torch.empty_like(y_TI)
     rank, with_h = _before(before)
     rows, after_TCR, with_B = _after(after, x_TI)
@@ -135,8 +140,12 @@ def rms_norm(
 def silu_and_mul(
     y_TO: Tensor, before: tuple[Factors, Tensor] | None = None, after: Factors | None = None
 ) -> tuple[Tensor, Tensor | None]:
-    """Return x [T, I] of y = [gate | up] and h' [T, 1, R]. `before` has two slices and h [T, 2, R], `after` one."""
+    """Return x [T, I] of y = [gate | up] and h' [T, 1, R]. `before` has two slices and h [T, 2, R], `after` one.
+
+    Raises ValueError for y that is not contiguous.
+    """
     tokens, size = len(y_TO), y_TO.shape[1] // 2
+    check_array("y", y_TO, (tokens, 2 * size), y_TO.dtype, y_TO.device)
     x_TI = y_TO.new_empty(tokens, size)
     rank, with_h = _before(before)
     rows, after_TCR, with_B = _after(after, x_TI)

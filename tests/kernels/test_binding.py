@@ -1,4 +1,4 @@
-"""C++ gets addresses: what is not exactly what it computes with is refused, and nothing is written."""
+"""C++ and Triton get addresses: what is not exactly what it computes with is refused, and nothing is written."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,6 +11,7 @@ from eggroll_llm.engine.vllm.layers import Layer
 from eggroll_llm.es.noise import NoiseSpec
 from eggroll_llm.kernels import build, fold, member_term
 from eggroll_llm.kernels import noise as rows
+from eggroll_llm.kernels.rounding import DEVICE
 
 T, SLICES, INSIDE, SLOTS, RANK = 6, (48, 16), 64, 3, 2
 OUT = sum(SLICES)
@@ -50,12 +51,17 @@ def refused(function: Callable[..., Any], arguments: dict[str, Any], name: str, 
     assert all(torch.equal(wrong[key], value) for key, value in before.items())
 
 
+def on_gpu() -> list[member_term.AddTerm]:
+    """Triton's kernels, where they take tensors of a CPU."""
+    return [member_term.add_term_triton] if DEVICE == "cpu" else []
+
+
 def terms() -> list[member_term.AddTerm]:
     library = build.library()
     return [member_term.add_term_torch] + ([member_term.bind(library)] if library else [])
 
 
-@pytest.mark.parametrize("add_term", terms(), ids=lambda function: function.__name__)
+@pytest.mark.parametrize("add_term", [*terms(), *on_gpu()], ids=lambda function: function.__name__)
 @pytest.mark.parametrize(
     ("name", "change"),
     [
@@ -68,11 +74,14 @@ def terms() -> list[member_term.AddTerm]:
         ("slot_T", lambda slot: slot[: T - 1]),
         ("slot_T", lambda slot: slot.long()),
         ("slot_T", scattered),
-        ("slot_T", lambda slot: slot.clamp(min=SLOTS)),
     ],
 )
 def test_the_member_term_takes_nothing_else(add_term: member_term.AddTerm, name: str, change: Change) -> None:
-    arguments = {
+    refused(add_term, term_arguments(), name, change)
+
+
+def term_arguments() -> dict[str, Any]:
+    return {
         "y_TO": random(T, OUT),
         "x_TI": random(T, INSIDE),
         "A_SV": random(SLOTS, RANK * OUT),
@@ -80,7 +89,21 @@ def test_the_member_term_takes_nothing_else(add_term: member_term.AddTerm, name:
         "slot_T": torch.tensor([0, -1, 2, 1, 1, 2, -1, 0], dtype=torch.int32),
         "slices": SLICES,
     }
-    refused(add_term, arguments, name, change)
+
+
+@pytest.mark.parametrize("add_term", terms(), ids=lambda function: function.__name__)
+def test_a_slot_that_does_not_exist_is_refused_on_a_cpu(add_term: member_term.AddTerm) -> None:
+    refused(add_term, term_arguments(), "slot_T", lambda slot: slot.clamp(min=SLOTS))
+
+
+def test_a_slot_that_does_not_exist_is_no_slot_on_a_gpu() -> None:
+    """Which cannot raise: its token is left alone, and nothing outside of the slots is read."""
+    arguments = {k: v.to(DEVICE) if isinstance(v, Tensor) else v for k, v in term_arguments().items()}
+    before = arguments["y_TO"].clone()
+    arguments["slot_T"] = arguments["slot_T"].clamp(min=SLOTS)
+    arguments["slot_T"][2] = 2
+    member_term.add_term_triton(**arguments)
+    assert (arguments["y_TO"] != before).any(dim=1).nonzero().flatten().tolist() == [2]
 
 
 @needs_library

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from eggroll_llm.kernels import build, member_term
-from eggroll_llm.kernels.member_term_triton import add_term_triton
 from eggroll_llm.kernels.rounding import DEVICE
 
 SLICES, INSIDE, SLOTS = (48, 16, 16), 64, 5
@@ -16,7 +15,7 @@ SLICES, INSIDE, SLOTS = (48, 16, 16), 64, 5
 def on_gpu(y_TO: Tensor, *inputs: Any) -> None:
     """Triton's kernels where they run: on a GPU, or in the interpreter."""
     y = y_TO.to(DEVICE)
-    add_term_triton(y, *(value.to(DEVICE) if isinstance(value, Tensor) else value for value in inputs))
+    member_term.add_term_triton(y, *(value.to(DEVICE) if isinstance(value, Tensor) else value for value in inputs))
     y_TO.copy_(y)
 
 

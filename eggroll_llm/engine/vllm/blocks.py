@@ -25,6 +25,7 @@ from vllm.model_executor.models.qwen2 import Qwen2DecoderLayer
 from vllm.model_executor.models.qwen3 import Qwen3DecoderLayer
 
 from eggroll_llm.engine.vllm.layers import Layer
+from eggroll_llm.kernels.binding import check_array
 from eggroll_llm.kernels.member_term_triton import expand, shrink
 from eggroll_llm.kernels.norms_triton import Factors, rms_norm, silu_and_mul
 
@@ -63,8 +64,10 @@ class _Linear:
         return shrink(x.reshape(-1, x.shape[-1]).contiguous(), self.factors.B_SCRI, self.factors.slot_T)
 
     def expand(self, y: Tensor, h_TCR: Tensor) -> None:
-        """Add the term to y [..., O] in place."""
-        expand(y.view(-1, y.shape[-1]), h_TCR, self.factors.A_SV, self.factors.slot_T, self.sizes)
+        """Add the term to y [..., O], contiguous, in place."""
+        y_TO = y.view(-1, y.shape[-1])
+        check_array("y", y_TO, (len(h_TCR), sum(self.sizes)), y.dtype, y.device)
+        expand(y_TO, h_TCR, self.factors.A_SV, self.factors.slot_T, self.sizes)
 
     def with_term(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """Return x W^T + bias + A_s (B_s^T x), x being [T, I] or, from the Transformers backend, [1, T, I]."""
