@@ -1,14 +1,22 @@
 """What a GPU has to compute as a CPU does. Skipped without one; `engine/test_engine.py` runs on either."""
 
 import math
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
+from without_vllm import dense_logprobs
 
-from eggroll_llm.es.estimate import UpdateSpec
+from eggroll_llm.config.schema import EngineConfig
+from eggroll_llm.engine.interface import Decoding, Request
+from eggroll_llm.es import noise as definition
+from eggroll_llm.es.estimate import UpdateSpec, fold_with_torch
 from eggroll_llm.es.masters import MasterWeights
-from eggroll_llm.es.noise import NoiseSpec, served_factors_of
+from eggroll_llm.es.noise import NoiseSpec, served_factors
 from eggroll_llm.es.settings import EsSettings
+from eggroll_llm.kernels.fold import fold_for
+from eggroll_llm.kernels.noise import served_factors_of
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
@@ -19,16 +27,18 @@ SHAPES = [("a.weight", 384, 128), ("b.weight", 130, 257), ("c.weight", 384, 128)
 @pytest.mark.parametrize("rank", [1, 3, 16])
 def test_noise_has_the_bits_that_a_cpu_makes(rank: int, dtype: torch.dtype) -> None:
     noise, pairs_K = NoiseSpec(seed=2**40 + 3, step=7, rank=rank, sigma=1e-3), torch.tensor([0, 5, 2047, 9])
-    on_cpu = served_factors_of(noise, pairs_K, SHAPES, dtype, "cpu")
-    on_gpu = served_factors_of(noise, pairs_K, SHAPES, dtype, "cuda")
-    for name, factors in on_cpu.items():
-        for cpu, gpu in zip(factors, on_gpu[name], strict=True):
-            assert gpu.device.type == "cuda"
-            assert torch.equal(cpu, gpu.cpu())
+    on_cpu = definition.served_factors_of(noise, pairs_K, SHAPES, dtype, "cpu")
+    for source in (definition.served_factors_of, served_factors_of):  # in torch and by the kernel
+        on_gpu = source(noise, pairs_K, SHAPES, dtype, "cuda")
+        for name, factors in on_cpu.items():
+            for cpu, gpu in zip(factors, on_gpu[name], strict=True):
+                assert gpu.device.type == "cuda"
+                assert torch.equal(cpu, gpu.cpu())
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "momentum", "adam"])
-def test_updates_agree_with_those_of_a_cpu_and_repeat_to_the_bit(optimizer: str) -> None:
+@pytest.mark.parametrize("compiled", [True, False])
+def test_updates_agree_with_those_of_a_cpu_and_repeat_to_the_bit(optimizer: str, compiled: bool) -> None:
     generator = torch.Generator().manual_seed(0)
     weights = {name: 0.05 * torch.randn(out, inside, generator=generator) for name, out, inside in SHAPES}
     fitness_M = tuple(math.sin(m * m) for m in range(64))
@@ -36,7 +46,8 @@ def test_updates_agree_with_those_of_a_cpu_and_repeat_to_the_bit(optimizer: str)
     def trained(device: str) -> MasterWeights:
         settings = EsSettings(optimizer=optimizer)
         on_device = {name: weight.to(device) for name, weight in weights.items()}
-        masters = MasterWeights(on_device, settings, torch.bfloat16)
+        fold = fold_for(torch.device(device)) if compiled else fold_with_torch
+        masters = MasterWeights(on_device, settings, torch.bfloat16, fold)
         for step in (1, 2):
             masters.apply(
                 UpdateSpec(
@@ -64,3 +75,35 @@ def test_updates_agree_with_those_of_a_cpu_and_repeat_to_the_bit(optimizer: str)
         moved = (right - weight).square().mean().sqrt()
         assert moved > 1e-4
         assert (found - right).square().mean().sqrt() < 1e-4 * moved
+
+
+SIGMA, PROMPT = 0.05, (5, 6, 7, 8, 9, 60, 61)
+
+
+@pytest.mark.vllm
+@pytest.mark.parametrize("kind", ["qwen2", "granite"])  # in fused blocks, and layer by layer
+def test_graphs_decode_what_each_member_would(tiny_model: Callable[[str], Path], kind: str) -> None:
+    """In batches of every kind of size, padded or not, with the base model among the members, which change places."""
+    from eggroll_llm.engine.vllm.engine import VllmEngine
+
+    model_dir, noise = tiny_model(kind), NoiseSpec(seed=3, step=1, rank=1, sigma=SIGMA)
+    config = EngineConfig(dtype="bfloat16", gpu_memory_utilization=0.1, max_sequences=24)
+    engine = VllmEngine(model_dir, config, slots=4, rank=1, max_model_len=64)
+    try:
+        runner = engine._llm.model_executor.driver_worker.worker.model_runner
+        assert len(runner.cudagraph_dispatcher.get_capture_descs()[0][1]) == 6  # 1, 2, 4, 8, 16, 24
+        engine.begin(noise, 6)
+        for size in (1, 2, 3, 8, 9, 17, 24, 30):
+            requests = [Request(prompt_ids=PROMPT, member=(None, 0, 1, 2, 4, 5)[i % 6]) for i in range(size)]
+            answers = engine.generate(requests, Decoding(max_tokens=4, temperature=0.0, ignore_eos=True))
+            for request, answer in list(zip(requests, answers, strict=True))[-6:]:
+                added = {}
+                for name, (out, inside) in engine.shapes.items() if request.member is not None else ():
+                    pair = torch.tensor([request.member // 2])
+                    A_KOR, B_KIR = served_factors(noise, pair, name, out, inside, torch.bfloat16, "cpu")
+                    added[name] = (-1) ** request.member * A_KOR[0].float() @ B_KIR[0].float().T
+                for length, token_id in enumerate(answer.token_ids):
+                    logprobs = dense_logprobs(model_dir, [PROMPT + answer.token_ids[:length]], added)[0]
+                    assert logprobs[token_id] > logprobs.max() - 0.2  # what bfloat16 can blur
+    finally:
+        engine.close()
