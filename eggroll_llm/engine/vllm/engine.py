@@ -335,7 +335,7 @@ def _engine_args(
         dtype=dtype,
         max_model_len=max_model_len,
         max_num_seqs=config.max_sequences,
-        max_num_batched_tokens=max(4096, max_model_len),
+        max_num_batched_tokens=max(4096 if current_platform.is_cpu() else 8192, max_model_len),
         enforce_eager=current_platform.is_cpu() or config.enforce_eager,
         enable_lora=True,
         max_loras=slots,
