@@ -112,7 +112,7 @@ class Population:
         self.job = job
         self._engine = VllmEngine(
             Path(job["model_dir"]),
-            EngineConfig(**{**job["engine"], "enforce_eager": not job["compiled"]}),
+            EngineConfig(**{**job["engine"], "compile": job["compiled"]}),
             slots=job["slots"],
             rank=job["rank"],
             max_model_len=job["context"],

@@ -74,7 +74,6 @@ CUDA_CASES = [  # FlashAttention serves no float32
     for kind, rank in (("llama", 1), ("qwen2", 3), ("qwen3", 16), ("granite", 1), ("smollm3", 1), ("gemma3", 2))
 ]
 assert {case.kind for case in CPU_CASES} == KINDS.keys(), "every architecture that can be trained is served here"
-ON_CPU = serves_on_cpu()
 
 
 @dataclass
@@ -98,7 +97,7 @@ class Served:
         )
 
 
-@pytest.fixture(scope="module", params=CPU_CASES if ON_CPU else CUDA_CASES, ids=str)
+@pytest.fixture(scope="module", params=CPU_CASES if serves_on_cpu() else CUDA_CASES, ids=str)
 def served(request: pytest.FixtureRequest, tiny_model: Callable[[str], Path]) -> Iterator[Served]:
     case: Case = request.param
     config = EngineConfig(
@@ -207,11 +206,9 @@ def test_members_do_not_depend_on_waves_and_lengths(served: Served, temperature:
 
 
 def slot_factors(module: Any, slot: int, c: int, rank: int, begin: int, end: int) -> tuple[Tensor, Tensor]:
-    """A [R, O] and B [R, I] of slice `c`, rows `begin` to `end` of the layer: `members.RowBuffers`, `PaddedBuffers`."""
-    if ON_CPU:
-        A_RO = module.lora_b_stacked[0][slot, rank * begin : rank * end].view(rank, -1)
-        return A_RO, module.lora_a_stacked[0][slot, c]
-    return module.lora_b_stacked[c][slot, 0, :, :rank].T, module.lora_a_stacked[c][slot, 0, :rank]
+    """A [R, O] and B [R, I] of slice `c`, rows `begin` to `end` of the layer: `slots.RowBuffers`."""
+    A_RO = module.lora_b_stacked[0][slot, rank * begin : rank * end].view(rank, -1)
+    return A_RO, module.lora_a_stacked[0][slot, c]
 
 
 def test_slots_hold_the_bits_that_the_update_credits(served: Served) -> None:
