@@ -56,7 +56,8 @@ def _rms_norm(
     SIZE: tl.constexpr, R: tl.constexpr, AFTER: tl.constexpr, HAS_RESIDUAL: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     t, i = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
-    mask, dtype = i < SIZE, x_TI.dtype.element_ty
+    mask = i < SIZE
+    dtype: tl.constexpr = x_TI.dtype.element_ty
     slot = _member_slot(slot_T, t, slots) if R + AFTER > 0 else t
     s = tl.load(y_TI + t * SIZE + i, mask=mask, other=0.0).to(tl.float32)
     if R > 0:
@@ -82,7 +83,8 @@ def _silu_and_mul(
     x_TI, y_TO, slot_T, slots, h_TCR, A_SV, slot_A, after_TCR, B_SCRI, slot_B, SIZE: tl.constexpr, R: tl.constexpr,
     AFTER: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    t, row, dtype = tl.program_id(0).to(tl.int64), tl.arange(0, ROWS), x_TI.dtype.element_ty
+    t, row = tl.program_id(0).to(tl.int64), tl.arange(0, ROWS)
+    dtype: tl.constexpr = x_TI.dtype.element_ty
     slot = _member_slot(slot_T, t, slots) if R + AFTER > 0 else t
     total = tl.zeros([ROWS, BLOCK], tl.float32)
     for first in range(0, SIZE, BLOCK):

@@ -1,0 +1,50 @@
+"""Compiles every Triton kernel for a GPU that need not be there; prints name, target and how many fused multiply-adds.
+
+Run in a process of its own, without TRITON_INTERPRET: `python compile_kernels.py 80 90`.
+"""
+
+import json
+import sys
+from typing import Any
+
+import torch  # noqa: F401 - Triton looks for it
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, compile
+
+from eggroll_llm.engine.vllm import sampling_triton
+from eggroll_llm.kernels import fold_triton, member_term_triton, noise_triton, norms_triton
+
+SERVED, FLOATS, NUMBERS, WORDS, NUMBER, FLOAT = "*bf16", "*fp32", "*i32", "*i64", "i32", "fp32"
+TERM = {"x_TI": SERVED, "B_SCRI": SERVED, "A_SV": SERVED, "slot_T": NUMBERS, "slots": NUMBER}
+STRIDES = {"x_stride": NUMBER, "y_stride": NUMBER, "slot_A": NUMBER, "slot_B": NUMBER}
+FUSED = {"h_TR": FLOATS, "h_TCR": FLOATS, "after_TCR": FLOATS, "y_TI": SERVED, "y_TO": SERVED}
+TYPES: dict[str, str] = {
+    **TERM, **STRIDES, **FUSED, "ends_C": NUMBERS, "residual_TI": SERVED, "weight_I": SERVED, "epsilon": FLOAT,
+    "rows_SV": SERVED, "width": NUMBER, "row_K": WORDS, "negative_K": WORDS, "pair_K": WORDS, "id_N": WORDS,
+    "at_A_N": WORDS, "at_B_N": WORDS, "pairs": NUMBER, "scale": FLOAT, "step": NUMBER, "seed": "i64", "table": FLOATS,
+    "weight_OI": FLOATS, "served_OI": SERVED, "A_KO": FLOATS, "B_KI": FLOATS, "terms": NUMBER,
+    "token_Q": WORDS, "logits_QV": FLOATS, "seed_Q": WORDS, "position_Q": WORDS, "stride": NUMBER,
+}  # fmt: skip
+WITHOUT = {"h_TR": None, "A_SV": None, "after_TCR": None, "B_SCRI": None}
+KERNELS: list[tuple[Any, dict[str, Any]]] = [  # with the sizes of Qwen2.5-1.5B at ranks 1 and 8
+    (member_term_triton._shrink, {"INSIDE": 1536, "ROWS": 1, "BLOCK_ROWS": 1, "BLOCK_I": 2048}),
+    (member_term_triton._expand, {"OUT": 2048, "C": 3, "R": 1, "BLOCK": 1024}),
+    (norms_triton._rms_norm, {"SIZE": 1536, "R": 0, "AFTER": 0, "HAS_RESIDUAL": False, "BLOCK": 2048, **WITHOUT}),
+    (norms_triton._rms_norm, {"SIZE": 1536, "R": 8, "AFTER": 24, "HAS_RESIDUAL": True, "BLOCK": 2048}),
+    (norms_triton._silu_and_mul, {"SIZE": 8960, "R": 8, "AFTER": 8, "ROWS": 8, "BLOCK": 512}),
+    (noise_triton._place, {"OUT": 1536, "INSIDE": 8960, "R": 3, "BLOCKS": 512}),
+    (fold_triton._fold, {"OUT": 1536, "INSIDE": 1536, "SERVES": True, "BLOCK": 64, "BLOCK_K": 16}),
+    (sampling_triton._sample, {"STREAM": sampling_triton.STREAM, "V": 151936, "BLOCKS": 512}),
+]
+
+for capability in map(int, sys.argv[1:]):
+    for kernel, constants in KERNELS:
+        names = kernel.arg_names
+        source = ASTSource(
+            fn=kernel,
+            signature={name: "constexpr" if name in constants else TYPES[name] for name in names},
+            constexprs={(names.index(name),): value for name, value in constants.items()},
+        )
+        options = {"enable_fp_fusion": kernel is not noise_triton._place}
+        compiled = compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+        print(json.dumps({"kernel": kernel.__name__, "sm": capability, "fma": compiled.asm["ptx"].count("fma.rn.f32")}))
