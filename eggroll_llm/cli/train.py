@@ -5,7 +5,7 @@ Torch and the engine are imported when a command runs: `--help` needs neither.
 
 import argparse
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -38,7 +38,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--run-dir", type=Path, metavar="DIR", help="default: runs/<recipe>-<time>")
     parser.add_argument("--on-existing", choices=("fail", "resume", "overwrite"), default="fail")
     parser.add_argument(
-        "--dry-run", action="store_true", help="print the resolved settings and the budget, train nothing"
+        "--dry-run",
+        action="store_true",
+        help="print settings, budget and a time estimate, train nothing",
     )
     parser.add_argument(
         "--settings", action=_ListSettings, nargs=0, help="list every setting that --KEY VALUE can change"
@@ -58,19 +60,24 @@ def run(options: argparse.Namespace, settings: Settings) -> int:
     recipe_dir = options.recipe.resolve().parent
 
     if options.dry_run:
-        from eggroll_llm.training.budget import budget
+        from eggroll_llm.training.budget import budget, check_memory
         from eggroll_llm.training.prepare import prepare
         from eggroll_llm.training.step_time import estimate_lines, measure
 
         prepared = prepare(config, recipe_dir)
         print(to_toml(prepared.config))
-        notes = [*prepared.task.notes, *prepared.notes]
-        for line in [*notes, *budget(prepared), *estimate_lines(prepared, measure(prepared))]:
-            print(f"# {inert(line, 4000)}")
+        _print_comments([*prepared.task.notes, *prepared.notes, *budget(prepared)])
+        check_memory(prepared)
+        _print_comments(estimate_lines(prepared, measure(prepared)))
         return 0
 
     run_path = options.run_dir or default_run_dir(options.recipe, datetime.now())
     return train_and_report(options, config, recipe_dir, run_path, options.on_existing)
+
+
+def _print_comments(lines: Iterable[str]) -> None:
+    for line in lines:
+        print(f"# {inert(line, 4000)}")
 
 
 def train_and_report(

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal, Union, get_args, get_origin
 
 from eggroll_llm.config.parse import all_keys, convert, expected, field_types, unknown_key
-from eggroll_llm.config.toml import Origin, is_unicode
+from eggroll_llm.config.toml import Origin, check_values, is_unicode
 from eggroll_llm.errors import ConfigError
 
 _BOOLEANS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
@@ -33,7 +33,9 @@ def apply_overrides(cls: type, table: Mapping[str, Any], overrides: Sequence[tup
             raise ConfigError(f"{flag!a} {text!a}: not valid Unicode text. Remove the undecodable bytes.")
         path, kind = _resolve(cls, parts)
         origin = Origin(name=f"--{flag.removeprefix('--')}")
-        value = convert(_read(kind, text, origin.name), kind, ".".join(path), origin)
+        read = _read(kind, text, origin.name)
+        check_values({".".join(path): read}, origin, depth=len(path) - 1)
+        value = convert(read, kind, ".".join(path), origin)
         target = result
         for part in path[:-1]:
             inner = target.setdefault(part, {})
@@ -95,7 +97,7 @@ def _read(kind: Any, text: str, flag: str) -> object:
     if kind in (bool, int, float):
         value = _BOOLEANS.get(text.strip().lower()) if kind is bool else _number(kind, text)
         if value is None:
-            raise ConfigError(f"{flag} {text}: {expected(kind)} is expected.")
+            raise ConfigError(f"{flag} {text:.60}: {expected(kind)} is expected.")
         return value
     if (get_origin(kind) or kind) in (tuple, list) and not text.strip().startswith("["):
         text = f"[{text}]"

@@ -132,10 +132,7 @@ def _parse_dataclass(
 
 def _convert_scalar(value: object, kind: type, key: str, origin: Origin) -> object:
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        try:
-            return float(value)
-        except OverflowError:
-            raise _wrong(value, "a number", "It is too large.", key, origin) from None
+        return float(value)
     if type(value) is kind:
         if isinstance(value, float) and not math.isfinite(value):
             raise ConfigError(f"{origin.at(key)}: {key} = {value} is not finite. Write an ordinary number.")

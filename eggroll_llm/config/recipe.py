@@ -16,7 +16,6 @@ from eggroll_llm.config.parse import parse_table
 from eggroll_llm.config.rules import validate
 from eggroll_llm.config.schema import RunConfig
 from eggroll_llm.config.toml import Origin, Sourced, read_toml, write_toml
-from eggroll_llm.errors import ConfigError
 
 
 def load_recipe(path: Path | str, overrides: Sequence[tuple[str, str]] = ()) -> RunConfig:
@@ -25,16 +24,13 @@ def load_recipe(path: Path | str, overrides: Sequence[tuple[str, str]] = ()) -> 
     Raises:
         ConfigError: anything wrong with the file, its keys and values, or the flags.
     """
-    try:
-        table, origin = read_toml(Path(path))
-        table = apply_overrides(RunConfig, table, overrides)
-        origin = dataclasses.replace(origin, flags=flags_by_key(overrides))
-        config = parse_table(RunConfig, table, where="", source=origin.name, text=origin.text, flags=origin.flags)
-        validate(config, origin)
-        config = dataclasses.replace(config, task_options=sourced(config.task_options, origin, overrides))
-        return of_its_method(config)
-    except RecursionError:
-        raise ConfigError(f"{path}: values are nested too deeply. Flatten them.") from None
+    table, origin = read_toml(Path(path))
+    table = apply_overrides(RunConfig, table, overrides)
+    origin = dataclasses.replace(origin, flags=flags_by_key(overrides))
+    config = parse_table(RunConfig, table, where="", source=origin.name, text=origin.text, flags=origin.flags)
+    validate(config, origin)
+    config = dataclasses.replace(config, task_options=sourced(config.task_options, origin, overrides))
+    return of_its_method(config)
 
 
 def sourced(options: Mapping[str, Any], origin: Origin, overrides: Sequence[tuple[str, str]]) -> Sourced:

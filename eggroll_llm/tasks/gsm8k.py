@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from eggroll_llm.errors import TaskError
-from eggroll_llm.tasks.read import load_file, load_hub
+from eggroll_llm.tasks.read import load_file, load_hub, missing_column
 from eggroll_llm.tasks.task import Message, Place, Problem, Split, no_place
 from rewards import Score, gsm8k
 
@@ -171,7 +171,7 @@ def _parse(
 def _text(row: Mapping[str, Any], field: str, at: str) -> str:
     value = row.get(field)
     if value is None:
-        raise TaskError(f"{at}: {field} is missing. A row needs question and answer.")
+        raise missing_column(field, row, at, "question and answer")
     if not isinstance(value, str) or not value.strip():
         raise TaskError(
             f"{at}: {field} = {value!r:.80} is not a text. A row needs question and answer, both in quotes."

@@ -433,6 +433,14 @@ def test_a_dry_run_prints_settings_and_budget_and_trains_nothing(
     assert [path for path in sorted(tmp_path.iterdir()) if path.name != "__pycache__"] == before
 
 
+def test_a_dry_run_says_what_does_not_fit_the_machine(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", str(recipe), "--dry-run", "--engine.slots", "1000000000"]) == 2
+    output = capsys.readouterr()
+    assert "GiB for slots\n" in output.out
+    assert output.err.startswith("error: the run needs ")
+    assert "lower engine.slots from 1e+09 to " in output.err
+
+
 def test_a_dry_run_shows_the_notes_of_the_task(
     recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -376,7 +376,20 @@ def test_rows_that_all_come_without_solution_are_no_reason_for_a_warning(tmp_pat
         (b"[]", "all.json: the array is empty"),
         (b"[" + ROW, r"all.json: is not a JSON array in UTF-8 \("),
         (b"[" + ROW + b", 5]", r"all.json\[1\]: 5 is not a JSON object"),
-        (b"[" + ROW + b', {"nums": [1]}]', r"all.json\[1\]: target is missing"),
+        (
+            b"[" + ROW + b', {"nums": [1]}]',
+            r"all.json\[1\]: target is missing or null; the row has 'nums'. A",
+        ),
+        (b"[{}]", r"all.json\[0\]: nums is missing or null; the row has no keys. A row needs nums \(or numbers\) and"),
+        (
+            b'{"version": 1, "data": [' + ROW.strip() + b"]}",
+            r"all.json:1: nums .* 'version', 'data'. .* If 'data' holds the rows, write that array alone",
+        ),
+        (
+            b'{\n  "nums": [1, 2],\n  "target": 3\n}\n',
+            "a single JSON object over several lines.* an array of them.$",
+        ),
+        (b'{"data": [\n' + ROW + b"]}", "a single JSON object over several lines.* If 'data' holds the rows, write"),
         (b"[" + ROW + b"," + ROW + b"]", r"all.json\[1\]: the same problem is already at .*all.json\[0\]"),
         (b'[{"nums": [1], "target": 1, "a": "\\uD83D"}]', r"all.json\[0\]: 'a' = '\\ud83d' is not valid Unicode"),
         (b"PAR1 and no more", "all.json: cannot be read as parquet .*Fetch the file again"),
