@@ -3,8 +3,8 @@
 Base model + configuration + journal give the weights again by replay, without sampling. A line holds the
 fitness of every member, exactly: float32 values as decimals that read back to the same bits.
 Every line ends in the CRC-32 of the rest of it, and steps are consecutive from 1, so that a lost, repeated or
-changed line is noticed. A last line that a crash cut short belongs to an update that was never applied: it is
-dropped and reported.
+changed line is noticed. A last line that does not check out is what a crash left of an update that was never applied:
+it is dropped and reported.
 
 Raises `JournalError`, naming file and line, for a journal that is damaged elsewhere or belongs to another
 run.
@@ -13,7 +13,6 @@ run.
 import json
 import math
 import os
-import re
 import struct
 import zlib
 from contextlib import AbstractContextManager
@@ -26,8 +25,6 @@ from eggroll_llm.system.files import describe_failure, fsync_directory
 from eggroll_llm.system.jsonl import parse_json
 
 FORMAT = 1
-# More than a newline after the end of a record: not a line that a crash cut short, but two that became one.
-_RECORD_END = re.compile(rb',"crc":"[0-9a-f]{8}"\}(?!.?\Z)', re.DOTALL)
 _CRC_LENGTH = len(b',"crc":"00000000"}')
 
 
@@ -200,7 +197,7 @@ def read_journal(path: Path) -> JournalContents:
     tail, end = "", 0
     for number, line in enumerate(lines, start=1):
         fields, problem = _decode(line)
-        if problem and number == len(lines) and not _RECORD_END.search(line):
+        if problem and number == len(lines):
             tail = f"{path}:{number}: last line dropped, {problem}; its update is done again"
             break
         if problem:

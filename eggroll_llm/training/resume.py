@@ -11,7 +11,6 @@ from eggroll_llm.es.estimate import UpdateSpec
 from eggroll_llm.records.checkpoint import Checkpoint, list_checkpoints, load_training_state, newest_valid, remove_after
 from eggroll_llm.records.journal import Journal, JournalHeader
 from eggroll_llm.records.run_dir import RunDir
-from eggroll_llm.system.invocation import command
 from eggroll_llm.training.harness import Display
 
 
@@ -93,27 +92,24 @@ def _sources(checkpoint: int, last: int) -> str:
 
 
 def _check_journal(journal: Journal, run: RunDir, logged: int) -> None:
-    """Raise JournalError when journal and metrics, of `logged` steps, differ by more than an interruption can explain.
+    """Raise JournalError when journal and metrics, of `logged` steps, differ by more than an interruption explains.
 
-    A step is in the journal first. One whose metrics are missing is done again, with the same outcome.
+    A step is in the journal first, so the metrics may lack one, which is then repeated with the same outcome. They may
+    have one more than the journal only when its last line was dropped.
     """
-    last = journal.last_step
-    if last > logged + 1:
-        raise JournalError(
-            f"{run.metrics}: ends at step {logged}, the journal at step {last}: restore it; the weights are not lost: "
-            f"{command('replay', run.path, '--out', run.path.with_name(f'{run.path.name}-step-{last}'))}"
-        )
-    dropped = bool(journal.dropped_tail)
-    if not last and (logged > dropped or any(step > dropped for step, _ in list_checkpoints(run.checkpoints))):
-        raise JournalError(
-            f"{journal.path}: holds no updates, but the run has made some: restore it from a backup, or start a new "
-            "run directory"
-        )
-    if logged > last + dropped:
-        raise JournalError(
-            f"{journal.path}: ends at step {last}, {run.metrics.name} at step {logged}: restore it from a backup; to "
-            f"go back to step {last} and lose what came after, cut {run.metrics.name} after that step too"
-        )
+    last, other, reached = journal.last_step, run.metrics.name, logged
+    newest = max((step for step, _ in list_checkpoints(run.checkpoints)), default=0)
+    if not last and newest > logged:  # without either file, checkpoints still say that there were steps
+        other, reached = run.checkpoints.name, newest
+    if reached - bool(journal.dropped_tail) <= last <= reached + 1:
+        return
+    ahead, behind = (journal.path.name, other) if last > reached else (other, journal.path.name)
+    least = min(last, reached)
+    back = f"cut {ahead} after step {least} too and lose what came later" if least else "start a new run directory"
+    raise JournalError(
+        f"{run.path}: {journal.path.name} ends at step {last}, {other} at step {reached}, which no interruption "
+        f"explains. Restore {behind} from a backup, or {back}."
+    )
 
 
 def _forget_later(run: RunDir, step: int, display: Display) -> None:

@@ -220,12 +220,10 @@ def test_a_journal_that_lost_steps_is_no_reason_to_delete_them(bench: Bench, lin
     with pytest.raises(JournalError) as info:
         bench.train("run", "resume")
     before[journal] = journal.read_bytes()  # that of no lines has got its header
-    assert str(info.value) == f"{journal}: " + (
-        "ends at step 1, metrics.jsonl at step 2: restore it from a backup; to go back to step 1 and lose what came "
-        "after, cut metrics.jsonl after that step too"
-        if lines == 2
-        else "holds no updates, but the run has made some: restore it from a backup, or start a new run directory"
-    )
+    assert str(info.value) == (
+        f"{path}: journal.jsonl ends at step {max(0, lines - 1)}, metrics.jsonl at step 2, which no interruption "
+        "explains. Restore journal.jsonl from a backup, or "
+    ) + ("cut metrics.jsonl after step 1 too and lose what came later." if lines == 2 else "start a new run directory.")
     assert {file: file.read_bytes() for file in before} == before
     journal.write_bytes(whole)
     bench.train("run", "resume")
@@ -238,9 +236,24 @@ def test_without_any_update_checkpoints_are_not_deleted(bench: Bench) -> None:
     path = bench.folder / "run"
     for name in ("journal.jsonl", "metrics.jsonl"):
         (path / name).write_text("")
-    with pytest.raises(JournalError, match=r"journal\.jsonl: holds no updates, but the run has made some: restore"):
+    with pytest.raises(
+        JournalError, match=r"journal\.jsonl ends at step 0, checkpoints at step 2, which no interruption"
+    ):
         bench.train("run", "resume")
     assert checkpoints(path) == ["step-000001", "step-000002"]
+
+
+def test_metrics_that_lost_steps_are_not_made_up(bench: Bench) -> None:
+    bench.train("run", steps=3)
+    path = bench.folder / "run"
+    metrics = path / "metrics.jsonl"
+    metrics.write_bytes(b"".join(metrics.read_bytes().splitlines(keepends=True)[:2]))  # of the base model and one step
+    with pytest.raises(JournalError) as info:
+        bench.train("run", "resume")
+    assert str(info.value) == (
+        f"{path}: journal.jsonl ends at step 3, metrics.jsonl at step 1, which no interruption explains. "
+        "Restore metrics.jsonl from a backup, or cut journal.jsonl after step 1 too and lose what came later."
+    )
 
 
 def test_a_state_that_is_not_that_of_its_weights_is_refused(bench: Bench) -> None:
