@@ -8,6 +8,7 @@ user's text: they stay inside code spans, a fence longer than any in them, and Y
 import hashlib
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
@@ -41,58 +42,47 @@ _METHODS = {
 _HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*/[A-Za-z0-9_.-]+")
 
 
-def write_card(
-    directory: Path,
-    *,
-    config: RunConfig,
-    base_model: str,
-    step: int,
-    metrics: Sequence[Mapping[str, Any]],
-    journal: Path,
-    prompt: str = "",
-) -> None:
-    """Write README.md into a model directory, replacing one that is there. Arguments and errors: see `card_text`."""
-    text = card_text(config=config, base_model=base_model, step=step, metrics=metrics, journal=journal, prompt=prompt)
-    write_text(directory / CARD, text)
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Trained:
+    """A trained model, as its card describes it."""
+
+    config: RunConfig
+    """Settings of the run, with everything automatic settled."""
+    base_model: str
+    """Identity of the base model, 16 hex digits."""
+    step: int
+    """Updates applied to the weights; 0 is the base model."""
+    metrics: Sequence[Mapping[str, Any]]
+    """Rows of metrics.jsonl; those of later steps are ignored."""
+    journal: Path
+    """Journal of the run; only that of ES holds updates."""
+    prompt: str = ""
+    """An example prompt in full; empty for none."""
 
 
-def card_text(
-    *,
-    config: RunConfig,
-    base_model: str,
-    step: int,
-    metrics: Sequence[Mapping[str, Any]],
-    journal: Path,
-    prompt: str = "",
-) -> str:
-    """Return the model card of the weights after `step` updates.
+def write_card(directory: Path, model: Trained) -> None:
+    """Write README.md into a model directory, replacing an existing one. Raises what `card_text` raises."""
+    write_text(directory / CARD, card_text(model))
 
-    Args:
-        config: settings of the run, with everything automatic settled.
-        base_model: identity of the base model, 16 hex digits.
-        step: updates applied to the weights; 0 is the base model.
-        metrics: rows of metrics.jsonl; those of later steps are not looked at.
-        journal: journal.jsonl of the run; only that of ES holds updates.
-        prompt: one in full, to be shown; empty for none.
 
-    Raises:
-        JournalError: damaged, or without the updates up to `step`.
-    """
-    rows = [row for row in metrics if row["step"] <= step]
+def card_text(model: Trained) -> str:
+    """Return the model card. Raises JournalError when the journal is damaged or ends before the step."""
+    config, step = model.config, model.step
+    rows = [row for row in model.metrics if row["step"] <= step]
     evaluated = [row for row in rows if row.get("eval/accuracy") is not None]
     found = [finding.text for finding in diagnose(config, rows, ended=True) if finding.severity != "note"]
     parts = [
         f"---\n{_front_matter(config, step, evaluated)}\n---",
         f"# {_name(config, step)}",
-        _summary(config, base_model, step),
+        _summary(config, model.base_model, step),
         "## Results",
         _results(config, step, evaluated),
         *(f"**Warning:** {text}." for text in found),
-        *(["## Prompt", _PROMPT, _fenced(f"{inert_lines(prompt, PROMPT_LIMIT)}\n", "text")] if prompt else []),
+        *(_prompt(model.prompt) if model.prompt else []),
         "## Recipe",
         _fenced(to_toml(config), "toml"),
         "## How to get these weights again",
-        _reproduction(config, step, journal),
+        _reproduction(config, step, model.journal),
         "## How to load it",
         _LOADING,
         "## Limits",
@@ -116,6 +106,10 @@ tokenizer = AutoTokenizer.from_pretrained("PATH")
 ```
 
 In vLLM: `vllm serve PATH`."""
+
+
+def _prompt(prompt: str) -> list[str]:
+    return ["## Prompt", _PROMPT, _fenced(f"{inert_lines(prompt, PROMPT_LIMIT)}\n", "text")]
 
 
 def _front_matter(config: RunConfig, step: int, evaluated: Sequence[Mapping[str, Any]]) -> str:

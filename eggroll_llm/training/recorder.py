@@ -11,7 +11,7 @@ from torch import Tensor
 
 from eggroll_llm.config.schema import RunConfig
 from eggroll_llm.errors import SamplesError
-from eggroll_llm.models.card import write_card
+from eggroll_llm.models.card import Trained, write_card
 from eggroll_llm.records.checkpoint import checkpoint_path, is_valid, list_checkpoints, prune, save_checkpoint
 from eggroll_llm.records.journal import Journal
 from eggroll_llm.records.run_dir import RunDir
@@ -126,8 +126,7 @@ class Recorder:
         assert self.journal.header is not None
         base_model = self.journal.header.base_model
         write_provenance(model, step=step, base_model=base_model)
-        write_card(
-            model,
+        trained = Trained(
             config=self.config,
             base_model=base_model,
             step=step,
@@ -135,6 +134,7 @@ class Recorder:
             journal=self.journal.path,
             prompt=self.directory.example_prompt(),
         )
+        write_card(model, trained)
 
     def how_to_resume(self) -> str:
         """Return what is on disk, and the command that goes on from it."""
