@@ -18,10 +18,11 @@ from eggroll_llm.config.recipe import sourced
 from eggroll_llm.config.rules import validate
 from eggroll_llm.config.schema import ChatConfig, EngineConfig, RewardConfig, RunConfig
 from eggroll_llm.config.toml import Origin, Sourced
-from eggroll_llm.engine.interface import Decoding, Progress, Sampler
+from eggroll_llm.engine.interface import Decoding, Progress
+from eggroll_llm.engine.start import start_engine
 from eggroll_llm.errors import ConfigError
 from eggroll_llm.es.settings import EsSettings
-from eggroll_llm.models.resolve import model_identity
+from eggroll_llm.models.files import context_limit, model_identity
 from eggroll_llm.records.answers import Sample, SampleFile
 from eggroll_llm.system import signals
 from eggroll_llm.system.hardware import resolve_dtype, serves_on_cpu
@@ -31,7 +32,6 @@ from eggroll_llm.tasks.chat import check_chat, is_chat
 from eggroll_llm.tasks.load import PATH_OPTIONS
 from eggroll_llm.tasks.prompts import ProblemSet, Prompter, needed_context, set_hash
 from eggroll_llm.training.evaluation import Grader, answer, grade_again
-from eggroll_llm.training.prepare import context_limit
 from eval import lm_eval
 from eval.questions import DEFAULT_MAX_TOKENS, Protocol, Questions, lm_eval_questions, task_questions
 from eval.subject import Subject
@@ -186,6 +186,56 @@ def evaluate_subject(
     `say` gets a sentence when the task's grader fails for the first time.
     """
     questions = questions_for(settings, base_dir)
+    asked = _ask(settings, questions)
+    facts = _facts(settings, questions, asked)
+    total = len(asked.problems.problems) * settings.samples
+    with contextlib.ExitStack() as stack:
+        if questions.scorer:
+            questions.scorer.say = say
+            stack.enter_context(questions.scorer)
+        file = stack.enter_context(SampleFile(path, facts, overwrite=overwrite)) if path else None
+        if file:
+            _grade_again(file, asked.problems, questions.graders)
+        samples: dict[tuple[int, int], Sample] = file.samples if file else {}
+
+        def keep(sample: Sample) -> None:
+            signals.check()
+            if file:
+                file.append(sample)
+            else:
+                samples[sample.problem, sample.sample] = sample
+            on_progress(len(samples), total)
+
+        if len(samples) < total:
+            engine = start_engine(settings.subject.model_dir, asked.engine)
+            stack.callback(engine.close)
+            answer(
+                engine,
+                asked.problems,
+                questions.graders,
+                asked.decoding,
+                keep,
+                samples=settings.samples,
+                seed=settings.seed,
+                done=set(samples),
+            )
+    if questions.scorer:
+        questions.scorer.check(of="")
+    ordered = [samples[key] for key in sorted(samples)]
+    return Results(settings=settings, questions=questions, samples=ordered, facts=facts)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Asked:
+    """Questions in tokens, and the engine and decoding that answer them."""
+
+    problems: ProblemSet
+    decoding: Decoding
+    engine: EngineConfig
+
+
+def _ask(settings: Settings, questions: Questions) -> _Asked:
+    """Turn the questions into tokens. Raises ConfigError when the model cannot be asked them."""
     model_dir = settings.subject.model_dir
     prompter = Prompter(model_dir, _chat(settings, questions))
     if settings.apply_chat_template and not prompter.has_chat_template:
@@ -201,7 +251,6 @@ def evaluate_subject(
         stop=(*questions.stop, eos) if published and eos and eos not in questions.stop else questions.stop,
         special_tokens=published,
     )
-    facts = _facts(settings, questions, problems, decoding)
     context = needed_context(
         [problems],
         decoding.max_tokens,
@@ -211,41 +260,8 @@ def evaluate_subject(
         context_key="--engine.max_model_len",
         shorten="lower --num-fewshot" if published else "shorten the prompts",
     )
-    total = len(problems.problems) * settings.samples
-    with contextlib.ExitStack() as stack:
-        if questions.scorer:
-            questions.scorer.say = say
-            stack.enter_context(questions.scorer)
-        file = stack.enter_context(SampleFile(path, facts, overwrite=overwrite)) if path else None
-        if file:
-            _grade_again(file, problems, questions.graders)
-        samples: dict[tuple[int, int], Sample] = file.samples if file else {}
-
-        def keep(sample: Sample) -> None:
-            signals.check()
-            if file:
-                file.append(sample)
-            else:
-                samples[sample.problem, sample.sample] = sample
-            on_progress(len(samples), total)
-
-        if len(samples) < total:
-            engine = start_engine(settings, context)
-            stack.callback(engine.close)
-            answer(
-                engine,
-                problems,
-                questions.graders,
-                decoding,
-                keep,
-                samples=settings.samples,
-                seed=settings.seed,
-                done=set(samples),
-            )
-    if questions.scorer:
-        questions.scorer.check(of="")
-    ordered = [samples[key] for key in sorted(samples)]
-    return Results(settings=settings, questions=questions, samples=ordered, facts=facts)
+    engine = dataclasses.replace(settings.engine, slots=1, max_model_len=context)
+    return _Asked(problems=problems, decoding=decoding, engine=engine)
 
 
 def _chat(settings: Settings, questions: Questions) -> ChatConfig:
@@ -255,15 +271,6 @@ def _chat(settings: Settings, questions: Questions) -> ChatConfig:
     return ChatConfig() if plain else settings.chat
 
 
-def start_engine(settings: Settings, context: int) -> Sampler:
-    """Start vLLM on the subject, for prompts and completions of `context` tokens together."""
-    from eggroll_llm.engine.vllm.engine import VllmEngine
-
-    return VllmEngine(
-        settings.subject.model_dir, settings.engine, slots=1, rank=1, max_model_len=context, trainable=False
-    )
-
-
 def _grade_again(file: SampleFile, problems: ProblemSet, graders: Mapping[str, Grader]) -> None:
     """Graders and gold answers may have been corrected since the completions were sampled."""
     again = [grade_again(sample, problems, graders) for sample in file.samples.values()]
@@ -271,7 +278,8 @@ def _grade_again(file: SampleFile, problems: ProblemSet, graders: Mapping[str, G
         file.replace(again)
 
 
-def _facts(settings: Settings, questions: Questions, problems: ProblemSet, decoding: Decoding) -> dict[str, Any]:
+def _facts(settings: Settings, questions: Questions, asked: _Asked) -> dict[str, Any]:
+    decoding = asked.decoding
     return {
         "model": model_identity(settings.subject.model_dir),
         "task": questions.task,
@@ -284,8 +292,8 @@ def _facts(settings: Settings, questions: Questions, problems: ProblemSet, decod
         "num_fewshot": questions.shots,
         "apply_chat_template": settings.apply_chat_template,
         **({} if (chat := _chat(settings, questions)) == ChatConfig() else {"chat": dataclasses.asdict(chat)}),
-        "problems": len(problems.problems),
-        "prompts": set_hash(problems.hashes),
+        "problems": len(asked.problems.problems),
+        "prompts": set_hash(asked.problems.hashes),
         "max_tokens": decoding.max_tokens,
         "temperature": decoding.temperature,
         "top_p": decoding.top_p,

@@ -54,6 +54,12 @@ def architecture_of(directory: Path) -> str:
     return architecture(_read_config(directory))
 
 
+def context_limit(directory: Path) -> int:
+    """Return the longest context in tokens that the model was made for; 2**31 when config.json names none."""
+    limit = _read_config(directory).get("max_position_embeddings")
+    return limit if isinstance(limit, int) else 2**31
+
+
 def model_identity(directory: Path) -> str:
     """16 hex digits that are equal for equal weights and architecture, wherever the files lie.
 

@@ -2,7 +2,6 @@
 
 import copy
 import dataclasses
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ from eggroll_llm.config.schema import RunConfig
 from eggroll_llm.errors import ConfigError, TaskError
 from eggroll_llm.models import embedded
 from eggroll_llm.models.architectures import check_method, check_tested
-from eggroll_llm.models.files import architecture_of
+from eggroll_llm.models.files import architecture_of, context_limit
 from eggroll_llm.models.resolve import model_identity, resolve_model
 from eggroll_llm.models.targets import check_rank
 from eggroll_llm.records.journal import JournalHeader
@@ -146,13 +145,6 @@ def _without_held_out(
 def encode(prompter: Prompter, task: Task, problems: Sequence[Problem]) -> ProblemSet:
     """Return the problems with the task's prompts in tokens."""
     return prompter.encode_all(problems, [task.prompt(problem) for problem in problems])
-
-
-def context_limit(model_dir: Path) -> int:
-    """Return the longest context that the model was made for; a very long one where its file names no number."""
-    config = json.loads((model_dir / "config.json").read_text(encoding="utf-8"))
-    limit = config.get("max_position_embeddings")
-    return limit if isinstance(limit, int) else 2**31
 
 
 def journal_header(prepared: Prepared) -> JournalHeader:
