@@ -1,8 +1,7 @@
 """Evaluates a model on a task's test split, from the command line's settings to graded samples.
 
-With a file, every graded completion is on disk as soon as it is there, and an evaluation that was interrupted
-continues from it: settings, problems and seeds being the same, it comes to the same samples, as far as
-`eggroll_llm.evaluate` says.
+With a file, every graded completion is written to disk at once, and an interrupted evaluation continues from it. With
+the same settings, problems and seeds it gets the same samples, within the limits that `training.evaluation` states.
 """
 
 import contextlib
@@ -44,7 +43,7 @@ class Settings:
     subject: Subject
     task: str
     protocol: Protocol
-    """Whose prompts and grades: lm-evaluation-harness's, or those that the task trains with."""
+    """Whose prompts and graders: lm-evaluation-harness's, or those used in training."""
     task_options: Mapping[str, Any]
     shots: int | None = None
     """Worked examples; None takes the protocol's number."""
@@ -81,7 +80,7 @@ class Results:
 
 @dataclass(frozen=True, kw_only=True)
 class Changeable:
-    """The tables whose settings can be given as flags."""
+    """The tables of settings that can be given as flags."""
 
     task_options: Mapping[str, Any] = field(default_factory=dict)
     """Options of the task."""
@@ -101,9 +100,9 @@ def settings_for(
     protocol: Protocol | None = None,
     **how: Any,
 ) -> Settings:
-    """Return what the flags say, and what they do not say from the run. Raises ConfigError.
+    """Return the settings: from the flags, and otherwise from the run. Raises ConfigError.
 
-    GSM8K that is asked for by name is lm-eval's; a run without `task` is asked what it was trained on.
+    GSM8K requested by name is lm-eval's; a run without `task` is evaluated on the task it was trained on.
     """
     config = subject.config
     name = task or (config.task if config else "")
@@ -111,7 +110,7 @@ def settings_for(
         raise ConfigError(f"{subject.name}: which task? Add --task gsm8k, gsm8k_cot, countdown or file.py:NAME")
     protocol = protocol or ("lm-eval" if task in lm_eval.TASKS else "task")
     if protocol == "lm-eval" and name not in lm_eval.TASKS:
-        raise ConfigError(f"--protocol lm-eval: there is no such protocol for {name}: it is for gsm8k and gsm8k_cot")
+        raise ConfigError(f"--protocol lm-eval: only gsm8k and gsm8k_cot have it, not {name}: leave the flag out")
     if protocol == "task" and (how.get("shots") is not None or how.get("apply_chat_template")):
         raise ConfigError("--num-fewshot and --apply-chat-template belong to --protocol lm-eval: leave them out")
     base: dict[str, Any] = {}
@@ -181,7 +180,7 @@ def evaluate_subject(
     on_progress: Progress = lambda done, total: None,
     say: Callable[[str], None] = lambda text: None,
 ) -> Results:
-    """Put the questions to the model and grade the answers; continue what `path` holds already. Raises UserError.
+    """Ask the model the questions and grade its answers; continue what `path` holds already. Raises UserError.
 
     `say` gets a sentence when the task's grader fails for the first time.
     """

@@ -17,8 +17,8 @@ from eggroll_llm.system.files import describe_failure, replace_directory
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's own arguments."""
-    parser.add_argument("run", type=Path, metavar="RUN")
-    parser.add_argument("--step", type=not_negative, metavar="N", help="default: the last")
+    parser.add_argument("run", type=Path, metavar="RUN", help="run directory")
+    parser.add_argument("--step", type=not_negative, metavar="N", help="step to rebuild; default: the last")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="new directory for the model")
 
 

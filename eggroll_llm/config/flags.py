@@ -1,8 +1,8 @@
-"""Flags such as `--es.sigma 5e-4`, laid over the table of a recipe.
+"""Flags such as `--es.sigma 5e-4`, which override the recipe.
 
-A flag's text is read as the type of its field, and more generously than TOML: `--steps 1e3`, `--es.antithetic Yes`.
-Below a free-form table (`--task_options.data_dir DIR`) it is read as a TOML value or as True or False and, when it is
-none, as the string that it is.
+A flag's text is read as the type of its field, more leniently than TOML: `--steps 1e3`, `--es.antithetic Yes`.
+Below a free-form table (`--task_options.data_dir DIR`) it is read as a TOML value or as True or False and otherwise as
+a string.
 """
 
 import copy
@@ -41,7 +41,7 @@ def apply_overrides(cls: type, table: Mapping[str, Any], overrides: Sequence[tup
             inner = target.setdefault(part, {})
             if not isinstance(inner, dict):
                 raise ConfigError(
-                    f"{origin.name} {text}: {part} is no table in the recipe. Make it one, or drop the flag."
+                    f"{origin.name} {text}: {part} is not a table in the recipe. Make it one, or drop the flag."
                 )
             target = inner
         # A plain list is what TOML itself would have given.
@@ -61,7 +61,7 @@ def flags_by_key(overrides: Sequence[tuple[str, str]]) -> dict[str, str]:
 
 
 def _resolve(cls: type, parts: Sequence[str]) -> tuple[list[str], Any]:
-    """Field names and type that the dotted key of a flag leads to."""
+    """Return the field names and the type that the dotted key of a flag leads to."""
     key, kind = ".".join(parts).replace("-", "_"), cls
     path: list[str] = []
     for index, part in enumerate(parts):
@@ -84,7 +84,7 @@ def _resolve(cls: type, parts: Sequence[str]) -> tuple[list[str], Any]:
 
 
 def _read(kind: Any, text: str, flag: str) -> object:
-    """Return the text as a value of the kind. Raises ConfigError for a number or boolean that is none."""
+    """Return the text as a value of the kind. Raises ConfigError when it is not the number or boolean expected."""
     if get_origin(kind) in (Union, types.UnionType):
         return _read_union([argument for argument in get_args(kind) if argument is not type(None)], text, flag)
     if kind is str:

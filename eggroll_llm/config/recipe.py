@@ -1,8 +1,8 @@
-"""The configuration of a run: what a recipe and the flags of the command line say, typed.
+"""The configuration of a run: recipe and flags, typed and checked.
 
 `load_recipe` reads TOML, applies flags, parses and validates; nothing heavy is imported, so that every
-mistake is found before a model is loaded. The resolved configuration is written into the run directory by
-`to_toml` and read back the same.
+mistake is found before a model is loaded. `to_toml` writes the resolved configuration into the run directory, from
+which `load_recipe` reads it back unchanged.
 """
 
 import dataclasses
@@ -34,7 +34,7 @@ def load_recipe(path: Path | str, overrides: Sequence[tuple[str, str]] = ()) -> 
 
 
 def sourced(options: Mapping[str, Any], origin: Origin, overrides: Sequence[tuple[str, str]]) -> Sourced:
-    """Task options that know which of them are of a file and which of a flag, such as --task_options.seed."""
+    """Return task options that know which were set in a file and which by a flag, such as --task_options.seed."""
     result = Sourced(options)
     parts = [flag.removeprefix("--").split(".") for flag, _ in overrides]
     result.origin = origin

@@ -30,12 +30,12 @@ _ESCAPES = {'"': '\\"', "\\": "\\\\", "\b": "\\b", "\t": "\\t", "\n": "\\n", "\f
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Origin:
-    """Where a table came from, to be able to say so."""
+    """Where a table came from, for messages."""
 
     name: str
     """File name, or the flag."""
     text: str = ""
-    """Source text, searched for the line of a key; empty when there is none."""
+    """Source text, searched for the line of a key; may be empty."""
     flags: Mapping[str, str] = field(default_factory=dict)
     """Dotted keys that the command line has set, with the flag of each as it was written."""
 
@@ -54,14 +54,14 @@ class Origin:
 
 
 class Sourced(dict[str, Any]):
-    """A table of free keys that knows where each was written, to say so when somebody else makes sense of them."""
+    """A table of free keys that knows where each was set, for the messages of whoever interprets them."""
 
     origin = Origin(name="task_options")
     flags: frozenset[str] = frozenset()
     """Keys that the command line has set."""
 
     def origin_of(self, key: str) -> Origin:
-        """File or flag that has set a key."""
+        """Return the file or flag that set a key."""
         return Origin(name=f"--task_options.{key}") if key in self.flags else self.origin
 
 
@@ -128,7 +128,7 @@ def _inside(key: str, value: object) -> Iterator[tuple[str, object]]:
 
 
 def key_line(text: str, key: str) -> int:
-    """Return the 1-based line that spells the dotted key, or its longest prefix that has a line; 0 when there is none.
+    """Return the 1-based line that sets the dotted key, or its longest prefix with a line; 0 without one.
 
     A scan of lines, not a parser: a key of an inline table is found at the line of that table.
     """

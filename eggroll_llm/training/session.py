@@ -33,7 +33,7 @@ from eggroll_llm.training.trackers import Trackers
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What a run has come to."""
+    """The outcome of a run."""
 
     steps: int
     wall_time: float
@@ -44,7 +44,7 @@ class Outcome:
     metrics: Sequence[dict[str, Any]]
     """All lines of metrics.jsonl."""
     base_model: str
-    """What it is called beside its figures."""
+    """Its name next to its figures."""
     constant: Constant | None
     """The best fixed answer pattern on the held-out problems; None where the task has none, or `evaluation` is None."""
     final: Path
@@ -81,7 +81,7 @@ def train(
     *,
     on_step: OnStep | None = None,
 ) -> Outcome:
-    """Train to the limit, write `final/` and return what came out. Raises UserError."""
+    """Train to the limit, write `final/` and return the outcome. Raises UserError."""
     RunDir.check(run_path, on_existing)
     prepared = prepare(config, recipe_dir)
     check_memory(prepared)
@@ -111,7 +111,7 @@ def train(
 
 
 def _train_from(step: int, checkpoint: Checkpoint | None, opened: _Opened) -> Evaluation | None:
-    """Start the engine, train on after `step`, and write `final/`; return the last evaluation if it was done here."""
+    """Start the engine, continue after `step` and write `final/`; return the last evaluation if it was done here."""
     prepared, run, display = opened.prepared, opened.directory, opened.display
     config, is_es = prepared.config, prepared.config.method == "es"
     display.working("starting the engine")
@@ -145,12 +145,12 @@ def _train_from(step: int, checkpoint: Checkpoint | None, opened: _Opened) -> Ev
     return evaluation
 
 
-_FROM = "resuming after step {}, from its checkpoint; what came later is done again"
-_FROM_START = "resuming from the start: there is no checkpoint"
+_FROM = "resuming from the checkpoint of step {}; later steps are repeated"
+_FROM_START = "no checkpoint yet: starting from the beginning"
 
 
 def outcome(run: RunDir, config: RunConfig, evaluation: Evaluation | None = None) -> Outcome:
-    """Read what a run has come to from its directory."""
+    """Read the outcome of a run from its directory."""
     metrics = run.read_metrics()
     evaluated = [row for row in metrics if "eval/accuracy" in row]
     held_out = [sample.doc for sample in evaluation.samples] if evaluation else []

@@ -103,7 +103,7 @@ def test_task_option_flag_makes_the_tables_it_needs(recipe: Path) -> None:
         (
             "task_options.numbers.x",
             "1",
-            "--task_options.numbers.x 1: numbers is no table in the recipe. Make it one, or drop the flag.",
+            "--task_options.numbers.x 1: numbers is not a table in the recipe. Make it one, or drop the flag.",
         ),
     ],
 )

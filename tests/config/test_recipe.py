@@ -174,8 +174,8 @@ learning_rate = 1e-6
     [
         ({"grpo.learning_rate": "0"}, 'grpo.learning_rate = 0.0: must be above 0 with method "grpo". '
          'Set grpo.learning_rate to a positive number.'),
-        ({"sampling.top_p": "0.9"}, "sampling.top_p = 0.9: the trainer's probabilities are of the whole vocabulary, not of a "
-         "nucleus. Set sampling.top_p to 1."),
+        ({"sampling.top_p": "0.9"}, "sampling.top_p = 0.9: the trainer computes probabilities over the whole vocabulary. "
+         "Set sampling.top_p to 1."),
         ({"sampling.samples_per_prompt": "1"}, "sampling.samples_per_prompt = 1: GRPO compares the completions of a problem "
          "with each other. Set sampling.samples_per_prompt to 2 or more, such as 8."),
         ({"sampling.temperature": "0"}, "sampling.temperature = 0.0: greedy completions of a problem are all the same. "
@@ -304,9 +304,9 @@ def test_resume_with_other_settings_shows_each_difference() -> None:
     with pytest.raises(ConfigError) as info:
         check_resume(saved, other, saved_in="runs/x/config.toml")
     assert str(info.value) == (
-        "runs/x/config.toml: cannot resume with other settings: es.sigma was 0.01 and is now 0.5; task_options.n was not set "
-        "and is now 3. Restore them, or start a new run, which may train on from the weights of this one: --model runs/x/final. "
-        "May change: steps, minutes, eval.every, grpo.gradient_checkpointing, [log], [checkpoint], [reward], [engine] "
+        "runs/x/config.toml: cannot resume with changed settings: es.sigma was 0.01 and is now 0.5; task_options.n was not set "
+        "and is now 3. Restore them, or start a new run from the weights of this one with --model runs/x/final. "
+        "Settings that may change: steps, minutes, eval.every, grpo.gradient_checkpointing, [log], [checkpoint], [reward], [engine] "
         "except dtype."
     )
 

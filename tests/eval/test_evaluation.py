@@ -90,7 +90,7 @@ def test_another_task_takes_the_engine_alone() -> None:
         ({"task": "gsm8k"}, [("--engine.threads", "-1")], "--engine.threads: engine.threads = -1: must be at least 0"),
         ({"task": "gsm8k"}, [("engine.kv_cache", "1")], "Did you mean --engine.kv_cache_gib"),
         ({"task": "gsm8k"}, [("engine.slots", "x")], "--engine.slots x: an integer is expected"),
-        ({"task": "countdown", "protocol": "lm-eval"}, [], "no such protocol for countdown"),
+        ({"task": "countdown", "protocol": "lm-eval"}, [], "only gsm8k and gsm8k_cot have it, not countdown"),
         ({"task": "countdown", "apply_chat_template": True}, [], "belong to --protocol lm-eval"),
         ({"task": "countdown", "shots": 0}, [], "belong to --protocol lm-eval"),
         ({"task": "gsm8k", "samples": 4}, [], "--samples 4: greedy decoding gives the same answer"),
@@ -114,7 +114,7 @@ def test_questions(data: Path) -> None:
     own = questions_for(decide(None, options, task="gsm8k", protocol="task"), data)
     assert (own.shots, own.metric, own.max_tokens, len(own.problems)) == (None, "accuracy", DEFAULT_MAX_TOKENS, 12)
     assert list(own.graders) == ["strict-match", "flexible-extract", "robust", "task"]
-    with pytest.raises(ConfigError, match=r"task_options\.seed: the protocol of lm-eval leaves no such choice"):
+    with pytest.raises(ConfigError, match=r"task_options\.seed: lm-eval's protocol does not have this option"):
         questions_for(decide(None, [*options, ("task_options.seed", "1")], task="gsm8k"), data)
     with pytest.raises(ConfigError, match="--num-fewshot 9: gsm8k_cot has 8 worked examples"):
         questions_for(decide(None, options, task="gsm8k_cot", shots=9), data)
@@ -172,7 +172,7 @@ def test_interrupted_anywhere_it_comes_to_the_same(
     assert parrots[-1].asked == 0
     assert len(path.read_text().splitlines()) == 21
     for change in ({"seed": 1}, {"temperature": 0.5}, {"limit": 6}, {"apply_chat_template": True}):
-        with pytest.raises(SamplesError, match="is of another evaluation"):
+        with pytest.raises(SamplesError, match="belongs to another evaluation"):
             run(path, 99, **change)
     assert run(None, 99, seed=1) != whole
 

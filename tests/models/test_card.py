@@ -114,7 +114,7 @@ def test_results_from_base_to_this_step(journal: Path) -> None:
     text = card(journal)
     assert "| 0, the base model | 37.1 % [31.4, 43.2] |\n| 4 | 51.6 % [45.5, 57.6] |" in text
     assert "Evaluated in training, on 256 held-out problems of the test split: one greedy answer each" in text
-    assert "Of the 2 evaluations of trained weights up to this step none was higher." in text
+    assert "This is the highest of 2 evaluations of trained weights up to this step." in text
     assert "optimistic" in text
     assert "- Updates: 4, each from 64 perturbed models of rank 1." in text
 
@@ -137,7 +137,7 @@ def test_rows_of_later_steps_are_not_looked_at(journal: Path) -> None:
 def test_an_earlier_evaluation_is_not_passed_off_as_that_of_these_weights(journal: Path) -> None:
     text = card(journal, step=3)
     assert "| 2 | 45.3 % [39.3, 51.4] |" in text
-    assert "of step 3, are later ones and were not evaluated." in text
+    assert "The weights in this directory are those of step 3, which was not evaluated." in text
     assert "model-index" not in ModelCard(text).data.to_dict()
 
 
@@ -218,7 +218,7 @@ def test_the_journal_is_named_by_the_bytes_up_to_the_step(journal: Path, step: i
 
 
 def test_a_journal_that_ends_earlier(journal: Path) -> None:
-    with pytest.raises(JournalError, match=r"journal.jsonl: holds 4 updates, a card of step 5 is asked for: lower"):
+    with pytest.raises(JournalError, match=r"journal.jsonl: ends after 4 updates, before step 5: lower"):
         card(journal, step=5)
 
 
@@ -273,7 +273,7 @@ def test_text_of_a_user_stays_text(journal: Path, text: str) -> None:
     assert headings[1:] == [
         "Results",
         "Recipe",
-        "How to get these weights again",
+        "How to rebuild these weights",
         "How to load it",
         "Limits",
         "Licence",

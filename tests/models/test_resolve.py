@@ -183,7 +183,7 @@ def test_directory_without_weights(copied: Path) -> None:
 
 def test_pickled_weights_are_refused(copied: Path) -> None:
     (copied / "model.safetensors").rename(copied / "pytorch_model.bin")
-    with pytest.raises(ModelError, match=r"only as pickles \(pytorch_model\.bin\), which can run code"):
+    with pytest.raises(ModelError, match=r"only pickled weights \(pytorch_model\.bin\), which can run code"):
         check_model(copied)
 
 

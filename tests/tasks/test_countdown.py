@@ -63,7 +63,9 @@ def test_the_test_split_comes_first_and_train_gets_the_rest(tmp_path):
     assert len(task.problems("train")) == len(space) - 256 - 3
     assert set(keys([*task.problems("train"), *task.problems("test"), *task.shots])) == space
     [note] = task.notes
-    assert note.startswith(f"Countdown trains on {len(space) - 259} problems. There are no more, so train_size = 4096")
+    assert note.startswith(
+        f"Countdown trains on all {len(space) - 259} available problems, fewer than train_size = 4096"
+    )
 
 
 def test_problems_are_the_same_every_time_and_another_seed_gives_others(tmp_path):
@@ -224,7 +226,9 @@ def test_problems_of_the_test_file_are_left_out_of_train(tmp_path):
     task = load(tmp_path, file="train.jsonl", test_file="test.jsonl", train_size=7)
     assert [row["id"] for row in task.test] == ["1_3=4", "9_9=1.5"]
     assert len(task.train) == 7
-    assert task.notes == ("Countdown: 1 rows were left out, being repeated or also in test or in the prompt.",)
+    assert task.notes == (
+        "Countdown: 1 rows were left out because they are repeated, or also in test or in the prompt.",
+    )
     assert task.gold(task.test[0]) is None
     assert len(load(tmp_path, file="train.jsonl", test_file="test.jsonl", train_size=5).train) == 5
 
@@ -238,7 +242,9 @@ def test_test_rows_that_are_in_the_prompt_are_left_out_and_counted(tmp_path):
     task = load(tmp_path, **few_shot, file="train.jsonl", test_file="test.jsonl", train_size=8)
     assert [row["id"] for row in task.test] == ["3_11=14"]
     assert len(task.train) == 8
-    assert task.notes[1:] == ("Countdown: 2 rows were left out, being repeated or also in test or in the prompt.",)
+    assert task.notes[1:] == (
+        "Countdown: 2 rows were left out because they are repeated, or also in test or in the prompt.",
+    )
 
 
 def test_targets_with_a_fraction(tmp_path):

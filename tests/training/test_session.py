@@ -208,7 +208,7 @@ def test_a_rank_that_no_weight_of_the_model_has_is_refused(
     narrow = shutil.copytree(tiny_model("llama"), folder / "narrow")
     save_file({"model.layers.0.k_proj.weight": torch.zeros(3, 8)}, narrow / "model.safetensors")
     config = dataclasses.replace(config, model=str(narrow), es=dataclasses.replace(config.es, rank=4))
-    with pytest.raises(ConfigError, match=r"^es\.rank = 4: .* is 3 x 8, of rank 3 at most"):
+    with pytest.raises(ConfigError, match=r"^es\.rank = 4: .* is 3 x 8; its rank is at most 3"):
         prepare(config, folder)
     prepare(dataclasses.replace(config, es=dataclasses.replace(config.es, rank=3)), folder)
 
@@ -308,7 +308,7 @@ def test_a_run_with_other_settings_is_not_resumed(
         run.journal.write_text("")
     if "model" in changes:
         changes = {"model": models[changes["model"]]}
-    with pytest.raises(ConfigError, match="cannot resume with other settings: ") as info:
+    with pytest.raises(ConfigError, match="cannot resume with changed settings: ") as info:
         train(dataclasses.replace(config, **changes), folder, folder / "run", "resume", Quiet())
     assert said.format(folder=folder, **models) in str(info.value)
     assert (folder / "run" / "config.toml").read_text() == saved
@@ -347,9 +347,7 @@ def test_a_run_whose_problems_have_changed_is_not_resumed(
     task.write_text(edited)
     with pytest.raises(JournalError) as info:
         train(dataclasses.replace(config, steps=9), folder, path, "resume", Quiet())
-    assert str(info.value).startswith(
-        f"{path}/journal.jsonl:1: the {said} are others than the run began with: restore "
-    )
+    assert str(info.value).startswith(f"{path}/journal.jsonl:1: the {said} changed since the run started: restore ")
     assert {file: file.read_bytes() for file in before} == before
     task.write_text(TASK)
     with pytest.raises(Started):
@@ -372,7 +370,7 @@ def test_a_run_whose_score_has_changed_says_so_and_goes_on(
         said.append(f"{source == TASK}")
         with pytest.raises(Started):
             train(config, folder, folder / "run", on_existing, display)  # type: ignore[arg-type]
-    changed = "the task's file or a module beside it has changed since the run began: rewards may differ"
+    changed = "the task file or a module it imports changed since the run started: rewards may differ"
     assert [text for text in said if text in ("True", "False", changed)] == ["True", "True", "False", changed, "True"]
 
 
