@@ -7,8 +7,8 @@
     plot(run.path)
     evaluate(run.path, limit=256)["results"]
 
-The command line does the same with the same functions. All raise a `UserError` for whatever its user can mend. Only one
-engine may be alive in a process, and both `train` and `evaluate` close theirs before they return.
+The command line calls the same functions. They raise `UserError` for mistakes that the caller can fix. Only one engine
+may be alive in a process; `train` and `evaluate` close theirs before they return.
 """
 
 from collections.abc import Callable, Mapping
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 def load_recipe(path: Path | str, settings: Mapping[str, Any] | None = None) -> RunConfig:
     """Return the checked configuration of a TOML recipe, its paths made absolute.
 
-    `settings` replace some of the recipe's, by dotted name: `{"steps": 20, "es.sigma": 1e-3}`. Raises ConfigError.
+    `settings` override the recipe's, by dotted name: `{"steps": 20, "es.sigma": 1e-3}`. Raises ConfigError.
     """
     from eggroll_llm.training.prepare import with_absolute_paths
 
@@ -46,9 +46,9 @@ def train(
     on_step: Callable[[Mapping[str, Any]], None] | None = None,
     display: "Display | None" = None,
 ) -> "Outcome":
-    """Train to the limit of the configuration, write `final/` into the run directory and return what came out.
+    """Train to the limit of the configuration, write `final/` into the run directory and return the outcome.
 
-    `on_existing` says what to do about a run directory that is there: "fail", "resume" or "overwrite". `on_step` gets
+    `on_existing` says what to do about an existing run directory: "fail", "resume" or "overwrite". `on_step` gets
     the row of metrics of each finished step, and of step 0, the evaluation of the base model; what it raises ends the
     run, which can be resumed. Progress goes to the terminal or to `display`. Raises UserError.
     """

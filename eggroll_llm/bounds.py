@@ -14,7 +14,7 @@ _KINDS: dict[type, tuple[str, Any, str, str]] = {
     Le: ("le", operator.le, "must be at most {}", "{} or less"),
     Lt: ("lt", operator.lt, "must be below {}", "less than {}"),
 }
-"""Kind of bound -> where its limit is, how it compares, and how it is said as a problem and as a remedy."""
+"""Kind of bound -> where its limit is, how it compares, and its wording as a problem and as a remedy."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -24,7 +24,7 @@ class Violation:
     field: str
     value: float
     problem: str
-    """What must hold, such as "must be at least 1"."""
+    """The rule that is broken, such as "must be at least 1"."""
     remedy: str
     """What the field may be set to, such as "1 or more"."""
 

@@ -6,7 +6,7 @@ command line prints it after "error: " without a traceback and exits with status
 
 
 class UserError(ValueError):
-    """Something the user can put right; base class of all the others."""
+    """A mistake the user can fix; base class of all the others."""
 
 
 class ConfigError(UserError):
@@ -14,7 +14,7 @@ class ConfigError(UserError):
 
 
 class InstallError(UserError):
-    """A package that is needed is not installed."""
+    """A required package is not installed."""
 
 
 class ModelError(UserError):
@@ -22,7 +22,7 @@ class ModelError(UserError):
 
 
 class RunDirError(UserError):
-    """The run directory cannot be used as asked."""
+    """The run directory cannot be used that way."""
 
 
 class JournalError(UserError):
@@ -34,16 +34,16 @@ class CheckpointError(UserError):
 
 
 class SamplesError(UserError):
-    """A file of graded completions is damaged, of another evaluation, or cannot be written."""
+    """A file of graded completions is damaged, belongs to another evaluation, or cannot be written."""
 
 
 class EngineError(UserError):
-    """The inference engine does not start, or failed; what vLLM raised is the cause."""
+    """The inference engine did not start or failed; `__cause__` is what vLLM raised."""
 
 
 class TrainingError(UserError):
-    """Training cannot go on; what was reached is on disk."""
+    """Training cannot continue; the progress so far is on disk."""
 
 
 class TaskError(UserError):
-    """A task's data, options or file are not usable."""
+    """A task's data, options or file cannot be used."""

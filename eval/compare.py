@@ -4,13 +4,13 @@
     groups          each group of seeds against the first one, on the mean of each problem over the seeds of a group:
                     at the end, and at equal budgets
     difference      mean over common problems of (second right) - (first right), 95 % bootstrap over problems and seeds
-    p               exact sign-flip test over problems: of these very runs. It knows nothing of other seeds
+    p               exact sign-flip test over problems; it holds for these runs and says nothing about other seeds
     equal budget    the smallest total of any run; each run counts with its last evaluation at or before that
     seeds           mean over the runs of a group, ± sample standard deviation / sqrt(runs)
 
 "Final" is the last evaluation, "base" the one before the first update. The best evaluation of a run is chosen by its
-accuracy on the problems it is then quoted for, so it is optimistic; no test uses it. Runs whose accuracies are not of
-the same thing have neither groups nor equal budgets.
+accuracy on the problems it is reported on, so it is optimistic; no test uses it. Runs with incomparable accuracies have
+neither groups nor equal budgets.
 """
 
 import contextlib
@@ -48,7 +48,7 @@ class Summary:
     total: Point
     """The last step: what the run spent."""
     base: Point | None
-    """Evaluation before the first update; None where there is none."""
+    """Evaluation before the first update; None without one."""
     final: Point
     """Last evaluation."""
     best: Point
@@ -120,17 +120,17 @@ class Seeds:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Comparison:
-    """What a report on runs says."""
+    """The contents of a report on runs."""
 
     runs: tuple[Summary, ...]
     comparable: bool
-    """Whether the accuracies of all runs are of the same thing."""
+    """Whether the accuracies of all runs are comparable."""
     groups: tuple[Seeds, ...]
     """Of the runs with an evaluation after an update, if any; none unless comparable, like `cuts`."""
     tests: tuple[PairedTest, ...]
     cuts: tuple[Cut, ...]
     notes: tuple[str, ...]
-    """What is missing, and what limits a reading; one sentence each."""
+    """What is missing and what limits the conclusions; one sentence each."""
 
     def json(self) -> str:
         """Return everything as strict JSON: no NaN, ASCII only."""
@@ -157,7 +157,7 @@ class _Answers:
 
 
 def compare_runs(runs: Sequence[Run]) -> Comparison:
-    """Compare runs; the first one's group is the one that others are tested against."""
+    """Compare runs; other groups are tested against the group of the first run."""
     notes = [_unfinished(run) for run in runs if not run.finished]
     for run in runs:
         found = diagnose(run.config, run.rows, ended=True)
@@ -166,11 +166,13 @@ def compare_runs(runs: Sequence[Run]) -> Comparison:
     groups = groups_of(runs)
     grouped = {run.name for group in groups for run in group.runs}
     notes += [
-        f"{run.name} has no evaluation after an update: it is in no group" for run in runs if run.name not in grouped
+        f"{run.name} has no evaluation after an update and is left out of the groups"
+        for run in runs
+        if run.name not in grouped
     ]
     for group in groups:
         if len({run.config.seed for run in group.runs}) < len(group.runs):
-            notes.append(f"{group.label} holds runs of the same seed, which are not independent")
+            notes.append(f"{group.label} contains runs with the same seed, which are not independent")
     if obstacles := _obstacles(runs, answers):
         notes.append(
             f"accuracies of these runs are not comparable, so there are no means, equal budgets or ranking: "
@@ -197,13 +199,13 @@ def groups_of(runs: Sequence[Run]) -> list[Group]:
 
 def _unfinished(run: Run) -> str:
     return (
-        f"{run.name} is not finished, or has gone on since: it has no final model of step {run.points[-1].step}; its "
-        f"final accuracy is that of step {run.evaluations[-1].step}"
+        f"{run.name} is not finished, or has continued since: it has no final model of step {run.points[-1].step}; "
+        f"its final accuracy is that of step {run.evaluations[-1].step}"
     )
 
 
 def _obstacles(runs: Sequence[Run], answers: _Answers) -> list[str]:
-    """Return what differs between runs so that their accuracies are not of the same thing."""
+    """Return the differences between runs that make their accuracies incomparable."""
     known = all(run.base_model for run in runs)
     kinds: dict[str, set[Any]] = {
         "base model": {run.base_model if known else run.config.model for run in runs},
@@ -220,7 +222,7 @@ def _obstacles(runs: Sequence[Run], answers: _Answers) -> list[str]:
 
 
 def _machines(runs: Sequence[Run]) -> list[str]:
-    """Return what differs of what training time depends on: settings of the engine, machines, versions."""
+    """Return the differences that training time depends on: engine settings, machines, versions."""
     tables: list[dict[str, Any]] = [
         {
             key: value
@@ -311,7 +313,7 @@ def _group_tests(
 def _test(
     first: Side, second: Side, names: tuple[str, str], at: str, answers: _Answers, notes: list[str]
 ) -> Iterator[PairedTest]:
-    """Return the test, or none: then a sentence is added to `notes`."""
+    """Return the test, or None after adding the reason to `notes`."""
     try:
         sides = [[answers(*each) for each in side] for side in (first, second)]
     except (RunDirError, SamplesError) as error:

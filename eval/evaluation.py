@@ -1,8 +1,7 @@
 """Evaluates a model on a task's test split, from the command line's settings to graded samples.
 
-With a file, every graded completion is on disk as soon as it is there, and an evaluation that was interrupted
-continues from it: settings, problems and seeds being the same, it comes to the same samples, as far as
-`eggroll_llm.evaluate` says.
+With a file, every graded completion is written to disk at once, and an interrupted evaluation continues from it. With
+the same settings, problems and seeds it gets the same samples, within the limits that `training.evaluation` states.
 """
 
 import contextlib
@@ -18,10 +17,11 @@ from eggroll_llm.config.recipe import sourced
 from eggroll_llm.config.rules import validate
 from eggroll_llm.config.schema import ChatConfig, EngineConfig, RewardConfig, RunConfig
 from eggroll_llm.config.toml import Origin, Sourced
-from eggroll_llm.engine.interface import Decoding, Progress, Sampler
+from eggroll_llm.engine.interface import Decoding, Progress
+from eggroll_llm.engine.start import start_engine
 from eggroll_llm.errors import ConfigError
 from eggroll_llm.es.settings import EsSettings
-from eggroll_llm.models.resolve import model_identity
+from eggroll_llm.models.files import context_limit, model_identity
 from eggroll_llm.records.answers import Sample, SampleFile
 from eggroll_llm.system import signals
 from eggroll_llm.system.hardware import resolve_dtype, serves_on_cpu
@@ -31,7 +31,6 @@ from eggroll_llm.tasks.chat import check_chat, is_chat
 from eggroll_llm.tasks.load import PATH_OPTIONS
 from eggroll_llm.tasks.prompts import ProblemSet, Prompter, needed_context, set_hash
 from eggroll_llm.training.evaluation import Grader, answer, grade_again
-from eggroll_llm.training.prepare import context_limit
 from eval import lm_eval
 from eval.questions import DEFAULT_MAX_TOKENS, Protocol, Questions, lm_eval_questions, task_questions
 from eval.subject import Subject
@@ -44,7 +43,7 @@ class Settings:
     subject: Subject
     task: str
     protocol: Protocol
-    """Whose prompts and grades: lm-evaluation-harness's, or those that the task trains with."""
+    """Whose prompts and graders: lm-evaluation-harness's, or those used in training."""
     task_options: Mapping[str, Any]
     shots: int | None = None
     """Worked examples; None takes the protocol's number."""
@@ -81,7 +80,7 @@ class Results:
 
 @dataclass(frozen=True, kw_only=True)
 class Changeable:
-    """The tables whose settings can be given as flags."""
+    """The tables of settings that can be given as flags."""
 
     task_options: Mapping[str, Any] = field(default_factory=dict)
     """Options of the task."""
@@ -101,9 +100,9 @@ def settings_for(
     protocol: Protocol | None = None,
     **how: Any,
 ) -> Settings:
-    """Return what the flags say, and what they do not say from the run. Raises ConfigError.
+    """Return the settings: from the flags, and otherwise from the run. Raises ConfigError.
 
-    GSM8K that is asked for by name is lm-eval's; a run without `task` is asked what it was trained on.
+    GSM8K requested by name is lm-eval's; a run without `task` is evaluated on the task it was trained on.
     """
     config = subject.config
     name = task or (config.task if config else "")
@@ -111,7 +110,7 @@ def settings_for(
         raise ConfigError(f"{subject.name}: which task? Add --task gsm8k, gsm8k_cot, countdown or file.py:NAME")
     protocol = protocol or ("lm-eval" if task in lm_eval.TASKS else "task")
     if protocol == "lm-eval" and name not in lm_eval.TASKS:
-        raise ConfigError(f"--protocol lm-eval: there is no such protocol for {name}: it is for gsm8k and gsm8k_cot")
+        raise ConfigError(f"--protocol lm-eval: only gsm8k and gsm8k_cot have it, not {name}: leave the flag out")
     if protocol == "task" and (how.get("shots") is not None or how.get("apply_chat_template")):
         raise ConfigError("--num-fewshot and --apply-chat-template belong to --protocol lm-eval: leave them out")
     base: dict[str, Any] = {}
@@ -181,11 +180,61 @@ def evaluate_subject(
     on_progress: Progress = lambda done, total: None,
     say: Callable[[str], None] = lambda text: None,
 ) -> Results:
-    """Put the questions to the model and grade the answers; continue what `path` holds already. Raises UserError.
+    """Ask the model the questions and grade its answers; continue what `path` holds already. Raises UserError.
 
     `say` gets a sentence when the task's grader fails for the first time.
     """
     questions = questions_for(settings, base_dir)
+    asked = _ask(settings, questions)
+    facts = _facts(settings, questions, asked)
+    total = len(asked.problems.problems) * settings.samples
+    with contextlib.ExitStack() as stack:
+        if questions.scorer:
+            questions.scorer.say = say
+            stack.enter_context(questions.scorer)
+        file = stack.enter_context(SampleFile(path, facts, overwrite=overwrite)) if path else None
+        if file:
+            _grade_again(file, asked.problems, questions.graders)
+        samples: dict[tuple[int, int], Sample] = file.samples if file else {}
+
+        def keep(sample: Sample) -> None:
+            signals.check()
+            if file:
+                file.append(sample)
+            else:
+                samples[sample.problem, sample.sample] = sample
+            on_progress(len(samples), total)
+
+        if len(samples) < total:
+            engine = start_engine(settings.subject.model_dir, asked.engine)
+            stack.callback(engine.close)
+            answer(
+                engine,
+                asked.problems,
+                questions.graders,
+                asked.decoding,
+                keep,
+                samples=settings.samples,
+                seed=settings.seed,
+                done=set(samples),
+            )
+    if questions.scorer:
+        questions.scorer.check(of="")
+    ordered = [samples[key] for key in sorted(samples)]
+    return Results(settings=settings, questions=questions, samples=ordered, facts=facts)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Asked:
+    """Questions in tokens, and the engine and decoding that answer them."""
+
+    problems: ProblemSet
+    decoding: Decoding
+    engine: EngineConfig
+
+
+def _ask(settings: Settings, questions: Questions) -> _Asked:
+    """Turn the questions into tokens. Raises ConfigError when the model cannot be asked them."""
     model_dir = settings.subject.model_dir
     prompter = Prompter(model_dir, _chat(settings, questions))
     if settings.apply_chat_template and not prompter.has_chat_template:
@@ -201,7 +250,6 @@ def evaluate_subject(
         stop=(*questions.stop, eos) if published and eos and eos not in questions.stop else questions.stop,
         special_tokens=published,
     )
-    facts = _facts(settings, questions, problems, decoding)
     context = needed_context(
         [problems],
         decoding.max_tokens,
@@ -211,41 +259,8 @@ def evaluate_subject(
         context_key="--engine.max_model_len",
         shorten="lower --num-fewshot" if published else "shorten the prompts",
     )
-    total = len(problems.problems) * settings.samples
-    with contextlib.ExitStack() as stack:
-        if questions.scorer:
-            questions.scorer.say = say
-            stack.enter_context(questions.scorer)
-        file = stack.enter_context(SampleFile(path, facts, overwrite=overwrite)) if path else None
-        if file:
-            _grade_again(file, problems, questions.graders)
-        samples: dict[tuple[int, int], Sample] = file.samples if file else {}
-
-        def keep(sample: Sample) -> None:
-            signals.check()
-            if file:
-                file.append(sample)
-            else:
-                samples[sample.problem, sample.sample] = sample
-            on_progress(len(samples), total)
-
-        if len(samples) < total:
-            engine = start_engine(settings, context)
-            stack.callback(engine.close)
-            answer(
-                engine,
-                problems,
-                questions.graders,
-                decoding,
-                keep,
-                samples=settings.samples,
-                seed=settings.seed,
-                done=set(samples),
-            )
-    if questions.scorer:
-        questions.scorer.check(of="")
-    ordered = [samples[key] for key in sorted(samples)]
-    return Results(settings=settings, questions=questions, samples=ordered, facts=facts)
+    engine = dataclasses.replace(settings.engine, slots=1, max_model_len=context)
+    return _Asked(problems=problems, decoding=decoding, engine=engine)
 
 
 def _chat(settings: Settings, questions: Questions) -> ChatConfig:
@@ -255,15 +270,6 @@ def _chat(settings: Settings, questions: Questions) -> ChatConfig:
     return ChatConfig() if plain else settings.chat
 
 
-def start_engine(settings: Settings, context: int) -> Sampler:
-    """Start vLLM on the subject, for prompts and completions of `context` tokens together."""
-    from eggroll_llm.engine.vllm.engine import VllmEngine
-
-    return VllmEngine(
-        settings.subject.model_dir, settings.engine, slots=1, rank=1, max_model_len=context, trainable=False
-    )
-
-
 def _grade_again(file: SampleFile, problems: ProblemSet, graders: Mapping[str, Grader]) -> None:
     """Graders and gold answers may have been corrected since the completions were sampled."""
     again = [grade_again(sample, problems, graders) for sample in file.samples.values()]
@@ -271,7 +277,8 @@ def _grade_again(file: SampleFile, problems: ProblemSet, graders: Mapping[str, G
         file.replace(again)
 
 
-def _facts(settings: Settings, questions: Questions, problems: ProblemSet, decoding: Decoding) -> dict[str, Any]:
+def _facts(settings: Settings, questions: Questions, asked: _Asked) -> dict[str, Any]:
+    decoding = asked.decoding
     return {
         "model": model_identity(settings.subject.model_dir),
         "task": questions.task,
@@ -284,8 +291,8 @@ def _facts(settings: Settings, questions: Questions, problems: ProblemSet, decod
         "num_fewshot": questions.shots,
         "apply_chat_template": settings.apply_chat_template,
         **({} if (chat := _chat(settings, questions)) == ChatConfig() else {"chat": dataclasses.asdict(chat)}),
-        "problems": len(problems.problems),
-        "prompts": set_hash(problems.hashes),
+        "problems": len(asked.problems.problems),
+        "prompts": set_hash(asked.problems.hashes),
         "max_tokens": decoding.max_tokens,
         "temperature": decoding.temperature,
         "top_p": decoding.top_p,

@@ -8,8 +8,8 @@ worked examples for all. With the chat template, each worked example is a turn o
 As its vLLM backend does, special tokens stay in the text, the end-of-text token is one more stop string, and the
 tokenizer adds its special tokens unless a prompt starts with one.
 
-Where we depart: a prompt that does not fit the model's context is refused, where lm-eval cuts off its beginning; the
-grade `robust` is ours.
+We differ in two ways: a prompt that does not fit the model's context is rejected, where lm-eval cuts off its beginning,
+and the grade `robust` is ours.
 """
 
 import json

@@ -88,7 +88,7 @@ def overview_figure(groups: Sequence[Group], theme: Theme = PAPER) -> Figure:
 
 
 def caption(groups: Sequence[Group], *, reward: bool = False) -> str:
-    """Return what the lines, bands and whiskers of a figure of these groups are."""
+    """Return a caption that explains the lines, bands and whiskers of a figure of these groups."""
     seeds = max(len(group.runs) for group in groups) > 1
     parts = ["Accuracy on held-out problems, greedy decoding."]
     if seeds:
@@ -107,17 +107,17 @@ def caption(groups: Sequence[Group], *, reward: bool = False) -> str:
         means = ", averaged over seeds" if seeds else ""
         parts.append(
             f"Training reward: dots are means of a step{thinned}, lines running means over {_range(windows)} "
-            f"steps{means}. Each step takes other problems, so its reward moves with their difficulty, too: whether "
-            "the model improves is seen in the accuracy."
+            f"steps{means}. Each step has different problems, so its reward also varies with their difficulty; "
+            "accuracy shows whether the model improves."
         )
     if reward and (missing := [name for name, n in rewards.items() if not n]):
-        parts.append(f"No training reward is recorded of {', '.join(missing)}.")
-    parts.append("Tokens are generated ones; time is that of training, evaluations not counted.")
+        parts.append(f"No training reward was recorded for {', '.join(missing)}.")
+    parts.append("Tokens are generated tokens; time is training time, without evaluations.")
     return " ".join(parts)
 
 
 def write_png(figure: Figure, path: Path) -> None:
-    """Write an image for print, or leave what is there. Raises OSError."""
+    """Write an image for print; after an error the old file is still there. Raises OSError."""
     staging = path.with_name(f".tmp-{path.name}-{os.getpid()}")
     try:
         with _styled(PAPER):
@@ -128,7 +128,7 @@ def write_png(figure: Figure, path: Path) -> None:
 
 
 def svg(figure: Figure) -> str:
-    """Return the figure as SVG with its letters as outlines, so that it looks the same everywhere."""
+    """Return the figure as SVG with letters as outlines, so that it looks the same everywhere."""
     buffer = io.StringIO()
     with _styled(PAPER):
         figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
@@ -147,7 +147,7 @@ def running_mean(values: Array, window: int) -> Array:
 
 
 def on_common_grid(curves: Sequence[tuple[Array, Array]]) -> tuple[Array, Array]:
-    """Return x [X] and values [curves, X] over the range that all curves cover; X is 0 when there is none.
+    """Return x [X] and values [curves, X] over the range that all curves cover; X is 0 without such a range.
 
     The grid has every x of every curve within the range, where the mean has its corners, and 200 more for the band.
     """
@@ -272,12 +272,12 @@ def _rewards(run: Run, axis: Axis, factor: float) -> tuple[Array, Array]:
 
 
 def _stride(rewards: int) -> int:
-    """Return every how many of the rewards one is drawn."""
+    """Return n such that every n-th reward is drawn."""
     return -(-rewards // RAW_POINTS)
 
 
 def _window(rewards: int) -> int:
-    """Over how many rewards the running mean goes: a tenth of them, odd, at least 3."""
+    """Return the window of the running mean: a tenth of the rewards, odd, at least 3."""
     return max(3, rewards // 10) | 1
 
 
@@ -286,7 +286,7 @@ def _range(numbers: Collection[int]) -> str:
 
 
 def _unit(groups: Sequence[Group], axis: Axis) -> tuple[float, str]:
-    """Return what x is divided by, and the label of the axis."""
+    """Return the divisor of x and the label of the axis."""
     largest = max(getattr(run.points[-1], axis) for group in groups for run in group.runs)
     if axis == "step":
         return 1, "Training steps"

@@ -1,4 +1,4 @@
-"""A task's name and options -> the questions that are put, how their answers are graded, and what that is called."""
+"""A task's name and options -> questions, how their answers are graded, and the names of the results."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ DEFAULT_MAX_TOKENS = 320
 
 @dataclass(frozen=True, kw_only=True)
 class Questions:
-    """The test split of a task, ready to be put."""
+    """The test split of a task, ready to be asked."""
 
     task: str
     """Name in the table."""
@@ -40,16 +40,16 @@ class Questions:
     """Length limit of an answer that the protocol sets."""
     graders: Mapping[str, Grader]
     scorer: Scorer | None = None
-    """The task's own grader among them, which counts its failures; to be closed."""
+    """The task's own grader, which counts its failures; the caller closes it."""
 
 
 def lm_eval_questions(
     task: lm_eval.LmEvalTask, options: Mapping[str, Any], base_dir: Path, *, limit: int, shots: int | None, chat: bool
 ) -> Questions:
-    """Return GSM8K as lm-evaluation-harness puts it; `limit` problems from the start, all for 0. Raises UserError."""
+    """Return GSM8K as lm-evaluation-harness asks it; `limit` problems from the start, all for 0. Raises UserError."""
     if extra := options.keys() - {"data_dir"}:
         raise ConfigError(
-            f"task_options.{sorted(extra)[0]}: the protocol of lm-eval leaves no such choice: leave it out, or add "
+            f"task_options.{sorted(extra)[0]}: lm-eval's protocol does not have this option: leave it out, or add "
             "--protocol task"
         )
     # Chat prompts need no examples, so that all of train is there to draw from.

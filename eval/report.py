@@ -1,8 +1,8 @@
-"""Reports as one HTML file that needs nothing else: no network, no script, figures inside, light and dark.
+"""Reports as one self-contained HTML file: no network, no script, figures inside, light and dark.
 
-Every text of a run (completions, problems, names, settings) is somebody else's. The markup is in parts.html and
-report.html; jinja2 escapes all they are given, after `_finalize` has made control and direction characters visible. A
-content security policy forbids the rest.
+Every text of a run (completions, problems, names, settings) is untrusted. The markup is in parts.html and report.html;
+jinja2 escapes everything inserted there, after `_finalize` has made control and direction characters visible. A content
+security policy forbids the rest.
 """
 
 import base64
@@ -41,7 +41,7 @@ def write_run_report(run_path: Path | str) -> Path:
     """Write RUN/report.html and RUN/figures/, replacing those of an earlier report; return the page's path.
 
     Raises:
-        RunDirError: the directory is no run, has no evaluation yet, is damaged, or cannot be written.
+        RunDirError: the directory is not a run, has no evaluation yet, is damaged, or cannot be written.
         ConfigError: its configuration cannot be read.
     """
     runs = read_runs([run_path])
@@ -159,7 +159,7 @@ def _part(name: str, *values: object) -> Markup:
 
 
 def _table(grid: Grid, shares: Sequence[float] = ()) -> Markup:
-    """Return a table; `shares` (0 to 1) are drawn as bars beside its rows."""
+    """Return a table; `shares` (0 to 1) are drawn as bars next to its rows."""
     return _part("table", grid, shares)
 
 
@@ -183,7 +183,7 @@ def _run_headline(run: Summary, test: PairedTest | None) -> Markup:
     spent = f"{run.final.step} steps and {run.final.seconds / 60:.1f} minutes of training"
     if run.final.step == 0:
         sentence = (
-            f"Accuracy of the base model is {percent(run.final.accuracy)} on {run.final.problems} held-out problems."
+            f"The base model's accuracy is {percent(run.final.accuracy)} on {run.final.problems} held-out problems."
         )
     elif run.base is None:
         sentence = f"Accuracy is {percent(run.final.accuracy)} on {run.final.problems} held-out problems after {spent}."
@@ -264,7 +264,7 @@ def _evaluations_grid(run: Run) -> Grid:
         rows=[cells(point) for point in run.evaluations],
         note=f"Greedy answers to {best.problems} held-out problems; accuracy with {INTERVAL}; cut short: ended by the "
         "length limit. Minutes, completions and generated tokens are those of training until then. The highest "
-        f"accuracy, of step {best.step}, was selected on these very problems, so it is optimistic.",
+        f"accuracy, of step {best.step}, was selected on these problems, so it is optimistic.",
     )
 
 
@@ -273,7 +273,7 @@ def _examples(test: PairedTest) -> Markup:
     won, lost = len(result.wins), len(result.losses)
     text = (
         f"Of {result.problems} problems, {test.second} solves {won} more often than {test.first}, and {lost} less "
-        f"often: {p_text(result.p_value)}, of an exact sign-flip test. Some of them, with one answer of each side:"
+        f"often: {p_text(result.p_value)} by an exact sign-flip test. Examples, with one answer of each side:"
     )
     shown = [("won", example) for example in test.won] + [("lost", example) for example in test.lost]
     return Markup("\n").join([_part("paragraph", text), *(_example(word, example, test) for word, example in shown)])
@@ -305,8 +305,8 @@ def _costs(run: Run) -> list[Markup]:
         title="Time",
         columns=["part of a step", "seconds", "share"],
         rows=[[name, f"{seconds / len(steps):.3f}", percent(seconds / total)] for name, seconds in parts.items()],
-        note=f"Mean over {len(steps)} steps of {total / len(steps):.1f} s. Apart from that, in all: "
-        f"{_sum(steps, 'time/save'):.1f} s of saving (what followed the last step not counted), "
+        note=f"Mean over {len(steps)} steps of {total / len(steps):.1f} s. In addition, over the whole run: "
+        f"{_sum(steps, 'time/save'):.1f} s of saving (up to the last step) and "
         f"{_sum(run.rows, 'time/eval'):.1f} s of evaluations.",
     )
     prompt, generated = _sum(steps, "tokens/prompt"), _sum(steps, "tokens/generated")
@@ -350,7 +350,7 @@ def _reproduce(run: Run) -> list[Markup]:
         commands.append(f"eggroll-llm replay {name} --out NEW_MODEL")
         journal = run.directory.journal.read_bytes()
         sentence = (
-            "The base model and journal.jsonl give back the weights of every step. The journal has "
+            "The base model and journal.jsonl rebuild the weights of every step. The journal has "
             f"{_size(len(journal))}{_beside(run.directory.final)};"
         )
         parts.append(_part("journal", sentence, hashlib.sha256(journal).hexdigest()))
@@ -372,7 +372,7 @@ def _environment(run: Run) -> list[Markup]:
     last = dict(run.starts[-1])
     packages = last.pop("packages", {})
     rows = [*last.items(), *(packages.items() if isinstance(packages, Mapping) else ())]
-    note = "When the run was started" if len(run.starts) == 1 else f"At the last of {len(run.starts)} starts"
+    note = "When the run started" if len(run.starts) == 1 else f"At the last of {len(run.starts)} starts"
     grid = Grid(
         title="Environment", columns=["", "value"], rows=[[key, f"{value}"] for key, value in rows], note=note, texts=2
     )

@@ -3,7 +3,7 @@
     metrics.jsonl                        a row a step; completions and tokens are summed here, wall time is cumulative
     evaluations/step-000040.jsonl        an answer a problem, as `eggroll_llm.records.answers` writes it
 
-Runs that differ in nothing but `seed`, and in settings on which no update depends, are one experiment repeated.
+Runs that differ only in `seed` and in settings that no update depends on are repetitions of one experiment.
 """
 
 import json
@@ -29,7 +29,7 @@ from eggroll_llm.system.terminal import inert
 from eggroll_llm.tasks.constant import Constant, best_constant
 
 Budget = Literal["completions", "tokens", "seconds"]
-"""What is spent, as `Point` names it."""
+"""Budgets, named as in `Point`."""
 
 OF_THE_METHOD = ("sampling.prompts_per_step", "sampling.samples_per_prompt", "sampling.temperature")
 """Settings that two methods need not share: how a step samples."""
@@ -87,7 +87,7 @@ class Run:
 
     @property
     def base(self) -> Point | None:
-        """Return the evaluation before the first update; None where there is none."""
+        """Return the evaluation before the first update; None without one."""
         first = self.evaluations[0]
         return first if first.step == 0 else None
 
@@ -119,7 +119,7 @@ class Run:
             )
         samples = [sample for sample in read_samples(path)[1] if sample.sample == 0]
         if any(TASK not in sample.scores for sample in samples):
-            raise RunDirError(f'{path}: answers without the score "{TASK}". Name a run whose evaluations have it.')
+            raise RunDirError(f'{path}: its answers have no score "{TASK}". Name a run whose evaluations have it.')
         answers: dict[str, Sample] = {}
         seen: Counter[str] = Counter()
         for sample in samples:
@@ -142,15 +142,15 @@ def read_runs(paths: Sequence[Path | str]) -> list[Run]:
     """Read run directories.
 
     Raises:
-        RunDirError: a directory that is no run, has no evaluation yet, or is damaged.
+        RunDirError: a directory that is not a run, has no evaluation yet, or is damaged.
         ConfigError: a configuration that cannot be read, a directory that is named twice, or no directory at all.
     """
     directories = [RunDir.open(path) for path in paths]
     places = [directory.path.resolve() for directory in directories]
     if not places:
-        raise ConfigError("no run is named: name at least one run directory")
+        raise ConfigError("no run given: name at least one run directory")
     if twice := [place for place in places if places.count(place) > 1]:
-        raise ConfigError(f"{twice[0]}: is named twice: name every run once")
+        raise ConfigError(f"{twice[0]}: given twice: name each run once")
     return [_read_run(directory, name) for directory, name in zip(directories, _names(places), strict=True)]
 
 
@@ -186,7 +186,7 @@ def _read_run(directory: RunDir, name: str) -> Run:
         base_model=_base_model(directory.journal),
     )
     if not run.evaluations:
-        raise RunDirError(f"{directory.metrics}: holds no evaluation yet. Wait for the first one, or name another run.")
+        raise RunDirError(f"{directory.metrics}: has no evaluation yet. Wait for the first one, or name another run.")
     return run
 
 
@@ -219,12 +219,12 @@ def _whole(row: Mapping[str, Any], key: str) -> int:
 
 
 def _starts(path: Path) -> tuple[Mapping[str, Any], ...]:
-    """A run without this file is as good as any other: nothing is computed from it."""
+    """Return the recorded starts; nothing is computed from them, so the file may be missing."""
     return tuple(start for start in earlier_starts(path) if isinstance(start, dict))
 
 
 def about(runs: Sequence[Run]) -> list[str]:
-    """Return what the figures of the runs are to be compared with: base model, and the best constant answer."""
+    """Return what to compare the figures of the runs with: base model and best constant answer."""
     models = dict.fromkeys(called(run.config.model) for run in runs)
     constants = dict.fromkeys(constant for run in runs if (constant := _constant(run)))
     said = [f"Base model{'s' if len(models) > 1 else ''}: {'; '.join(models)}."]
@@ -261,7 +261,7 @@ def _names(places: Sequence[Path]) -> list[str]:
 
 
 def _telling(a: RunConfig, b: RunConfig) -> list[str]:
-    """Settings in which two runs are different experiments. How long a run may take is one of them."""
+    """Return the settings that make two runs different experiments; the limits of a run are among them."""
 
     def tells(key: str) -> bool:
         kept = key in ("steps", "minutes") or (key != "seed" and not may_change(key))

@@ -42,7 +42,7 @@ def pass_at_k(correct: int, samples: int, k: int) -> float:
 
 
 def majority(answers: Sequence[Hashable]) -> int | None:
-    """Return the position of the first of the most frequent answers, None not counted; None when there is none.
+    """Return the position of the first of the most frequent answers, ignoring None; None without an answer.
 
     Wang et al. 2022, arXiv 2203.11171 (self-consistency). Of equally frequent answers the first one wins.
     """

@@ -1,4 +1,4 @@
-"""What is evaluated: a model by its name, or the model of a run at its end, at its best step or at a checkpoint."""
+"""The model to evaluate: by name, or from a run at its end, at its best step or at a checkpoint."""
 
 from dataclasses import dataclass
 from pathlib import Path

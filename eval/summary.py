@@ -7,9 +7,9 @@ Keys are those of lm-evaluation-harness, "metric,filter". A metric is a mean ove
     pass@k                          unbiased estimate from all completions of the problem
     maj@k                           whether the most frequent answer of the first k completions is right
 
-Completions without an answer have no vote; a problem where none has one counts as wrong.
+Completions without an answer do not vote; a problem without any vote counts as wrong.
 
-The standard error is lm-eval's, and 0 where all problems come out alike; so one more column, ours, has the interval of
+The standard error is lm-eval's, which is 0 where all problems come out alike, so we add a column with the interval of
 `eggroll_llm.records.accuracy.wilson`. A mean reward, which need not lie between 0 and 1, has none.
 """
 
@@ -75,7 +75,7 @@ def write_summary(path: Path, summary: Mapping[str, Any]) -> None:
 
 
 def table(summary: Mapping[str, Any]) -> str:
-    """Return the figures as a Markdown table, lm-eval's with one more column, and what they hold for."""
+    """Return the figures as lm-eval's Markdown table with one more column, and the conditions they hold for."""
     config = summary["config"]
     ((task, figures),) = summary["results"].items()
     count = summary["n-samples"][task]

@@ -17,12 +17,12 @@ from eval.statistics import LEAST_DISCORDANT, RESAMPLES
 
 CELL = 400  # characters of a table's cell on a terminal, where it is folded: all of a name
 ANSWER = 160  # and of an answer, which can be a megabyte
-INTERVAL = "its 95 % interval over problems (Wilson)"
+INTERVAL = "the 95 % interval over problems (Wilson)"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Grid:
-    """A table, for a terminal or a page. Its texts are raw: whoever shows them makes them inert."""
+    """A table, for a terminal or a page. Its texts are raw; the code that shows them makes them inert."""
 
     title: str
     columns: Sequence[str]
@@ -30,11 +30,11 @@ class Grid:
     note: str = ""
     """How the numbers were obtained."""
     texts: int = 1
-    """Number of columns, from the left, that are no numbers."""
+    """Number of columns, from the left, that hold text."""
 
 
 def tables(comparison: Comparison) -> list[Table]:
-    """Return what a terminal shows: the grids, and examples of each test. Text of runs is inert."""
+    """Return the tables for a terminal: the grids, and examples of each test. Text of runs is inert."""
     return [*map(to_rich, grids(comparison)), *map(to_rich, example_grids(comparison))]
 
 
@@ -69,7 +69,7 @@ def example_grids(comparison: Comparison) -> list[Grid]:
 
 
 def to_rich(grid: Grid) -> Table:
-    """Return the table for a terminal or a pipe: what is too wide is folded, never cut."""
+    """Return the table for a terminal or a pipe; wide text is folded, never cut."""
     table = Table(
         title=Text(f"\n{inert(grid.title, CELL)}", style="bold", no_wrap=False, overflow="fold"),
         caption=Text(grid.note, no_wrap=False, overflow="fold") if grid.note else None,
@@ -106,7 +106,7 @@ def problem_text(problem: Mapping[str, Any]) -> str:
 
 
 def point_text(point: Point | None) -> str:
-    """Return the accuracy of an evaluation with its interval; a dash where there is none."""
+    """Return the accuracy of an evaluation with its interval; a dash without one."""
     return accuracy_text(point.accuracy, point.problems) if point else "–"
 
 
@@ -135,8 +135,8 @@ def _accuracy_grid(comparison: Comparison) -> Grid:
         title="Accuracy of each run",
         columns=["run", "problems", "base", "final", "best", "step"],
         rows=[cells(run) for run in comparison.runs],
-        note=f"On held-out problems, with {INTERVAL}. Best: the highest of all evaluations, at that step; it was "
-        "selected on these very problems, so it is optimistic, and no interval holds.",
+        note=f"On held-out problems, with {INTERVAL}. Best: the highest evaluation and its step; it was selected on "
+        "these problems, so it is optimistic and has no valid interval.",
     )
 
 
@@ -150,8 +150,8 @@ def _spent_grid(comparison: Comparison) -> Grid:
         title="What each run spent",
         columns=["run", "method", "seed", "steps", "minutes", "completions", "tokens", "memory"],
         rows=[cells(run) for run in comparison.runs],
-        note="In training, evaluations not counted; tokens are generated ones. Memory: the most that the process had "
-        "resident, engine included.",
+        note="In training, evaluations not counted; tokens are generated tokens. Memory: peak resident memory of the "
+        "process, engine included.",
         texts=2,
     )
 
@@ -165,8 +165,8 @@ def _seeds_grid(comparison: Comparison) -> Grid:
         title="Same settings, different seeds",
         columns=["group", "runs", "base", "final"],
         rows=[cells(group) for group in comparison.groups],
-        note="Mean accuracy over the runs of a group ± standard error over them (none where all are equal), whatever "
-        "they spent.",
+        note="Mean accuracy over the runs of a group ± standard error (none where all are equal), regardless of "
+        "what they spent.",
         texts=2,
     )
 
@@ -179,8 +179,8 @@ def _cut_grid(cut: Cut, groups: Sequence[Seeds]) -> Grid:
         title=f"Accuracy at the {BUDGETS[cut.budget]}: {total}",
         columns=["run", "accuracy", "step"],
         rows=[*reached, *([f"mean of {label}", mean_text(mean), ""] for label, mean in means)],
-        note=f"All that {cut.set_by} spent, the least of the runs with updates; each run counts with its last "
-        f"evaluation within that, with {INTERVAL}; of a mean over seeds ± standard error over them.",
+        note=f"What {cut.set_by} spent, the least of the runs with updates. Each run counts with its last "
+        f"evaluation within that budget, with {INTERVAL}; means over seeds ± standard error.",
     )
 
 
@@ -202,10 +202,10 @@ def _tests_grid(comparison: Comparison) -> Grid:
         title="Paired tests on the same problems",
         columns=["first → second", "problems", "gain", "95 % interval", "won", "lost", "p"],
         rows=[cells(test) for test in comparison.tests],
-        note="Gain of the second in percentage points, of a group on the mean of each problem over its seeds; won and "
-        "lost: problems on which it is higher and lower. Interval: bootstrap over problems and, in groups, seeds "
-        f"({RESAMPLES:,} resamples, seeded); with few seeds it is too narrow, and of a single run it holds for that "
-        f"seed. It is left out (–) where fewer than {LEAST_DISCORDANT} problems are won or lost: too few to resample. "
-        "p: exact sign-flip test over problems, McNemar's for single runs; two-sided, not corrected for the number of "
-        "tests. It is about these very runs on other problems of the kind, and says nothing of another seed.",
+        note="Gain of the second in percentage points; a group counts with the mean of each problem over seeds. "
+        "Won, lost: problems on which the second is higher and lower. Interval: bootstrap over problems and, in "
+        f"groups, seeds ({RESAMPLES:,} resamples, seeded); it is too narrow with few seeds, and for a single run it "
+        f"holds for that seed only. Left out (–) where fewer than {LEAST_DISCORDANT} problems are won or lost: too few "
+        "to resample. p: exact sign-flip test over problems, McNemar's for single runs; two-sided, not corrected for "
+        "the number of tests. It holds for these runs on similar problems and says nothing about other seeds.",
     )

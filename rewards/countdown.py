@@ -85,7 +85,7 @@ def score(
         use_all: whether every number must be used.
         answer_format: where the expression stands; see the module's docstring.
         format_reward: reward of a wrong answer in the right format.
-        thought_open: whether the prompt ended in a thought, which the completion goes on with.
+        thought_open: whether the prompt ended in a thought that the completion continues.
 
     Raises:
         ValueError: answer_format is neither "tag" nor "line".

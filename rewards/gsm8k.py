@@ -15,7 +15,7 @@ after it shows that it was complete.
 
 `strict` and `flexible` are the filters "strict-match" and "flexible-extract" of the task `gsm8k` of
 lm-evaluation-harness, and its normalisation before exact match, for comparison with published numbers;
-`strict_cot` is "strict-match" of its task `gsm8k_cot`. They read the whole text, thoughts and all, and ignore
+`strict_cot` is "strict-match" of its task `gsm8k_cot`. They read the whole text, thoughts included, and ignore
 `truncated`.
 
 Reward: 1 if correct, else 0. A gold answer without a number scores 0 with detail "bad_gold" (the task loader
@@ -70,10 +70,10 @@ def score(
     Args:
         answer: gold number, or the gold solution, whose number follows its last `#### `.
         truncated: whether the completion was cut off by the length limit.
-        thought_open: whether the prompt ended in a thought, which the completion goes on with.
+        thought_open: whether the prompt ended in a thought that the completion continues.
 
     Raises:
-        ValueError: method is none of the four.
+        ValueError: unknown method.
     """
     gold = gold_number(str(answer)) if method == "robust" else _normalise(str(answer))
     if gold is None:
@@ -92,7 +92,7 @@ def read_answer(
     """Return the answer that `score` compares with the gold one, normalised as the method does; None without one.
 
     Raises:
-        ValueError: method is none of the four.
+        ValueError: unknown method.
     """
     try:
         return _read(completion, truncated, thought_open, method)
@@ -101,7 +101,7 @@ def read_answer(
 
 
 def gold_number(answer: str) -> str | None:
-    """Return the number of a gold answer in its shortest form; None where there is none."""
+    """Return the number of a gold answer in its shortest form; None without one."""
     return canonical(answer.rpartition("#### ")[2].strip())
 
 

@@ -1,6 +1,6 @@
 """The text that a completion marks as its answer: what the last explicit marker holds.
 
-    \\boxed{...}   <answer>...</answer>      up to the matching brace or tag; one that is not closed is no answer
+    \\boxed{...}   <answer>...</answer>      up to the matching brace or tag; an unclosed one is no answer
     #### ...       up to the end of the line
     answer is ...  Answer: ...               up to the end of the line
 

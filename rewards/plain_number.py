@@ -1,6 +1,6 @@
 """The one plain number in a short piece of text, or why there is none.
 
-Reading goes in five steps: markup is taken away (LaTeX, Markdown, HTML, GSM8K's `<<9*2=18>>`); numbers are written as
+A number is read in five steps: markup is removed (LaTeX, Markdown, HTML, GSM8K's `<<9*2=18>>`); numbers are written as
 one run of digits (12 500 and 12.5 thousand as 12500); the text ends after the sentence, or before the reason, that
 follows the first number; of an equation the right side is kept; then the side must hold exactly one number, and nothing
 around it may change its value (operators, powers, abbreviated scales) or take it back (or, not, about). Remarks in

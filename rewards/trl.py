@@ -5,7 +5,7 @@ TRL passes every further column of its data set as a keyword argument, one value
     trainer = GRPOTrainer(..., reward_funcs=reward_function(rewards.countdown.score, use_all=True))
 
 with columns `numbers` and `target`. Completions are texts or, for conversational data sets, lists of
-messages, of which the last is graded. Extra columns, and TRL's own arguments, are ignored.
+messages whose last one is graded. Extra columns, and TRL's own arguments, are ignored.
 """
 
 import inspect
@@ -21,12 +21,12 @@ Completion = str | Sequence[Mapping[str, Any]]
 def reward_function(score: Callable[..., Score], **options: Any) -> Callable[..., list[float]]:
     """Adapt a grader `score(completion, column, ..., **options)`.
 
-    A grader with the argument `thought_open` gets it from the prompt: of a text whether it ends in a thought, of
-    messages whether the last one, where it is the assistant's, does. What a chat template adds TRL does not show: where
-    that opens a thought, give `thought_open=True`.
+    A grader with the argument `thought_open` gets it from the prompt: whether the text, or the last message if it is
+    the assistant's, ends in a thought. TRL does not show what a chat template adds; if that opens a thought, pass
+    `thought_open=True`.
 
     The parameters of `score` after the completion that have no default, and are not among `options`, are the
-    columns. The function is named after the module of `score`, which is the name that TRL logs it under.
+    columns. The function is named after the module of `score`; TRL logs it under that name.
 
     Raises:
         ValueError: from the returned function, when a column is missing or not one value per completion.
@@ -65,7 +65,7 @@ def text_of(completion: Completion) -> str:
 
 
 def _begun(prompt: Any) -> str:
-    """Return the part of a prompt that the completion goes on with."""
+    """Return the part of a prompt that the completion continues."""
     if isinstance(prompt, str):
         return prompt
     return text_of(prompt) if prompt and prompt[-1].get("role") == "assistant" else ""

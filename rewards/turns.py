@@ -19,12 +19,12 @@ TURN_END = re.compile(
     rf"</s>|<eos>|<end_of_turn>|<{_BAR}(?:im_end|eot_id|eom_id|eot|end|end_of_turn|end_of_text|endoftext"
     rf"|end[\u2581_]of[\u2581_]sentence|END_OF_TURN_TOKEN){_BAR}>"
 )
-"""Special tokens after which the model has said all that it had to say."""
+"""Special tokens that end the model's turn."""
 TURN_START = re.compile(
     rf"<s>|<bos>|<start_of_turn>|\[/?INST\]|<<SYS>>|<(?i:user|human|assistant|system)>|<{_BAR}(?i:im_start|start_header_id|start_of_role|begin_of_text"
     rf"|begin[\u2581_]of[\u2581_]sentence|user|assistant|system|human|START_OF_TURN_TOKEN){_BAR}>"
 )
-"""Special tokens after which somebody speaks."""
+"""Special tokens that start a turn."""
 
 MAX_CUES = 128
 """Places looked at of each cue, from the first; more are an attack on the clock."""
@@ -90,7 +90,7 @@ def closes_thought(text: str) -> bool:
 
 
 def ends_in_thought(prompt: str) -> bool:
-    """Return whether a prompt, chat template applied, ends inside a thought that the completion goes on with.
+    """Return whether a prompt, chat template applied, ends inside a thought that the completion continues.
 
     The tag must stand where a line or a turn begins: one in the middle of a sentence is only mentioned.
     """

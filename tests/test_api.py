@@ -19,8 +19,8 @@ from eggroll_llm.training import session
 def recipe(tmp_path: Path, tiny_model: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> Path:
     """A recipe whose engine is the stand-in."""
 
-    def start(prepared: Any, context: int = 0) -> StubEngine:
-        return StubEngine(prepared.model_dir if context == 0 else prepared.subject.model_dir)
+    def start(model_dir: Path, *_: Any, **__: Any) -> StubEngine:
+        return StubEngine(model_dir)
 
     monkeypatch.setattr(session, "start_engine", start)
     monkeypatch.setattr("eval.evaluation.start_engine", start)

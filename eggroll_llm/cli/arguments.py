@@ -64,7 +64,7 @@ def _split(name: str, words: Sequence[str], command: argparse.ArgumentParser) ->
 def check_no_rest(rest: Sequence[str], takes_settings: bool) -> None:
     """Raise ConfigError for words that argparse had no use for."""
     if rest and rest[0].lower() in _YES_OR_NO:
-        raise ConfigError(f"{rest[0]!r} is no value of a flag: one such as --dry-run has none, leave it out")
+        raise ConfigError(f"{rest[0]!r} is not expected here: flags such as --dry-run take no value, leave it out")
     if rest:
         form = "settings are --KEY VALUE" if takes_settings else "this command takes no more words"
         raise ConfigError(f"{rest[0]!r} is neither a flag nor the value of one; {form}")
@@ -96,7 +96,7 @@ def _kind(flag: str) -> str:
 
 
 def _check_flag(flag: str, own: Mapping[str, object], keys: Sequence[str]) -> None:
-    """Raise ConfigError for a setting that there is not; one within a table of free keys may be anything."""
+    """Raise ConfigError for an unknown setting; keys of a free table may be anything."""
     key = _key(flag)
     tables = {known.rpartition(".")[0] for known in keys}
     if not (key in keys or key in tables or key.startswith(_FREE)):

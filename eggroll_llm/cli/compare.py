@@ -13,13 +13,13 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's own arguments."""
-    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN")
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run directories")
     parser.add_argument(
         "--out",
         type=Path,
         default=Path("comparison"),
         metavar="DIR",
-        help="for report.html and figures; default: %(default)s",
+        help="directory of report.html and figures; default: %(default)s",
     )
 
 

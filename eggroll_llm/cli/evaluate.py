@@ -12,16 +12,18 @@ from eggroll_llm.system.files import check_output_file
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's own arguments."""
     parser.add_argument("model", metavar="MODEL_OR_RUN", help="directory, hub id, embedded model, or run directory")
-    parser.add_argument("--task", help="gsm8k, gsm8k_cot, countdown or file.py:NAME; default: the run's, as trained")
-    parser.add_argument("--at", default="final", metavar="STEP", help="of a run: final (default), best, or a step")
+    parser.add_argument("--task", help="gsm8k, gsm8k_cot, countdown or file.py:NAME; default: the run's task")
+    parser.add_argument(
+        "--at", default="final", metavar="STEP", help="step of a run: final (default), best or a number"
+    )
     parser.add_argument(
         "--protocol",
         choices=("lm-eval", "task"),
-        help="whose prompts: lm-evaluation-harness's (default for gsm8k, gsm8k_cot) or those of training",
+        help="prompts of lm-evaluation-harness (default for gsm8k, gsm8k_cot) or of training",
     )
     parser.add_argument("--num-fewshot", type=not_negative, metavar="N", help="worked examples in lm-eval's prompts")
     parser.add_argument(
-        "--apply-chat-template", action="store_true", help="put lm-eval's prompts through the chat template"
+        "--apply-chat-template", action="store_true", help="apply the chat template to lm-eval's prompts"
     )
     parser.add_argument(
         "--data-dir", type=Path, metavar="DIR", help="folder with the task's train.jsonl and test.jsonl"
@@ -29,11 +31,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--limit", type=positive, default=0, metavar="N", help="only the first N problems")
     parser.add_argument("--max-tokens", type=positive, default=0, metavar="N", help="length limit of an answer")
     parser.add_argument("--samples", type=positive, default=1, metavar="N", help="completions per problem")
-    parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 (default) is greedy")
-    parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="nucleus of sampling")
-    parser.add_argument("--seed", type=not_negative, default=0, metavar="N", help="of sampling")
     parser.add_argument(
-        "--k", type=_ks, metavar="K,K", help="k of pass@k and maj@k; default: the number of samples, if above 1"
+        "--temperature", type=float, default=0.0, metavar="T", help="sampling temperature; 0 (default) is greedy"
+    )
+    parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="probability mass of nucleus sampling")
+    parser.add_argument("--seed", type=not_negative, default=0, metavar="N", help="seed of sampling")
+    parser.add_argument(
+        "--k", type=_ks, metavar="K,K", help="values of k for pass@k and maj@k; default: the number of samples"
     )
     parser.add_argument(
         "--out",
@@ -41,7 +45,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE.json",
         help="write the result, and every answer to FILE.samples.jsonl, from which an interrupted evaluation continues",
     )
-    parser.add_argument("--on-existing", choices=("resume", "overwrite"), default="resume")
+    parser.add_argument(
+        "--on-existing",
+        choices=("resume", "overwrite"),
+        default="resume",
+        help="what to do about existing answers; default: %(default)s",
+    )
 
 
 def run(options: argparse.Namespace, settings: Settings) -> int:

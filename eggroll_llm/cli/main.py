@@ -121,25 +121,32 @@ def _eval_keys() -> list[str]:
     return [key for key in _setting_keys() if key.partition(".")[0] in ("task_options", "chat", "engine", "reward")]
 
 
+_EVAL_EPILOG = "Settings of [task_options], [chat], [engine] and [reward] are --KEY VALUE: --engine.dtype float32."
 COMMANDS: Mapping[str, Command] = {
-    "train": Command(module="train", help="train a model as a recipe says", needs=ENGINE, keys=_setting_keys),
+    "train": Command(module="train", help="train a model from a recipe", needs=ENGINE, keys=_setting_keys),
     "resume": Command(
         module="resume",
         help="continue a run, or train on after its end",
         needs=ENGINE,
         keys=_setting_keys,
-        epilog=f"Settings that may change: {MAY_CHANGE}. Give them as --KEY VALUE; --steps or --minutes raises the "
-        "limit at which a run has ended.",
+        epilog=f"Settings that may change, as --KEY VALUE: {MAY_CHANGE}. --steps or --minutes extends a run beyond "
+        "the limit at which it ended.",
     ),
-    "eval": Command(module="evaluate", help="accuracy on a task's test split", needs=ENGINE, keys=_eval_keys),
+    "eval": Command(
+        module="evaluate",
+        help="measure accuracy on a task's test split",
+        needs=ENGINE,
+        keys=_eval_keys,
+        epilog=_EVAL_EPILOG,
+    ),
     "replay": Command(module="replay", help="rebuild the weights of a step from a run's journal", needs=["torch"]),
     "sweep": Command(
-        module="sweep", help="train several runs as a file says, and compare them", needs=ENGINE, keys=_setting_keys
+        module="sweep", help="train several runs from one file, and compare them", needs=ENGINE, keys=_setting_keys
     ),
-    "compare": Command(module="compare", help="accuracy of runs, paired tests and plots", needs=PLOTS),
+    "compare": Command(module="compare", help="compare runs: accuracy, paired tests and plots", needs=PLOTS),
     "push": Command(module="push", help="upload a model to the Hugging Face hub"),
     "bench": Command(module="bench", help="speed next to plain vLLM", needs=ENGINE, keys=_setting_keys),
-    "doctor": Command(module="doctor", help="what is installed, what will run here, what is wrong"),
+    "doctor": Command(module="doctor", help="report what is installed, what will run here and what is wrong"),
 }
 
 

@@ -9,12 +9,14 @@ from eggroll_llm.models.push import plan_push, push
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's own arguments."""
-    parser.add_argument("model", type=Path, metavar="RUN_OR_DIR")
-    parser.add_argument("repo_id", metavar="OWNER/NAME")
-    parser.add_argument("--at", default="final", metavar="STEP", help="of a run: final (default), best, or a step")
+    parser.add_argument("model", type=Path, metavar="RUN_OR_DIR", help="run directory or model directory")
+    parser.add_argument("repo_id", metavar="OWNER/NAME", help="repository on the hub")
+    parser.add_argument(
+        "--at", default="final", metavar="STEP", help="step of a run: final (default), best or a number"
+    )
     parser.add_argument("--private", action="store_true", help="make the repository private")
-    parser.add_argument("--revision", metavar="BRANCH", help="default: main")
-    parser.add_argument("--dry-run", action="store_true", help="say what would be uploaded; uses no network")
+    parser.add_argument("--revision", metavar="BRANCH", help="branch to upload to; default: main")
+    parser.add_argument("--dry-run", action="store_true", help="list what would be uploaded, without network")
 
 
 def run(options: argparse.Namespace, settings: Settings) -> int:

@@ -7,7 +7,7 @@ from eggroll_llm.cli.arguments import Settings
 from eggroll_llm.cli.shared import not_negative
 from eggroll_llm.config.recipe import load_recipe
 from eggroll_llm.errors import ConfigError
-from eggroll_llm.models.card import write_card
+from eggroll_llm.models.card import Trained, write_card
 from eggroll_llm.models.resolve import model_identity, resolve_model
 from eggroll_llm.records.journal import read_journal
 from eggroll_llm.records.run_dir import RunDir
@@ -17,8 +17,8 @@ from eggroll_llm.system.files import describe_failure, replace_directory
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's own arguments."""
-    parser.add_argument("run", type=Path, metavar="RUN")
-    parser.add_argument("--step", type=not_negative, metavar="N", help="default: the last")
+    parser.add_argument("run", type=Path, metavar="RUN", help="run directory")
+    parser.add_argument("--step", type=not_negative, metavar="N", help="step to rebuild; default: the last")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="new directory for the model")
 
 
@@ -39,21 +39,21 @@ def run(options: argparse.Namespace, settings: Settings) -> int:
 
     base = resolve_model(config.model)
     identity, metrics = model_identity(base), run.read_metrics()
+    trained = Trained(
+        config=config,
+        base_model=identity,
+        step=step,
+        metrics=metrics,
+        journal=run.journal,
+        prompt=run.example_prompt(),
+    )
     checksum = ""
 
     def write(directory: Path) -> None:
         nonlocal checksum
         checksum = replay(config, base, run.journal, step, directory)
         write_provenance(directory, step=step, base_model=identity)
-        write_card(
-            directory,
-            config=config,
-            base_model=identity,
-            step=step,
-            metrics=metrics,
-            journal=run.journal,
-            prompt=run.example_prompt(),
-        )
+        write_card(directory, trained)
 
     try:
         options.out.parent.mkdir(parents=True, exist_ok=True)

@@ -12,7 +12,7 @@ from eggroll_llm.records.run_dir import RunDir
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's own arguments."""
-    parser.add_argument("run", type=Path, metavar="RUN")
+    parser.add_argument("run", type=Path, metavar="RUN", help="run directory")
 
 
 def run(options: argparse.Namespace, settings: Settings) -> int:

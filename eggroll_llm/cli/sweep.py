@@ -11,10 +11,10 @@
     name = "grpo"
     recipe = "../countdown_smollm2_grpo.toml"
 
-Each run is a process of its own, so that memory is that of one run and none finds the engine of another warm, and they
-come one after the other, so that each has the whole machine: seed by seed, every trial of it. A run that is there and
-finished with these settings is left alone, one that was interrupted goes on, one that fails (a learning rate under
-which training diverges) is told and does not stop the others.
+Runs execute one after the other, each in its own process, so each has the whole machine and a fresh engine; all trials
+of a seed come before the next seed. A run that already finished with these settings is skipped, an interrupted one
+resumes, and one that fails (say, because its learning rate makes training diverge) is reported and does not stop the
+others.
 """
 
 import argparse
@@ -45,21 +45,21 @@ Flags = list[tuple[str, str]]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SweepFile:
-    """A sweep as it is written."""
+    """The contents of a sweep file."""
 
     trials: tuple[Mapping[str, Any], ...]
-    """Name, settings and, unless it is the one of all, recipe of each."""
+    """Name, settings and optionally recipe of each."""
     recipe: str = ""
     """Recipe of the trials, relative to the file."""
     settings: Mapping[str, Any] = field(default_factory=dict)
     """Settings of every trial."""
     seeds: tuple[int, ...] = ()
-    """Seeds that each trial is run with."""
+    """Seeds to run each trial with."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Planned:
-    """A run to be made."""
+    """A run to train."""
 
     name: str
     """Of its directory."""
@@ -69,19 +69,19 @@ class Planned:
 
     @property
     def shown(self) -> str:
-        """Return the flags as they are typed."""
+        """Return the flags as a user would type them."""
         return " ".join(f"--{key} {text}" for key, text in self.flags)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's own arguments."""
-    parser.add_argument("sweep", type=Path, metavar="SWEEP.toml")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="for the runs; default: runs/<sweep>")
+    parser.add_argument("sweep", type=Path, metavar="SWEEP.toml", help="TOML file with the trials")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="directory of the runs; default: runs/<sweep>")
     parser.add_argument("--dry-run", action="store_true", help="list the runs, train nothing")
 
 
 def run(options: argparse.Namespace, settings: Settings) -> int:
-    """Train those runs of a file that are not finished yet, and compare all."""
+    """Train the runs of a file that are not finished yet, and compare all of them."""
     from eggroll_llm.cli.display import ConsoleDisplay
 
     planned = read_sweep(options.sweep, settings)
@@ -99,10 +99,10 @@ def run(options: argparse.Namespace, settings: Settings) -> int:
 
 
 def read_sweep(path: Path, overrides: Sequence[tuple[str, str]] = ()) -> list[Planned]:
-    """Return the runs of a file in order, `overrides` laid over each.
+    """Return the runs of a file in order, with `overrides` applied to each.
 
     Raises:
-        ConfigError: the file, a recipe or a setting is wrong; names are missing or come twice.
+        ConfigError: the file, a recipe or a setting is wrong, or a name is missing or repeated.
     """
     table, origin = read_toml(path)
     sweep = parse_table(SweepFile, table, where="", source=origin.name, text=origin.text)
@@ -112,7 +112,9 @@ def read_sweep(path: Path, overrides: Sequence[tuple[str, str]] = ()) -> list[Pl
     if not names:
         raise ConfigError(f"{path}: trials is empty: add a table [[trials]] with a name and settings")
     if twice := [name for name in names if names.count(name) > 1]:
-        raise ConfigError(f'{path}: two runs would be named "{twice[0]}": give each trial a name and each seed once')
+        raise ConfigError(
+            f'{path}: two runs would be named "{twice[0]}": give each trial its own name and list each seed once'
+        )
     return planned
 
 
@@ -120,7 +122,9 @@ def _plan(path: Path, sweep: SweepFile, trial: Mapping[str, Any], seed: int | No
     own = dict(trial)
     name, recipe = own.pop("name", ""), own.pop("recipe", sweep.recipe)
     if not isinstance(name, str) or not _names_a_folder(name):
-        raise ConfigError(f'{path}: the name of a trial is {name!r:.80}: it names a folder, such as "es-1"')
+        raise ConfigError(
+            f'{path}: a trial is named {name!r:.80}, which is not a folder name: write one such as "es-1"'
+        )
     if not isinstance(recipe, str) or not recipe:
         raise ConfigError(f'{path}: trial "{name}" has no recipe: set recipe = "FILE.toml" for it or for all')
     flags = [*_flags(sweep.settings), *_flags(own), *([("seed", f"{seed}")] if seed is not None else []), *more]
@@ -147,7 +151,7 @@ def _flags(settings: Mapping[str, Any], prefix: str = "") -> Flags:
 
 
 def run_sweep(planned: Sequence[Planned], out: Path, show: Callable[[str], None]) -> list[Path]:
-    """Make all runs in folders of `out`, and return those that are finished."""
+    """Train all runs in subfolders of `out`, and return those that finished."""
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -156,7 +160,7 @@ def run_sweep(planned: Sequence[Planned], out: Path, show: Callable[[str], None]
     for i, run in enumerate(planned, start=1):
         directory, which = out / run.name, f"run {i} of {len(planned)}, {run.name}"
         if _is_finished(run, directory):
-            show(f"{which}: is there")
+            show(f"{which}: already finished")
         else:
             show(f"{which}: {run.shown}")
             if (status := _train(run, directory)) != 0:
@@ -177,11 +181,11 @@ def _is_finished(run: Planned, directory: Path) -> bool:
     except (RunDirError, ConfigError):  # the run will say so itself
         return False
     ended = bool(metrics) and final_step(found) == metrics[-1].get("step", -1)
-    return ended and _is_as_asked(saved, asked)
+    return ended and _has_settings(saved, asked)
 
 
-def _is_as_asked(saved: RunConfig, asked: RunConfig) -> bool:
-    """Return whether a run has the settings that are asked for, as far as what comes out depends on them."""
+def _has_settings(saved: RunConfig, asked: RunConfig) -> bool:
+    """Return whether a run was trained with the settings that its outcome depends on."""
     was, now = flat(saved), flat(asked)
     return all(
         was.get(key) == now.get(key)
@@ -204,6 +208,6 @@ def _train(run: Planned, directory: Path) -> int:
 
 
 def _leave_the_terminal_to_us() -> None:
-    """Its signals go to both, and with our own the run would get a second one, and stop at once."""
+    """Ignore signals that the terminal sends to both: with ours the run would get two, and exit at once."""
     for number in (signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)

@@ -1,11 +1,11 @@
-"""`train`: train a model as a recipe says. What `resume` shares with it is here, too.
+"""`train`: train a model from a recipe. `resume` shares the second half.
 
 Torch and the engine are imported when a command runs: `--help` needs neither.
 """
 
 import argparse
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -34,11 +34,18 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's own arguments."""
-    parser.add_argument("recipe", type=Path, metavar="RECIPE.toml")
-    parser.add_argument("--run-dir", type=Path, metavar="DIR", help="default: runs/<recipe>-<time>")
-    parser.add_argument("--on-existing", choices=("fail", "resume", "overwrite"), default="fail")
+    parser.add_argument("recipe", type=Path, metavar="RECIPE.toml", help="TOML file with the settings")
+    parser.add_argument("--run-dir", type=Path, metavar="DIR", help="run directory; default: runs/<recipe>-<time>")
     parser.add_argument(
-        "--dry-run", action="store_true", help="print the resolved settings and the budget, train nothing"
+        "--on-existing",
+        choices=("fail", "resume", "overwrite"),
+        default="fail",
+        help="what to do about an existing run; default: %(default)s",
+    )
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="print settings, budget and a time estimate, train nothing",
     )
     parser.add_argument(
         "--settings", action=_ListSettings, nargs=0, help="list every setting that --KEY VALUE can change"
@@ -46,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace, settings: Settings) -> int:
-    """Train as a recipe and flags say."""
+    """Train from a recipe and flags."""
     # Paths in a recipe are relative to its folder, paths on the command line to where the user stands.
     path_flags = {f"--task_options.{key}" for keys in PATH_OPTIONS.values() for key in keys}
     settings = [
@@ -58,19 +65,24 @@ def run(options: argparse.Namespace, settings: Settings) -> int:
     recipe_dir = options.recipe.resolve().parent
 
     if options.dry_run:
-        from eggroll_llm.training.budget import budget
+        from eggroll_llm.training.budget import budget, check_memory
         from eggroll_llm.training.prepare import prepare
         from eggroll_llm.training.step_time import estimate_lines, measure
 
         prepared = prepare(config, recipe_dir)
         print(to_toml(prepared.config))
-        notes = [*prepared.task.notes, *prepared.notes]
-        for line in [*notes, *budget(prepared), *estimate_lines(prepared, measure(prepared))]:
-            print(f"# {inert(line, 4000)}")
+        _print_comments([*prepared.task.notes, *prepared.notes, *budget(prepared)])
+        check_memory(prepared)
+        _print_comments(estimate_lines(prepared, measure(prepared)))
         return 0
 
     run_path = options.run_dir or default_run_dir(options.recipe, datetime.now())
     return train_and_report(options, config, recipe_dir, run_path, options.on_existing)
+
+
+def _print_comments(lines: Iterable[str]) -> None:
+    for line in lines:
+        print(f"# {inert(line, 4000)}")
 
 
 def train_and_report(
@@ -89,14 +101,14 @@ def train_and_report(
             outcome = train(config, recipe_dir, run_path, on_existing, display)
     except KeyboardInterrupt:
         if is_run_dir(run_path):
-            options.again = f"go on with: {command('resume', run_path)}"
+            options.again = f"resume with: {command('resume', run_path)}"
         raise
     display.table(_outcome_table(outcome))
     _report(run_path, display)
     display.message(f"model: {outcome.final} (loads in transformers and vLLM)")
     if longer := _twice_as_long(config):
-        display.message(f"go on: {command('resume', run_path, *longer)}")
-    display.message(f"test:  {command('eval', run_path)}")
+        display.message(f"continue: {command('resume', run_path, *longer)}")
+    display.message(f"test: {command('eval', run_path)}")
     for finding in outcome.findings:  # last, and status 0: the files are whole, and scripts go by them
         display.message(f"{finding}")
     return 0
@@ -137,7 +149,7 @@ def _outcome_table(outcome: "Outcome") -> Table:
     problems = f"accuracy on {last['eval/problems']} held-out problems"
     table.add_row(problems, shown(first), shown(last), f"{gain(last)}\n{p_text(p_value(first, last))}")
     if outcome.constant:
-        label = f"the best constant answer to them: {outcome.constant.pattern}"
+        label = f"the best constant answer: {outcome.constant.pattern}"
         table.add_row(label, "", percent(outcome.constant.accuracy), "")
     best = best_step(outcome.metrics)
     if best and best["step"] and best["eval/accuracy"] > last["eval/accuracy"]:
@@ -163,7 +175,7 @@ def _outcome_table(outcome: "Outcome") -> Table:
 
 
 class _ListSettings(argparse.Action):
-    """List the settings and exit, like --help: no recipe is needed."""
+    """List the settings and exit, as --help does; no recipe is needed."""
 
     def __call__(self, parser: argparse.ArgumentParser, *rest: object) -> NoReturn:
         for row in field_help(RunConfig):

@@ -20,7 +20,7 @@ MAY_CHANGE = f"{', '.join(_MAY_CHANGE)}, [log], [checkpoint], [reward], [engine]
 
 
 def of_its_method(config: RunConfig) -> RunConfig:
-    """Return the configuration with the table of every other method at its defaults: nothing depends on it."""
+    """Return the configuration with the tables of other methods reset to their defaults."""
     return dataclasses.replace(
         config,
         es=config.es if config.method == "es" else EsSettings(),
@@ -41,10 +41,10 @@ def differences(a: RunConfig, b: RunConfig) -> list[str]:
 
 
 def may_change(key: str) -> bool:
-    """Return whether a resumed run may have another value: true of settings that the updates do not depend on.
+    """Return whether a resumed run may change a setting: only those that the updates do not depend on.
 
-    Not of the problems of the evaluation: one run would then report accuracies that cannot be compared. The limits of
-    [reward] may, as those of the engine: they protect the machine, and may have been too tight for it.
+    The evaluation problems may not change, because accuracies within a run must be comparable. The limits of [reward]
+    and [engine] may: they protect the machine and may have been too tight.
     """
     if key.startswith("engine."):
         return key != "engine.dtype"
@@ -52,13 +52,13 @@ def may_change(key: str) -> bool:
 
 
 def applies(key: str, config: RunConfig) -> bool:
-    """Return whether a setting has a meaning for the run: those in the table of another method have none."""
+    """Return whether a setting applies to the run; those in the table of another method do not."""
     table = key.partition(".")[0]
     return table not in METHOD_TABLES or table == config.method
 
 
 def check_resume(saved: RunConfig, now: RunConfig, *, saved_in: str) -> None:
-    """Raises ConfigError, showing each difference, when `now` cannot continue the run of `saved` (a file)."""
+    """Raise ConfigError, showing each difference, when `now` cannot continue the run of `saved` (a file)."""
     keys = [
         key
         for key in differences(saved, now)
@@ -69,13 +69,13 @@ def check_resume(saved: RunConfig, now: RunConfig, *, saved_in: str) -> None:
     old, new = flat(saved), flat(now)
     shown = "; ".join(f"{key} was {_shown(old, key)} and is now {_shown(new, key)}" for key in keys)
     raise ConfigError(
-        f"{saved_in}: cannot resume with other settings: {shown}. Restore them, or start a new run, which may train on "
-        f"from the weights of this one: --model {Path(saved_in).parent / 'final'}. May change: {MAY_CHANGE}."
+        f"{saved_in}: cannot resume with changed settings: {shown}. Restore them, or start a new run from the weights "
+        f"of this one with --model {Path(saved_in).parent / 'final'}. Settings that may change: {MAY_CHANGE}."
     )
 
 
 def is_scheduled(config: RunConfig) -> bool:
-    """Return whether something takes a course over the steps, so that their number may not change within a run."""
+    """Return whether a schedule depends on the number of steps, which then may not change within a run."""
     if config.method == "es":
         return {config.es.sigma_schedule, config.es.learning_rate_schedule} != {"constant"}
     return config.grpo.learning_rate_schedule != "constant"

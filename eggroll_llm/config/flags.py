@@ -1,8 +1,8 @@
-"""Flags such as `--es.sigma 5e-4`, laid over the table of a recipe.
+"""Flags such as `--es.sigma 5e-4`, which override the recipe.
 
-A flag's text is read as the type of its field, and more generously than TOML: `--steps 1e3`, `--es.antithetic Yes`.
-Below a free-form table (`--task_options.data_dir DIR`) it is read as a TOML value or as True or False and, when it is
-none, as the string that it is.
+A flag's text is read as the type of its field, more leniently than TOML: `--steps 1e3`, `--es.antithetic Yes`.
+Below a free-form table (`--task_options.data_dir DIR`) it is read as a TOML value or as True or False and otherwise as
+a string.
 """
 
 import copy
@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal, Union, get_args, get_origin
 
 from eggroll_llm.config.parse import all_keys, convert, expected, field_types, unknown_key
-from eggroll_llm.config.toml import Origin, is_unicode
+from eggroll_llm.config.toml import Origin, check_values, is_unicode
 from eggroll_llm.errors import ConfigError
 
 _BOOLEANS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
@@ -33,13 +33,15 @@ def apply_overrides(cls: type, table: Mapping[str, Any], overrides: Sequence[tup
             raise ConfigError(f"{flag!a} {text!a}: not valid Unicode text. Remove the undecodable bytes.")
         path, kind = _resolve(cls, parts)
         origin = Origin(name=f"--{flag.removeprefix('--')}")
-        value = convert(_read(kind, text, origin.name), kind, ".".join(path), origin)
+        read = _read(kind, text, origin.name)
+        check_values({".".join(path): read}, origin, depth=len(path) - 1)
+        value = convert(read, kind, ".".join(path), origin)
         target = result
         for part in path[:-1]:
             inner = target.setdefault(part, {})
             if not isinstance(inner, dict):
                 raise ConfigError(
-                    f"{origin.name} {text}: {part} is no table in the recipe. Make it one, or drop the flag."
+                    f"{origin.name} {text}: {part} is not a table in the recipe. Make it one, or drop the flag."
                 )
             target = inner
         # A plain list is what TOML itself would have given.
@@ -59,7 +61,7 @@ def flags_by_key(overrides: Sequence[tuple[str, str]]) -> dict[str, str]:
 
 
 def _resolve(cls: type, parts: Sequence[str]) -> tuple[list[str], Any]:
-    """Field names and type that the dotted key of a flag leads to."""
+    """Return the field names and the type that the dotted key of a flag leads to."""
     key, kind = ".".join(parts).replace("-", "_"), cls
     path: list[str] = []
     for index, part in enumerate(parts):
@@ -82,7 +84,7 @@ def _resolve(cls: type, parts: Sequence[str]) -> tuple[list[str], Any]:
 
 
 def _read(kind: Any, text: str, flag: str) -> object:
-    """Return the text as a value of the kind. Raises ConfigError for a number or boolean that is none."""
+    """Return the text as a value of the kind. Raises ConfigError when it is not the number or boolean expected."""
     if get_origin(kind) in (Union, types.UnionType):
         return _read_union([argument for argument in get_args(kind) if argument is not type(None)], text, flag)
     if kind is str:
@@ -95,7 +97,7 @@ def _read(kind: Any, text: str, flag: str) -> object:
     if kind in (bool, int, float):
         value = _BOOLEANS.get(text.strip().lower()) if kind is bool else _number(kind, text)
         if value is None:
-            raise ConfigError(f"{flag} {text}: {expected(kind)} is expected.")
+            raise ConfigError(f"{flag} {text:.60}: {expected(kind)} is expected.")
         return value
     if (get_origin(kind) or kind) in (tuple, list) and not text.strip().startswith("["):
         text = f"[{text}]"

@@ -1,6 +1,6 @@
 """The sentence under a dataclass field, as help text.
 
-Python throws such strings away, so they are read from the source; lazily, since only `--help` asks.
+Python discards such strings, so they are read from the source, and only when `--help` needs them.
 """
 
 import ast
@@ -23,7 +23,7 @@ class FieldHelp:
     kind: str
     """Type as a user would say it, or the choices."""
     default: str
-    """Default as TOML; empty when there is none."""
+    """Default as TOML; empty without one."""
     doc: str
     """The sentence under the field."""
 
@@ -45,7 +45,7 @@ def field_docs(cls: type) -> dict[str, str]:
 
 
 def field_help(cls: type, where: str = "") -> list[FieldHelp]:
-    """Return help of every setting of a configuration dataclass, nested ones included, in order."""
+    """Return the help of every setting of a configuration dataclass, nested ones included, in order."""
     docs, kinds = field_docs(cls), field_types(cls)
     rows: list[FieldHelp] = []
     for field in dataclasses.fields(cls):

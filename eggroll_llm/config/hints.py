@@ -1,4 +1,4 @@
-"""What somebody meant who wrote a name that does not exist: a slip, another tool's word, or the wrong table."""
+"""Guess the intended name behind an unknown one: a typo, another tool's word, or the wrong table."""
 
 import difflib
 from collections.abc import Iterable, Sequence

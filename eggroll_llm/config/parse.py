@@ -60,7 +60,7 @@ def all_keys(cls: type, where: str = "") -> Iterator[str]:
 
 
 def field_types(cls: type) -> dict[str, Any]:
-    """Resolved type of each field that the constructor takes, in order."""
+    """Return the resolved type of each field that the constructor takes, in order."""
     hints = get_type_hints(cls)
     return {field.name: hints[field.name] for field in dataclasses.fields(cls) if field.init}
 
@@ -82,7 +82,7 @@ def unknown_key(key: str, valid: Sequence[str], where: str, dash: str = "") -> C
 
 
 def convert(value: object, kind: Any, key: str, origin: Origin, valid: Sequence[str] = ()) -> Any:
-    """Return the value as an instance of `kind`. Raises ConfigError when it is none."""
+    """Return the value as an instance of `kind`. Raises ConfigError when it is not one."""
     family, arguments = get_origin(kind), get_args(kind)
     if kind is Any:
         return value
@@ -132,10 +132,7 @@ def _parse_dataclass(
 
 def _convert_scalar(value: object, kind: type, key: str, origin: Origin) -> object:
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        try:
-            return float(value)
-        except OverflowError:
-            raise _wrong(value, "a number", "It is too large.", key, origin) from None
+        return float(value)
     if type(value) is kind:
         if isinstance(value, float) and not math.isfinite(value):
             raise ConfigError(f"{origin.at(key)}: {key} = {value} is not finite. Write an ordinary number.")
@@ -196,7 +193,7 @@ def _wrong(value: object, expected: str, remedy: str, key: str, origin: Origin) 
 
 
 def expected(kind: Any) -> str:
-    """Return what a value of that kind is, in words."""
+    """Return a description of values of that kind, in words."""
     if get_origin(kind) is Literal:
         return "one of " + ", ".join(format_value(choice) for choice in get_args(kind))
     if get_origin(kind) in (Union, types.UnionType):

@@ -1,8 +1,8 @@
-"""The configuration of a run: what a recipe and the flags of the command line say, typed.
+"""The configuration of a run: recipe and flags, typed and checked.
 
 `load_recipe` reads TOML, applies flags, parses and validates; nothing heavy is imported, so that every
-mistake is found before a model is loaded. The resolved configuration is written into the run directory by
-`to_toml` and read back the same.
+mistake is found before a model is loaded. `to_toml` writes the resolved configuration into the run directory, from
+which `load_recipe` reads it back unchanged.
 """
 
 import dataclasses
@@ -16,7 +16,6 @@ from eggroll_llm.config.parse import parse_table
 from eggroll_llm.config.rules import validate
 from eggroll_llm.config.schema import RunConfig
 from eggroll_llm.config.toml import Origin, Sourced, read_toml, write_toml
-from eggroll_llm.errors import ConfigError
 
 
 def load_recipe(path: Path | str, overrides: Sequence[tuple[str, str]] = ()) -> RunConfig:
@@ -25,20 +24,17 @@ def load_recipe(path: Path | str, overrides: Sequence[tuple[str, str]] = ()) -> 
     Raises:
         ConfigError: anything wrong with the file, its keys and values, or the flags.
     """
-    try:
-        table, origin = read_toml(Path(path))
-        table = apply_overrides(RunConfig, table, overrides)
-        origin = dataclasses.replace(origin, flags=flags_by_key(overrides))
-        config = parse_table(RunConfig, table, where="", source=origin.name, text=origin.text, flags=origin.flags)
-        validate(config, origin)
-        config = dataclasses.replace(config, task_options=sourced(config.task_options, origin, overrides))
-        return of_its_method(config)
-    except RecursionError:
-        raise ConfigError(f"{path}: values are nested too deeply. Flatten them.") from None
+    table, origin = read_toml(Path(path))
+    table = apply_overrides(RunConfig, table, overrides)
+    origin = dataclasses.replace(origin, flags=flags_by_key(overrides))
+    config = parse_table(RunConfig, table, where="", source=origin.name, text=origin.text, flags=origin.flags)
+    validate(config, origin)
+    config = dataclasses.replace(config, task_options=sourced(config.task_options, origin, overrides))
+    return of_its_method(config)
 
 
 def sourced(options: Mapping[str, Any], origin: Origin, overrides: Sequence[tuple[str, str]]) -> Sourced:
-    """Task options that know which of them are of a file and which of a flag, such as --task_options.seed."""
+    """Return task options that know which were set in a file and which by a flag, such as --task_options.seed."""
     result = Sourced(options)
     parts = [flag.removeprefix("--").split(".") for flag, _ in overrides]
     result.origin = origin

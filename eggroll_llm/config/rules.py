@@ -1,6 +1,6 @@
 """Which configurations make sense: ranges, and settings that contradict each other.
 
-Types are checked on parsing; this also holds for a configuration built in Python. Each message names the
+Types are checked on parsing, and here for a configuration built in Python. Each message names the
 keys, their values and a remedy.
 """
 
@@ -22,7 +22,7 @@ _NEEDED = {"es": ("es.sigma", "es.learning_rate"), "grpo": ("grpo.learning_rate"
 
 
 def validate(config: "RunConfig", origin: Origin | None = None) -> None:
-    """Raises ConfigError for the first setting that is out of range or contradicts another one."""
+    """Raise ConfigError for the first setting that is out of range or contradicts another one."""
     check = _Check(config, origin or Origin(name="configuration"))
     check.types(config, "")
     check.ranges()
@@ -115,8 +115,8 @@ class _Check:
         chat = self.config.chat
         if not is_unicode(chat.system):
             raise ConfigError(
-                f"{self.origin.at('chat.system')}: chat.system = {chat.system!a:.80}: is not valid Unicode text, as it "
-                "holds half of a surrogate pair. Write the whole character."
+                f"{self.origin.at('chat.system')}: chat.system = {chat.system!a:.80}: is not valid Unicode: it holds "
+                "half of a surrogate pair. Write the whole character."
             )
         for name, value in chat.template_args.items():
             key = f"chat.template_args.{name}"
@@ -178,7 +178,7 @@ class _Check:
             )
         if sampling.top_p < 1:
             self.fail(
-                "the trainer's probabilities are of the whole vocabulary, not of a nucleus",
+                "the trainer computes probabilities over the whole vocabulary",
                 "Set sampling.top_p to 1",
                 "sampling.top_p",
                 because="method",

@@ -19,18 +19,18 @@ class SamplingConfig:
     prompts_per_step: Annotated[int, Ge(1)] = 8
     """Problems in a step; all members of a population get the same ones."""
     samples_per_prompt: Annotated[int, Ge(1)] = 1
-    """Completions per problem (and member), which with GRPO are a group; more than 1 needs a temperature above 0."""
+    """Completions per problem (and member), with GRPO a group; more than 1 needs a temperature above 0."""
     max_tokens: Annotated[int, Ge(1)] = 256
     """Length limit of a completion in tokens."""
     temperature: Annotated[float, Ge(0)] = 0.0
-    """Sampling temperature; 0 decodes greedily, the population being the exploration."""
+    """Sampling temperature; 0 is greedy, so that only the population explores."""
     top_p: Annotated[float, Gt(0), Le(1)] = 1.0
     """Probability mass that nucleus sampling keeps; 1 keeps all."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ChatConfig:
-    """How chat messages become a prompt, for tasks that ask in chat messages; in training and evaluation alike."""
+    """How chat messages become a prompt, in training and evaluation alike."""
 
     system: str = ""
     """System prompt, put before the task's messages; empty for none."""
@@ -40,12 +40,12 @@ class ChatConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RewardConfig:
-    """Limits of a user's own score, which runs in a process of its own; built-in graders need none."""
+    """Limits of a user's own score, which runs in its own process; built-in graders need none."""
 
     timeout_seconds: Annotated[float, Gt(0), Le(86_400)] = 10.0
-    """Seconds that the score of one completion may take; then its process is killed, and the completion counts as 0."""
+    """Seconds that scoring one completion may take; then the process is killed and the completion scores 0."""
     memory_gib: Annotated[float, Gt(0)] = 4.0
-    """Memory in GiB that the process may take, with what it imports and loads; each that it starts may take as much."""
+    """Memory limit of the process in GiB, imports and data included; each process it starts may use as much."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,29 +55,29 @@ class GrpoConfig:
     learning_rate: Annotated[float, Ge(0)] = 0.0
     """Learning rate of AdamW; method "grpo" needs it."""
     beta: Annotated[float, Ge(0)] = 0.0
-    """Weight of the divergence from the base model; 0 leaves it out, and the copy of the base model with it."""
+    """Weight of the KL divergence from the base model; 0 also saves the memory of its copy."""
     epsilon: Annotated[float, Gt(0), Lt(1)] = 0.2
-    """Clipping range of the probability ratio, which moves away from 1 when num_iterations is above 1."""
+    """Clipping range of the probability ratio; has an effect when num_iterations is above 1."""
     epsilon_high: Annotated[float, Ge(0)] = 0.0
-    """Upper clipping range where it differs; 0 takes epsilon."""
+    """Upper clipping range; 0 uses epsilon."""
     num_iterations: Annotated[int, Ge(1)] = 1
     """Optimizer steps on the same completions; all of them together are one step of the run."""
     loss_type: Literal["dapo", "grpo", "dr_grpo", "bnpo"] = "dapo"
-    """What the loss of tokens is averaged over: all of the step, each completion, the length limit, a micro batch."""
+    """What the token loss is averaged over: the step, each completion, the length limit, the micro batch."""
     scale_rewards: Literal["group", "batch", "none"] = "group"
-    """By which standard deviation advantages are divided: of the problem's rewards, of all, or by none."""
+    """Standard deviation that divides advantages: of the group's rewards, of all rewards, or none."""
     importance_sampling: bool = True
-    """Whether the difference between the engine's probabilities and the trainer's is corrected for."""
+    """Whether to correct for the difference between the engine's and the trainer's probabilities."""
     lora_rank: Annotated[int, Ge(0)] = 0
     """Rank of adapters on the linear layers, trained instead of the weights; 0 trains all weights."""
     lora_alpha: Annotated[int, Gt(0)] = 32
     """Scale of the adapters, divided by their rank."""
     micro_batch: Annotated[int, Ge(1)] = 8
-    """Completions in a forward and backward pass; divides those of a step. For memory, but for "bnpo" the loss too."""
+    """Completions per forward and backward pass; must divide those of a step. With "bnpo" it changes the loss."""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     """Number format of the trainer's arithmetic, "auto" as in [engine]; its weights and the optimizer stay float32."""
     gradient_checkpointing: bool = False
-    """Whether activations are computed again in the backward pass to save memory."""
+    """Whether to recompute activations in the backward pass to save memory."""
     weight_decay: Annotated[float, Ge(0)] = 0.0
     """Weight decay of AdamW."""
     adam_beta1: Annotated[float, Ge(0), Lt(1)] = 0.9
@@ -87,9 +87,9 @@ class GrpoConfig:
     adam_eps: Annotated[float, Gt(0)] = 1e-8
     """Constant in the denominator of AdamW."""
     max_grad_norm: Annotated[float, Ge(0)] = 1.0
-    """Norm to which gradients are clipped; 0 clips none."""
+    """Norm to which gradients are clipped; 0 disables clipping."""
     learning_rate_schedule: Schedule = "constant"
-    """Course of the learning rate over the steps."""
+    """Schedule of the learning rate over the steps."""
     schedule_end: Annotated[float, Ge(0), Le(1)] = 0.1
     """Fraction of the starting value that a schedule reaches at the last step."""
     warmup_steps: Annotated[int, Ge(0)] = 0
@@ -101,11 +101,11 @@ class EngineConfig:
     """The inference engine and the memory that it takes."""
 
     slots: Annotated[int, Ge(0)] = 0
-    """Members resident at once; 0 takes the population, at most 64. GRPO has none."""
+    """Adapter slots, one for each member resident at once; 0 uses the population, at most 64. Unused by GRPO."""
     max_sequences: Annotated[int, Ge(1)] = 128
     """Sequences decoded at once."""
     max_model_len: Annotated[int, Ge(0)] = 0
-    """Longest prompt and completion together in tokens; 0 takes it from the task."""
+    """Context length, prompt and completion together, in tokens; 0 derives it from the task."""
     kv_cache_gib: Annotated[float, Gt(0)] = 1.0
     """Memory of the key-value cache in GiB."""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
@@ -117,11 +117,11 @@ class EngineConfig:
     gpu_memory_utilization: Annotated[float, Gt(0), Le(1)] = 0.85
     """Fraction of the GPU's memory that the engine may use."""
     timeout_seconds: Annotated[float, Ge(0), Le(1e9)] = 1800.0
-    """Seconds without progress of the engine, or in its start, after which the process ends (status 124); 0: none."""
+    """Seconds without progress, also while starting, after which the process exits with status 124; 0: never."""
     allow_untested_architecture: bool = False
-    """Whether to try a model of an architecture whose members the tests have not compared with transformers."""
+    """Whether to try an architecture that the tests do not compare with transformers."""
     threads: Annotated[int, Ge(0)] = 0
-    """CPU threads; 0 takes all cores. Without a C++ compiler the last bits of an update depend on it."""
+    """CPU threads; 0 uses all cores. Without a C++ compiler the last bits of an update depend on their number."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -131,23 +131,23 @@ class EvalConfig:
     every: Annotated[int, Ge(0)] = 10
     """Steps between evaluations; 0 evaluates only at the start and at the end."""
     split: Literal["test", "validation"] = "test"
-    """Where they come from: "test", or "validation", the last problems of "train", which are then not trained on."""
+    """Split of the held-out problems: "test", or "validation", the last of "train", excluded from training."""
     problems: Annotated[int, Ge(2)] = 256
     """Held-out problems per evaluation."""
     max_tokens: Annotated[int, Ge(0)] = 0
-    """Length limit of a completion in tokens; 0 takes that of sampling."""
+    """Length limit of a completion in tokens; 0 uses sampling.max_tokens."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CheckpointConfig:
-    """Checkpoints; with method "es" the journal is written at every step whatever this says."""
+    """Checkpoints; with method "es" the journal is written at every step in any case."""
 
     every: Annotated[int, Ge(0)] = 10
-    """Steps between checkpoints; 0 writes none, as the journal of "es" rebuilds every step; "grpo" resumes from one."""
+    """Steps between checkpoints; 0 writes none. "es" can resume from its journal alone, "grpo" cannot."""
     keep: Annotated[int, Ge(1)] = 2
-    """Newest checkpoints that are kept."""
+    """Number of newest checkpoints to keep."""
     best: bool = True
-    """Whether the step of the highest accuracy gets a checkpoint, which is kept until there is a better one."""
+    """Whether to keep a checkpoint of the step with the highest accuracy."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

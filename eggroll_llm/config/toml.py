@@ -9,7 +9,7 @@ Source: TOML 1.0.0, https://toml.io/en/v1.0.0
 import datetime
 import re
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,17 +22,20 @@ _ASSIGNMENT = re.compile(
     r"""\s*((?:[A-Za-z0-9_-]+|"[^"]*"|'[^']*')(?:\s*\.\s*(?:[A-Za-z0-9_-]+|"[^"]*"|'[^']*'))*)\s*="""
 )
 _KEY_PART = re.compile(r"""[A-Za-z0-9_-]+|"[^"]*"|'[^']*'""")
+_INTEGERS = range(-(2**63), 2**63)  # those that TOML guarantees
+_DEEPEST = 32
+"""Levels of tables and arrays, keys of a dotted key included."""
 _ESCAPES = {'"': '\\"', "\\": "\\\\", "\b": "\\b", "\t": "\\t", "\n": "\\n", "\f": "\\f", "\r": "\\r"}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Origin:
-    """Where a table came from, to be able to say so."""
+    """Where a table came from, for messages."""
 
     name: str
     """File name, or the flag."""
     text: str = ""
-    """Source text, searched for the line of a key; empty when there is none."""
+    """Source text, searched for the line of a key; may be empty."""
     flags: Mapping[str, str] = field(default_factory=dict)
     """Dotted keys that the command line has set, with the flag of each as it was written."""
 
@@ -51,14 +54,14 @@ class Origin:
 
 
 class Sourced(dict[str, Any]):
-    """A table of free keys that knows where each was written, to say so when somebody else makes sense of them."""
+    """A table of free keys that knows where each was set, for the messages of whoever interprets them."""
 
     origin = Origin(name="task_options")
     flags: frozenset[str] = frozenset()
     """Keys that the command line has set."""
 
     def origin_of(self, key: str) -> Origin:
-        """File or flag that has set a key."""
+        """Return the file or flag that set a key."""
         return Origin(name=f"--task_options.{key}") if key in self.flags else self.origin
 
 
@@ -66,7 +69,7 @@ def read_toml(path: Path) -> tuple[dict[str, Any], Origin]:
     """Return table and origin of the file.
 
     Raises:
-        ConfigError: the file is missing, unreadable, not UTF-8 or not TOML, or its values are too deep.
+        ConfigError: the file is missing, unreadable, not UTF-8 or not TOML, or `check_values` refuses a value.
     """
     try:
         text = path.read_bytes().decode("utf-8-sig")
@@ -81,21 +84,51 @@ def read_toml(path: Path) -> tuple[dict[str, Any], Origin]:
     except ValueError:
         raise ConfigError(f"{str(path)!r}: not a usable file name. Name a .toml file.") from None
     try:
-        return tomllib.loads(text), Origin(name=str(path), text=text)
+        table, origin = tomllib.loads(text), Origin(name=str(path), text=text)
     except RecursionError:
-        raise ConfigError(f"{path}: values are nested too deeply. Flatten them.") from None
+        raise ConfigError(f"{path}: {_TOO_DEEP}") from None
     except ValueError as error:
         match = re.fullmatch(r"(.*) \(at (?:line (\d+), column \d+|end of document)\)", str(error), re.DOTALL)
-        if not match:
-            raise ConfigError(f"{path}: TOML syntax error: {error}") from None
+        if not match:  # the one mistake that tomllib leaves to int(), which gives no line
+            raise ConfigError(f"{path}: {_TOO_LARGE}") from None
         lines = text.rstrip().split("\n")
         number = int(match[2] or len(lines))
         line = lines[number - 1].strip() if number <= len(lines) else ""
         raise ConfigError(f"{path}:{number}: TOML syntax error: {match[1]}{f', in: {line}' if line else ''}") from None
+    check_values(table, origin)
+    return table, origin
+
+
+_TOO_DEEP = f"values are nested more than {_DEEPEST} levels deep. Flatten them."
+_TOO_LARGE = "integers have 64 bits. Write a smaller number."
+
+
+def check_values(table: Mapping[str, Any], origin: Origin, *, depth: int = 0) -> None:
+    """Raise ConfigError for an integer of more than 64 bits, and for values nested too deeply.
+
+    Checked where text becomes values, so that all other code may recurse into them and print them. The table itself
+    stands `depth` levels deep.
+    """
+    level: list[tuple[str, object]] = list(table.items())
+    for _ in range(depth, _DEEPEST):
+        for key, value in level:
+            if isinstance(value, int) and value not in _INTEGERS:
+                raise ConfigError(f"{origin.at(key)}: {key}: {_TOO_LARGE}")
+        level = [inner for key, value in level for inner in _inside(key, value)]
+        if not level:
+            return
+    raise ConfigError(f"{origin.at(level[0][0])}: {_TOO_DEEP}")
+
+
+def _inside(key: str, value: object) -> Iterator[tuple[str, object]]:
+    if isinstance(value, Mapping):
+        yield from ((f"{key}.{name}", item) for name, item in value.items())
+    elif isinstance(value, list):
+        yield from ((key, item) for item in value)
 
 
 def key_line(text: str, key: str) -> int:
-    """Return the 1-based line that spells the dotted key, or its longest prefix that has a line; 0 when there is none.
+    """Return the 1-based line that sets the dotted key, or its longest prefix with a line; 0 without one.
 
     A scan of lines, not a parser: a key of an inline table is found at the line of that table.
     """
@@ -131,6 +164,8 @@ def format_value(value: object, key: str = "value") -> str:
     """Return one value as TOML text. Raises ConfigError, naming the key, for what TOML cannot hold."""
     if isinstance(value, bool):
         return "true" if value else "false"
+    if isinstance(value, int) and value not in _INTEGERS:
+        raise ConfigError(f"{key}: {_TOO_LARGE}")
     if isinstance(value, int | float):
         return repr(value)
     if isinstance(value, str):

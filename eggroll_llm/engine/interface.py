@@ -61,9 +61,9 @@ class Completion:
     prompt_tokens: int
     """Length of the prompt."""
     thought_open: bool = False
-    """The prompt ended in a thought, which the text goes on with."""
+    """Whether the prompt ended in a thought that the text continues."""
     logprobs: tuple[float, ...] = ()
-    """Of the generated tokens, temperature and nucleus included, when they were asked for; NaN where there is none."""
+    """Log-probabilities of the generated tokens under temperature and nucleus, if requested; NaN where unknown."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -109,7 +109,7 @@ class Engine(Sampler, Protocol):
     """A sampler that serves every member of a population beside the base model, and updates the base model."""
 
     def begin(self, noise: "NoiseSpec", population: int, *, antithetic: bool = True) -> float:
-        """Make the members 0 ... population - 1 of a step available; return the seconds that their noise took."""
+        """Make members 0 ... population - 1 of a step available; return the seconds that their noise took."""
         ...
 
     def update(self, spec: "UpdateSpec") -> UpdateTimes:

@@ -1,7 +1,7 @@
 """Ends the process when the engine makes no progress.
 
-vLLM runs in this process, and nothing reaches a thread that waits in native code for ever: no exception, and a signal
-only after the call. All that a run needs to go on is on disk at any time, so that ending the process costs one step.
+vLLM runs in this process, and nothing reaches a thread that waits forever in native code: no exception, and a signal
+only after the call. Everything a run needs to resume is on disk at any time, so ending the process costs one step.
 
 A thread looks `LOOKS` times per limit whether a call has begun or ended since. It counts looks, not seconds, so that a
 process that was stopped for an hour (Ctrl-Z) is not taken for one that hangs. A call that hangs without releasing
@@ -33,7 +33,7 @@ LOOKS = 10
 LATER = 2
 """Looks after `LOOKS` at which the second process acts."""
 LAST_WORDS_SECONDS = 10.0
-"""For the message, whose reader or whose run directory may hang too."""
+"""Seconds for the message; its reader or the run directory may hang, too."""
 READER_SECONDS = 1.0
 """For what a reader of standard error may delay: the message of the second process, and the stack of every thread."""
 _BYTES = 8  # of the counter that both processes see
@@ -59,7 +59,7 @@ class Watchdog:
         """The process ends when a call takes longer than `seconds`, up to a tenth more; 0 sets no limit."""
         self.seconds = seconds
         self.describe: Callable[[str], str] = lambda problem: f"{problem} {_again()}"
-        """Complete what happened with where it happened and how to go on."""
+        """Return what happened, where it happened and how to resume."""
         self._turns = 0  # odd within a call
         self._shared: mmap.mmap | None = None
         self._looks = Looks()
@@ -160,13 +160,13 @@ def _end_hanging(parent: int, last_words: bytes) -> None:
 
 def _problem(seconds: float) -> str:
     return (
-        f"the inference engine has made no progress for engine.timeout_seconds = {seconds:g} seconds, and the process "
-        "ends; raise it if the engine is slow and does not hang."
+        f"the inference engine made no progress for engine.timeout_seconds = {seconds:g} seconds, so the process "
+        "exits; raise the limit if the engine is slow rather than hung."
     )
 
 
 def _again() -> str:
-    return f"A run continues with: {command('resume', 'RUN')}; an evaluation that has --out with the same command."
+    return f"Resume a run with: {command('resume', 'RUN')}; repeat the command of an evaluation with --out."
 
 
 def _is_stopped(pid: int) -> bool:

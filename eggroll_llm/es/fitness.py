@@ -11,11 +11,11 @@ members; "sign" is -1, 0 or 1. Scores are tied when they differ by no more than 
 deviation; tied scores share the average of their ranks. A step without differences has fitness exactly 0.
 Computed in float64, returned in float32.
 
-As every kept member saw every prompt, the prompts' means and the common deviation cancel in the z-score:
-"centered" is that of the average reward. They are there to tell ties from rounding.
+Because every kept member saw every prompt, the prompts' means and the common deviation cancel in the z-score, so
+"centered" equals the z-score of the average reward. They only serve to tell ties from rounding.
 
-Departure from the literature: one standard deviation for all prompts instead of one per prompt, so that a
-prompt which one lucky member solved does not weigh as much as one that half of the population solved.
+Departure from the literature: one standard deviation for all prompts instead of one per prompt, so a
+prompt that one lucky member solved weighs less than one that half of the population solved.
 
 A member with a reward that is not finite is dropped, and its antithetic twin with it: both get fitness 0, and
 no statistic sees them.
@@ -55,9 +55,8 @@ class Fitness:
 def shape_fitness(rewards_MP: Tensor, method: FitnessMethod, *, antithetic: bool = True) -> Fitness:
     """Shape the rewards of one step.
 
-    Raises ValueError when `rewards_MP` has not two dimensions or no entries, when the number of members is
-    odd although they come in antithetic pairs, when "sign" is asked for without pairs, and on an unknown
-    method.
+    Raises ValueError when `rewards_MP` is not two-dimensional or is empty, when an odd number of members is
+    antithetic, when method "sign" has no pairs, and on an unknown method.
     """
     if method not in get_args(FitnessMethod):
         raise ValueError(f"fitness = {method!r}: must be one of {', '.join(get_args(FitnessMethod))}")

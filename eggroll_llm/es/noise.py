@@ -10,7 +10,7 @@ makes them four normals: the values 0 and 1 of the block from w0 and w1, 2 and 3
 
 Layout. The normals of one (pair, parameter) are one stream, value 4 * block + i being the i-th of its block:
 first A in row-major order [O, R], then B in row-major order [I, R]. So no value depends on chunking, on the
-order of pairs, or on which other members or parameters are asked for in the same call.
+order of pairs, or on the other members or parameters of the same call.
 
 Twins (antithetic members 2p and 2p + 1) share A and B; a member's sign is applied to A later, which is exact.
 

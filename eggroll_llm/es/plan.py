@@ -57,7 +57,7 @@ def schedule(kind: Schedule, start: float, step: int, steps: int, end_fraction: 
     """Return the value at `step` (from 0) of `steps`: first `start`, at the last `start * end_fraction`.
 
     "linear" goes there in a straight line, "cosine" along half a period. Raises ValueError on an unknown
-    kind, and when a kind other than "constant" is asked for in a run without a number of steps.
+    kind, and when a kind other than "constant" has no number of steps.
     """
     if kind == "constant":
         return start

@@ -1,4 +1,4 @@
-"""What the evolution strategy is set to: the [es] table of a recipe. Imports no torch."""
+"""Settings of the evolution strategy: the [es] table of a recipe. Imports no torch."""
 
 from dataclasses import dataclass
 from typing import Annotated, Literal
@@ -23,11 +23,11 @@ class EsSettings:
     antithetic: bool = True
     """Whether members come in pairs that share their noise with opposite signs."""
     fitness: Literal["centered", "rank", "sign"] = "centered"
-    """Rewards to fitness: centred per prompt and scaled, centred ranks, or signs of differences in pairs."""
+    """How rewards become fitness: centred per prompt and scaled, centred ranks, or signs of pair differences."""
     update_scale: Literal["rms", "literature"] = "rms"
     """Length of the update: always learning_rate ("rms"), or the sum over sqrt(population) as published."""
     optimizer: Literal["sgd", "momentum", "adam"] = "sgd"
-    """Optimizer that gets the estimate as its negative gradient."""
+    """Optimizer; the estimate is its negative gradient."""
     momentum: Annotated[float, Ge(0), Lt(1)] = 0.9
     """Momentum of optimizer "momentum"."""
     adam_beta1: Annotated[float, Ge(0), Lt(1)] = 0.9
@@ -37,9 +37,9 @@ class EsSettings:
     adam_eps: Annotated[float, Ge(1e-16)] = 1e-8  # below, a step could leave the range of float32
     """Constant in the denominator of optimizer "adam"."""
     sigma_schedule: Schedule = "constant"
-    """Course of sigma over the steps."""
+    """Schedule of sigma over the steps."""
     learning_rate_schedule: Schedule = "constant"
-    """Course of the learning rate over the steps."""
+    """Schedule of the learning rate over the steps."""
     schedule_end: Annotated[float, Ge(0), Le(1)] = 0.1
     """Fraction of the starting value that a schedule reaches at the last step."""
     noise_reuse: Annotated[int, Ge(1)] = 1

@@ -61,7 +61,7 @@ def check_architecture(config: Mapping[str, Any], where: Path) -> str:
     if size and size not in CPU_HEAD_SIZES and serves_on_cpu():
         sizes = ", ".join(map(str, CPU_HEAD_SIZES))
         raise ModelError(
-            f"{where}: attention heads of size {size}, and vLLM computes only {sizes} on a CPU: use another model, or "
+            f"{where}: attention heads of size {size}, but vLLM on a CPU supports only {sizes}: use another model, or "
             "a GPU"
         )
     return name
@@ -92,8 +92,8 @@ def check_method(name: str, method: str, where: Path) -> None:
     if method == "grpo" and name in BY_TRANSFORMERS:
         others = ", ".join(each for each in TESTED if each not in BY_TRANSFORMERS)
         raise ConfigError(
-            f'method = "grpo": {where} is of {name}, whose class vLLM changes in the process where GRPO trains it: set '
-            f'method = "es", or use a model of one of {others}'
+            f'method = "grpo": {where} has architecture {name}, which vLLM patches in the process of the trainer: '
+            f'set method = "es", or use a model of one of {others}'
         )
 
 
@@ -104,7 +104,7 @@ def check_tested(name: str, where: Path, *, allow_untested: bool) -> None:
     shown = inert(name)
     if not allow_untested:
         raise ModelError(
-            f"{where}: architecture {shown} is none of those whose members and exported weights are tested "
-            f"({', '.join(TESTED)}): use one of them, or set engine.allow_untested_architecture = true to try it"
+            f"{where}: architecture {shown} is not one of those that are tested ({', '.join(TESTED)}): use one of "
+            f"them, or set engine.allow_untested_architecture = true to try it"
         )
     log.warning("architecture %s is not tested: members and exported weights may be wrong", shown)

@@ -1,13 +1,15 @@
 """The model card of a trained model: README.md of its Hugging Face directory.
 
-Says what the weights are, what was measured and how, and how to rebuild them. The same run and step give the same
-bytes: nothing in a card depends on the clock, the machine or the name of a directory. The names and options in it are a
-user's text: they stay inside code spans, a fence longer than any in them, and YAML written by a library.
+It says what the weights are, what was measured and how, and how to rebuild them. The same run and step give the same
+bytes: nothing in a card depends on the clock, the machine or the name of a directory. Names and options in it are
+untrusted text: they appear only inside code spans, in fences longer than any in the text, and in YAML written by a
+library.
 """
 
 import hashlib
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
@@ -41,63 +43,52 @@ _METHODS = {
 _HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*/[A-Za-z0-9_.-]+")
 
 
-def write_card(
-    directory: Path,
-    *,
-    config: RunConfig,
-    base_model: str,
-    step: int,
-    metrics: Sequence[Mapping[str, Any]],
-    journal: Path,
-    prompt: str = "",
-) -> None:
-    """Write README.md into a model directory, replacing one that is there. Arguments and errors: see `card_text`."""
-    text = card_text(config=config, base_model=base_model, step=step, metrics=metrics, journal=journal, prompt=prompt)
-    write_text(directory / CARD, text)
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Trained:
+    """A trained model, as its card describes it."""
+
+    config: RunConfig
+    """Settings of the run, with everything automatic settled."""
+    base_model: str
+    """Identity of the base model, 16 hex digits."""
+    step: int
+    """Updates applied to the weights; 0 is the base model."""
+    metrics: Sequence[Mapping[str, Any]]
+    """Rows of metrics.jsonl; those of later steps are ignored."""
+    journal: Path
+    """Journal of the run; only that of ES holds updates."""
+    prompt: str = ""
+    """An example prompt in full; empty for none."""
 
 
-def card_text(
-    *,
-    config: RunConfig,
-    base_model: str,
-    step: int,
-    metrics: Sequence[Mapping[str, Any]],
-    journal: Path,
-    prompt: str = "",
-) -> str:
-    """Return the model card of the weights after `step` updates.
+def write_card(directory: Path, model: Trained) -> None:
+    """Write README.md into a model directory, replacing an existing one. Raises what `card_text` raises."""
+    write_text(directory / CARD, card_text(model))
 
-    Args:
-        config: settings of the run, with everything automatic settled.
-        base_model: identity of the base model, 16 hex digits.
-        step: updates applied to the weights; 0 is the base model.
-        metrics: rows of metrics.jsonl; those of later steps are not looked at.
-        journal: journal.jsonl of the run; only that of ES holds updates.
-        prompt: one in full, to be shown; empty for none.
 
-    Raises:
-        JournalError: damaged, or without the updates up to `step`.
-    """
-    rows = [row for row in metrics if row["step"] <= step]
+def card_text(model: Trained) -> str:
+    """Return the model card. Raises JournalError when the journal is damaged or ends before the step."""
+    config, step = model.config, model.step
+    rows = [row for row in model.metrics if row["step"] <= step]
     evaluated = [row for row in rows if row.get("eval/accuracy") is not None]
     found = [finding.text for finding in diagnose(config, rows, ended=True) if finding.severity != "note"]
     parts = [
         f"---\n{_front_matter(config, step, evaluated)}\n---",
         f"# {_name(config, step)}",
-        _summary(config, base_model, step),
+        _summary(config, model.base_model, step),
         "## Results",
         _results(config, step, evaluated),
         *(f"**Warning:** {text}." for text in found),
-        *(["## Prompt", _PROMPT, _fenced(f"{inert_lines(prompt, PROMPT_LIMIT)}\n", "text")] if prompt else []),
+        *(_prompt(model.prompt) if model.prompt else []),
         "## Recipe",
         _fenced(to_toml(config), "toml"),
-        "## How to get these weights again",
-        _reproduction(config, step, journal),
+        "## How to rebuild these weights",
+        _reproduction(config, step, model.journal),
         "## How to load it",
         _LOADING,
         "## Limits",
         f"Trained on {_task(config)} alone, with the reward of that task. A gain there is not a general improvement: "
-        "other abilities were not measured and may be worse. Held-out problems are of the kind that was trained on.",
+        "other abilities were not measured and may be worse. Held-out problems resemble those that were trained on.",
         "## Licence",
         _licence(config),
     ]
@@ -116,6 +107,10 @@ tokenizer = AutoTokenizer.from_pretrained("PATH")
 ```
 
 In vLLM: `vllm serve PATH`."""
+
+
+def _prompt(prompt: str) -> list[str]:
+    return ["## Prompt", _PROMPT, _fenced(f"{inert_lines(prompt, PROMPT_LIMIT)}\n", "text")]
 
 
 def _front_matter(config: RunConfig, step: int, evaluated: Sequence[Mapping[str, Any]]) -> str:
@@ -194,11 +189,11 @@ def _results(config: RunConfig, step: int, evaluated: Sequence[Mapping[str, Any]
         "brackets the 95 % interval over the problems (Wilson).",
     ]
     if last["step"] != step:
-        lines.append(f"The weights of this directory, of step {step}, are later ones and were not evaluated.")
+        lines.append(f"The weights in this directory are those of step {step}, which was not evaluated.")
     elif selected_of := _selected_of(evaluated):
         lines.append(
-            f"Of the {selected_of} evaluations of trained weights up to this step none was higher. If it was chosen "
-            "for that, the choice makes its accuracy optimistic: evaluate it on other problems."
+            f"This is the highest of {selected_of} evaluations of trained weights up to this step. If the step was "
+            "chosen for that, its accuracy is optimistic: evaluate it on other problems."
         )
     return "\n".join(lines)
 
@@ -210,15 +205,15 @@ def _selected_of(evaluated: Sequence[Mapping[str, Any]]) -> int:
 
 
 def _reproduction(config: RunConfig, step: int, journal: Path) -> str:
-    by_the_clock = " It ends by the clock, so perhaps at another step." if config.minutes else ""
-    own_task = f" It needs the file of its task, {_task(config)}." if ":" in config.task else ""
+    by_the_clock = " It ends by the clock, perhaps at another step." if config.minutes else ""
+    own_task = f" It needs the task file {_task(config)}." if ":" in config.task else ""
     if config.method != "es":
         return f"""\
-With the recipe above as `config.toml`, this does the whole run again:
+With the recipe above as `config.toml`, this repeats the whole run:
 
     eggroll-llm train config.toml
 
-Problems and seeds are the same again. The weights are, bit for bit, only where sampling and training are reproducible:
+Problems and seeds are the same. The weights are the same bit for bit only where sampling and training are reproducible,
 on a machine like the one that trained.{by_the_clock}{own_task}"""
     digest, size = _journal_digest(journal, step)
     return f"""\
@@ -227,31 +222,29 @@ kind of processor, torch and number of threads, C++ compiler or not):
 
     eggroll-llm replay RUN --step {step} --out DIR
 
-RUN is the run directory; a repository with the folder `eggroll/` has what is needed of it there. Up to and including
+RUN is the run directory. A repository with a folder `eggroll/` has the required files there. Up to and including
 step {step}, `journal.jsonl` has {size} bytes and SHA-256
 
     {digest}
 
-With the recipe above as `config.toml`, this does the whole run again:
+With the recipe above as `config.toml`, this repeats the whole run:
 
     eggroll-llm train config.toml
 
-It samples anew: where sampling is not reproducible, only the replay is exact.{by_the_clock}{own_task}"""
+It samples again: where sampling is not reproducible, only the replay is exact.{by_the_clock}{own_task}"""
 
 
 def _licence(config: RunConfig) -> str:
     if config.model == embedded.NAME:
-        return "That of the base model, Apache-2.0, holds for these weights."
-    return "That of the base model holds for these weights. See there."
+        return "These weights have the licence of the base model, Apache-2.0."
+    return "These weights have the licence of the base model; see its page."
 
 
 def _journal_digest(journal: Path, step: int) -> tuple[str, int]:
     """SHA-256, in hex, and size in bytes of the journal up to and including the line of `step`."""
     contents = read_journal(journal)
     if step >= len(contents.line_ends):
-        raise JournalError(
-            f"{journal}: holds {len(contents.entries)} updates, a card of step {step} is asked for: lower the step"
-        )
+        raise JournalError(f"{journal}: ends after {len(contents.entries)} updates, before step {step}: lower the step")
     size = contents.line_ends[step]
     with journal.open("rb") as file:
         return hashlib.sha256(file.read(size)).hexdigest(), size

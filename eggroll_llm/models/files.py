@@ -1,10 +1,8 @@
 """What a model directory must hold to be trained from, and what makes two directories the same model.
 
-The directory must be one that the engine can serve and an update can be written back into: config.json with a
-causal language model, complete safetensors, no code of its own. Read here with the standard library alone, so
-that a mistake is told before anything heavy is imported.
-
-Everything wrong raises `ModelError`, and the message says what to do about it.
+The engine must be able to serve it and write updates back: config.json with a causal language model, complete
+safetensors, no code of its own. Only the standard library is used, so mistakes are found before anything heavy is
+imported. Each raises `ModelError` with a remedy.
 """
 
 import hashlib
@@ -34,13 +32,13 @@ def check_model(directory: Path) -> str:
     where = directory / "config.json"
     if "auto_map" in config:
         raise ModelError(
-            f"{where}: 'auto_map' asks to run Python code shipped with the model, which is never done here: "
+            f"{where}: 'auto_map' asks to run Python code shipped with the model, which is never allowed: "
             f"use a model whose architecture transformers and vLLM implement"
         )
     if "quantization_config" in config:
         raise ModelError(
-            f"{where}: the weights are quantized ('quantization_config'), an update cannot be written into "
-            f"them: use the unquantized checkpoint"
+            f"{where}: the weights are quantized ('quantization_config') and cannot be updated: "
+            f"use the unquantized checkpoint"
         )
     name = check_architecture(config, where)
     for weights in weight_files(directory):
@@ -54,8 +52,14 @@ def architecture_of(directory: Path) -> str:
     return architecture(_read_config(directory))
 
 
+def context_limit(directory: Path) -> int:
+    """Return the longest context in tokens that the model was made for; 2**31 when config.json names none."""
+    limit = _read_config(directory).get("max_position_embeddings")
+    return limit if isinstance(limit, int) else 2**31
+
+
 def model_identity(directory: Path) -> str:
-    """16 hex digits that are equal for equal weights and architecture, wherever the files lie.
+    """Return 16 hex digits that are equal for equal weights and architecture, wherever the files are.
 
     SHA-256 of config.json (without the keys that change when it is saved again) and of the name, size and
     content of every weight file. Reads all weights: about a second per gigabyte.
@@ -79,7 +83,7 @@ def _read_config(directory: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise ModelError(f"{path} cannot be read ({error}): restore it from the original model") from error
     if not isinstance(config, dict):
-        raise ModelError(f"{path} does not hold a JSON object: restore it from the original model")
+        raise ModelError(f"{path} is not a JSON object: restore it from the original model")
     return config
 
 
@@ -104,7 +108,7 @@ def weight_files(directory: Path) -> list[Path]:
     pickled = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in directory.glob(pattern))
     if pickled:
         raise ModelError(
-            f"{directory} has its weights only as pickles ({pickled[0]}), which can run code when loaded: "
+            f"{directory} has only pickled weights ({pickled[0]}), which can run code when loaded: "
             f"save the model again with transformers, or use a checkpoint with safetensors"
         )
     raise ModelError(f"{directory} has no *.safetensors: name the directory of a complete Hugging Face model")
@@ -127,13 +131,13 @@ def _check_complete(weights: Path) -> None:
         header, header_size = _read_header(weights)
         tensors = [entry for name, entry in header.items() if name != "__metadata__"]
         if any(type(size) is not int or size < 0 for entry in tensors for size in entry["shape"]):
-            raise ValueError("the shape of a tensor is none")
+            raise ValueError("a tensor has an invalid shape")
         expected = 8 + header_size + max((entry["data_offsets"][1] for entry in tensors), default=0)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise ModelError(f"{weights} is not a safetensors file ({error}): copy or download it again") from error
     if size != expected or not tensors:
         raise ModelError(
-            f"{weights} is damaged: {size} bytes where its header means {expected}: copy or download it again"
+            f"{weights} is damaged: {size} bytes, but its header promises {expected}: copy or download it again"
         )
 
 

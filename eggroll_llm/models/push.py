@@ -38,7 +38,7 @@ _NO_TOKEN = "no Hugging Face token: run `hf auth login`, or set HF_TOKEN to a to
 
 
 class PushError(UserError):
-    """The model cannot be pushed as asked."""
+    """The model cannot be pushed."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,7 +66,7 @@ class PushPlan:
     directory: Path
     """The model's directory."""
     step: int | None
-    """Step of the weights; None for a directory that is no run."""
+    """Step of the weights; None for a directory that is not a run."""
     files: tuple[PushFile, ...]
     """What is uploaded, by path."""
     left_out: tuple[str, ...]
@@ -192,14 +192,14 @@ def _check_repo_id(repo_id: str) -> None:
         ) from None
     if "/" not in repo_id:
         raise PushError(
-            f"repository {repo_id!r}: whose? Write OWNER/{repo_id}: your name on the hub or an organisation."
+            f"repository {repo_id!r}: has no owner. Write OWNER/{repo_id}, with your name or your organisation's."
         )
 
 
 def _model_files(directory: Path) -> tuple[list[PushFile], list[str]]:
     """Return the files of a model to upload, and the names of what else lies there."""
     if not (directory / "config.json").is_file():
-        raise PushError(f"{directory}: holds no config.json. Name a run, or the directory of a Hugging Face model.")
+        raise PushError(f"{directory}: has no config.json. Name a run, or the directory of a Hugging Face model.")
     weight_files(directory)  # all there, or it says which is not
     files, left_out = [], []
     for entry in sorted(directory.iterdir()):
@@ -254,8 +254,8 @@ def _private_settings(files: Sequence[PushFile]) -> list[str]:
                 elif folder in line:
                     where.setdefault(f"{folder} is a path of this machine", []).append(file.path)
     return [
-        f"{' and '.join(dict.fromkeys(names))}: {what}, for all to read who see the repository: use --private, or push "
-        "a copy of the run in which you have replaced it"
+        f"{' and '.join(dict.fromkeys(names))}: {what}, readable by all who can see the repository: use --private, or "
+        "push a copy of the run without it"
         for what, names in where.items()
     ]
 

@@ -37,8 +37,8 @@ def trained_parameters(model_dir: Path) -> list[Shape]:
     ]
     if not shapes:
         raise ModelError(
-            f"{model_dir}: no linear layer is called one of {', '.join(TARGET_MODULES)}: nothing to train; "
-            "use a Llama- or Qwen-shaped model"
+            f"{model_dir}: no linear layer is named {' or '.join(TARGET_MODULES)}, so there is nothing to "
+            "train: use a Llama- or Qwen-shaped model"
         )
     return shapes
 
@@ -48,6 +48,6 @@ def check_rank(model_dir: Path, key: str, rank: int) -> None:
     name, out, inside = min(trained_parameters(model_dir), key=lambda shape: min(shape[1:]))
     if rank > min(out, inside):
         raise ConfigError(
-            f"{key} = {rank}: {name!r} of the model is {out} x {inside}, of rank {min(out, inside)} at most: set {key} "
-            "to that or less"
+            f"{key} = {rank}: {name!r} of the model is {out} x {inside}; its rank is at most {min(out, inside)}: set "
+            f"{key} to that or less"
         )

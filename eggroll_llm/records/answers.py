@@ -38,7 +38,7 @@ class Graded:
     detail: str
     """Why, in a word of the grader."""
     answer: str | None = None
-    """Answer that was read from the completion, for majority votes; None when there is none."""
+    """Answer read from the completion, for majority votes; None without one."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -86,7 +86,9 @@ class SampleFile(AbstractContextManager["SampleFile"]):
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             self._file.close()
-            raise SamplesError(f"{path}: another evaluation writes this file: wait for it, or name another") from error
+            raise SamplesError(
+                f"{path}: another evaluation is writing this file: wait for it, or name another file"
+            ) from error
         try:
             self._take_over(overwrite)
         except BaseException:
@@ -94,15 +96,15 @@ class SampleFile(AbstractContextManager["SampleFile"]):
             raise
 
     def append(self, sample: Sample) -> None:
-        """Add a completion. Raises SamplesError when it is there already or cannot be written."""
+        """Add a completion. Raises SamplesError when the file has it already or cannot be written."""
         key = (sample.problem, sample.sample)
         if key in self.samples:
-            raise SamplesError(f"{self.path}: problem {key[0]}, sample {key[1]} is there already")
+            raise SamplesError(f"{self.path}: problem {key[0]}, sample {key[1]} is already in the file")
         self._write(to_json(asdict(sample)))
         self.samples[key] = sample
 
     def replace(self, samples: Iterable[Sample]) -> None:
-        """Put other completions, or other grades of the same ones, in place of all; after a kill either are there."""
+        """Replace all completions, or their grades; after a kill either the old or the new ones are there."""
         samples = list(samples)
         try:
             write_samples(self.path, self.settings, samples)
@@ -141,7 +143,7 @@ class SampleFile(AbstractContextManager["SampleFile"]):
                 f"{key} was {saved.get(key)!r:.80} and is now {settings.get(key)!r:.80}" for key in changed
             )
             raise SamplesError(
-                f"{self.path}: is of another evaluation: {shown}. Name another --out, or delete it with "
+                f"{self.path}: belongs to another evaluation: {shown}. Name another --out, or delete it with "
                 "--on-existing overwrite"
             )
         self._file.truncate(len(complete))
@@ -185,10 +187,10 @@ def _parse(path: Path, data: bytes) -> tuple[dict[str, Any], list[Sample]]:
         settings, version = dict(header["settings"]), header["format"]
     except (IndexError, ValueError, KeyError, TypeError) as error:
         raise SamplesError(
-            f"{path}:1: is no file of graded completions: name another, or delete it with --on-existing overwrite"
+            f"{path}:1: is not a file of graded completions: name another, or delete it with --on-existing overwrite"
         ) from error
     if version != FORMAT:
-        raise SamplesError(f"{path}:1: has format {version}, this version reads {FORMAT}: evaluate again")
+        raise SamplesError(f"{path}:1: has format {version}, but this version reads {FORMAT}: evaluate again")
     samples: dict[tuple[int, int], Sample] = {}
     for number, line in enumerate(lines[1:], start=2):
         try:
@@ -198,11 +200,9 @@ def _parse(path: Path, data: bytes) -> tuple[dict[str, Any], list[Sample]]:
             if type(sample.problem) is not int or type(sample.sample) is not int:
                 raise TypeError("problem and sample are counted")
         except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
-            raise SamplesError(
-                f"{path}:{number}: is damaged ({error}): delete the line to have it done again"
-            ) from error
+            raise SamplesError(f"{path}:{number}: is damaged ({error}): delete the line to repeat it") from error
         if (key := (sample.problem, sample.sample)) in samples:
-            raise SamplesError(f"{path}:{number}: problem {key[0]}, sample {key[1]} is there twice: delete the line")
+            raise SamplesError(f"{path}:{number}: problem {key[0]}, sample {key[1]} appears twice: delete the line")
         samples[key] = sample
     return settings, list(samples.values())
 

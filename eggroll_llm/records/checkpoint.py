@@ -1,5 +1,5 @@
-"""Checkpoints: `step-000100/` is a Hugging Face model directory with the training state and a manifest beside
-the weights.
+"""Checkpoints: `step-000100/` is a Hugging Face model directory with the training state and a manifest next to the
+weights.
 
 A checkpoint appears under its name only when it is complete and on disk. `manifest.json` holds size and
 SHA-256 of every file, and of itself, so that damage is found and named before anything is loaded.
@@ -31,7 +31,7 @@ _NAME = re.compile(r"step-(\d{6,})")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Checkpoint:
-    """A checkpoint whose files were found to be what its manifest says."""
+    """A checkpoint whose files match its manifest."""
 
     path: Path
     """Its directory, loadable as a Hugging Face model."""
@@ -43,7 +43,7 @@ class Checkpoint:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Newest:
-    """Outcome of looking for the checkpoint to resume from."""
+    """The checkpoint to resume from."""
 
     checkpoint: Checkpoint | None
     """None when there is no valid one."""
@@ -160,7 +160,7 @@ def is_valid(path: Path) -> bool:
 
 
 def prune(root: Path, step: int, keep: int, protect: Collection[Path] = ()) -> list[Path]:
-    """Delete the checkpoints before the `keep` newest, of which that of `step` was just written; never a protected one.
+    """Delete all but the `keep` newest checkpoints, that of `step` among them, and the protected ones.
 
     A damaged one does not count among those that are kept, nor does one of a later step, which is left alone.
 
@@ -231,7 +231,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
 
 
 def _is_manifest(content: Mapping[str, Any]) -> bool:
-    """Return whether it says what a manifest says: a hash that is right does not mean that we have written it."""
+    """Return whether the content has the fields of a manifest; a correct hash does not prove that we wrote it."""
     files = content.get("files")
     return (
         type(content.get("step")) is int

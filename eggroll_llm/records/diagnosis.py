@@ -30,7 +30,7 @@ Row = Mapping[str, Any]
 Severity = Literal["note", "warning", "failure"]
 
 RECENT = 10  # last steps that a share is taken over
-TIED_IN_A_ROW = 3  # steps without signal in a row, of a run that goes on
+TIED_IN_A_ROW = 3  # steps without signal in a row, in a run that continues
 TIED_SHARE = 0.2  # of all steps
 CUT_OFF = 0.3  # of the answers
 UNSCORED = 0.1  # of the answers
@@ -64,9 +64,9 @@ class Finding:
 
 
 def diagnose(config: RunConfig, rows: Sequence[Row], *, ended: bool = False) -> list[Finding]:
-    """Return what is wrong, failures first; `ended` adds what only the end of a run can tell.
+    """Return what is wrong, failures first; `ended` adds what only shows at the end of a run.
 
-    Rows are those of metrics.jsonl, from the base model's evaluation on; of what they lack nothing is said.
+    Rows are those of metrics.jsonl, from the base model's evaluation on; checks whose values are missing are skipped.
     """
     run = _Course(config, rows)
     checks = [run.worse_than_base(), run.step_size(), run.sigma_size(), run.members_worse(), run.cut_off()]
@@ -132,7 +132,7 @@ class _Course:
         if self.base and self.config.eval.max_tokens in (0, limit):
             before = number(self.base, "eval/truncated")
             if before < share / 3:
-                text += f", of the base model's {percent(before)}"
+                text += f", compared with {percent(before)} of the base model's"
                 remedy = f"{self._smaller()}, which makes answers run on"
         return Finding(kind="cut off", severity="warning", text=text, remedy=remedy, level=1 + (share > 2 * CUT_OFF))
 
@@ -145,7 +145,7 @@ class _Course:
             kind="unscored",
             severity="warning",
             text=f"score() failed on {percent(failed / answers)} of the last answers, which count as 0",
-            remedy="mend it: completions.jsonl holds the first such answer of each step",
+            remedy="fix it: completions.jsonl holds the first such answer of each step",
         )
 
     def step_size(self) -> Finding | None:
@@ -199,7 +199,7 @@ class _Course:
             kind="members",
             severity="warning",
             text=f"members solve {percent(reached)} of the training problems{hot}, the weights that they perturb "
-            f"{percent(expected)} of the held-out ones",
+            f"solve {percent(expected)} of the held-out ones",
             remedy=f"es.sigma = {sigma:g} is probably too large: try {sigma / 4:.1g}",
         )
 

@@ -1,19 +1,17 @@
 """The record from which a run can be rebuilt: one line per update, on disk before the update is applied.
 
-Base model + configuration + journal give the weights again by replay, without sampling. A line holds the
+Replay rebuilds the weights from base model, configuration and journal, without sampling. A line holds the
 fitness of every member, exactly: float32 values as decimals that read back to the same bits.
 Every line ends in the CRC-32 of the rest of it, and steps are consecutive from 1, so that a lost, repeated or
-changed line is noticed. A last line that a crash cut short belongs to an update that was never applied: it is
-dropped and reported.
+changed line is noticed. A last line that does not check out is what a crash left of an update that was never applied:
+it is dropped and reported.
 
-Raises `JournalError`, naming file and line, for a journal that is damaged elsewhere or belongs to another
-run.
+Raises `JournalError`, naming file and line, for a journal that is damaged elsewhere or belongs to another run.
 """
 
 import json
 import math
 import os
-import re
 import struct
 import zlib
 from contextlib import AbstractContextManager
@@ -26,14 +24,12 @@ from eggroll_llm.system.files import describe_failure, fsync_directory
 from eggroll_llm.system.jsonl import parse_json
 
 FORMAT = 1
-# More than a newline after the end of a record: not a line that a crash cut short, but two that became one.
-_RECORD_END = re.compile(rb',"crc":"[0-9a-f]{8}"\}(?!.?\Z)', re.DOTALL)
 _CRC_LENGTH = len(b',"crc":"00000000"}')
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class JournalHeader:
-    """What the updates of a journal are updates of."""
+    """The run that the updates of a journal belong to."""
 
     frozen_hash: str
     """Hash of the settings that may not change within a run."""
@@ -126,7 +122,7 @@ class Journal(AbstractContextManager["Journal"]):
 
     @property
     def last_step(self) -> int:
-        """Number of the last update in the journal; 0 when there is none."""
+        """Return the number of the last update in the journal; 0 without one."""
         return len(self._line_ends) - 1
 
     def append(self, entry: JournalEntry) -> None:
@@ -200,7 +196,7 @@ def read_journal(path: Path) -> JournalContents:
     tail, end = "", 0
     for number, line in enumerate(lines, start=1):
         fields, problem = _decode(line)
-        if problem and number == len(lines) and not _RECORD_END.search(line):
+        if problem and number == len(lines):
             tail = f"{path}:{number}: last line dropped, {problem}; its update is done again"
             break
         if problem:
@@ -270,7 +266,7 @@ def _parse_entry(path: Path, number: int, fields: dict[str, Any], *, expected_st
 
 
 def _remedy(number: int) -> str:
-    """Return what to do about a bad line; the first is the header, so that two lines before it hold one update."""
+    """Return what to do about a bad line; line 1 is the header, so line n holds update n - 1."""
     if number < 3:
         return "Restore the file from a backup."
     return (
@@ -280,7 +276,7 @@ def _remedy(number: int) -> str:
 
 
 def _is_update(fields: dict[str, Any]) -> bool:
-    """Return whether the fields and their types are those of an entry: the CRC says who wrote a line, not what."""
+    """Return whether the fields and their types are those of an entry; a correct CRC does not prove that."""
     entry = {"checksum": ""} | fields
     if entry.keys() != _ENTRY_KEYS or not isinstance(entry["fitness"], list) or not isinstance(entry["dropped"], list):
         return False
@@ -306,6 +302,6 @@ def _check_same_run(path: Path, found: JournalHeader, header: JournalHeader) -> 
     splits = {"to train on": (found.train, header.train), "to evaluate on": (found.held_out, header.held_out)}
     if changed := [split for split, (before, now) in splits.items() if before and now and before != now]:
         raise JournalError(
-            f"{path}:1: the problems {' and '.join(changed)}, or their prompts, are others than the run began with: "
+            f"{path}:1: the problems {' and '.join(changed)}, or their prompts, changed since the run started: "
             "restore the data or the task's file, or start a new run directory."
         )

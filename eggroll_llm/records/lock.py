@@ -38,7 +38,7 @@ class RunLock:
         self._descriptor: int | None = descriptor
         holder = _read_holder(descriptor)
         self.stale = _describe_process(holder) if holder else ""
-        """Holder that died without closing; empty when there was none."""
+        """Holder that died without releasing the lock; empty when there was none."""
         try:
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode(), 0)
@@ -48,7 +48,7 @@ class RunLock:
             raise
 
     def close(self) -> None:
-        """Give the lock back; a second call does nothing."""
+        """Release the lock; a second call does nothing."""
         if self._descriptor is not None:
             with contextlib.suppress(OSError):
                 os.ftruncate(self._descriptor, 0)

@@ -1,11 +1,11 @@
-"""The directory of a run: who may use it, what lies where, and the append-only logs.
+"""The directory of a run: who may use it, where things are, and the append-only logs.
 
     config.toml  environment.json  metrics.jsonl  completions.jsonl  journal.jsonl  evaluations/  checkpoints/  final/
 
 One process at a time holds a run. A directory counts as a run when it has our lock file, or both config.toml
 and journal.jsonl; nothing else is ever deleted.
 
-Raises `RunDirError`, naming the path and the remedy, whenever the directory cannot be used as asked.
+Raises `RunDirError` with path and remedy when the directory cannot be used.
 """
 
 import json
@@ -40,7 +40,7 @@ LOCK = ".eggroll-llm.lock"
 
 
 def default_run_dir(recipe: Path | str, now: datetime) -> Path:
-    """`runs/<recipe name>-<time>`, relative to the working directory."""
+    """Return `runs/<recipe name>-<time>`, relative to the working directory."""
     return Path("runs") / f"{Path(recipe).stem}-{now:%Y%m%d-%H%M%S}"
 
 
@@ -144,7 +144,7 @@ class RunDir(AbstractContextManager["RunDir"]):
         return read_samples(self.evaluations / f"step-{step:06d}.jsonl")[1]
 
     def example_prompt(self) -> str:
-        """Return a prompt in full, as the base model's evaluation has recorded it; empty where it has not."""
+        """Return the prompt in full that the base model's evaluation recorded; empty without one."""
         try:
             text = read_samples(self.evaluations / f"step-{0:06d}.jsonl")[0].get("prompt")
         except SamplesError:
@@ -162,7 +162,7 @@ class RunDir(AbstractContextManager["RunDir"]):
             ) from error
 
     def has_updates_in_journal(self) -> bool:
-        """Return whether its journal rebuilds the weights of every step, as that of method "es" does."""
+        """Return whether the journal holds updates, as that of method "es" does."""
         try:
             method = tomllib.loads(self.config.read_text(encoding="utf-8-sig")).get("method", "es")
         except (OSError, ValueError, RecursionError):
@@ -170,7 +170,7 @@ class RunDir(AbstractContextManager["RunDir"]):
         return bool(method == "es")
 
     def last_logged_step(self) -> int | None:
-        """`step` of the last complete line of metrics.jsonl; None when there is none."""
+        """Return the `step` of the last complete line of metrics.jsonl; None without one."""
         return last_step(self.metrics)
 
     def truncate_logs(self, step: int) -> None:
@@ -243,23 +243,23 @@ class RunDir(AbstractContextManager["RunDir"]):
 
 
 def _check_path(path: Path | str) -> Path:
-    """Return the path, or a RunDirError for what is none."""
+    """Return the path. Raises RunDirError for text that is not a path."""
     text = str(path)
     try:
         encoded = os.fsencode(text)
     except UnicodeEncodeError:
         encoded = b""
     if text == ".":
-        raise RunDirError(f"run directory '.': has no name of its own. Write it out, if it is meant: {Path.cwd()}.")
+        raise RunDirError(f"run directory '.': has no name. Write its path out: {Path.cwd()}.")
     if not encoded or b"\0" in encoded:
         raise RunDirError(f"run directory {text!a}: not a path. Name a directory.")
     return Path(path)
 
 
 def _check_directory(path: Path) -> None:
-    """Raise RunDirError unless the directory is there, and empty or a run's, or can be made. Changes nothing.
+    """Raise RunDirError unless the directory is empty or a run's, or can be created. Changes nothing.
 
-    Raises OSError where the system does not even say that.
+    Raises OSError where the system cannot tell.
     """
     if ".." in path.parts:
         raise RunDirError(f'{path}: contains "..". Write the directory out: {os.path.abspath(path)}.')
@@ -273,7 +273,7 @@ def _check_directory(path: Path) -> None:
     if not stat.S_ISDIR(found.st_mode):
         raise RunDirError(f"{path}: is a file. Choose another --run-dir.")
     if not is_run_dir(path) and any(path.iterdir()):
-        raise RunDirError(f"{path}: is neither empty nor a run directory: left alone. Choose another --run-dir.")
+        raise RunDirError(f"{path}: is neither empty nor a run directory. Choose another --run-dir.")
     if not os.access(path, os.W_OK | os.X_OK):
         raise RunDirError(f"{path}: is not writable. Change its permissions, or choose another --run-dir.")
 
@@ -291,7 +291,7 @@ def _check_parent(path: Path) -> None:
 
 
 def _make_directory(path: Path) -> None:
-    """The directory exists afterwards. Of its parents only `runs` is created. Raises OSError."""
+    """Create the directory, and of its parents only `runs`. Raises OSError."""
     if path.parent == Path("runs"):
         path.parent.mkdir(exist_ok=True)
     if not path.is_dir():

@@ -1,7 +1,7 @@
-"""Which weights of a run are meant: those at its end, at its best step, or at a step that has a checkpoint.
+"""Find the weights of a run: at its end, at its best step, or at a step with a checkpoint.
 
-Every model that a run writes says in `eggroll.json` which step it is of: a run that goes on after its end keeps the old
-`final/` until there is a new one.
+Every model that a run writes names its step in `eggroll.json`, because a run that is extended keeps the old `final/`
+until there is a new one.
 """
 
 import json
@@ -31,7 +31,7 @@ def weights_at(run: RunDir, at: str) -> tuple[Path, int]:
     if at == "final":
         if finished is None:
             raise ModelError(
-                f"{run.path}: the run has no final/ yet: take one of its checkpoints with --at STEP, or finish it "
+                f"{run.path}: the run has no final/ yet: choose a checkpoint with --at STEP, or finish it "
                 f"with: {command('resume', run.path)}"
             )
         return run.final, finished
@@ -48,11 +48,11 @@ def weights_at(run: RunDir, at: str) -> tuple[Path, int]:
         return run.final, step
     if not run.has_updates_in_journal():
         raise ModelError(
-            f"{directory}: step {step} has no checkpoint, and this run has no journal to rebuild it: take another step"
+            f"{directory}: step {step} has no checkpoint, and the run has no journal to rebuild it: choose another step"
         )
     rebuilt = run.path.with_name(f"{run.path.name}-step-{step}")
     raise ModelError(
-        f"{directory}: step {step} has no checkpoint: name the directory that this rebuilds it in: "
+        f"{directory}: step {step} has no checkpoint: rebuild it as follows and name its directory: "
         f"{command('replay', run.path, '--step', step, '--out', rebuilt)}"
     )
 
@@ -79,7 +79,7 @@ def best_step(metrics: Iterable[Mapping[str, Any]]) -> Mapping[str, Any] | None:
 def _best_trained(run: RunDir) -> int:
     best = best_step(run.read_metrics())
     if best is None:
-        raise ModelError(f"{run.path}: the run has no evaluation yet: take one of its checkpoints with --at STEP")
+        raise ModelError(f"{run.path}: the run has no evaluation yet: choose a checkpoint with --at STEP")
     if best["step"] == 0:
-        raise ModelError(f"{run.path}: no step was better than the base model: take that one, or --at final")
+        raise ModelError(f"{run.path}: no step was better than the base model: use that one, or --at final")
     return int(best["step"])

@@ -1,5 +1,4 @@
-"""Files and directories that are there whole or not at all, whatever the instant of a kill or a power
-failure.
+"""Write files and directories so that after a kill or a power failure they are there in full or not at all.
 
 Everything is written under a temporary name next to its target, fsynced, and renamed; a rename within a
 directory is atomic, and durable once the directory itself is fsynced.
@@ -67,10 +66,10 @@ def append(file: FileIO, data: bytes, *, durable: bool = False) -> None:
 
 
 def replace_directory(target: Path, write: Callable[[Path], None]) -> None:
-    """Call `write` on an empty directory and name that `target`; an error leaves the old `target` as it was.
+    """Call `write` on an empty directory and rename it to `target`; after an error the old `target` is unchanged.
 
     Raises:
-        OSError: from writing, also where a library made it an error of its own, with the bytes that it came after.
+        OSError: from writing, also when a library wrapped it, with the bytes already written.
         Whatever else `write` raises.
     """
     staging = staging_of(target)
@@ -119,7 +118,7 @@ def remove_directory(target: Path) -> None:
 
 
 def recover(parent: Path) -> list[str]:
-    """Remove or restore what a killed process left in the middle of a replacement; the names concerned."""
+    """Remove or restore what a killed process left in the middle of a replacement; return the names."""
     found = sorted(path for path in parent.iterdir() if path.name.startswith((_STAGING, _RETIRED)))
     for path in found:
         target = parent / path.name.removeprefix(_RETIRED)
@@ -142,7 +141,7 @@ def fsync_tree(root: Path) -> None:
 
 
 def describe_failure(path: Path, error: OSError, wanted: str) -> str:
-    """Sentence that names the path, the cause, what was to be written (with its size) and the bytes free."""
+    """Return a sentence with the path, the cause, what was to be written (with its size) and the bytes free."""
     try:
         free = f"{shutil.disk_usage(path if path.is_dir() else path.parent).free} bytes are free"
     except OSError:
@@ -163,7 +162,7 @@ def check_output_file(out: Path, example: str) -> None:
     if is_folder or not out.name:
         raise ConfigError(f"--out {out}: is a folder: name a file in it, such as {out / example}")
     if not out.parent.is_dir():
-        raise ConfigError(f"--out {out}: there is no folder {out.parent}: create it")
+        raise ConfigError(f"--out {out}: the folder {out.parent} does not exist: create it")
 
 
 def write_output_file(out: Path, text: str) -> None:

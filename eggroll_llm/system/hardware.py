@@ -1,4 +1,4 @@
-"""What the machine can do, told without importing torch."""
+"""What the machine can do, found out without importing torch."""
 
 import contextlib
 import ctypes
@@ -17,7 +17,7 @@ NATIVE_BFLOAT16 = ("avx512_bf16", "amx_bf16", "bf16")  # x86 and Arm flags of pr
 
 @cache
 def cpu_flags() -> frozenset[str]:
-    """Return the processor's feature flags; empty where the system does not tell."""
+    """Return the processor's feature flags; empty where the system does not say."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:

@@ -1,8 +1,8 @@
-"""SIGTERM, SIGHUP and Ctrl-C: the first ends a command in order, a second one at once, and no child process is left.
+"""SIGTERM, SIGHUP and Ctrl-C: first signal: clean shutdown; second: immediate exit. No child process is left.
 
 The first raises `Interrupted` where the main thread stands. What runs there may swallow it, such as a reward with a
 bare `except:`, so `check`, which is called with every bit of progress and between steps, raises it again; apart from
-that nothing more is raised, and whatever cleans up is left in peace. The second is seen by a thread, as the main
+that nothing more is raised, so cleanup is not disturbed. The second is seen by a thread, as the main
 thread may be in native code that does not return.
 """
 
@@ -30,7 +30,7 @@ _arrivals: list[float] = []
 
 
 class Interrupted(KeyboardInterrupt):
-    """A signal has come, and the command is to end with `status`."""
+    """A signal arrived, and the command must exit with `status`."""
 
     def __init__(self, number: int) -> None:
         super().__init__(signal.Signals(number).name)
@@ -39,7 +39,7 @@ class Interrupted(KeyboardInterrupt):
 
 @contextlib.contextmanager
 def handled() -> Iterator[None]:
-    """Handle them within, but for one that the process was started to ignore, as by a shell in the background.
+    """Handle them inside, except one that the process was started to ignore, as for a shell's background job.
 
     Whatever is raised after a signal becomes `Interrupted`. Children that are still there are killed then, and the
     interpreter exits without taking modules down, for which vLLM needs seconds that a second signal could not end.
@@ -67,7 +67,7 @@ def handled() -> Iterator[None]:
 
 
 def check() -> None:
-    """Raise `Interrupted` if a signal has come, which what was just called may have swallowed."""
+    """Raise `Interrupted` if a signal arrived that the last call may have swallowed."""
     if _number:
         raise Interrupted(_number)
 

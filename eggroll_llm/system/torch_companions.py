@@ -29,7 +29,7 @@ class Broken:
 
 
 def find_broken(names: tuple[str, ...] = COMPANIONS) -> list[Broken]:
-    """Return those of `names` that are installed and fail to import, each tried in a process of its own."""
+    """Return those of `names` that are installed but fail to import, each tried in a separate process."""
     broken = []
     for name in names:
         try:
@@ -61,7 +61,7 @@ def main(arguments: list[str]) -> int:
             remove(broken)
             print(f"removed {broken.name} {broken.version}: built for another torch, and not needed for text models")
         else:
-            print(f"{broken.name} {broken.version} cannot be imported beside this torch: {broken.error}")
+            print(f"{broken.name} {broken.version} cannot be imported with this torch: {broken.error}")
     return 1 if found and not removing else 0
 
 

@@ -17,7 +17,9 @@ def is_chat(prompts: Sequence[Prompt]) -> bool:
     return any(not isinstance(prompt, str) for prompt in prompts)
 
 
-def check_chat(prompter: Prompter, prompts: Sequence[Prompt], remedy: str = "have the task ask in messages") -> None:
+def check_chat(
+    prompter: Prompter, prompts: Sequence[Prompt], remedy: str = "let the task return chat messages"
+) -> None:
     """Raise UserError when settings of [chat] change nothing; `remedy` is one for prompts that are plain text."""
     chat = prompter.chat
     if chat == ChatConfig():
@@ -26,7 +28,7 @@ def check_chat(prompter: Prompter, prompts: Sequence[Prompt], remedy: str = "hav
     if messages is None:
         key = "chat.system" if chat.system else "chat.template_args"
         raise ConfigError(
-            f"{key} is set, but the prompts are text to continue, which goes through no chat template: remove it, or "
+            f"{key} is set, but the prompts are plain text, to which no chat template is applied: remove it, or "
             f"{remedy}"
         )
     text = prompter.render(messages)
@@ -40,7 +42,7 @@ def check_chat(prompter: Prompter, prompts: Sequence[Prompt], remedy: str = "hav
     # The text itself may be there although nothing changes: as the template's own default.
     if chat.system and chat.system.strip() not in text and text == prompter.apply_template(messages):
         raise ModelError(
-            f"{prompter.model_dir}: the chat template leaves out the system prompt: remove chat.system, or put it into "
+            f"{prompter.model_dir}: the chat template ignores the system prompt: remove chat.system, or put it into "
             "the task's prompt"
         )
 

@@ -57,15 +57,15 @@ class CountdownOptions:
     operators: str = "+-*/"
     """Operators that problems are made with."""
     file: str = ""
-    """File of JSONL, JSON or parquet with problems, relative to the recipe's folder, in place of generated ones."""
+    """File of JSONL, JSON or parquet with problems, relative to the recipe's folder, instead of generated ones."""
     test_file: str = ""
-    """Such a file with the test problems; without it they are taken out of `file`."""
+    """Another file with the test problems; without it they are taken from `file`."""
     hub: str = ""
-    """Data set on the Hugging Face hub, in place of generated problems."""
+    """Data set on the Hugging Face hub, instead of generated problems."""
     train_size: int = 4096
-    """Most problems to train on."""
+    """Number of problems to train on, at most."""
     test_size: int = 256
-    """Problems held out."""
+    """Number of held-out problems."""
     seed: int = 0
     """Seed of the problems and of their split, independent of the seed of the run."""
     prompt_style: Literal["chat", "few_shot", "tinyzero"] = "chat"
@@ -86,7 +86,7 @@ class CountdownTask:
     train: Sequence[Problem]
     test: Sequence[Problem]
     shots: Sequence[Problem]
-    """Problems with solutions that open the few-shot prompt."""
+    """Problems with solutions, shown in the few-shot prompt."""
     notes: tuple[str, ...]
 
     @property
@@ -167,7 +167,9 @@ def load_countdown(options: CountdownOptions, base_dir: Path, place: Place = no_
     if options.file or options.hub:
         train, test, dropped = _loaded(options, base_dir, taken, notes)
         if dropped:
-            notes.append(f"Countdown: {dropped} rows were left out, being repeated or also in test or in the prompt.")
+            notes.append(
+                f"Countdown: {dropped} rows were left out because they are repeated, or also in test or in the prompt."
+            )
     else:
         train, test = _generated(options, space, taken)
     if len(test) < (1 if options.test_file else options.test_size) or not train:
@@ -178,8 +180,7 @@ def load_countdown(options: CountdownOptions, base_dir: Path, place: Place = no_
         )
     if len(train) < options.train_size:
         notes.append(
-            f"Countdown trains on {len(train)} problems. There are no more, so train_size = "
-            f"{options.train_size} is not reached."
+            f"Countdown trains on all {len(train)} available problems, fewer than train_size = {options.train_size}."
         )
     return CountdownTask(options=options, train=train, test=test, shots=shots, notes=tuple(notes))
 

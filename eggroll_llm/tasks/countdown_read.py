@@ -16,7 +16,7 @@ from typing import Any
 from eggroll_llm.errors import TaskError
 from eggroll_llm.system.jsonl import parse_json
 from eggroll_llm.tasks.countdown_generate import Key, key_of, make_row
-from eggroll_llm.tasks.read import load_file, load_hub
+from eggroll_llm.tasks.read import load_file, load_hub, missing_column
 from eggroll_llm.tasks.task import Problem
 from rewards import countdown
 
@@ -75,7 +75,7 @@ def _parse(row: Mapping[str, Any], at: str, solutions: Solutions) -> Problem:
     given, target = row.get("nums", row.get("numbers")), _number(row.get("target"), _NUMBER)
     if given is None or target is None:
         missing = "nums" if given is None else "target"
-        raise TaskError(f"{at}: {missing} is missing. A row needs nums (or numbers) and target.")
+        raise missing_column(missing, row, at, "nums (or numbers) and target")
     numbers = [_number(n, _WHOLE) for n in _list(given)]
     if not numbers or not all(type(n) is int and n >= 0 for n in numbers):
         raise TaskError(f"{at}: nums = {given!r:.80} is not a list of whole numbers. Write them as [3, 7, 25].")

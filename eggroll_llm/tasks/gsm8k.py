@@ -6,9 +6,8 @@
 Read from `data_dir` (train.jsonl and test.jsonl as published, JSON arrays or parquet), or from openai/gsm8k on the hub.
 Every gold answer is checked.
 
-Prompt styles: "chat" asks for a last line `#### number`; "few_shot" is a text to complete that opens with
-problems taken out of train and their published solutions, without the `<<9*2=18>>` annotations for a
-calculator.
+Prompt styles: "chat" asks for a last line `#### number`; "few_shot" is text to complete. It starts with problems taken
+from train and their published solutions, without the `<<9*2=18>>` calculator annotations.
 """
 
 import random
@@ -19,7 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from eggroll_llm.errors import TaskError
-from eggroll_llm.tasks.read import load_file, load_hub
+from eggroll_llm.tasks.read import load_file, load_hub, missing_column
 from eggroll_llm.tasks.task import Message, Place, Problem, Split, no_place
 from rewards import Score, gsm8k
 
@@ -59,7 +58,7 @@ class Gsm8kTask:
     train: Sequence[Problem]
     test: Sequence[Problem]
     shots: Sequence[Problem]
-    """Training problems that open the few-shot prompt, and are not trained on."""
+    """Training problems shown in the few-shot prompt, and not trained on."""
     notes: tuple[str, ...]
 
     @property
@@ -91,7 +90,7 @@ class Gsm8kTask:
         )
 
     def answer(self, completion: str, *, truncated: bool = False, thought_open: bool = False) -> str | None:
-        """Return the number, in the form that the grader compares."""
+        """Return the number in the form that the grader compares."""
         return gsm8k.read_answer(completion, truncated=truncated, thought_open=thought_open, method=self.options.grader)
 
     def gold(self, problem: Problem) -> str | None:
@@ -112,7 +111,9 @@ def load_gsm8k(options: Gsm8kOptions, base_dir: Path, place: Place = no_place) -
     held_out = {problem["question"] for problem in test}
     kept = [problem for problem in train if problem["question"] not in held_out]
     if len(kept) < len(train):
-        notes.append(f"GSM8K: {len(train) - len(kept)} training problems were left out; they are test problems.")
+        notes.append(
+            f"GSM8K: {len(train) - len(kept)} training problems were left out because they are also test problems."
+        )
     shots: list[Problem] = []
     if options.prompt_style == "few_shot":
         if len(kept) <= options.shots:
@@ -171,9 +172,7 @@ def _parse(
 def _text(row: Mapping[str, Any], field: str, at: str) -> str:
     value = row.get(field)
     if value is None:
-        raise TaskError(f"{at}: {field} is missing. A row needs question and answer.")
+        raise missing_column(field, row, at, "question and answer")
     if not isinstance(value, str) or not value.strip():
-        raise TaskError(
-            f"{at}: {field} = {value!r:.80} is not a text. A row needs question and answer, both in quotes."
-        )
+        raise TaskError(f"{at}: {field} = {value!r:.80} is not text. A row needs question and answer, both in quotes.")
     return value

@@ -1,4 +1,4 @@
-"""Tasks: what is trained on, how it is asked, and which grader decides."""
+"""A task's name and options -> the task, with its problems loaded and checked."""
 
 import difflib
 from collections.abc import Mapping

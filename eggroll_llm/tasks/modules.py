@@ -4,8 +4,8 @@ Imports are looked for in the syntax tree, before anything runs, and followed fr
 which runs in another process, counts as well. Both processes load what was read then, though the files may be edited
 during a run, and the journal has a hash of it.
 
-A name that means something already (`random`, `rewards`, an installed package) keeps its meaning, and a file that no
-import names (a script called wandb.py) is never loaded: the folder is not on `sys.path`.
+Names that exist already (`random`, `rewards`, an installed package) keep their meaning, and a file that nothing imports
+(a script called wandb.py) is never loaded: the folder is not on `sys.path`.
 """
 
 import ast

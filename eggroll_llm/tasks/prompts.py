@@ -1,4 +1,4 @@
-"""Prompts in tokens. Loads the tokenizer, not the model, so that lengths are known before the engine starts."""
+"""Prompts as tokens. Loads the tokenizer but not the model, so lengths are known before the engine starts."""
 
 import hashlib
 import json
@@ -29,20 +29,20 @@ class ProblemSet:
     in_thought: Set[int] = frozenset()
     """Indices of the prompts that end in a thought, as the chat templates of reasoning models do."""
     questions: Sequence[str] = ()
-    """What a reader is shown of the prompts; see `questions_of`."""
+    """The part of each prompt that is shown to readers; see `questions_of`."""
     example: str = ""
     """Text of the first prompt, chat template applied, to be shown."""
 
 
 _VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "tekken.json", "*.model")
-"""Files of which a tokenizer has one at least; transformers makes an empty tokenizer where there is none."""
+"""A tokenizer has at least one of these files; without any, transformers would create an empty tokenizer."""
 
 
 class Prompter:
     """Turns prompts into tokens with a model's tokenizer and chat template."""
 
     def __init__(self, model_dir: Path, chat: ChatConfig | None = None) -> None:
-        """Raises ModelError when there is no tokenizer, or it is damaged or needs code of its own."""
+        """Load the tokenizer. Raises ModelError when it is missing or damaged, or would run its own code."""
         from transformers import AutoTokenizer
 
         self.model_dir, self.chat = model_dir, chat or ChatConfig()
@@ -55,7 +55,7 @@ class Prompter:
                 # Not left to transformers, which takes another tokenizer in its place for some models.
                 raise ModelError(
                     f"{model_dir / 'tokenizer_config.json'}: 'auto_map' asks to run Python code shipped with the model"
-                    ", which is never done here: use a model whose tokenizer transformers implements"
+                    ", which is never allowed: use a model whose tokenizer transformers implements"
                 )
             self.tokenizer: Any = AutoTokenizer.from_pretrained(model_dir, trust_remote_code=False)
         except ModelError:
@@ -74,7 +74,7 @@ class Prompter:
     def render(self, prompt: Prompt) -> str:
         """Return the prompt's text, chat template applied.
 
-        Raises ModelError when it takes one and there is none, or that raises an exception.
+        Raises ModelError when it needs a template and there is none, or the template fails.
         """
         if isinstance(prompt, str):
             return prompt
@@ -116,8 +116,8 @@ class Prompter:
         for problem, text in zip(problems, texts, strict=True):
             if not is_unicode(text):
                 raise TaskError(
-                    f"the prompt of problem {problem.get('id')!a:.60} is not valid Unicode text, as it holds half of a "
-                    "surrogate pair: write the whole character, or remove the problem"
+                    f"the prompt of problem {problem.get('id')!a:.60} is not valid Unicode: it holds half of a "
+                    "surrogate pair; write the whole character, or remove the problem"
                 )
         return ProblemSet(
             problems=problems,
@@ -140,9 +140,9 @@ class Prompter:
 
 
 def questions_of(prompts: Sequence[Prompt]) -> list[str]:
-    """Return the last line of each prompt that is not in all of them, at most 200 characters of it.
+    """Return the last line of each prompt that is not in all of them, cut to 200 characters.
 
-    That is the question, without examples, instructions and what opens the answer.
+    That is the question, without examples, instructions and the start of the answer.
     """
     texts = [p if isinstance(p, str) else "\n".join(str(message.get("content")) for message in p) for p in prompts]
     lines_P = [[line.strip() for line in text.splitlines() if line.strip()] for text in texts]
@@ -179,8 +179,8 @@ def needed_context(
 ) -> int:
     """Return the context length to serve: `limit` when set, else just what is needed, in whole blocks of 32 tokens.
 
-    Raises ConfigError, with how many there are, when prompts with their completions do not fit: none is truncated. The
-    keys are those of `max_tokens` and `limit`; only what would help is proposed.
+    Raises ConfigError with their number when prompts with completions do not fit; nothing is truncated. `length_key`
+    and `context_key` name the settings of `max_tokens` and `limit`; only remedies that would help are proposed.
     """
     if limit > model_limit:
         raise ConfigError(
@@ -214,7 +214,7 @@ def _shown(value: object, limit: int) -> str:
 
 
 def _read_object(path: Path) -> Mapping[str, Any]:
-    """Return what a JSON file holds; nothing where there is none."""
+    """Return the object in a JSON file; empty without the file."""
     content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     if not isinstance(content, dict):
         raise ValueError(f"{path.name} does not hold a JSON object")

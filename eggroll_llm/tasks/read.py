@@ -4,7 +4,7 @@ A file is taken as it is or refused; nothing is skipped or repaired silently. Er
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,10 +39,45 @@ def load_file(path: Path) -> list[Row]:
         raise TaskError(f"{path}:1: the file is empty. One JSON object per line is expected, or an array of them.")
     if data.startswith(b"\xef\xbb\xbf"):
         raise TaskError(f"{path}:1: the file starts with a byte order mark. Save it as UTF-8 without BOM.")
-    rows = _array(data, path) if data.lstrip().startswith(b"[") else _lines(data, path)
+    if data.lstrip().startswith(b"["):
+        rows = _array(data, path)
+    else:
+        _check_object_per_line(data, path)
+        rows = _lines(data, path)
     if b"\\ud" in data.lower():
         _check_surrogates(rows)
     return rows
+
+
+def missing_column(column: str, row: Mapping[str, Any], at: str, needed: str) -> TaskError:
+    """Return the error for a row without a column, which says what the row has instead."""
+    listed = ", ".join(ascii(key) for key in row) or "no keys"
+    return TaskError(
+        f"{at}: {column} is missing or null; the row has {listed:.200}. A row needs {needed}.{_rows_inside(row)}"
+    )
+
+
+def _rows_inside(row: Mapping[str, Any]) -> str:
+    """Return a hint where an object looks like a whole data set: `{"data": [{...}, ...]}`."""
+    for key, value in row.items():
+        if isinstance(value, list) and value and all(isinstance(item, dict) for item in value):
+            return f" If {key!a:.80} holds the rows, write that array alone into the file."
+    return ""
+
+
+def _check_object_per_line(data: bytes, path: Path) -> None:
+    """Raise TaskError for a file that is one JSON object over several lines, as tools write that indent."""
+    if b"\n" not in data.strip():
+        return
+    try:
+        whole = parse_json(data)
+    except ValueError:
+        return
+    if isinstance(whole, dict):
+        raise TaskError(
+            f"{path}: the file is a single JSON object over several lines. One JSON object per line is expected, or an "
+            f"array of them.{_rows_inside(whole)}"
+        )
 
 
 def _check_surrogates(rows: Sequence[Row]) -> None:

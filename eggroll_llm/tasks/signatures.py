@@ -1,4 +1,4 @@
-"""How a user's object will be called, checked before it is: a mistake then costs no start of the engine."""
+"""Checks how a user's object will be called, before the engine starts."""
 
 import inspect
 from collections.abc import Mapping
@@ -51,7 +51,7 @@ def check_factory(factory: Any, options: Mapping[str, Any], name: str, place: Pl
     if _is_trl(signature) and not isinstance(factory, type):
         function = name.rpartition(" ")[2]
         raise TaskError(
-            f"{name}{signature} is a reward function of TRL, and not a task. {NEEDED}; in its class, write "
+            f"{name}{signature} is a TRL reward function, not a task. {NEEDED}; in its class, write "
             f"{_adapter(factory, signature, function)}. {_PAGE}."
         )
     try:
@@ -62,8 +62,8 @@ def check_factory(factory: Any, options: Mapping[str, Any], name: str, place: Pl
             raise TaskError(f"{place(key)}: {name} does not accept task_options {dict(options)}: {error}.") from error
         if not isinstance(factory, type):
             raise TaskError(
-                f"{name}{signature} is a function that cannot be called without task_options: {error}. {NEEDED}: put a "
-                f"score into a class with the others. {_PAGE}."
+                f"{name}{signature} is a function that cannot be called without task_options: {error}. {NEEDED}: put "
+                f"score into a class with the other methods. {_PAGE}."
             ) from error
         raise TaskError(f"{name}{signature} needs task_options: {error}. Set it in [task_options].") from error
 
@@ -85,14 +85,14 @@ def _check_call(method: Any, name: str, arguments: tuple[str, ...], where: str) 
     else:
         first = tuple(signature.parameters)[: len(arguments)]
         if first != arguments and sorted(first) == sorted(arguments):
-            fault = f"names in another order what it is called with, {call}"
+            fault = f"takes its arguments in a different order from {call}"
     if name == "score" and _is_trl(signature) and (fault or _is_for_columns(signature)):
         raise TaskError(
-            f"{where}: score{signature} is a reward function of TRL. Move it out of the class as reward, and write "
+            f"{where}: score{signature} is a TRL reward function. Move it out of the class as reward, and write "
             f"{_adapter(method, signature, 'reward')}. {_PAGE}."
         )
     if fault:
-        known = 'What else it needs, the problem holds: problem["answer"]. ' if "problem" in arguments else ""
+        known = 'Everything else is in the problem: problem["answer"]. ' if "problem" in arguments else ""
         raise TaskError(
             f"{where}: {name}{signature} {fault}. {known}Write def {name}(self, {', '.join(arguments)}) in a class."
         )

@@ -1,4 +1,4 @@
-"""What a task is: problems, how they are put to the model, and how an answer is graded."""
+"""What a task is: problems, the prompts that ask them, and how an answer is graded."""
 
 import contextlib
 import json
@@ -18,19 +18,19 @@ Message = dict[str, str]
 Split = Literal["train", "test"]
 SPLITS: tuple[Split, ...] = ("train", "test")
 Place = Callable[[str], str]
-"""Where an option of a task was written: its name -> file and line, or flag."""
+"""Name of a task option -> where it was set: file and line, or flag."""
 
 
 def no_place(option: str) -> str:
-    """Return the place of options that come from no file."""
+    """Return the place of options that come from neither file nor flag."""
     return "task_options"
 
 
 def problem_text(problem: Problem) -> str:
-    """Return what a problem holds, as JSON that is the same in every process.
+    """Return the contents of a problem as JSON that is the same in every process.
 
-    What JSON cannot hold counts by its type, as its text may have an address or an order of its own in it; so does what
-    has a circle in it or is too deep. Keys that JSON cannot hold are left out.
+    Values that JSON cannot hold, circular or too deeply nested ones included, count by their type, because their text
+    may contain an address or an arbitrary order. Keys that JSON cannot hold are left out.
     """
     if (whole := _as_json(dict(problem))) is not None:
         return whole
@@ -50,11 +50,11 @@ class Task(Protocol):
 
     @property
     def stop(self) -> tuple[str, ...]:
-        """Texts at which sampling stops; may be empty."""
+        """Return the texts at which sampling stops; may be empty."""
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """Return what loading did that the user should know, such as rows removed; one sentence each."""
+        """Return what the user should know about loading, such as removed rows; one sentence each."""
 
     def problems(self, split: Split) -> Sequence[Problem]:
         """Return all problems of a split, in a fixed order."""
@@ -69,7 +69,7 @@ class Task(Protocol):
         """
 
     def answer(self, completion: str, *, truncated: bool = False, thought_open: bool = False) -> str | None:
-        """Return the answer of the completion for majority votes, equal for equal answers; None where there is none."""
+        """Return the answer of the completion for majority votes, equal for equal answers; None without one."""
 
     def gold(self, problem: Problem) -> str | None:
         """Return a completion that earns reward 1; None where none is known."""
@@ -88,26 +88,26 @@ class Answer:
 
     @property
     def options(self) -> dict[str, bool]:
-        """Return what a task's methods get beside text and problem; `thought_open` only where it is true."""
+        """Return what a task's methods get besides text and problem; `thought_open` only where it is true."""
         return {"truncated": self.truncated} | ({"thought_open": True} if self.thought_open else {})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Verdict:
-    """What came of grading an answer."""
+    """The result of grading an answer."""
 
     score: Score | None = None
     """In plain numbers and text; None when the grader failed."""
     failure: str = ""
-    """Why it did: the end of its traceback."""
+    """Why the grader failed: the end of its traceback."""
     vote: str | None = None
-    """What majority votes count, where that was asked for; None when there is none, or that failed."""
+    """The answer that majority votes count, if requested; None when there is none, or reading it failed."""
     out_of_memory: bool = False
-    """That was the failure: the process may hold too much of it."""
+    """Whether the grader ran out of memory: its process may still hold too much."""
 
 
 def judge(task: Task, answer: Answer, *, voted: bool, catch: type[BaseException] = Exception) -> Verdict:
-    """Return the task's verdict on anything. What is not a `catch` is not caught."""
+    """Return the task's verdict on an answer; exceptions other than `catch` propagate."""
     score, failure, out_of_memory, vote = None, "", False, None
     try:
         given: Any = task.score(answer.text, answer.problem, **answer.options)
@@ -121,16 +121,16 @@ def judge(task: Task, answer: Answer, *, voted: bool, catch: type[BaseException]
 
 
 def short_traceback(error: BaseException) -> str:
-    """Return the end of a traceback: the calls next to the error, and what it says. Lines, too, are cut."""
+    """Return the end of a traceback: the calls next to the error, and its message. Long lines are cut."""
     lines = "".join(traceback.format_exception(error, limit=-3)).strip().split("\n")
     return "\n".join(line if len(line) <= 500 else f"{line[:500]}…" for line in lines[-30:])
 
 
 def check_golds(task: Task, judge_all: Callable[[Sequence[Answer]], Iterable[Verdict]] | None = None) -> None:
-    """Grade the gold completion of every problem, with `judge_all` where that is not to happen here.
+    """Grade the gold completion of every problem, by `judge_all` where given.
 
     Raises:
-        TaskError: one scores less than 1, which means that the grader or the row is wrong, or the grader fails.
+        TaskError: a gold completion scores below 1, so the grader or the row is wrong, or the grader fails.
     """
     for split in SPLITS:
         given = [(problem, task.gold(problem)) for problem in task.problems(split)]
@@ -144,9 +144,9 @@ def check_golds(task: Task, judge_all: Callable[[Sequence[Answer]], Iterable[Ver
         for gold, verdict in zip(golds, verdicts, strict=True):
             score, name = verdict.score, f"Problem {gold.problem.get('id')!r} ({split})"
             if score is None:
-                raise TaskError(f"{name}: score() failed on its own gold answer {gold.text!r:.200}:\n{verdict.failure}")
+                raise TaskError(f"{name}: score() failed on its gold answer {gold.text!r:.200}:\n{verdict.failure}")
             if not score.reward >= 1:
                 raise TaskError(
-                    f"{name}: its own gold answer scores {score.reward:g} ({score.detail}). Correct the row or the "
+                    f"{name}: its gold answer scores {score.reward:g} ({score.detail}). Correct the row or the "
                     f"grader. Gold: {gold.text!r:.200}"
                 )

@@ -11,8 +11,8 @@ The file is imported, so it can do anything; name only files that you trust. `TA
 function that takes the task options and returns such an object. `stop`, `notes`, `gold` and `answer(completion)`
 (what majority votes count) are optional, and so are `truncated` (the length limit cut the completion off) and
 `thought_open` (the prompt ended in a thought) in `score`, which may return a number (correct from 1 on) or a
-`rewards.Score`; anything else is a failure, like an exception. In a run, `score` and `answer` are called in a process
-of their own (`process`), which imports once more what was read here, from the file and from the modules beside it
+`rewards.Score`; anything else is a failure, like an exception. In a run, `score` and `answer` are called in a
+separate process (`sandbox.process`), which imports again what was read here, from the file and the modules next to it
 (`modules`).
 """
 
@@ -34,7 +34,7 @@ from rewards import Score
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class UserTask:
-    """The user's object, completed to a `Task`."""
+    """The user's object, as a complete `Task`."""
 
     path: Path
     """The user's file."""
@@ -66,7 +66,7 @@ class UserTask:
         return self.train if split == "train" else self.test
 
     def prompt(self, problem: Problem) -> str | list[Message]:
-        """Return the user's prompt. Raises TaskError when there is none."""
+        """Return the user's prompt. Raises TaskError when prompt() fails or returns something else."""
         what = f"prompt() of problem {problem.get('id')!r:.60}"
         with _calling(self.path, what):
             prompt: Any = self.inner.prompt(problem)
@@ -80,7 +80,7 @@ class UserTask:
         )
 
     def score(self, completion: str, problem: Problem, *, truncated: bool = False, thought_open: bool = False) -> Score:
-        """Return the user's score; what it raises is not caught. Raises TypeError when it is none."""
+        """Return the user's score; its exceptions propagate. Raises TypeError when it is not a score."""
         given = {"truncated": truncated, "thought_open": thought_open}
         options = {name: value for name, value in given.items() if name in self.takes}
         return as_score(self.inner.score(completion, problem, **options))
@@ -93,7 +93,7 @@ class UserTask:
         return None if answer is None else str(answer)
 
     def gold(self, problem: Problem) -> str | None:
-        """Return the user's gold answer, if there is such a method. Raises TaskError when it is no text."""
+        """Return the user's gold answer, if there is such a method. Raises TaskError when it is not text."""
         if not hasattr(self.inner, "gold"):
             return None
         what = f"gold() of problem {problem.get('id')!r:.60}"
@@ -165,7 +165,7 @@ def load_user_task(
 
 @contextlib.contextmanager
 def _calling(path: Path, what: str) -> Iterator[None]:
-    """Make what the user's code raises a TaskError with the end of its traceback."""
+    """Turn exceptions of the user's code into a TaskError with the end of the traceback."""
     try:
         yield
     except (Exception, SystemExit) as error:
@@ -173,7 +173,7 @@ def _calling(path: Path, what: str) -> Iterator[None]:
 
 
 def _import(path: Path, source: bytes, modules: Modules) -> Any:
-    """Return the module of a file that held `source`."""
+    """Import the file's `source` and return the module."""
     try:
         with _calling(path, "importing it"):
             return load_module(path, source, modules)
@@ -181,8 +181,8 @@ def _import(path: Path, source: bytes, modules: Modules) -> Any:
         name = str(getattr(error.__cause__, "name", None)).partition(".")[0]
         if isinstance(error.__cause__, ImportError) and is_hidden(path, name):
             raise TaskError(
-                f"{error}\nThe {name} beside {path.name} is not imported, as an installed or loaded module has that "
-                "name. Rename yours."
+                f"{error}\nThe {name} next to {path.name} cannot be imported, because an installed or loaded module "
+                "has that name. Rename yours."
             ) from error
         raise
 
@@ -203,8 +203,8 @@ def _attribute(module: Any, name: str, path: Path) -> Any:
     names = [other for other in vars(module) if not other.startswith("_")]
     nearest = difflib.get_close_matches(name, names, n=1)
     raise TaskError(
-        f"{path}: there is no {name} in it."
-        + (f" Did you mean {nearest[0]}?" if nearest else f" It has: {', '.join(names)}.")
+        f"{path}: does not define {name}."
+        + (f" Did you mean {nearest[0]}?" if nearest else f" It defines: {', '.join(names)}.")
     )
 
 

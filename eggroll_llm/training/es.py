@@ -6,8 +6,9 @@
     journal         <- fitness_M                    on disk before the weights move
     W               <- W + learning_rate sum_k c_k E_k / ||c||
 
-Departures from the paper are those of `fitness` and `update`. Whatever a step needs is a function of (seed, step), so
-that a run continues from its journal as if it had never stopped. Updates are counted from 1; step 0 is the base model.
+Departures from the paper are those of `es.fitness` and `es.estimate`. Everything a step needs is a function of (seed,
+step), so a run continues from its journal as if it had never stopped. Updates are counted from 1; step 0 is the base
+model.
 
 Shapes: M member, K antithetic pair, P prompt, S sample.
 """
@@ -36,7 +37,7 @@ CHECKSUM_EVERY = 10  # steps between checksums of the weights in the journal
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepOutcome:
-    """What a step has come to; times are in seconds."""
+    """The outcome of a step; times are in seconds."""
 
     plan: StepPlan
     rollouts: Sequence[ScoredRollout]
@@ -133,7 +134,7 @@ class EsTrainer:
         )
 
     def _record(self, update: UpdateSpec, dropped: tuple[int, ...]) -> None:
-        """Put an update into the journal, with a checksum of the weights before it now and then, for replays."""
+        """Append an update to the journal, every `CHECKSUM_EVERY` steps with a checksum of the weights before it."""
         _check_update(update)
         checksum = self.engine.checksum() if (update.step - 1) % CHECKSUM_EVERY == 0 else ""
         with self.recorder.saving():

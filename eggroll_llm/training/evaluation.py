@@ -1,9 +1,9 @@
 """Answers of the base model to a set of problems, graded: the evaluation of a training run, and of `eggroll-llm eval`.
 
-A completion depends on the prompt, the weights and a seed of (seed, problem, sample). An evaluation that was
-interrupted continues with what is missing; it comes to the samples of an uninterrupted one where the engine computes a
-sequence independently of its batch (docs/determinism.md), else a few may differ. Requests go to the base
-model: the members of a population stay what they are.
+A completion depends on the prompt, the weights and a seed derived from (seed, problem, sample). An interrupted
+evaluation continues with what is missing. It gets the same samples as an uninterrupted one where the engine computes a
+sequence independently of its batch (docs/determinism.md); elsewhere a few may differ. Requests go to the base model;
+the members of a population are not touched.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ Grader = Callable[[Completion, Problem], Graded]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Evaluation:
-    """Outcome of one pass over a set of problems, one greedy answer each, graded by the task."""
+    """Result of one pass over a set of problems, one greedy answer each, graded by the task."""
 
     samples: tuple[Sample, ...]
     """Answer to each problem, in order."""
@@ -55,7 +55,7 @@ class Evaluation:
 
     @property
     def metrics(self) -> dict[str, float]:
-        """Return what the row of metrics of a step says of its evaluation."""
+        """Return the evaluation's part of a row of metrics."""
         return {
             "eval/accuracy": self.accuracy,
             "eval/problems": self.problems,
@@ -133,7 +133,7 @@ def answer(
 ) -> None:
     """Answer every problem `samples` times with the base model, without the (problem, sample) that are `done`.
 
-    `on_sample` gets each answer, graded, as soon as it is there, in no particular order.
+    `on_sample` gets each graded answer as soon as it arrives, in no particular order.
     """
     wanted = [(p, s) for p in range(len(problems.problems)) for s in range(samples) if (p, s) not in done]
     requests = [Request(prompt_ids=problems.prompts[p], seed=sampling_seed(seed, 0, p, s)) for p, s in wanted]
@@ -157,7 +157,7 @@ def answer(
 
 
 def grade_again(sample: Sample, problems: ProblemSet, graders: Mapping[str, Grader]) -> Sample:
-    """Return the sample with what graders say now, of the problem as it is now."""
+    """Return the sample graded again, with the current graders and the current problem."""
     text = Completion(text=sample.completion, token_ids=(), truncated=sample.truncated, prompt_tokens=0)
     completion, problem = answered(problems, sample.problem, text)
     return dataclasses.replace(

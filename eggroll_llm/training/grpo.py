@@ -8,18 +8,18 @@
 
 Shao et al. 2024, DeepSeekMath (arXiv 2402.03300). Departures, which are TRL's defaults: the mean is over all tokens of
 a step (`loss_type = "dapo"`), the paper's over those of a completion and then over completions ("grpo"); beta is 0, the
-paper's 0.04; the divergence is weighed with the ratio, which makes its gradient unbiased. Sampling is by the engine in
-its own number format, so that pi_old is not quite what was sampled from: TRL weighs each completion with
-pi_old(completion) / pi_engine(completion), and leaves it out above 3 (`importance_sampling`).
+paper's 0.04; the divergence is weighted by the ratio, which makes its gradient unbiased. The engine samples in its own
+number format, so pi_old is not quite the distribution sampled from: TRL weights each completion by
+pi_old(completion) / pi_engine(completion), and drops it above 3 (`importance_sampling`).
 
-When all completions of every problem got the same reward, A is 0 and a step learns nothing, but its weights may move:
-by AdamW's moments of earlier steps, by weight decay, and by the divergence where beta is above 0. So it is in TRL, and
-in ours: the baseline is not to be another one. (ES changes nothing then.)
+When all completions of every problem got the same reward, A is 0 and the step learns nothing, but weights may move: by
+AdamW's moments from earlier steps, by weight decay, and by the divergence where beta is above 0. TRL does this, and the
+baseline must not differ from TRL. (ES changes nothing then.)
 
-The same as in ES: problems and their order, prompts in tokens, scores, sampling seeds, evaluation, what ends the run,
-and the files. A step is one batch of completions with all its optimizer steps, so that step n of both methods has seen
-the same problems. There is no journal: a run goes on from its last checkpoint, whose folder `trainer/` is transformers'
-own, and what came after it is done again; transformers reads it with `weights_only`, which runs no code.
+Shared with ES: problems and their order, prompts as tokens, scores, sampling seeds, evaluation, limits and files. A
+step is one batch of completions with all its optimizer steps, so step n of both methods has seen the same problems.
+There is no journal: a run resumes from its last checkpoint, whose folder `trainer/` is in transformers' own format, and
+repeats later steps; transformers reads that folder with `weights_only`, which runs no code.
 
 Shapes: P prompt, S sample.
 """
@@ -44,9 +44,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 STATE = "trainer"
-"""Folder of a checkpoint with transformers' own."""
+"""Folder of a checkpoint with transformers' own files."""
 TRL_METRICS = ("loss", "grad_norm", "learning_rate", "entropy", "kl", "reward_std", "clip_ratio/", "sampling/")
-"""Metrics of TRL, or beginnings of their names, that have no like in ES and keep their names."""
+"""Metrics of TRL (or prefixes of their names) that ES does not have; they keep their names."""
 
 
 class GrpoTrainer:
@@ -118,7 +118,7 @@ class GrpoTrainer:
         self.rollouts.sampling_seconds = self.rollouts.sync_seconds = 0.0
 
     def _reward(self, prompts: Sequence[str], completion_ids: Sequence[Sequence[int]], **_: Any) -> list[float | None]:
-        """Score what the engine answered, its text up to a stop string; None gives a completion no advantage."""
+        """Score the engine's answers, each up to a stop string; None gives a completion no advantage."""
         start = time.perf_counter()
         rollouts = self.rollouts.last
         assert [list(rollout.completion.token_ids) for rollout in rollouts] == [list(ids) for ids in completion_ids]
@@ -171,7 +171,7 @@ class GrpoTrainer:
         for name in ("loss", "grad_norm"):
             if not math.isfinite(logs.get(name, 0.0)):
                 raise TrainingError(
-                    f"step {self.harness.step}: {name} is {logs[name]}, so that the weights are lost: start a new run "
+                    f"step {self.harness.step}: {name} is {logs[name]}, so the weights are lost: start a new run "
                     "with a lower grpo.learning_rate"
                 )
 

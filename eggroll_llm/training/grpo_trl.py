@@ -206,7 +206,7 @@ class EngineGrpoTrainer(GRPOTrainer):
         self._last_loaded_step = self.state.global_step
 
     def write_state(self, directory: Path) -> None:
-        """Write what transformers needs to go on, in its own format, into a new folder of `directory`."""
+        """Write what transformers needs to resume, in its own format, into a new folder of `directory`."""
         before, self.args.output_dir = self.args.output_dir, str(directory)
         try:
             self._save_checkpoint(self.model, None)

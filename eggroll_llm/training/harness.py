@@ -1,7 +1,8 @@
-"""What surrounds the steps of a run, whatever the method: problems, scores, progress, evaluations, the end.
+"""Everything around the steps of a run that both methods share: problems, scores, progress, evaluations, the end.
 
-A trainer makes a step, hands over its row of metrics and its rollouts, and asks whether the run goes on. So two methods
-see the same problems, are scored and evaluated in the same way, end by the same rule, and write the same files.
+A trainer makes a step, hands over its row of metrics and its rollouts, and asks whether the run continues. Both methods
+therefore see the same problems, are scored and evaluated in the same way, end by the same rule, and write the same
+files.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -30,7 +31,7 @@ class Display(Protocol):
     """Where progress is shown."""
 
     def working(self, text: str) -> None:
-        """Show that something of unknown length has begun."""
+        """Show that something of unknown duration has begun."""
 
     def course(self, course: Course) -> None:
         """Show where the run stands."""
@@ -119,7 +120,7 @@ class Harness:
     ) -> Evaluation | None:
         """Show and record a finished step, "time/step" among its metrics; evaluate when it is due.
 
-        `tied`: all its rewards were, so that nothing was learned.
+        `tied`: all rewards were tied, so nothing was learned.
         """
         config, train, recorder, display = self.config, self.run.prepared.train, self.run.recorder, self.run.display
         self.wall_time += metrics["time/step"]
@@ -149,7 +150,7 @@ class Harness:
         self.run.recorder.save(self.step, write_model, state, {"wall_time": self.wall_time, **metadata})
 
     def stopped_by(self, problem: str) -> str:
-        """Complete what ended the run with the step, with what is on disk, and with how to go on."""
+        """Return the problem that ended the run with its step, what is on disk, and how to resume."""
         return f"step {self.step}: {problem.rstrip('.')}. {self.run.recorder.how_to_resume()}"
 
     def _evaluation_due(self) -> bool:

@@ -1,11 +1,11 @@
-"""Where a run stands and when it ends: at a number of steps, or of minutes in training, whichever comes first."""
+"""How far a run has come and when it ends: after a number of steps or of minutes in training, whichever comes first."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Course:
-    """Where a run stands."""
+    """How far a run has come."""
 
     fraction: float | None
     """Of the limit that is nearest, 0 to 1; None without limits."""
@@ -31,7 +31,7 @@ class Limits:
         return f"step {step:>{len(str(self.steps))}} of {self.steps}" if self.steps else f"step {step}"
 
     def course(self, step: int, wall_time: float, best: float | None) -> Course:
-        """Return where a run stands after `step` steps."""
+        """Return how far a run has come after `step` steps."""
         done = [step / self.steps] if self.steps else []
         done += [wall_time / (60 * self.minutes)] if self.minutes else []
         return Course(

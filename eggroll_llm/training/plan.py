@@ -27,9 +27,9 @@ def journal_entry(update: UpdateSpec, *, dropped: tuple[int, ...], checksum: str
 
 
 def recorded_update(config: RunConfig, entry: JournalEntry) -> UpdateSpec:
-    """Return the update that a journal entry stands for.
+    """Return the update that a journal entry records.
 
-    Sigma and learning rate are the entry's: they may be scheduled over a number of steps that has changed since.
+    Sigma and learning rate are the entry's, because the schedule may have another number of steps by now.
     """
     recorded = dataclasses.replace(
         plan_of(config, entry.step),

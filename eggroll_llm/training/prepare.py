@@ -1,8 +1,7 @@
-"""A configuration -> what a run needs before its engine: everything that can be known is checked here."""
+"""A configuration -> what a run needs before its engine; everything that can be checked early is checked here."""
 
 import copy
 import dataclasses
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ from eggroll_llm.config.schema import RunConfig
 from eggroll_llm.errors import ConfigError, TaskError
 from eggroll_llm.models import embedded
 from eggroll_llm.models.architectures import check_method, check_tested
-from eggroll_llm.models.files import architecture_of
+from eggroll_llm.models.files import architecture_of, context_limit
 from eggroll_llm.models.resolve import model_identity, resolve_model
 from eggroll_llm.models.targets import check_rank
 from eggroll_llm.records.journal import JournalHeader
@@ -33,7 +32,7 @@ class Prepared:
     """What a run needs before its engine."""
 
     config: RunConfig
-    """With everything automatic settled: dtype, task file, context length, slots (of GRPO one, which stays empty)."""
+    """With everything automatic settled: dtype, task file, context length, slots (one unused slot for GRPO)."""
     task: Task
     model_dir: Path
     train: ProblemSet
@@ -110,7 +109,7 @@ def _splits(task: Task, config: RunConfig) -> tuple[Sequence[Problem], Sequence[
     train, test = task.problems("train"), task.problems("test")
     if not train or not test:
         raise ConfigError(
-            f"task {config.task!r} has {len(train)} training and {len(test)} test problems: it needs both"
+            f"task {config.task!r} has {len(train)} training and {len(test)} test problems, but needs both"
         )
     wanted = config.eval.problems
     if config.eval.split == "test":
@@ -126,9 +125,9 @@ def _splits(task: Task, config: RunConfig) -> tuple[Sequence[Problem], Sequence[
 def _without_held_out(
     task: Task, train: Sequence[Problem], held_out: Sequence[Problem]
 ) -> tuple[Sequence[Problem], tuple[str, ...]]:
-    """Return the training problems that are asked otherwise than any held-out or test problem, and a note of the rest.
+    """Return the training problems whose prompt no held-out or test problem has, and a note about the rest.
 
-    The built-in tasks compare problems, which is more, when they load them.
+    The built-in tasks also compare the problems themselves when they load them.
     """
 
     def asked(problem: Problem) -> str:
@@ -137,26 +136,19 @@ def _without_held_out(
     taken = {asked(problem) for problem in (*held_out, *task.problems("test"))}
     kept = [problem for problem in train if asked(problem) not in taken]
     if not kept:
-        raise TaskError("every training problem has the prompt of a held-out one: give train problems of its own")
+        raise TaskError("every training problem has the prompt of a held-out one: give train other problems")
     if len(kept) == len(train):
         return train, ()
     return kept, (f"{len(train) - len(kept)} training problems were left out: they have the prompt of a held-out one.",)
 
 
 def encode(prompter: Prompter, task: Task, problems: Sequence[Problem]) -> ProblemSet:
-    """Return the problems with the task's prompts in tokens."""
+    """Return the problems with their prompts as tokens."""
     return prompter.encode_all(problems, [task.prompt(problem) for problem in problems])
 
 
-def context_limit(model_dir: Path) -> int:
-    """Return the longest context that the model was made for; a very long one where its file names no number."""
-    config = json.loads((model_dir / "config.json").read_text(encoding="utf-8"))
-    limit = config.get("max_position_embeddings")
-    return limit if isinstance(limit, int) else 2**31
-
-
 def journal_header(prepared: Prepared) -> JournalHeader:
-    """Return what the updates of a run are updates of."""
+    """Return what identifies the run that the updates belong to."""
     return JournalHeader(
         frozen_hash=frozen_hash(prepared.config),
         base_model=model_identity(prepared.model_dir),
@@ -167,7 +159,7 @@ def journal_header(prepared: Prepared) -> JournalHeader:
 
 
 def check_packages(config: RunConfig) -> None:
-    """Raise InstallError when packages that the settings of a run ask for are missing."""
+    """Raise InstallError when packages that the settings of a run need are missing."""
     if config.method == "grpo":
         installed.check(
             'method = "grpo"', "trl", "accelerate", "datasets", *(["peft"] if config.grpo.lora_rank else [])

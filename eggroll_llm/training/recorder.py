@@ -11,7 +11,7 @@ from torch import Tensor
 
 from eggroll_llm.config.schema import RunConfig
 from eggroll_llm.errors import SamplesError
-from eggroll_llm.models.card import write_card
+from eggroll_llm.models.card import Trained, write_card
 from eggroll_llm.records.checkpoint import checkpoint_path, is_valid, list_checkpoints, prune, save_checkpoint
 from eggroll_llm.records.journal import Journal
 from eggroll_llm.records.run_dir import RunDir
@@ -49,19 +49,19 @@ class Recorder:
         self.best = best_step(metrics)
         """Row of the best evaluation so far."""
         self.resumed_from: Path | None = None
-        """Checkpoint that this process went on from; it is kept."""
+        """Checkpoint that this process resumed from; it is kept."""
         self._trackers, self._on_step = trackers, on_step
         self._seconds = 0.0
 
     @contextmanager
     def saving(self) -> Iterator[None]:
-        """Count what writing to the run directory takes; the next step's row has the sum since the one before."""
+        """Time writes to the run directory; a step's row has the sum since the previous row."""
         start = time.perf_counter()
         yield
         self._seconds += time.perf_counter() - start
 
     def record_step(self, row: Metrics, completions: Sequence[Mapping[str, Any]]) -> None:
-        """Record a step: its completions, then its metrics, whose presence says that the step is whole."""
+        """Record a step: its completions, then its metrics, which mark the step as complete."""
         row["memory/peak_gib"] = peak_memory() / 2**30
         with self.saving():
             self.directory.append_completions(completions)
@@ -69,7 +69,7 @@ class Recorder:
         self.record_metrics(row)
 
     def record_metrics(self, row: Metrics) -> None:
-        """Add a row to metrics.jsonl, and hand it to who else wants it."""
+        """Add a row to metrics.jsonl, and pass it to trackers and `on_step`."""
         with self.saving():
             self.directory.append_metrics(row)
         self.rows.append(row)
@@ -126,8 +126,7 @@ class Recorder:
         assert self.journal.header is not None
         base_model = self.journal.header.base_model
         write_provenance(model, step=step, base_model=base_model)
-        write_card(
-            model,
+        trained = Trained(
             config=self.config,
             base_model=base_model,
             step=step,
@@ -135,17 +134,18 @@ class Recorder:
             journal=self.journal.path,
             prompt=self.directory.example_prompt(),
         )
+        write_card(model, trained)
 
     def how_to_resume(self) -> str:
-        """Return what is on disk, and the command that goes on from it."""
+        """Return what is on disk, and the command that resumes from it."""
         directory = self.directory
         if self.config.method == "es":
             kept = f"The journal is on disk up to step {directory.last_logged_step() or 0}"
         elif saved := list_checkpoints(directory.checkpoints):
             kept = f"The checkpoint of step {saved[-1][0]} is on disk"
         else:
-            kept = "There is no checkpoint yet, so that the run starts anew"
-        return f"{kept}; go on with: {command('resume', directory.path)}"
+            kept = "There is no checkpoint yet, so the run starts over"
+        return f"{kept}; resume with: {command('resume', directory.path)}"
 
 
 def reward_metrics(rollouts: Sequence[ScoredRollout], rewards: Tensor) -> Metrics:

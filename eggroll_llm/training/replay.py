@@ -40,9 +40,7 @@ def replay(
     journal = read_journal(journal_path)
     check_base(journal, journal_path, base_dir)
     if step > len(journal.entries):
-        raise JournalError(
-            f"{journal_path}: holds {len(journal.entries)} updates, step {step} is asked for: lower --step"
-        )
+        raise JournalError(f"{journal_path}: --step {step} is beyond its {len(journal.entries)} updates: lower --step")
     dtype: torch.dtype = getattr(torch, resolve_dtype(config.engine.dtype))
     if config.engine.threads:
         torch.set_num_threads(config.engine.threads)
@@ -62,9 +60,9 @@ def check_weights(journal_path: Path, entry: JournalEntry, checksum: Callable[[]
     """Raise JournalError when the journal records other weights before a step than there are now."""
     if entry.checksum and (found := checksum()) != entry.checksum:
         raise JournalError(
-            f"{journal_path}: before step {entry.step} the weights had checksum {entry.checksum}, the replay has "
-            f"{found}: replay on a machine like the one that trained, with the same torch and "
-            "threads, and a C++ compiler only if that one had one"
+            f"{journal_path}: before step {entry.step} the weights had checksum {entry.checksum}, but the replay gives "
+            f"{found}: replay on a machine like the one that trained, with the same torch and number of threads, and a "
+            "C++ compiler only if training used one"
         )
 
 
@@ -74,7 +72,7 @@ def check_base(journal: JournalContents, journal_path: Path, base_dir: Path) -> 
     if journal.header is None or journal.header.base_model != identity:
         found = "nothing" if journal.header is None else journal.header.base_model
         raise JournalError(
-            f"{journal_path}: was recorded on base model {found}, {base_dir} is {identity}: use that model"
+            f"{journal_path}: was recorded on base model {found}, but {base_dir} is {identity}: use the recorded one"
         )
 
 

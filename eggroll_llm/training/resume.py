@@ -1,7 +1,7 @@
-"""Where a run goes on: what is in its directory, what of it can be trusted, and the weights of that step.
+"""Resume a run: what its directory holds, what of it can be trusted, and the weights to continue from.
 
-A run of ES goes on after the last update of its journal, one of GRPO after its newest checkpoint. Nothing that an
-interruption cannot explain is repaired silently.
+An ES run continues after the last update in its journal, a GRPO run after its newest checkpoint. Damage that an
+interruption cannot explain is never repaired silently.
 """
 
 from eggroll_llm.config.schema import RunConfig
@@ -11,22 +11,21 @@ from eggroll_llm.es.estimate import UpdateSpec
 from eggroll_llm.records.checkpoint import Checkpoint, list_checkpoints, load_training_state, newest_valid, remove_after
 from eggroll_llm.records.journal import Journal, JournalHeader
 from eggroll_llm.records.run_dir import RunDir
-from eggroll_llm.system.invocation import command
 from eggroll_llm.training.harness import Display
 
 
 def say_what_was_found(run: RunDir, journal: Journal, header: JournalHeader, display: Display) -> None:
-    """Show what the last process left behind, and whether the task's file has changed since."""
+    """Show what the last process left behind, and whether the task file has changed since."""
     if run.stale_lock:
-        display.message(f"the last process to train here ended without closing the run: {run.stale_lock}")
+        display.message(f"the last process that trained here did not shut down cleanly: {run.stale_lock}")
     if journal.dropped_tail:
         display.message(journal.dropped_tail)
     if journal.header and journal.header.task_file not in ("", header.task_file):
-        display.message("the task's file or a module beside it has changed since the run began: rewards may differ")
+        display.message("the task file or a module it imports changed since the run started: rewards may differ")
 
 
 def by_journal(run: RunDir, journal: Journal, display: Display) -> int:
-    """Return the step that a run of ES goes on after; what is later is dropped. Raises JournalError."""
+    """Return the step after which an ES run continues, and drop what is later. Raises JournalError."""
     logged = run.last_logged_step() or 0
     _check_journal(journal, run, logged)
     journal.truncate_after(logged)
@@ -37,12 +36,12 @@ def by_journal(run: RunDir, journal: Journal, display: Display) -> int:
 
 
 def by_checkpoint(run: RunDir, display: Display) -> tuple[int, Checkpoint | None]:
-    """Return the step that a run of GRPO goes on after, and its checkpoint. Raises CheckpointError or RunDirError."""
+    """Return the step after which a GRPO run continues, and its checkpoint. Raises CheckpointError or RunDirError."""
     checkpoint = _newest(run, None, display)
     if checkpoint is None and list_checkpoints(run.checkpoints):
         raise CheckpointError(
-            f"{run.checkpoints}: none is valid, and without one everything is done again: restore one, delete them, or "
-            "start anew with --on-existing overwrite"
+            f"{run.checkpoints}: no checkpoint is valid: restore one, or start from scratch by deleting all or with "
+            "--on-existing overwrite"
         )
     step = checkpoint.step if checkpoint else 0
     _check_logged(run, step)
@@ -54,8 +53,8 @@ def restore(engine: Engine, config: RunConfig, run: RunDir, journal: Journal, di
     """Bring the engine to the last step of the journal: newest valid checkpoint, which is returned, then replay.
 
     Raises:
-        CheckpointError: the state in it is not that of its weights.
-        JournalError: the replay comes to other weights than were recorded.
+        CheckpointError: its training state does not match its weights.
+        JournalError: replaying gives weights other than those recorded.
     """
     from eggroll_llm.training.plan import recorded_update
     from eggroll_llm.training.replay import check_weights
@@ -69,8 +68,8 @@ def restore(engine: Engine, config: RunConfig, run: RunDir, journal: Journal, di
         engine.load_state(load_training_state(checkpoint))
         if checkpoint.metadata["checksum"] != engine.checksum():
             raise CheckpointError(
-                f"{checkpoint.path}: its training state is not that of the weights it was saved with. "
-                "Delete that checkpoint: an earlier one and the journal take its place."
+                f"{checkpoint.path}: its training state does not match its weights. Delete it: the run then "
+                "resumes from an earlier one and the journal."
             )
     display.message(f"resuming after step {journal.last_step}: {_sources(start, journal.last_step)}")
     pending: list[UpdateSpec] = []
@@ -86,55 +85,52 @@ def restore(engine: Engine, config: RunConfig, run: RunDir, journal: Journal, di
 
 
 def _sources(checkpoint: int, last: int) -> str:
-    """Return what the weights of step `last` come from; checkpoint 0 is none."""
+    """Return where the weights of step `last` come from; checkpoint 0 means the base model."""
     begin = f"checkpoint of step {checkpoint}" if checkpoint else "base model"
     count = last - checkpoint
     return begin + (f" and {count} update{'s' * (count > 1)} from the journal" if count else "")
 
 
 def _check_journal(journal: Journal, run: RunDir, logged: int) -> None:
-    """Raise JournalError when journal and metrics, of `logged` steps, differ by more than an interruption can explain.
+    """Raise JournalError when journal and metrics, of `logged` steps, differ by more than an interruption explains.
 
-    A step is in the journal first. One whose metrics are missing is done again, with the same outcome.
+    A step is in the journal first, so the metrics may lack one, which is then repeated with the same outcome. They may
+    have one more than the journal only when its last line was dropped.
     """
-    last = journal.last_step
-    if last > logged + 1:
-        raise JournalError(
-            f"{run.metrics}: ends at step {logged}, the journal at step {last}: restore it; the weights are not lost: "
-            f"{command('replay', run.path, '--out', run.path.with_name(f'{run.path.name}-step-{last}'))}"
-        )
-    dropped = bool(journal.dropped_tail)
-    if not last and (logged > dropped or any(step > dropped for step, _ in list_checkpoints(run.checkpoints))):
-        raise JournalError(
-            f"{journal.path}: holds no updates, but the run has made some: restore it from a backup, or start a new "
-            "run directory"
-        )
-    if logged > last + dropped:
-        raise JournalError(
-            f"{journal.path}: ends at step {last}, {run.metrics.name} at step {logged}: restore it from a backup; to "
-            f"go back to step {last} and lose what came after, cut {run.metrics.name} after that step too"
-        )
+    last, other, reached = journal.last_step, run.metrics.name, logged
+    newest = max((step for step, _ in list_checkpoints(run.checkpoints)), default=0)
+    if not last and newest > logged:  # without either file, checkpoints still say that there were steps
+        other, reached = run.checkpoints.name, newest
+    if reached - bool(journal.dropped_tail) <= last <= reached + 1:
+        return
+    ahead, behind = (journal.path.name, other) if last > reached else (other, journal.path.name)
+    least = min(last, reached)
+    back = f"cut {ahead} after step {least} too and lose what came later" if least else "start a new run directory"
+    raise JournalError(
+        f"{run.path}: {journal.path.name} ends at step {last}, {other} at step {reached}, which no interruption "
+        f"explains. Restore {behind} from a backup, or {back}."
+    )
 
 
 def _forget_later(run: RunDir, step: int, display: Display) -> None:
-    """Remove checkpoints of updates that the journal no longer holds: once it is as long again, it holds others."""
+    """Remove checkpoints of updates that the journal no longer holds, before it holds others of the same step."""
     if removed := remove_after(run.checkpoints, step):
         names = ", ".join(path.name for path in removed)
         display.message(f"{run.checkpoints}: {names} removed: the journal ends at step {step}")
 
 
 def _check_logged(run: RunDir, step: int) -> None:
-    """Raise RunDirError when the metrics end before the checkpoint that the run goes on from."""
+    """Raise RunDirError when the metrics end before the checkpoint to resume from."""
     logged = run.last_logged_step() or 0
     if step > logged:
         raise RunDirError(
-            f"{run.metrics}: ends at step {logged}, the newest checkpoint is of step {step}: restore it, or delete the "
-            "checkpoints after it"
+            f"{run.metrics}: ends at step {logged}, but the newest checkpoint is of step {step}: restore the file, or "
+            "delete the later checkpoints"
         )
 
 
 def _newest(run: RunDir, at_most: int | None, display: Display) -> Checkpoint | None:
-    """Return the newest valid checkpoint, and show why newer ones are not."""
+    """Return the newest valid checkpoint, and show why newer ones are not valid."""
     newest = newest_valid(run.checkpoints, at_most=at_most)
     for refusal in newest.refused:
         display.message(refusal)

@@ -1,9 +1,9 @@
-"""The boundary to a task's grader, which may be the user's code: it returns a Score for anything.
+"""The boundary to a task's grader, which may be the user's code: every completion gets a Score.
 
-The built-in graders are called here, a user's in a process of its own. One that raises, returns what is no score, takes
-too long or ends its process costs its own completion, which scores 0, and is counted; one that returns NaN or infinity
-drops its member later. The first of each is said, with the answer that it was given. When all completions of the first
-step fail, the run stops with the first failure, as the mistake is the grader's.
+Built-in graders are called here, a user's in its own process. If it raises, returns something that is not a score,
+takes too long or ends its process, only that completion scores 0, and the failure is counted; NaN or infinity drops the
+member later. The first of each is shown with the answer that caused it. When all completions of the first step fail,
+the run stops with the first failure, because then the grader is at fault.
 """
 
 import dataclasses
@@ -39,7 +39,7 @@ class ScoredRollout(Rollout):
 
     @property
     def unusable(self) -> bool:
-        """Return whether the grader failed, or gave no finite number."""
+        """Return whether the grader failed or returned NaN or infinity."""
         return self.score.detail == FAILED or not math.isfinite(self.score.reward)
 
 
@@ -64,16 +64,16 @@ class Scorer(AbstractContextManager["Scorer"]):
     def __init__(
         self, task: Task, limits: RewardConfig | None = None, say: Callable[[str], None] = lambda text: None
     ) -> None:
-        """Limit the process of a user's task; `say` gets a sentence on the first failure."""
+        """Apply the limits to a user's task; `say` gets a sentence on the first failure."""
         self._task = task
         self._process = UserProcess(task, limits or RewardConfig()) if isinstance(task, UserTask) else None
         self.say = say
         self.first_failure = self.first_dropped = ""
-        """What the first answer without a score was, and the end of the traceback; what the first NaN came of."""
+        """The first answer without a score and the end of the traceback; what led to the first NaN."""
         self.start_counting()
 
     def __enter__(self) -> Self:
-        """Start the user's process. Raises TaskError when the task does not load there as it has here."""
+        """Start the user's process. Raises TaskError when the task does not load there as it did here."""
         if self._process:
             self._process.start()
         return self
@@ -141,11 +141,13 @@ class Scorer(AbstractContextManager["Scorer"]):
         if verdict.score:
             if not self.first_dropped:
                 self.first_dropped = f"{verdict.score.reward} for {sample}"
-                self.say(f"score() has returned no finite number, of which nothing is learned: {self.first_dropped}")
+                self.say(f"score() returned NaN or infinity, so nothing is learned from it: {self.first_dropped}")
             return verdict.score
         self.failures += 1
         if not self.first_failure:
             self.first_failure = f"{sample}\n{verdict.failure}"
             reason = verdict.failure.rpartition("\n")[2]
-            self.say(f"score() has failed, which counts as 0 and, from here on, in rewards/failed: {reason}; {sample}")
+            self.say(
+                f"score() failed, so this completion scores 0; rewards/failed counts the others: {reason}; {sample}"
+            )
         return Score(reward=0.0, correct=False, detail=FAILED)

@@ -11,7 +11,7 @@ from typing import Any
 from eggroll_llm.config.compare import applies, check_resume, flat
 from eggroll_llm.config.recipe import load_recipe, to_toml
 from eggroll_llm.config.schema import RunConfig
-from eggroll_llm.engine.interface import Engine
+from eggroll_llm.engine.start import start_engine
 from eggroll_llm.errors import EngineError, TrainingError
 from eggroll_llm.models import embedded
 from eggroll_llm.records.checkpoint import Checkpoint, clean
@@ -33,7 +33,7 @@ from eggroll_llm.training.trackers import Trackers
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What a run has come to."""
+    """The outcome of a run."""
 
     steps: int
     wall_time: float
@@ -44,7 +44,7 @@ class Outcome:
     metrics: Sequence[dict[str, Any]]
     """All lines of metrics.jsonl."""
     base_model: str
-    """What it is called beside its figures."""
+    """Its name next to its figures."""
     constant: Constant | None
     """The best fixed answer pattern on the held-out problems; None where the task has none, or `evaluation` is None."""
     final: Path
@@ -60,15 +60,16 @@ class Outcome:
         return self.final.parent
 
 
-def start_engine(prepared: Prepared) -> Engine:
-    """Start vLLM for a run."""
-    from eggroll_llm.engine.vllm.engine import VllmEngine
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Opened:
+    """A run whose directory is open and locked, before its engine starts."""
 
-    config = prepared.config
-    common: dict[str, Any] = {"slots": config.engine.slots, "max_model_len": config.engine.max_model_len}
-    if config.method == "grpo":  # the weights come from outside, and there are no members
-        return VllmEngine(prepared.model_dir, config.engine, rank=1, trainable=False, logprobs=True, **common)
-    return VllmEngine(prepared.model_dir, config.engine, rank=config.es.rank, es=config.es, **common)
+    prepared: Prepared
+    directory: RunDir
+    journal: Journal
+    scorer: Scorer
+    display: Display
+    on_step: OnStep | None
 
 
 def train(
@@ -80,7 +81,7 @@ def train(
     *,
     on_step: OnStep | None = None,
 ) -> Outcome:
-    """Train to the limit, write `final/` and return what came out. Raises UserError."""
+    """Train to the limit, write `final/` and return the outcome. Raises UserError."""
     RunDir.check(run_path, on_existing)
     prepared = prepare(config, recipe_dir)
     check_memory(prepared)
@@ -102,36 +103,31 @@ def train(
                 step, checkpoint = by_journal(run, journal, display), None
             else:
                 step, checkpoint = by_checkpoint(run, display)
-            evaluation = _train_from(step, checkpoint, prepared, scorer, run, journal, display, on_step)
+            opened = _Opened(
+                prepared=prepared, directory=run, journal=journal, scorer=scorer, display=display, on_step=on_step
+            )
+            evaluation = _train_from(step, checkpoint, opened)
         return outcome(run, config, evaluation)
 
 
-def _train_from(
-    step: int,
-    checkpoint: Checkpoint | None,
-    prepared: Prepared,
-    scorer: Scorer,
-    run: RunDir,
-    journal: Journal,
-    display: Display,
-    on_step: OnStep | None,
-) -> Evaluation | None:
-    """Start the engine, train on after `step`, and write `final/`; return the last evaluation if it was done here."""
-    config = prepared.config
+def _train_from(step: int, checkpoint: Checkpoint | None, opened: _Opened) -> Evaluation | None:
+    """Start the engine, continue after `step` and write `final/`; return the last evaluation if it was done here."""
+    prepared, run, display = opened.prepared, opened.directory, opened.display
+    config, is_es = prepared.config, prepared.config.method == "es"
     display.working("starting the engine")
-    engine = start_engine(prepared)
+    engine = start_engine(prepared.model_dir, config.engine, es=config.es if is_es else None, logprobs=not is_es)
     settings = {key: value for key, value in flat(config).items() if applies(key, config)}
     trackers = Trackers(config.log, run.path, settings, display.message)
     try:
         metrics = run.read_metrics() if step else ()
-        recorder = Recorder(config, run, journal, metrics=metrics, trackers=trackers, on_step=on_step)
+        recorder = Recorder(config, run, opened.journal, metrics=metrics, trackers=trackers, on_step=opened.on_step)
         harness = Harness(
-            Run(prepared=prepared, engine=engine, scorer=scorer, recorder=recorder, display=display), step=step
+            Run(prepared=prepared, engine=engine, scorer=opened.scorer, recorder=recorder, display=display), step=step
         )
         engine.watchdog.describe = harness.stopped_by
         trainer: EsTrainer | GrpoTrainer
-        if config.method == "es":
-            checkpoint = restore(engine, config, run, journal, display)
+        if is_es:
+            checkpoint = restore(engine, config, run, opened.journal, display)
             trainer = EsTrainer(harness)
         else:
             if run.resumed:
@@ -149,12 +145,12 @@ def _train_from(
     return evaluation
 
 
-_FROM = "resuming after step {}, from its checkpoint; what came later is done again"
-_FROM_START = "resuming from the start: there is no checkpoint"
+_FROM = "resuming from the checkpoint of step {}; later steps are repeated"
+_FROM_START = "no checkpoint yet: starting from the beginning"
 
 
 def outcome(run: RunDir, config: RunConfig, evaluation: Evaluation | None = None) -> Outcome:
-    """Read what a run has come to from its directory."""
+    """Read the outcome of a run from its directory."""
     metrics = run.read_metrics()
     evaluated = [row for row in metrics if "eval/accuracy" in row]
     held_out = [sample.doc for sample in evaluation.samples] if evaluation else []

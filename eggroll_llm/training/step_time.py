@@ -1,4 +1,4 @@
-"""How long a step will take, from a measurement of a second and the sizes of model and recipe; no engine is started.
+"""Estimate how long a step will take, from a short measurement and the sizes of model and recipe, without an engine.
 
     seconds = floating-point operations / rate + bytes / bandwidth + passes x overhead of a pass
 
@@ -8,8 +8,8 @@
     GRPO: training  three passes' worth of operations a token of completions and distinct prompts, one more for the
                     probabilities before the update and one for the base model's; weights, gradient and AdamW's moments
 
-What prompts begin with in common is computed once a member. It is an estimate: a range from answers of a quarter of the
-length limit at most of the measured rate to answers at the limit at a fraction of it. What scores answers is not in it.
+A prefix shared by all prompts is computed once per member. The estimate is a range: from answers of a quarter of the
+length limit at most of the measured rate, to answers at the limit at a fraction of it. Scoring is not included.
 """
 
 import math
@@ -32,7 +32,7 @@ EFFICIENCY = (0.8, 0.3)
 ROWS = 512
 """Rows of the product that is measured, as in a prefill."""
 EXAMPLES = 64
-"""Prompts that are looked at for what they share."""
+"""Prompts examined for a shared prefix."""
 _SIZE = {"bfloat16": 2, "float32": 4}
 
 
@@ -143,7 +143,7 @@ def estimate_lines(prepared: "Prepared", machine: Machine) -> list[str]:
     lines = [
         f"time, estimated: {_span(steps)} a step, {_span(evaluations)} an evaluation (here a matrix product runs at "
         f"{machine.serving / 1e9:,.0f} GFLOP/s in {config.engine.dtype}; answers of {SHORT_ANSWER:g} to 1 times the "
-        "length limit; without what scores them)"
+        "length limit; without scoring)"
     ]
     if config.steps:
         times = 1 + math.ceil(config.steps / config.eval.every if config.eval.every else 1)
@@ -224,7 +224,7 @@ def _mean_length(prompts: Sequence[Sequence[int]]) -> float:
 
 
 def _common(prompts: Sequence[Sequence[int]]) -> int:
-    """Return how many tokens all prompts begin with."""
+    """Return the length in tokens of the prefix that all prompts share."""
     same = 0
     for tokens in zip(*prompts, strict=False):
         if len(set(tokens)) > 1:

@@ -1,7 +1,7 @@
 """Copies of the metrics for TensorBoard and Weights & Biases. Neither can stop a run.
 
-A resumed run goes on in both where it was logged before: steps that are done again replace those in TensorBoard, and
-W&B, which takes no step twice, keeps the equal ones that it has. The first failure of a tracker becomes one warning
+A resumed run continues its earlier log in both: repeated steps replace those in TensorBoard, while W&B keeps the equal
+ones that it has. The first failure of a tracker becomes one warning
 and switches it off. metrics.jsonl has every row in any case.
 """
 
@@ -17,7 +17,7 @@ from eggroll_llm.system.files import write_text
 from eggroll_llm.system.installed import import_failure
 from eggroll_llm.system.jsonl import to_json
 
-WANDB_ID = "wandb-id"  # file of a run directory, so that a resumed run goes on where it was logged before
+WANDB_ID = "wandb-id"  # file of a run directory, so that a resumed run continues its earlier log
 
 
 class _Tracker(Protocol):
@@ -69,7 +69,7 @@ class Trackers:
             except (Exception, SystemExit) as error:  # some clients give up by SystemExit
                 cause = import_failure(error) if isinstance(error, ImportError) else ""
                 cause = cause or f"{type(error).__name__}: {str(error) or 'no message'}".replace("\n", " ")
-                self._warn(f"{name} is off from here on, metrics.jsonl goes on: {cause}")
+                self._warn(f"{name} is off for the rest of the run, metrics.jsonl is still written: {cause}")
                 del self._start[name]
 
 
@@ -96,7 +96,7 @@ class _Wandb:
         self._run = wandb.init(
             project=project,
             id=_run_id(run_dir / WANDB_ID),
-            resume="allow",  # a run of that id goes on, and is made where there is none
+            resume="allow",  # continue the run of that id, or create it
             name=run_dir.name,
             dir=str(run_dir),
             config=_valid(settings),

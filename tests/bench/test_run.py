@@ -152,7 +152,10 @@ def test_a_file_that_cannot_be_written_is_refused_before_hours_are_spent(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "recipe.toml").write_text(to_toml(config(tmp_path)))
-    for out, said in ((tmp_path, "is a folder: name a file in it"), (tmp_path / "no" / "b.json", "there is no folder")):
+    for out, said in (
+        (tmp_path, "is a folder: name a file in it"),
+        (tmp_path / "no" / "b.json", "does not exist: create it"),
+    ):
         assert main(["bench", str(tmp_path / "recipe.toml"), "--out", str(out)]) == 2
         assert capsys.readouterr().err.startswith(f"error: --out {out}: {said}")
 

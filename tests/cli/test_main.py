@@ -58,7 +58,7 @@ class Words:
 
 @pytest.fixture
 def recipe(tmp_path: Path, tiny_model: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(session, "start_engine", lambda _: pytest.fail("the engine was started"))
+    monkeypatch.setattr(session, "start_engine", lambda *_, **__: pytest.fail("the engine was started"))
     (tmp_path / "words.py").write_text(TASK)
     path = tmp_path / "recipe.toml"
     path.write_text(RECIPE.format(model=tiny_model("llama")))
@@ -152,7 +152,7 @@ def test_mistakes_in_a_recipe(refused: Callable[..., str], recipe: Path, old: st
         ("--es.antithetic", "--es.antithetic has no value; write --es.antithetic true or false"),
         ("stray", "'stray' is neither a flag nor the value of one; settings are --KEY VALUE"),
         ("es.sigma=0.1", "'es.sigma=0.1' is neither a flag nor the value of one. Write --es.sigma 0.1."),
-        ("--dry-run true", "'true' is no value of a flag: one such as --dry-run has none, leave it out"),
+        ("--dry-run true", "'true' is not expected here: flags such as --dry-run take no value, leave it out"),
         ("--dryrun", "unknown flag --dryrun. Did you mean --dry-run?"),
         ("--dry_run", "unknown flag --dry_run. Did you mean --dry-run?"),
         ("--dry", "unknown flag --dry. Did you mean --dry-run?"),
@@ -269,7 +269,7 @@ def test_an_error_that_quotes_an_answer_does_nothing_to_the_terminal(
     assert main(["train", str(recipe)]) == 2
     error = capsys.readouterr().err
     lines = error.removesuffix("\n").split("\n")
-    assert lines[0].startswith("error: Problem 'train-1' (train): score() failed on its own gold answer")
+    assert lines[0].startswith("error: Problem 'train-1' (train): score() failed on its gold answer")
     assert "    raise ValueError(completion + '\\ud800')" in lines
     assert lines[-1] == "ValueError: \\x1b[2J\\x9b31m\\u202e five\\ud800"
     assert all(line.isprintable() for line in lines)
@@ -303,7 +303,7 @@ def test_a_run_directory_that_cannot_be_used(refused: Callable[..., str], recipe
         (tmp_path / "no" / "run", f"the folder {tmp_path}/no does not exist"),
         (tmp_path / "a" / ".." / "run", 'contains "..". Write the directory out'),
         ("a\0b", r"run directory 'a\x00b': not a path"),
-        (".", f"run directory '.': has no name of its own. Write it out, if it is meant: {os.getcwd()}"),
+        (".", f"run directory '.': has no name. Write its path out: {os.getcwd()}"),
         (tmp_path / ("x" * 300), "File name too long"),
     ):
         assert said in refused("train", recipe, "--run-dir", path), path
@@ -341,7 +341,7 @@ def test_eval_of_a_model_needs_a_task(refused: Callable[..., str], recipe: Path,
     assert "unknown flag --es.sigma" in refused("eval", model, "--task", "countdown", "--es.sigma", "1")
     out = tmp_path / "no" / "result.json"
     message = refused("eval", model, "--task", "countdown", "--out", out)
-    assert message == f"--out {out}: there is no folder {out.parent}: create it"
+    assert message == f"--out {out}: the folder {out.parent} does not exist: create it"
     for folder in (tmp_path, "", "."):
         assert "is a folder: name a file in it" in refused("eval", model, "--task", "countdown", "--out", folder)
     assert "File name too long" in refused("eval", model, "--task", "countdown", "--out", tmp_path / ("b" * 256))
@@ -433,6 +433,14 @@ def test_a_dry_run_prints_settings_and_budget_and_trains_nothing(
     assert [path for path in sorted(tmp_path.iterdir()) if path.name != "__pycache__"] == before
 
 
+def test_a_dry_run_says_what_does_not_fit_the_machine(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", str(recipe), "--dry-run", "--engine.slots", "1000000000"]) == 2
+    output = capsys.readouterr()
+    assert "GiB for slots\n" in output.out
+    assert output.err.startswith("error: the run needs ")
+    assert "lower engine.slots from 1e+09 to " in output.err
+
+
 def test_a_dry_run_shows_the_notes_of_the_task(
     recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -505,12 +513,12 @@ def test_a_run_ends_with_its_table_and_how_to_go_on(
     ):
         assert text in output
     words = " ".join(re.sub("[│┃]", " ", output).split())
-    assert "the best constant answer to them: a - b, largest first 51.8 %" in words
+    assert "the best constant answer: a - b, largest first 51.8 %" in words
     assert f"before: the base model, {DESCRIPTION}" in words
     lines = output.splitlines()
     assert f"model: {path / 'final'} (loads in transformers and vLLM)" in lines
-    assert f"go on: {invocation.command('resume', path, '--steps', '6')}" in lines
-    assert f"test:  {invocation.command('eval', path)}" in lines
+    assert f"continue: {invocation.command('resume', path, '--steps', '6')}" in lines
+    assert f"test: {invocation.command('eval', path)}" in lines
 
 
 def test_the_last_lines_of_a_run_that_failed_do_not_look_like_success(

@@ -92,10 +92,10 @@ def test_without_seeds_each_trial_is_one_run(file: Path) -> None:
     [
         ('"large"', '"plain"', r'two runs would be named "plain-seed3"'),
         ("[3, 4]", "[3, 3]", r'two runs would be named "plain-seed3"'),
-        ('"large"', '"../large"', r"the name of a trial is '../large'"),
-        ('"large"', "7", r"the name of a trial is 7"),
-        ('name = "large"', "", r"the name of a trial is ''"),
-        ('"large"', r'"\u001b[2J"', r"the name of a trial is '\\x1b\[2J'"),
+        ('"large"', '"../large"', r"a trial is named '../large'"),
+        ('"large"', "7", r"a trial is named 7"),
+        ('name = "large"', "", r"a trial is named ''"),
+        ('"large"', r'"\u001b[2J"', r"a trial is named '\\x1b\[2J'"),
         ("sigma = 0.5", "sigmma = 0.5", r'trial "large": unknown flag --es.sigmma. Did you mean --es.sigma'),
         ("sigma = 0.5", "sigma = -0.5", r'trial "large": .*sigma'),
         ('"folder/other.toml"', '"none.toml"', r'trial "other": .*none.toml'),
@@ -144,7 +144,7 @@ def test_finished_runs_are_left_alone_and_failures_stop_nothing(
     finished = run_sweep(planned, out, said.append)
     assert made == ["large-seed3", "other-seed3", "plain-seed4", "large-seed4", "other-seed4"]
     assert [path.name for path in finished] == ["plain-seed3", "large-seed3", "plain-seed4", "other-seed4"]
-    assert said[0] == "run 1 of 6, plain-seed3: is there"
+    assert said[0] == "run 1 of 6, plain-seed3: already finished"
     assert "run 3 of 6, other-seed3: failed with exit status 2, see above" in said
     assert "run 5 of 6, large-seed4: was killed by signal 9, see above" in said
 
@@ -269,7 +269,7 @@ def test_a_sweep_goes_on_where_it_was_ended(tree: ProcessTree, tmp_path: Path, m
     assert process.returncode == 143
     assert "run 1 of 2, fails: failed with exit status 2, see above" in output
     assert f"error: {out}/fails: is a file. Choose another --run-dir." in messages
-    again = f"go on with: {command('resume', out / 'run')}"
+    again = f"resume with: {command('resume', out / 'run')}"
     assert messages.endswith(f"interrupted; {again}\ninterrupted; {GO_ON}\n")  # of the run, and of the sweep
     assert tree.all_end()
 
@@ -282,7 +282,7 @@ def test_a_sweep_goes_on_where_it_was_ended(tree: ProcessTree, tmp_path: Path, m
     for _ in range(2):
         assert run_sweep(read_sweep(file), out, said.append) == [out / "run"]
     same_run(out / "whole", out / "run")
-    assert said[-1] == "run 2 of 2, run: is there"
+    assert said[-1] == "run 2 of 2, run: already finished"
 
 
 def test_a_dry_run_lists_them(file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

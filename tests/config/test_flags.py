@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from small_recipe import RECIPE, refusal
+from small_recipe import RECIPE, TOO_DEEP, TOO_LARGE, refusal
 
 from eggroll_llm.config.recipe import load_recipe
 
@@ -81,6 +81,11 @@ def test_task_option_flag_makes_the_tables_it_needs(recipe: Path) -> None:
         ("es.sigma", "nan", "--es.sigma: es.sigma = nan is not finite. Write an ordinary number."),
         ("es.rank", "1.5", "--es.rank 1.5: an integer is expected."),
         ("es.rank", "1e30", "--es.rank 1e30: an integer is expected."),
+        ("es.rank", "0x" + "f" * 5000, f"--es.rank 0x{'f' * 58}: an integer is expected."),
+        ("task_options.x", "0x" + "f" * 5000, f"--task_options.x: task_options.x: {TOO_LARGE}"),
+        ("chat.template_args.x", f"[1, {2**63}]", f"--chat.template_args.x: chat.template_args.x: {TOO_LARGE}"),
+        ("task_options.x", "[" * 400 + "]" * 400, f"--task_options.x: {TOO_DEEP}"),
+        (f"task_options{'.x' * 32}", "1", f"--task_options{'.x' * 32}: {TOO_DEEP}"),
         ("es.rank", "inf", "--es.rank inf: an integer is expected."),
         ("es.antithetic", "2", "--es.antithetic 2: true or false is expected."),
         (
@@ -98,7 +103,7 @@ def test_task_option_flag_makes_the_tables_it_needs(recipe: Path) -> None:
         (
             "task_options.numbers.x",
             "1",
-            "--task_options.numbers.x 1: numbers is no table in the recipe. Make it one, or drop the flag.",
+            "--task_options.numbers.x 1: numbers is not a table in the recipe. Make it one, or drop the flag.",
         ),
     ],
 )

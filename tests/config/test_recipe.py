@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from small_recipe import RECIPE, refusal
+from small_recipe import RECIPE, TOO_LARGE, refusal
 
 from eggroll_llm.config.compare import check_resume, differences, frozen_hash, may_change
 from eggroll_llm.config.help import field_help
@@ -59,8 +59,7 @@ def test_byte_order_mark_and_crlf_are_read(recipe: Path) -> None:
         ("sigma = 1.2e-2", "sigma = {a = 1}", "recipe.toml:9: es.sigma = {a = 1} is a table, but a number is expected. "
          "Write sigma = <a number> in place of the table."),
         ("sigma = 1.2e-2", "sigma = inf", "recipe.toml:9: es.sigma = inf is not finite. Write an ordinary number."),
-        ("sigma = 1.2e-2", f"sigma = {10**400}", "recipe.toml:9: es.sigma = " + "1" + "0" * 56
-         + "... is an integer, but a number is expected. It is too large."),
+        ("sigma = 1.2e-2", f"sigma = {10**400}", f"recipe.toml:9: es.sigma: {TOO_LARGE}"),
         ("sigma = 1.2e-2", "sigmma = 1", "recipe.toml:9: unknown key es.sigmma. Did you mean es.sigma?"),
         ("sigma = 1.2e-2", "", "recipe.toml:8: es.sigma = 0.0: must be above 0 with method \"es\". "
          "Set es.sigma to a positive number."),
@@ -100,12 +99,6 @@ def test_files_that_are_no_recipe(recipe: Path) -> None:
         "recipe.toml:2: TOML syntax error: Unescaped '\\' in a string, in: b = \"x\\"
     )
     assert refusal(recipe, text="a = 1\nb = [\n  2,\n\n") == "recipe.toml:3: TOML syntax error: Invalid value, in: 2,"
-    digits = refusal(recipe, text=f"# no line is known\na = {'9' * 5000}")
-    assert digits.startswith("recipe.toml: TOML syntax error: Exceeds the limit")
-    assert refusal(recipe, text="a = " + "[" * 100_000) == "recipe.toml: values are nested too deeply. Flatten them."
-    for deep in ("a." * 2000 + "b = 1", "[" + "a." * 2000 + "b]"):
-        text = f"{RECIPE}\n[task_options.deep]\n{deep.replace('[a', '[task_options.a')}"
-        assert refusal(recipe, text=text) == "recipe.toml: values are nested too deeply. Flatten them."
     recipe.write_bytes(b'task = "\xff"')
     assert refusal(recipe) == "recipe.toml: byte 8 is not UTF-8. Save the file as UTF-8."
     missing = recipe.parent / "none.toml"
@@ -181,8 +174,8 @@ learning_rate = 1e-6
     [
         ({"grpo.learning_rate": "0"}, 'grpo.learning_rate = 0.0: must be above 0 with method "grpo". '
          'Set grpo.learning_rate to a positive number.'),
-        ({"sampling.top_p": "0.9"}, "sampling.top_p = 0.9: the trainer's probabilities are of the whole vocabulary, not of a "
-         "nucleus. Set sampling.top_p to 1."),
+        ({"sampling.top_p": "0.9"}, "sampling.top_p = 0.9: the trainer computes probabilities over the whole vocabulary. "
+         "Set sampling.top_p to 1."),
         ({"sampling.samples_per_prompt": "1"}, "sampling.samples_per_prompt = 1: GRPO compares the completions of a problem "
          "with each other. Set sampling.samples_per_prompt to 2 or more, such as 8."),
         ({"sampling.temperature": "0"}, "sampling.temperature = 0.0: greedy completions of a problem are all the same. "
@@ -311,9 +304,9 @@ def test_resume_with_other_settings_shows_each_difference() -> None:
     with pytest.raises(ConfigError) as info:
         check_resume(saved, other, saved_in="runs/x/config.toml")
     assert str(info.value) == (
-        "runs/x/config.toml: cannot resume with other settings: es.sigma was 0.01 and is now 0.5; task_options.n was not set "
-        "and is now 3. Restore them, or start a new run, which may train on from the weights of this one: --model runs/x/final. "
-        "May change: steps, minutes, eval.every, grpo.gradient_checkpointing, [log], [checkpoint], [reward], [engine] "
+        "runs/x/config.toml: cannot resume with changed settings: es.sigma was 0.01 and is now 0.5; task_options.n was not set "
+        "and is now 3. Restore them, or start a new run from the weights of this one with --model runs/x/final. "
+        "Settings that may change: steps, minutes, eval.every, grpo.gradient_checkpointing, [log], [checkpoint], [reward], [engine] "
         "except dtype."
     )
 

@@ -1,10 +1,13 @@
 """Lines of keys, and TOML that reads back as it was."""
 
+import re
 import tomllib
+from pathlib import Path
 
 import pytest
+from small_recipe import TOO_DEEP, TOO_LARGE
 
-from eggroll_llm.config.toml import key_line, write_toml
+from eggroll_llm.config.toml import key_line, read_toml, write_toml
 from eggroll_llm.errors import ConfigError
 
 
@@ -48,4 +51,34 @@ def test_what_toml_cannot_hold_is_refused_by_key() -> None:
         write_toml({"t": {"x": object()}})
     with pytest.raises(ConfigError, match="key 1 is not a string"):
         write_toml({"t": {1: 2}})
+    with pytest.raises(ConfigError, match=r"t\.x: integers have 64 bits"):
+        write_toml({"t": {"x": 2**63}})
     assert write_toml({"none": None}) == "\n"
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "x = {}1{}".format("[" * 30, "]" * 30),
+        "x = {}1{}".format("{a = " * 30, "}" * 30),
+        "x{} = 1".format(".a" * 30),
+        f"x = [{-(2**63)}, {2**63 - 1}]",
+    ],
+)
+def test_a_value_that_is_read_can_be_written_and_a_larger_one_is_refused(tmp_path: Path, line: str) -> None:
+    """32 levels with [t], and 64 bits; far beyond, the standard library gives up first."""
+    file = tmp_path / "a.toml"
+    file.write_text(f"[t]\n{line}\n")
+    table, _ = read_toml(file)
+    assert tomllib.loads(write_toml(table)) == table
+    if "[-" in line:
+        larger = [line.replace("07]", f"{digits}]") for digits in ("08", "7" * 5000)] + [f"x = 0x{'f' * 5000}"]
+        expected = f"(:2: t.x)?: {TOO_LARGE}"
+    else:
+        larger = [f"x.{line}", f"x = {'[' * 9000}", f"x{'.a' * 9000} = 1", f"[t{'.a' * 9000}]"]
+        expected = rf"(:\d)?: {TOO_DEEP}"
+    for text in larger:
+        file.write_text(f"[t]\n{text}\n")
+        with pytest.raises(ConfigError) as info:
+            read_toml(file)
+        assert re.fullmatch(expected, str(info.value).removeprefix(str(file))), text[:80]

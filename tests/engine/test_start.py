@@ -141,4 +141,4 @@ def test_a_start_that_hangs_ends_the_process(tiny_model: Callable[[str], Path]) 
     command = [sys.executable, "-c", HANGS, str(tiny_model("llama")), "0.05"]
     outcome = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
     assert outcome.returncode == EXIT_STATUS
-    assert "error: the inference engine has made no progress for engine.timeout_seconds = 1 seconds" in outcome.stderr
+    assert "error: the inference engine made no progress for engine.timeout_seconds = 1 seconds" in outcome.stderr

@@ -87,9 +87,9 @@ def test_a_process_that_hangs_ends_with_all_that_it_started() -> None:
     outcome = child(HANGS)
     assert outcome.returncode == EXIT_STATUS == 124
     assert outcome.stderr == (
-        "error: the inference engine has made no progress for engine.timeout_seconds = 0.5 seconds, and the process "
-        f"ends; raise it if the engine is slow and does not hang. A run continues with: {command('resume', 'RUN')}; an "
-        "evaluation that has --out with the same command.\n"
+        "error: the inference engine made no progress for engine.timeout_seconds = 0.5 seconds, so the process "
+        f"exits; raise the limit if the engine is slow rather than hung. Resume a run with: {command('resume', 'RUN')}"
+        "; repeat the command of an evaluation with --out.\n"
     )
     all_end(outcome.stdout, 2)
 
@@ -130,9 +130,9 @@ def test_a_call_that_keeps_the_interpreter_locked_ends_as_well() -> None:
     outcome = child(HOLDS_THE_LOCK)
     assert outcome.returncode == -signal.SIGABRT
     assert outcome.stderr.startswith(
-        "error: the inference engine has made no progress for engine.timeout_seconds = 0.5 seconds"
+        "error: the inference engine made no progress for engine.timeout_seconds = 0.5 seconds"
     )
-    assert f"A run continues with: {command('resume', 'RUN')};" in outcome.stderr
+    assert f"Resume a run with: {command('resume', 'RUN')};" in outcome.stderr
     assert 'File "<string>", line 10 in <module>' in outcome.stderr  # where it hangs
     all_end(outcome.stdout, 2)
 
@@ -205,12 +205,12 @@ def test_a_run_whose_engine_hangs_goes_on_from_its_journal(tmp_path: Path, monke
     assert outcome.returncode == EXIT_STATUS
     run = tmp_path / "run"
     assert outcome.stderr == (
-        "error: step 3: the inference engine has made no progress for engine.timeout_seconds = 1 seconds, and the "
-        "process ends; raise it if the engine is slow and does not hang. The journal is on disk up to step 2; go on "
-        f"with: {command('resume', run)}\n"
+        "error: step 3: the inference engine made no progress for engine.timeout_seconds = 1 seconds, so the "
+        "process exits; raise the limit if the engine is slow rather than hung. The journal is on disk up to step 2; "
+        f"resume with: {command('resume', run)}\n"
     )
     bench = Bench(tmp_path, monkeypatch)
     bench.train("run", "resume", engine=dataclasses.replace(CONFIG.engine, timeout_seconds=0.0))
-    assert any("ended without closing the run" in message for message in bench.display.messages)
+    assert any("did not shut down cleanly" in message for message in bench.display.messages)
     bench.train("whole")
     same_run(run, tmp_path / "whole")

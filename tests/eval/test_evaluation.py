@@ -90,7 +90,7 @@ def test_another_task_takes_the_engine_alone() -> None:
         ({"task": "gsm8k"}, [("--engine.threads", "-1")], "--engine.threads: engine.threads = -1: must be at least 0"),
         ({"task": "gsm8k"}, [("engine.kv_cache", "1")], "Did you mean --engine.kv_cache_gib"),
         ({"task": "gsm8k"}, [("engine.slots", "x")], "--engine.slots x: an integer is expected"),
-        ({"task": "countdown", "protocol": "lm-eval"}, [], "no such protocol for countdown"),
+        ({"task": "countdown", "protocol": "lm-eval"}, [], "only gsm8k and gsm8k_cot have it, not countdown"),
         ({"task": "countdown", "apply_chat_template": True}, [], "belong to --protocol lm-eval"),
         ({"task": "countdown", "shots": 0}, [], "belong to --protocol lm-eval"),
         ({"task": "gsm8k", "samples": 4}, [], "--samples 4: greedy decoding gives the same answer"),
@@ -114,7 +114,7 @@ def test_questions(data: Path) -> None:
     own = questions_for(decide(None, options, task="gsm8k", protocol="task"), data)
     assert (own.shots, own.metric, own.max_tokens, len(own.problems)) == (None, "accuracy", DEFAULT_MAX_TOKENS, 12)
     assert list(own.graders) == ["strict-match", "flexible-extract", "robust", "task"]
-    with pytest.raises(ConfigError, match=r"task_options\.seed: the protocol of lm-eval leaves no such choice"):
+    with pytest.raises(ConfigError, match=r"task_options\.seed: lm-eval's protocol does not have this option"):
         questions_for(decide(None, [*options, ("task_options.seed", "1")], task="gsm8k"), data)
     with pytest.raises(ConfigError, match="--num-fewshot 9: gsm8k_cot has 8 worked examples"):
         questions_for(decide(None, options, task="gsm8k_cot", shots=9), data)
@@ -150,7 +150,7 @@ def test_interrupted_anywhere_it_comes_to_the_same(
 
     def run(path: Path | None, breaks_after: int, **changes: Any) -> str:
         parrots.append(Parrot(breaks_after))
-        monkeypatch.setattr(evaluation, "start_engine", lambda settings, context: parrots[-1])
+        monkeypatch.setattr(evaluation, "start_engine", lambda *_: parrots[-1])
         changed = dataclasses.replace(settings, **changes)
         results = evaluate_subject(changed, data, path)
         assert [(s.problem, s.sample) for s in results.samples] == [(p, s) for p in range(5) for s in range(4)]
@@ -172,7 +172,7 @@ def test_interrupted_anywhere_it_comes_to_the_same(
     assert parrots[-1].asked == 0
     assert len(path.read_text().splitlines()) == 21
     for change in ({"seed": 1}, {"temperature": 0.5}, {"limit": 6}, {"apply_chat_template": True}):
-        with pytest.raises(SamplesError, match="is of another evaluation"):
+        with pytest.raises(SamplesError, match="belongs to another evaluation"):
             run(path, 99, **change)
     assert run(None, 99, seed=1) != whole
 
@@ -185,7 +185,7 @@ def test_grades_are_those_of_todays_grader_and_gold(
     subject = Subject(name="it", model_dir=tiny_model("llama"), config=None)
     settings = settings_for(subject, [("task_options.data_dir", str(folder))], task="gsm8k", limit=4, shots=0)
     parrot = Parrot(breaks_after=99)
-    monkeypatch.setattr(evaluation, "start_engine", lambda settings, context: parrot)
+    monkeypatch.setattr(evaluation, "start_engine", lambda *_: parrot)
     path = tmp_path / "samples.jsonl"
     answers = [s.scores["robust"].answer for s in evaluate_subject(settings, folder, path).samples]
     rows = [json.loads(line) for line in (folder / "test.jsonl").read_text().splitlines()]
@@ -208,7 +208,7 @@ def test_a_grader_that_always_fails_ends_it_with_its_traceback(
         "    def score(self, completion, problem): return problem['missing']\n"
     )
     subject = Subject(name="it", model_dir=tiny_model("llama"), config=None)
-    monkeypatch.setattr(evaluation, "start_engine", lambda settings, context: Parrot(breaks_after=99))
+    monkeypatch.setattr(evaluation, "start_engine", lambda *_: Parrot(breaks_after=99))
     with pytest.raises(TaskError, match=r"score\(\) failed on all 2 completions; the first failure") as info:
         evaluate_subject(settings_for(subject, [], task="mine.py:Mine"), tmp_path)
     assert "KeyError: 'missing'" in str(info.value)
@@ -226,7 +226,7 @@ def test_a_grader_that_exits_costs_its_own_answers(
         "    def score(self, completion, problem): return 1.0 if problem['n'] != 1 else os._exit(7)\n"
     )
     subject = Subject(name="it", model_dir=tiny_model("llama"), config=None)
-    monkeypatch.setattr(evaluation, "start_engine", lambda settings, context: Parrot(breaks_after=99))
+    monkeypatch.setattr(evaluation, "start_engine", lambda *_: Parrot(breaks_after=99))
     settings = settings_for(subject, [("reward.timeout_seconds", "30")], task="mine.py:Mine")
     assert settings.reward.timeout_seconds == 30
     path, said = tmp_path / "samples.jsonl", list[str]()

@@ -201,7 +201,7 @@ def test_the_caption_says_what_is_drawn(tmp_path: Path) -> None:
     one = plots.caption(group_seeds(read_runs([write_run(tmp_path / "one", {0: "01"}, config=other)])), reward=True)
     assert "Whiskers: 95 % intervals over problems (Wilson). Dotted line: base model." in one
     assert "bands" not in one
-    assert "No training reward is recorded of one." in one
+    assert "No training reward was recorded for one." in one
 
 
 @pytest.mark.parametrize(
@@ -219,7 +219,7 @@ def test_the_caption_says_how_the_reward_is_drawn(tmp_path: Path, steps: tuple[i
     ]
     groups = group_seeds(read_runs(paths))
     assert f"Training reward: {said}" in plots.caption(groups, reward=True)
-    assert "Each step takes other problems, so its reward moves with" in plots.caption(groups, reward=True)
+    assert "Each step has different problems, so its reward also varies with" in plots.caption(groups, reward=True)
     assert "Training reward" not in plots.caption(groups)
     ax = plots.overview_figure(groups).axes[3]
     for n, dots in zip(steps, ax.collections, strict=True):

@@ -204,7 +204,7 @@ def test_a_run_that_has_only_begun(tmp_path: Path) -> None:
     (path / "completions.jsonl").unlink()
     shutil.rmtree(path / "evaluations")
     words = " ".join(Page(write_run_report(path)).text.split())
-    assert "Accuracy of the base model is 50.0 % on 2 held-out problems." in words
+    assert "The base model's accuracy is 50.0 % on 2 held-out problems." in words
     assert "its final accuracy is that of step 0" in words
     for absent in ("Answers that changed", "Time and tokens", "Last completions", "final/"):
         assert absent not in words

@@ -188,16 +188,16 @@ def test_labels_differ_although_long_values_are_cut(tmp_path: Path) -> None:
 
 def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
     path = write_run(tmp_path / "run", {0: "10"})
-    with pytest.raises(ConfigError, match="no run is named"):
+    with pytest.raises(ConfigError, match="no run given"):
         read_runs([])
-    with pytest.raises(ConfigError, match=r"run: is named twice"):
+    with pytest.raises(ConfigError, match=r"run: given twice"):
         read_runs([path, path / ".." / "run"])
     with pytest.raises(RunDirError, match=r"not a run directory"):
         read_runs([tmp_path])
     with pytest.raises(RunDirError, match=r"step-000007.jsonl: no such file, so single answers cannot be compared"):
         read_runs([path])[0].answers(7)
     (path / "evaluations" / "step-000000.jsonl").write_text("{}\n")
-    with pytest.raises(SamplesError, match=r"step-000000.jsonl:1: is no file of graded completions"):
+    with pytest.raises(SamplesError, match=r"step-000000.jsonl:1: is not a file of graded completions"):
         read_runs([path])[0].answers(0)
 
 
@@ -208,8 +208,8 @@ def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
         ('{"step": 0, "eval/accuracy": 0.5}\n{oh\n', r"metrics.jsonl:2: is damaged"),
         ('{"step": 2, "eval/accuracy": 0.5}\n{"step": 2}\n', r"metrics.jsonl:2: step 2 after 2"),
         ('{"step": "1"}\n', r"metrics.jsonl:1: step '1' after -1"),
-        ('{"step": 0}\n', r"metrics.jsonl: holds no evaluation yet"),
-        ("", r"metrics.jsonl: holds no evaluation yet"),
+        ('{"step": 0}\n', r"metrics.jsonl: has no evaluation yet"),
+        ("", r"metrics.jsonl: has no evaluation yet"),
         ("[" * 2000 + "\n", r"metrics.jsonl:1: is damaged"),
         (f'{{"step": 0, "a": {"[" * 2000 + "]" * 2000}}}\n', r"metrics.jsonl:1: is damaged"),
         (None, r"metrics.jsonl: cannot be read"),

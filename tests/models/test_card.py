@@ -15,7 +15,7 @@ from eggroll_llm.config.recipe import to_toml
 from eggroll_llm.config.schema import EvalConfig, RunConfig
 from eggroll_llm.errors import JournalError
 from eggroll_llm.es.settings import EsSettings
-from eggroll_llm.models.card import card_text, write_card
+from eggroll_llm.models.card import Trained, card_text, write_card
 from eggroll_llm.records.journal import Journal, JournalEntry, JournalHeader
 
 CONFIG = RunConfig(
@@ -45,11 +45,11 @@ def journal(tmp_path: Path) -> Path:
 
 
 def card(journal: Path, config: RunConfig = CONFIG, step: int = 4, metrics: list[dict[str, Any]] = METRICS) -> str:
-    return card_text(config=config, base_model=IDENTITY, step=step, metrics=metrics, journal=journal)
+    return card_text(Trained(config=config, base_model=IDENTITY, step=step, metrics=metrics, journal=journal))
 
 
 def test_the_metadata_of_a_run_of_the_embedded_model(journal: Path, tmp_path: Path) -> None:
-    write_card(tmp_path, config=CONFIG, base_model=IDENTITY, step=4, metrics=METRICS, journal=journal)
+    write_card(tmp_path, Trained(config=CONFIG, base_model=IDENTITY, step=4, metrics=METRICS, journal=journal))
     assert ModelCard.load(tmp_path / "README.md").data.to_dict() == {
         "base_model": "HuggingFaceTB/SmolLM2-135M-Instruct",
         "library_name": "transformers",
@@ -114,7 +114,7 @@ def test_results_from_base_to_this_step(journal: Path) -> None:
     text = card(journal)
     assert "| 0, the base model | 37.1 % [31.4, 43.2] |\n| 4 | 51.6 % [45.5, 57.6] |" in text
     assert "Evaluated in training, on 256 held-out problems of the test split: one greedy answer each" in text
-    assert "Of the 2 evaluations of trained weights up to this step none was higher." in text
+    assert "This is the highest of 2 evaluations of trained weights up to this step." in text
     assert "optimistic" in text
     assert "- Updates: 4, each from 64 perturbed models of rank 1." in text
 
@@ -137,7 +137,7 @@ def test_rows_of_later_steps_are_not_looked_at(journal: Path) -> None:
 def test_an_earlier_evaluation_is_not_passed_off_as_that_of_these_weights(journal: Path) -> None:
     text = card(journal, step=3)
     assert "| 2 | 45.3 % [39.3, 51.4] |" in text
-    assert "of step 3, are later ones and were not evaluated." in text
+    assert "The weights in this directory are those of step 3, which was not evaluated." in text
     assert "model-index" not in ModelCard(text).data.to_dict()
 
 
@@ -168,8 +168,9 @@ def test_a_prompt_is_shown_and_cannot_break_out(journal: Path) -> None:
     """By a parser: all of it is the content of one fence, and nothing in it acts on a terminal."""
     prompt = "<|im_start|>user\n````\n# no heading\n~~~\n</details><script>\r\x1b[2J\u202e|```"
     config = dataclasses.replace(CONFIG, steps=4)
-    arguments: dict[str, Any] = {"config": config, "base_model": IDENTITY, "step": 4, "metrics": METRICS}
-    text = card_text(**arguments, journal=journal, prompt=prompt)
+    text = card_text(
+        Trained(config=config, base_model=IDENTITY, step=4, metrics=METRICS, journal=journal, prompt=prompt)
+    )
     tokens = MarkdownIt().parse(ModelCard(text).text)
     (fence,) = [token for token in tokens if token.type == "fence" and token.info == "text"]
     assert fence.content == prompt.replace("\r\x1b", "\\r\\x1b").replace("\u202e", "\\u202e") + "\n"
@@ -217,7 +218,7 @@ def test_the_journal_is_named_by_the_bytes_up_to_the_step(journal: Path, step: i
 
 
 def test_a_journal_that_ends_earlier(journal: Path) -> None:
-    with pytest.raises(JournalError, match=r"journal.jsonl: holds 4 updates, a card of step 5 is asked for: lower"):
+    with pytest.raises(JournalError, match=r"journal.jsonl: ends after 4 updates, before step 5: lower"):
         card(journal, step=5)
 
 
@@ -227,9 +228,9 @@ def test_the_same_run_gives_the_same_bytes_wherever_it_lies(journal: Path, tmp_p
         folder = tmp_path / name
         folder.mkdir()
         (folder / "journal.jsonl").write_bytes(journal.read_bytes())
-        arguments = {"config": CONFIG, "base_model": IDENTITY, "step": 4, "metrics": METRICS}
-        write_card(folder, **arguments, journal=folder / "journal.jsonl")
-        write_card(folder, **arguments, journal=folder / "journal.jsonl")  # replaces the first
+        model = Trained(config=CONFIG, base_model=IDENTITY, step=4, metrics=METRICS, journal=folder / "journal.jsonl")
+        write_card(folder, model)
+        write_card(folder, model)  # replaces the first
         assert sorted(path.name for path in folder.iterdir()) == ["README.md", "journal.jsonl"]
         written.append((folder / "README.md").read_bytes())
     assert written[0] == written[1]
@@ -272,7 +273,7 @@ def test_text_of_a_user_stays_text(journal: Path, text: str) -> None:
     assert headings[1:] == [
         "Results",
         "Recipe",
-        "How to get these weights again",
+        "How to rebuild these weights",
         "How to load it",
         "Limits",
         "Licence",

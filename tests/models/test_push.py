@@ -229,7 +229,7 @@ class TestPlan:
         (run / "config.toml").write_text(f"{CONFIG}{setting}\n")
         page = f"<ul><li>{run}/evaluations: gone</li></ul><pre>{html.escape(setting)}\nsecret = &quot;abc&quot;</pre>"
         (run / "report.html").write_text(page.replace("</ul>", "</ul>\n"))
-        found = [warning.partition(", for all")[0] for warning in plan_push(run, "me/mine").warnings]
+        found = [warning.partition(", readable")[0] for warning in plan_push(run, "me/mine").warnings]
         assert found == [
             f"eggroll/config.toml and eggroll/report.html: {setting} is a path of this machine",
             f"eggroll/report.html: {run} is a path of this machine",
@@ -283,7 +283,7 @@ class TestPlan:
 
     def test_refuses_a_name_without_its_owner(self, model: Path) -> None:
         """The hub would put it into the account of whoever's token it is."""
-        with pytest.raises(PushError, match=r"repository 'mine': whose\? Write OWNER/mine"):
+        with pytest.raises(PushError, match=r"repository 'mine': has no owner\. Write OWNER/mine"):
             plan_push(model, "mine")
 
     def test_looks_at_the_repository_id_first(self, tmp_path: Path) -> None:
@@ -301,7 +301,7 @@ class TestPlan:
 
     def test_refuses_what_is_no_model(self, tmp_path: Path) -> None:
         with pytest.raises(
-            PushError, match=r"holds no config.json. Name a run, or the directory of a Hugging Face model"
+            PushError, match=r"has no config.json. Name a run, or the directory of a Hugging Face model"
         ):
             plan_push(tmp_path / "nothing", "me/mine")
 

@@ -10,6 +10,7 @@ import pytest
 
 from eggroll_llm.errors import CheckpointError, ModelError
 from eggroll_llm.models import embedded
+from eggroll_llm.models.files import context_limit
 from eggroll_llm.models.resolve import check_model, embedded_path, model_identity, resolve_model
 from eggroll_llm.records.checkpoint import save_checkpoint
 from eggroll_llm.system.files import cache_root
@@ -182,7 +183,7 @@ def test_directory_without_weights(copied: Path) -> None:
 
 def test_pickled_weights_are_refused(copied: Path) -> None:
     (copied / "model.safetensors").rename(copied / "pytorch_model.bin")
-    with pytest.raises(ModelError, match=r"only as pickles \(pytorch_model\.bin\), which can run code"):
+    with pytest.raises(ModelError, match=r"only pickled weights \(pytorch_model\.bin\), which can run code"):
         check_model(copied)
 
 
@@ -273,6 +274,7 @@ def test_failed_conversion_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch
 FAKE_CONVERSION = """
 import pathlib, time, types
 from eggroll_llm.models import embedded
+from eggroll_llm.models.files import context_limit
 from eggroll_llm.models import resolve as models
 
 def convert(command, **options):
@@ -357,3 +359,10 @@ def test_embedded_model_speaks(embedded_model: Path) -> None:
     assert continued(few_shot).startswith(" 10+3=13\n")
     chat = "<|im_start|>user\nWhat is 2+2?<|im_end|>\n<|im_start|>assistant\n"
     assert continued(chat).endswith(" 4.<|im_end|>")
+
+
+def test_context_limit(tmp_path: Path, tiny_model: Callable[[str], Path]) -> None:
+    assert context_limit(tiny_model("qwen3")) == 512
+    for text in ("{}", '{"max_position_embeddings": null}', '{"max_position_embeddings": "long"}'):
+        (tmp_path / "config.json").write_text(text)
+        assert context_limit(tmp_path) == 2**31

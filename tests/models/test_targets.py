@@ -40,9 +40,9 @@ def test_a_model_without_linear_layers_of_a_known_name_is_refused(tmp_path: Path
         "q_proj_norm.weight": torch.zeros(4, 4),
     }
     save_file(tensors, tmp_path / "model.safetensors")
-    with pytest.raises(ModelError, match="nothing to train; use a Llama- or Qwen-shaped model") as info:
+    with pytest.raises(ModelError, match="nothing to train: use a Llama- or Qwen-shaped model") as info:
         trained_parameters(tmp_path)
-    assert str(info.value).startswith(f"{tmp_path}: no linear layer is called one of qkv_proj, q_proj")
+    assert str(info.value).startswith(f"{tmp_path}: no linear layer is named qkv_proj or q_proj")
 
 
 def test_a_rank_above_that_of_a_weight_is_refused(tmp_path: Path) -> None:
@@ -52,6 +52,6 @@ def test_a_rank_above_that_of_a_weight_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as info:
         check_rank(tmp_path, "es.rank", 6)
     assert str(info.value) == (
-        "es.rank = 6: 'model.layers.0.k_proj.weight' of the model is 5 x 8, of rank 5 at most: set es.rank to that or "
-        "less"
+        "es.rank = 6: 'model.layers.0.k_proj.weight' of the model is 5 x 8; its rank is at most 5: set es.rank to that "
+        "or less"
     )

@@ -89,10 +89,10 @@ def test_nothing_is_there_twice(tmp_path: Path) -> None:
     path = tmp_path / "s.jsonl"
     with SampleFile(path, SETTINGS) as file:
         file.append(sample(0))
-        with pytest.raises(SamplesError, match="problem 0, sample 0 is there already"):
+        with pytest.raises(SamplesError, match="problem 0, sample 0 is already in the file"):
             file.append(sample(0))
     path.write_bytes(path.read_bytes() + path.read_bytes().split(b"\n")[1] + b"\n")
-    with pytest.raises(SamplesError, match=r"s\.jsonl:3: problem 0, sample 0 is there twice"):
+    with pytest.raises(SamplesError, match=r"s\.jsonl:3: problem 0, sample 0 appears twice"):
         SampleFile(path, SETTINGS)
 
 
@@ -113,7 +113,7 @@ def test_another_evaluation_is_refused_or_replaced(tmp_path: Path) -> None:
 
 def test_two_processes_do_not_write_one_file(tmp_path: Path) -> None:
     path = tmp_path / "s.jsonl"
-    with SampleFile(path, SETTINGS), pytest.raises(SamplesError, match="another evaluation writes this file"):
+    with SampleFile(path, SETTINGS), pytest.raises(SamplesError, match="another evaluation is writing this file"):
         SampleFile(path, SETTINGS)
     SampleFile(path, SETTINGS).close()
 
@@ -148,7 +148,7 @@ def test_damage_in_the_middle_names_the_line(tmp_path: Path, line: bytes, said: 
 def test_a_file_of_another_kind_is_left_alone(tmp_path: Path, text: str) -> None:
     path = tmp_path / "notes.txt"
     path.write_text(text)
-    with pytest.raises(SamplesError, match=r"notes\.txt:1: is no file of graded completions"):
+    with pytest.raises(SamplesError, match=r"notes\.txt:1: is not a file of graded completions"):
         SampleFile(path, SETTINGS)
     assert path.read_text() == text
 
@@ -156,7 +156,7 @@ def test_a_file_of_another_kind_is_left_alone(tmp_path: Path, text: str) -> None
 def test_a_later_format_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "s.jsonl"
     path.write_text(json.dumps({"format": 2, "settings": SETTINGS}) + "\n")
-    with pytest.raises(SamplesError, match="format 2, this version reads 1"):
+    with pytest.raises(SamplesError, match="format 2, but this version reads 1"):
         SampleFile(path, SETTINGS)
 
 

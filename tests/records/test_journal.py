@@ -130,7 +130,9 @@ def test_cut_within_the_header_is_a_new_journal(path: Path) -> None:
 
 
 def test_any_changed_byte_is_noticed(path: Path) -> None:
-    """In the last line the line is dropped, as after a crash; before it, an error names the line."""
+    """The last line is dropped, as after a crash, also one that has become one with the line before it; before that,
+    an error names the line.
+    """
     whole = path.read_bytes()
     last = len(whole) - len(whole.splitlines(keepends=True)[-1])
     for position in range(len(whole)):
@@ -139,6 +141,9 @@ def test_any_changed_byte_is_noticed(path: Path) -> None:
         path.write_bytes(bytes(data))
         if position >= last:
             assert [item.step for item in read_journal(path).entries] == [1, 2]
+        elif position == last - 1:
+            contents = read_journal(path)
+            assert ([item.step for item in contents.entries], bool(contents.dropped_tail)) == ([1], True)
         else:
             line = whole[:position].count(b"\n") + 1
             with pytest.raises(JournalError, match=rf"journal\.jsonl:{line}: damaged line \(its CRC does not match\)"):

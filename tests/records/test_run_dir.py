@@ -157,9 +157,7 @@ def test_overwrite_killed_halfway_leaves_no_run_to_resume(path: Path, monkeypatc
 def test_what_is_no_run_is_never_touched(path: Path, mode: OnExisting) -> None:
     path.mkdir()
     (path / "config.toml").write_text("mine")
-    assert refusal(path, mode) == (
-        f"{path}: is neither empty nor a run directory: left alone. Choose another --run-dir."
-    )
+    assert refusal(path, mode) == (f"{path}: is neither empty nor a run directory. Choose another --run-dir.")
     assert names(path) == {"config.toml"}
     assert (path / "config.toml").read_text() == "mine"
 
@@ -247,7 +245,7 @@ def test_paths_that_cannot_be_run_directories(tmp_path: Path, monkeypatch: pytes
     )
     assert refusal("a\0b") == "run directory 'a\\x00b': not a path. Name a directory."
     assert refusal("") == "run directory '': not a path. Name a directory."
-    here = f"run directory '.': has no name of its own. Write it out, if it is meant: {Path.cwd()}."
+    here = f"run directory '.': has no name. Write its path out: {Path.cwd()}."
     assert refusal(".") == refusal(Path()) == here
     assert refusal("\ud800") == "run directory '\\ud800': not a path. Name a directory."
     assert refusal(tmp_path / ("x" * 300)).endswith("Use a shorter name.")

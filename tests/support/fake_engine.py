@@ -218,7 +218,7 @@ class Bench:
             held_out=problem_set(task, "test"),
         )
 
-        def start(prepared: Prepared) -> FakeEngine:
+        def start(*_: Any, **__: Any) -> FakeEngine:
             self.engine = FakeEngine(config, self.folder / name / "journal.jsonl")
             self.prepare_engine(self.engine)
             return self.engine

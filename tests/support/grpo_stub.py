@@ -20,7 +20,6 @@ from eggroll_llm.engine.interface import Completion, Decoding, Request
 from eggroll_llm.engine.watchdog import Watchdog
 from eggroll_llm.training import session
 from eggroll_llm.training.limits import Course
-from eggroll_llm.training.prepare import Prepared
 
 TASK = """
 import math
@@ -215,8 +214,8 @@ class Bench:
         if method == "es":
             config = dataclasses.replace(config, sampling=dataclasses.replace(config.sampling, samples_per_prompt=1))
 
-        def start(prepared: Prepared) -> StubEngine:
-            self.engine = StubEngine(prepared.model_dir)
+        def start(model_dir: Path, *_: Any, **__: Any) -> StubEngine:
+            self.engine = StubEngine(model_dir)
             self.prepare_engine(self.engine)
             return self.engine
 

@@ -19,6 +19,8 @@ numbers = 2
 sigma = 1.2e-2
 learning_rate = 1.5e-3  # of each weight
 """
+TOO_DEEP = "values are nested more than 32 levels deep. Flatten them."
+TOO_LARGE = "integers have 64 bits. Write a smaller number."
 
 
 def refusal(path: Path, *overrides: tuple[str, str], text: str | None = None) -> str:

@@ -36,7 +36,7 @@ def test_listing_removes_nothing(
     monkeypatch.setattr(torch_companions, "find_broken", lambda: find_broken(("broken",)))
     monkeypatch.setattr(torch_companions, "remove", lambda broken: pytest.fail("removed"))
     assert main([]) == 1
-    assert capsys.readouterr().out.startswith("broken 0.28.0 cannot be imported beside this torch: RuntimeError")
+    assert capsys.readouterr().out.startswith("broken 0.28.0 cannot be imported with this torch: RuntimeError")
 
 
 def test_removing_says_so_once(site: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

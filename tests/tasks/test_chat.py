@@ -173,7 +173,7 @@ REFUSES = "{% if messages[0].role == 'system' %}{{ raise_exception('System role 
         ({"template_args": {"xyz": 1}}, "chat", THINKING, ConfigError, "no such argument. It has: enable_thinking"),
         ({"template_args": {"loop": 1}}, "chat", DROPS, ConfigError, "no such argument. It has: none"),
         ({"template_args": {"range": 1}}, "chat", DROPS, ConfigError, "no such argument"),
-        ({"system": "x"}, "text", THINKING, ConfigError, "chat.system is set, but the prompts are text to continue"),
+        ({"system": "x"}, "text", THINKING, ConfigError, "chat.system is set, but the prompts are plain text"),
         (
             {"template_args": {"a": 1}},
             "text",
@@ -194,9 +194,9 @@ REFUSES = "{% if messages[0].role == 'system' %}{{ raise_exception('System role 
             "chat",
             DROPS,
             ModelError,
-            "the chat template leaves out the system prompt: remove",
+            "the chat template ignores the system prompt: remove",
         ),
-        ({}, "half", THINKING, TaskError, "the prompt of problem 'train-1' is not valid Unicode text"),
+        ({}, "half", THINKING, TaskError, "the prompt of problem 'train-1' is not valid Unicode: it holds"),
     ],
 )
 def test_what_would_do_nothing_is_refused_before_the_engine(
@@ -249,7 +249,7 @@ def test_names_that_a_template_sets_itself_are_not_proposed(tiny_model: Callable
 
 
 def test_half_a_surrogate_pair_in_a_system_prompt_is_named(config: RunConfig) -> None:
-    with pytest.raises(ConfigError, match=r"chat\.system = '\\ud83d x': is not valid Unicode text"):
+    with pytest.raises(ConfigError, match=r"chat\.system = '\\ud83d x': is not valid Unicode: it holds"):
         validate(dataclasses.replace(config, chat=ChatConfig(system="\ud83d x")))
 
 
@@ -273,7 +273,7 @@ def test_an_evaluation_asks_like_the_run_and_flags_go_before_it(
 ) -> None:
     """A task that asks with text gets what it would without a run. Only settings that are set are in the facts."""
     engine, model = Asked(), Path(config.model)
-    monkeypatch.setattr(evaluation, "start_engine", lambda settings, context: engine)
+    monkeypatch.setattr(evaluation, "start_engine", lambda *_: engine)
     run = Subject(name="run", model_dir=model, config=dataclasses.replace(config, task=f"{folder}/words.py:Words"))
     base = Subject(name="base", model_dir=model, config=None)
     tokenizer = Prompter(model).tokenizer
@@ -292,7 +292,7 @@ def test_an_evaluation_asks_like_the_run_and_flags_go_before_it(
     text, facts = asked(run, ("chat.system", ""))
     assert ("Be kind." in text, "<think>" in text, facts["system"]) == (True, True, "")
     assert asked(run, ("task_options.style", "text")) == ("test 0", None)
-    with pytest.raises(ConfigError, match=r"chat\.system is set, .* or have the task ask in messages"):
+    with pytest.raises(ConfigError, match=r"chat\.system is set, .* or let the task return chat messages"):
         asked(base, ("task_options.style", "text"), flags[0])
 
 
@@ -300,7 +300,7 @@ def test_lm_evals_prompts_take_them_with_the_chat_template_alone(
     config: RunConfig, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine, model = Asked(), Path(config.model)
-    monkeypatch.setattr(evaluation, "start_engine", lambda settings, context: engine)
+    monkeypatch.setattr(evaluation, "start_engine", lambda *_: engine)
     for split in ("train", "test"):
         (folder / f"{split}.jsonl").write_text(f'{{"question": "{split}?", "answer": "#### 2"}}\n')
     run = Subject(name="run", model_dir=model, config=config)

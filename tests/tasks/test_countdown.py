@@ -63,7 +63,9 @@ def test_the_test_split_comes_first_and_train_gets_the_rest(tmp_path):
     assert len(task.problems("train")) == len(space) - 256 - 3
     assert set(keys([*task.problems("train"), *task.problems("test"), *task.shots])) == space
     [note] = task.notes
-    assert note.startswith(f"Countdown trains on {len(space) - 259} problems. There are no more, so train_size = 4096")
+    assert note.startswith(
+        f"Countdown trains on all {len(space) - 259} available problems, fewer than train_size = 4096"
+    )
 
 
 def test_problems_are_the_same_every_time_and_another_seed_gives_others(tmp_path):
@@ -224,7 +226,9 @@ def test_problems_of_the_test_file_are_left_out_of_train(tmp_path):
     task = load(tmp_path, file="train.jsonl", test_file="test.jsonl", train_size=7)
     assert [row["id"] for row in task.test] == ["1_3=4", "9_9=1.5"]
     assert len(task.train) == 7
-    assert task.notes == ("Countdown: 1 rows were left out, being repeated or also in test or in the prompt.",)
+    assert task.notes == (
+        "Countdown: 1 rows were left out because they are repeated, or also in test or in the prompt.",
+    )
     assert task.gold(task.test[0]) is None
     assert len(load(tmp_path, file="train.jsonl", test_file="test.jsonl", train_size=5).train) == 5
 
@@ -238,7 +242,9 @@ def test_test_rows_that_are_in_the_prompt_are_left_out_and_counted(tmp_path):
     task = load(tmp_path, **few_shot, file="train.jsonl", test_file="test.jsonl", train_size=8)
     assert [row["id"] for row in task.test] == ["3_11=14"]
     assert len(task.train) == 8
-    assert task.notes[1:] == ("Countdown: 2 rows were left out, being repeated or also in test or in the prompt.",)
+    assert task.notes[1:] == (
+        "Countdown: 2 rows were left out because they are repeated, or also in test or in the prompt.",
+    )
 
 
 def test_targets_with_a_fraction(tmp_path):
@@ -376,7 +382,20 @@ def test_rows_that_all_come_without_solution_are_no_reason_for_a_warning(tmp_pat
         (b"[]", "all.json: the array is empty"),
         (b"[" + ROW, r"all.json: is not a JSON array in UTF-8 \("),
         (b"[" + ROW + b", 5]", r"all.json\[1\]: 5 is not a JSON object"),
-        (b"[" + ROW + b', {"nums": [1]}]', r"all.json\[1\]: target is missing"),
+        (
+            b"[" + ROW + b', {"nums": [1]}]',
+            r"all.json\[1\]: target is missing or null; the row has 'nums'. A",
+        ),
+        (b"[{}]", r"all.json\[0\]: nums is missing or null; the row has no keys. A row needs nums \(or numbers\) and"),
+        (
+            b'{"version": 1, "data": [' + ROW.strip() + b"]}",
+            r"all.json:1: nums .* 'version', 'data'. .* If 'data' holds the rows, write that array alone",
+        ),
+        (
+            b'{\n  "nums": [1, 2],\n  "target": 3\n}\n',
+            "a single JSON object over several lines.* an array of them.$",
+        ),
+        (b'{"data": [\n' + ROW + b"]}", "a single JSON object over several lines.* If 'data' holds the rows, write"),
         (b"[" + ROW + b"," + ROW + b"]", r"all.json\[1\]: the same problem is already at .*all.json\[0\]"),
         (b'[{"nums": [1], "target": 1, "a": "\\uD83D"}]', r"all.json\[0\]: 'a' = '\\ud83d' is not valid Unicode"),
         (b"PAR1 and no more", "all.json: cannot be read as parquet .*Fetch the file again"),

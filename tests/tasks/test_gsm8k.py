@@ -104,7 +104,7 @@ def test_questions_of_test_are_left_out_of_train(tmp_path, style):
     task = load(tmp_path, prompt_style=style, shots=1)
     questions = [problem["question"] for problem in (*task.problems("train"), *task.shots)]
     assert sorted(questions) == ["What is 1 and 1?", "What is 3 and 3?", "What is 4 and 4?"]
-    assert task.notes == ("GSM8K: 1 training problems were left out; they are test problems.",)
+    assert task.notes == ("GSM8K: 1 training problems were left out because they are also test problems.",)
 
 
 @pytest.mark.parametrize(
@@ -112,8 +112,8 @@ def test_questions_of_test_are_left_out_of_train(tmp_path, style):
     [
         ({"question": "q"}, 2, "answer is missing"),
         ({"answer": "#### 1"}, 2, "question is missing"),
-        ({"question": "q", "answer": 5}, 2, "answer = 5 is not a text"),
-        ({"question": " ", "answer": "#### 1"}, 2, "question = ' ' is not a text"),
+        ({"question": "q", "answer": 5}, 2, "answer = 5 is not text"),
+        ({"question": " ", "answer": "#### 1"}, 2, "question = ' ' is not text"),
         ({"question": "q", "answer": "it is 5"}, 2, "answer ends with 'it is 5', not with a line ####"),
         ({"question": "q", "answer": "#### many"}, 2, "not with a line #### and a plain number"),
         ({"question": "q", "answer": "#### 18 eggs"}, 2, "not with a line #### and a plain number"),

@@ -129,14 +129,14 @@ def user_score(folder, value):
     [
         ("countdwn", {}, 'task = "countdwn" is not known. .* Did you mean "countdown"'),
         ("yours.py:TASK", {}, "yours.py: there is no such file"),
-        ("mine.py:TAKS", {}, "mine.py: there is no TAKS in it. Did you mean TASK"),
+        ("mine.py:TAKS", {}, "mine.py: does not define TAKS. Did you mean TASK"),
         ("mine.py:WORDS", {}, "mine.py: WORDS has no method problems"),
         ("mine.py:NoPrompt", {}, "mine.py: NoPrompt has no method prompt"),
         ("mine.py:TASK", {"bonus": 1}, "TASK is an object, so it takes no task_options, but bonus is set"),
         ("mine.py:Full", {"bonsu": 1}, "Full does not accept task_options .*bonsu"),
         ("mine.py:Empty", {}, r'mine.py: problems\("test"\) is empty'),
         ("mine.py:Texts", {}, r"mine.py: problems\(\"train\"\) holds 'drawer', which is not a dict"),
-        ("mine.py:WrongGold", {}, r"'train-1' \(train\): its own gold answer scores 0 \(reward\)"),
+        ("mine.py:WrongGold", {}, r"'train-1' \(train\): its gold answer scores 0 \(reward\)"),
     ],
 )
 def test_mistakes_are_named(folder, name, options, message):
@@ -184,9 +184,9 @@ class Mine:
         ("problems", "return (1 / 0 for _ in [1])", r'mine\.py: problems\("train"\) failed:\n(?s:.)*ZeroDivision'),
         ("gold", "1 / 0", r"mine\.py: gold\(\) of problem 'a' failed:\n(?s:.)*ZeroDivisionError"),
         ("gold", "return 5", r"mine\.py: gold\(\) of problem 'a' is 5\. Return the text of an answer"),
-        ("score", "1 / 0", r"'a' \(train\): score\(\) failed on its own gold answer '!':\n(?s:.)*ZeroDivisionError"),
-        ("score", "return None", r"'a' \(train\): score\(\) failed on its own gold (?s:.)*returned None"),
-        ("score", "import os; os._exit(4)", r"failed on its own gold answer '!':\nscore\(\) ended .* status 4"),
+        ("score", "1 / 0", r"'a' \(train\): score\(\) failed on its gold answer '!':\n(?s:.)*ZeroDivisionError"),
+        ("score", "return None", r"'a' \(train\): score\(\) failed on its gold (?s:.)*returned None"),
+        ("score", "import os; os._exit(4)", r"failed on its gold answer '!':\nscore\(\) ended .* status 4"),
         ("body", "stop = 5", r"mine\.py: stop = 5 is not text"),
         ("body", "stop = ['x', None]", r"mine\.py: stop = \['x', None\] is not text"),
         ("body", "notes = property(lambda self: 1 / 0)", r"mine\.py: notes failed:\n(?s:.)*ZeroDivisionError"),
@@ -265,7 +265,7 @@ def test_a_user_task_hears_of_an_open_thought_where_it_asks_for_it(user_task):
         task = user_task(textwrap.dedent(code) % (parameters, reward))
         problem = task.problems("train")[0]
         open_thought = Completion(text="reward", token_ids=(), truncated=True, prompt_tokens=1, thought_open=True)
-        with Scorer(task) as scorer:  # in the process that scores
+        with Scorer(task) as scorer:  # in the scoring process
             graded = scorer.grade(open_thought, problem)
         assert (graded.reward, graded.answer) == (expected, "reward"), parameters
 
@@ -300,5 +300,5 @@ def test_check_golds_catches_a_grader_that_refuses_its_own_gold(folder):
     task = load_task("mine.py:FULL", {}, base_dir=folder)
     check_golds(task)
     task.inner.score = lambda completion, problem, truncated: Score(math.nan, False, "nan")
-    with pytest.raises(TaskError, match="its own gold answer scores nan"):
+    with pytest.raises(TaskError, match="its gold answer scores nan"):
         check_golds(task)

@@ -186,8 +186,8 @@ def test_an_import_that_means_another_says_that_the_name_is_taken(folder: Path, 
     name = code.split()[1].partition(".")[0]
     with pytest.raises(TaskError, match=r"mine\.py: importing it failed:\n") as info:
         load(folder)
-    said = f"The {name} beside mine.py is not imported, as an installed or loaded module has that name. Rename yours."
-    assert str(info.value).endswith(said)
+    said = f"The {name} next to mine.py cannot be imported, because an installed or loaded module has that name. "
+    assert str(info.value).endswith(f"{said}Rename yours.")
 
 
 def test_an_error_in_a_module_beside_has_its_line(folder: Path) -> None:

@@ -198,7 +198,7 @@ def test_not_a_number_is_no_failure_and_said_with_its_answer(task: UserTask) -> 
     assert math.isnan(scores[1].reward)
     assert (scorer.failures, scorer.first_failure) == (0, "")
     assert scorer.first_dropped == 'nan for problem train-2, answer "nan"'
-    assert said == [f"score() has returned no finite number, of which nothing is learned: {scorer.first_dropped}"]
+    assert said == [f"score() returned NaN or infinity, so nothing is learned from it: {scorer.first_dropped}"]
 
 
 def test_votes_truncation_and_options_get_there(tmp_path: Path) -> None:
@@ -337,9 +337,9 @@ THERE = "import os, random, sys\nTHERE = sys.argv == ['-c']\nONCE = 1\n"
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ("ONCE = random.random()", r"mine\.py: problems\(\) gives other problems each time"),
-        ("ONCE = [1, 2][THERE]", r"problems\(\) gives other problems each time"),
-        ("if THERE: 1 / 0", r"mine\.py: in the process that scores .*(?s:.)*ZeroDivisionError"),
+        ("ONCE = random.random()", r"mine\.py: problems\(\) returns different problems each time"),
+        ("ONCE = [1, 2][THERE]", r"problems\(\) returns different problems each time"),
+        ("if THERE: 1 / 0", r"mine\.py: in the scoring process .*(?s:.)*ZeroDivisionError"),
         ("if THERE: os._exit(5)", r"ended its process with status 5"),
         ("if THERE: bytearray(1 << 30)", r"reward\.memory_gib = 0\.25\): (?s:.)*MemoryError"),
     ],
@@ -395,7 +395,7 @@ def test_gold_answers_are_graded_there(tmp_path: Path) -> None:
         return "loop" if problem["n"] == 2 else "good"
 """
     (tmp_path / "mine.py").write_text(TASK + gold)
-    with pytest.raises(TaskError, match=r"(?s)'train-3' \(train\): score\(\) failed on its own gold .*longer than 3 s"):
+    with pytest.raises(TaskError, match=r"(?s)'train-3' \(train\): score\(\) failed on its gold .*longer than 3 s"):
         load_task("mine.py:Mine", {}, base_dir=tmp_path, limits=LIMITS)
 
 

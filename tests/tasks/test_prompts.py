@@ -168,7 +168,7 @@ def test_all_prompts_that_do_not_fit_are_counted_and_the_first_is_named() -> Non
 
 @pytest.mark.parametrize("prompt", ["x\ud83d", [{"role": "user", "content": "\udc00"}]])
 def test_half_a_surrogate_pair_is_a_mistake_of_the_problem(prompter: Prompter, prompt: object) -> None:
-    with pytest.raises(TaskError, match="the prompt of problem 'second' is not valid Unicode text"):
+    with pytest.raises(TaskError, match="the prompt of problem 'second' is not valid Unicode: it holds"):
         prompter.encode_all([{"id": "first"}, {"id": "second"}], ["x", prompt])  # type: ignore[list-item]
 
 

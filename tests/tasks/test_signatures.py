@@ -43,7 +43,7 @@ def refused(folder: Path, before: str = "", name: str = "Mine", **methods: str) 
         ("score", "def score(completion, problem): return 1.0", "too many positional arguments"),
         ("score", "@staticmethod\n    def score(self, completion, problem): return 1.0", "missing a required argument"),
         ("score", "score = functools.partial(pow, 1, 2)", "too many positional arguments"),
-        ("score", "def score(self, problem, completion): return 1.0", "names in another order what it is called with"),
+        ("score", "def score(self, problem, completion): return 1.0", "takes its arguments in a different order from"),
         ("score", "async def score(self, completion, problem): return 1.0", "score is asynchronous"),
         ("score", "def score(self, completion, problem): yield 1.0", "score yields"),
         ("score", "score = 1.0", r"score = 1\.0 is not a method. Write def score\(self, completion, problem\)\.$"),
@@ -75,7 +75,7 @@ def test_a_method_that_cannot_be_called_is_refused_when_it_is_loaded(
 def test_it_says_what_is_called_and_where_the_rest_is(tmp_path: Path) -> None:
     assert refused(tmp_path, score="def score(self, completion, problem, answer): return 1.0") == (
         f"{tmp_path}/mine.py: Mine: score(completion, problem, answer) cannot be called as score(completion, problem): "
-        "missing a required argument: 'answer'. What else it needs, the problem holds: problem[\"answer\"]. "
+        "missing a required argument: 'answer'. Everything else is in the problem: problem[\"answer\"]. "
         "Write def score(self, completion, problem) in a class."
     )
 
@@ -116,7 +116,7 @@ def test_a_reward_of_trl_comes_with_the_line_that_makes_it_a_score(tmp_path: Pat
     named = refused(tmp_path, before=reward, name="reward")
     inside = refused(tmp_path, score=reward.replace("reward(", "score(self, "))
     for message in (named, inside):
-        assert "is a reward function of TRL" in message
+        assert "is a TRL reward function" in message
         assert message.endswith("See docs/your_own_reward.md.")
         (line,) = re.findall(r"write (def score\(self, completion, problem\): return reward\(.*\)\[0\])\. ", message)
         task = load(tmp_path, before=reward, score=line)

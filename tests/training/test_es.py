@@ -389,7 +389,7 @@ def test_failures_of_one_member_are_counted_said_once_and_recorded(bench: Bench)
     recorded = first_rows("fails", Fails())
     assert [row["member"] for row in recorded] == [1, 2, 3, 5]
     assert (recorded[3]["reward"], recorded[3]["correct"], recorded[3]["detail"]) == (0, False, "reward_failed")
-    (said,) = [text for text in bench.display.messages if "score() has failed" in text]
+    (said,) = [text for text in bench.display.messages if "score() failed" in text]
     assert f"KeyError: 'five'; problem {recorded[3]['problem']}, answer \"{recorded[3]['completion']}\"" in said
     for entry in read_journal(bench.folder / "fails" / "journal.jsonl").entries:
         assert entry.dropped == ()
@@ -456,7 +456,7 @@ def test_a_users_score_that_loops_or_exits_ends_like_one_that_raises(bench: Benc
     same_run(bench.folder / "good", bench.folder / "ours")
     for name in ("loops", "exits"):
         same_run(bench.folder / "raises", bench.folder / name)
-    said = [text for text in bench.display.messages if "score() has failed" in text]
+    said = [text for text in bench.display.messages if "score() failed" in text]
     assert [text.partition("failed: ")[2].partition(";")[0] for text in said] == [
         "ZeroDivisionError: division by zero",
         "score() took longer than 2 s",
@@ -655,7 +655,7 @@ def test_when_the_engine_fails_it_is_said_how_to_go_on_and_nothing_is_lost(
     run = bench.folder / "run"
     assert str(info.value) == (
         f"step {step}: the inference engine failed in sampling: RuntimeError. The journal is on disk up to step "
-        f"{saved}; go on with: {command('resume', run)}"
+        f"{saved}; resume with: {command('resume', run)}"
     )
     assert info.value.__cause__ is not None
     assert info.value.__cause__.__cause__ is failure

@@ -176,7 +176,7 @@ def test_two_halves_are_the_whole(bench: Bench, flags: dict[str, Any]) -> None:
     outcome = bench.train("halves", "resume", **flags)
     same_run(bench.folder / "whole", bench.folder / "halves")
     assert (outcome.steps, outcome.first["step"], outcome.last["step"]) == (4, 0, 4)
-    assert "resuming after step 2, from its checkpoint; what came later is done again" in bench.display.messages
+    assert "resuming from the checkpoint of step 2; later steps are repeated" in bench.display.messages
     walls = [row["wall_time"] for row in outcome.metrics]
     assert walls == sorted(walls)
     base = load_file(bench.model / "model.safetensors")
@@ -273,7 +273,7 @@ def test_what_a_run_leaves_behind(bench: Bench, tiny_model: Callable[[str], Path
         load_file(checkpoint.path / "model.safetensors").keys() == load_file(bench.model / "model.safetensors").keys()
     )
     assert run.journal.read_text().count("\n") == 1
-    with pytest.raises(ModelError, match="step 1 has no checkpoint, and this run has no journal"):
+    with pytest.raises(ModelError, match="step 1 has no checkpoint, and the run has no journal"):
         weights_at(run, "1")
 
 
@@ -318,7 +318,7 @@ def test_a_score_that_exits_costs_its_own_completions(bench: Bench) -> None:
     same_run(bench.folder / "exits", bench.folder / "raises")
     failed = [row for row in rows(bench.folder / "exits", "completions.jsonl") if row["detail"] == "reward_failed"]
     assert failed
-    (said, _) = [text for text in bench.display.messages if "score() has failed" in text]
+    (said, _) = [text for text in bench.display.messages if "score() failed" in text]
     assert "score() ended its process with status 1; problem " in said
 
 
@@ -350,7 +350,7 @@ def test_a_tied_step_is_logged_and_said_although_the_moments_move_the_weights(be
 @pytest.mark.parametrize(
     ("learning_rate", "message"),
     [
-        (1e30, r"step 2: (loss|grad_norm) is nan, so that the weights are lost.* grpo\.learning_rate"),
+        (1e30, r"step 2: (loss|grad_norm) is nan, so the weights are lost.* grpo\.learning_rate"),
         (1e38, r"step 1: \d+ tensors are not finite any more, first .* grpo\.learning_rate"),
     ],
 )
@@ -361,7 +361,7 @@ def test_a_run_whose_weights_are_lost_stops(bench: Bench, learning_rate: float, 
 
 @pytest.mark.parametrize(
     ("step", "kept"),
-    [(2, "There is no checkpoint yet, so that the run starts anew"), (4, "The checkpoint of step 3 is")],
+    [(2, "There is no checkpoint yet, so the run starts over"), (4, "The checkpoint of step 3 is")],
 )
 def test_when_the_engine_fails_the_run_goes_on_from_the_newest_checkpoint(bench: Bench, step: int, kept: str) -> None:
     def prepare(engine: StubEngine) -> None:
@@ -381,7 +381,7 @@ def test_when_the_engine_fails_the_run_goes_on_from_the_newest_checkpoint(bench:
         bench.train("run", **flags)
     run = bench.folder / "run"
     assert str(info.value).startswith(f"step {step}: the inference engine failed in sampling: RuntimeError. {kept}")
-    assert str(info.value).endswith(f"go on with: {command('resume', run)}")
+    assert str(info.value).endswith(f"resume with: {command('resume', run)}")
     assert bench.engine.closed
     bench.prepare_engine = lambda engine: None
     bench.train("run", "resume", **flags)

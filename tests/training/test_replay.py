@@ -101,7 +101,7 @@ def test_a_replay_that_disagrees_with_a_recorded_checksum_stops(base: Path, tmp_
         replay(run, base, tmp_path / "journal.jsonl", STEPS, tmp_path / "out")
     assert str(info.value).startswith(
         f"{tmp_path / 'journal.jsonl'}: before step 3 the weights had checksum 0123456789abcdef, "
-        f"the replay has {after[2].checksum()}: replay on a machine like the one that trained"
+        f"but the replay gives {after[2].checksum()}: replay on a machine like the one that trained"
     )
     assert not (tmp_path / "out").exists()
     # The steps before it are what they were.
@@ -121,7 +121,7 @@ def test_another_base_model_is_refused(base: Path, tiny_model: Callable[[str], P
         replay(config(other), other, tmp_path / "journal.jsonl", 1, tmp_path / "out")
     assert str(info.value) == (
         f"{tmp_path / 'journal.jsonl'}: was recorded on base model {model_identity(base)}, "
-        f"{other} is {model_identity(other)}: use that model"
+        f"but {other} is {model_identity(other)}: use the recorded one"
     )
     # The same model somewhere else will do.
     moved = Path(shutil.copytree(base, tmp_path / "moved"))
@@ -131,7 +131,7 @@ def test_another_base_model_is_refused(base: Path, tiny_model: Callable[[str], P
 
 def test_a_step_beyond_the_journal_is_refused(base: Path, tmp_path: Path) -> None:
     record(tmp_path / "journal.jsonl", base, config(base))
-    with pytest.raises(JournalError, match=r"holds 4 updates, step 5 is asked for: lower --step"):
+    with pytest.raises(JournalError, match=r"--step 5 is beyond its 4 updates: lower --step"):
         replay(config(base), base, tmp_path / "journal.jsonl", 5, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

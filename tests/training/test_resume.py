@@ -80,12 +80,12 @@ def test_the_command_goes_on_with_the_runs_own_settings(
     monkeypatch.setattr(session, "train", train)
     with bench.standing_in("run", dataclasses.replace(CONFIG, steps=4), Near()):
         assert main(["resume", str(run), "--es.sigma", "0.1", "--steps", "4"]) == 2
-        assert "cannot resume with other settings: es.sigma was 0.05 and is now 0.1." in capsys.readouterr().err
+        assert "cannot resume with changed settings: es.sigma was 0.05 and is now 0.1." in capsys.readouterr().err
         assert asked == []
         assert main(["resume", str(run), "--steps", "4"]) == 0
     assert asked == [(dataclasses.replace(CONFIG, steps=4), run, run, "resume")]
     same_run(run, bench.folder / "whole")
-    assert f"go on: {command('resume', run, '--steps', 8)}" in capsys.readouterr().out.splitlines()
+    assert f"continue: {command('resume', run, '--steps', 8)}" in capsys.readouterr().out.splitlines()
 
 
 def test_a_run_that_a_schedule_holds_to_its_steps_offers_no_more(
@@ -95,7 +95,7 @@ def test_a_run_that_a_schedule_holds_to_its_steps_offers_no_more(
     bench.train("run", **{"steps": 2, "es": config.es})
     with bench.standing_in("run", config, Near()):
         assert main(["resume", str(bench.folder / "run")]) == 0
-    assert "go on: " not in capsys.readouterr().out
+    assert "continue: " not in capsys.readouterr().out
 
 
 def test_a_half_written_checkpoint_is_gone_after_resuming(bench: Bench) -> None:
@@ -117,7 +117,7 @@ def test_what_a_kill_left_is_said(bench: Bench) -> None:
     bench.display.messages.clear()
     bench.train("halves", "resume")
     assert bench.display.messages[:2] == [
-        "the last process to train here ended without closing the run: process 12345 on elsewhere",
+        "the last process that trained here did not shut down cleanly: process 12345 on elsewhere",
         f"{path}/journal.jsonl:3: last line dropped, incomplete line; its update is done again",
     ]
     same_run(bench.folder / "whole", path)
@@ -220,12 +220,10 @@ def test_a_journal_that_lost_steps_is_no_reason_to_delete_them(bench: Bench, lin
     with pytest.raises(JournalError) as info:
         bench.train("run", "resume")
     before[journal] = journal.read_bytes()  # that of no lines has got its header
-    assert str(info.value) == f"{journal}: " + (
-        "ends at step 1, metrics.jsonl at step 2: restore it from a backup; to go back to step 1 and lose what came "
-        "after, cut metrics.jsonl after that step too"
-        if lines == 2
-        else "holds no updates, but the run has made some: restore it from a backup, or start a new run directory"
-    )
+    assert str(info.value) == (
+        f"{path}: journal.jsonl ends at step {max(0, lines - 1)}, metrics.jsonl at step 2, which no interruption "
+        "explains. Restore journal.jsonl from a backup, or "
+    ) + ("cut metrics.jsonl after step 1 too and lose what came later." if lines == 2 else "start a new run directory.")
     assert {file: file.read_bytes() for file in before} == before
     journal.write_bytes(whole)
     bench.train("run", "resume")
@@ -238,9 +236,24 @@ def test_without_any_update_checkpoints_are_not_deleted(bench: Bench) -> None:
     path = bench.folder / "run"
     for name in ("journal.jsonl", "metrics.jsonl"):
         (path / name).write_text("")
-    with pytest.raises(JournalError, match=r"journal\.jsonl: holds no updates, but the run has made some: restore"):
+    with pytest.raises(
+        JournalError, match=r"journal\.jsonl ends at step 0, checkpoints at step 2, which no interruption"
+    ):
         bench.train("run", "resume")
     assert checkpoints(path) == ["step-000001", "step-000002"]
+
+
+def test_metrics_that_lost_steps_are_not_made_up(bench: Bench) -> None:
+    bench.train("run", steps=3)
+    path = bench.folder / "run"
+    metrics = path / "metrics.jsonl"
+    metrics.write_bytes(b"".join(metrics.read_bytes().splitlines(keepends=True)[:2]))  # of the base model and one step
+    with pytest.raises(JournalError) as info:
+        bench.train("run", "resume")
+    assert str(info.value) == (
+        f"{path}: journal.jsonl ends at step 3, metrics.jsonl at step 1, which no interruption explains. "
+        "Restore metrics.jsonl from a backup, or cut journal.jsonl after step 1 too and lose what came later."
+    )
 
 
 def test_a_state_that_is_not_that_of_its_weights_is_refused(bench: Bench) -> None:
@@ -255,7 +268,7 @@ def test_a_state_that_is_not_that_of_its_weights_is_refused(bench: Bench) -> Non
 
     save_checkpoint(second.path.parent, 2, write, load_training_state(first), second.metadata)
     verify_checkpoint(second.path)
-    with pytest.raises(CheckpointError, match=f"^{re.escape(str(second.path))}: its training state is not that of the"):
+    with pytest.raises(CheckpointError, match=f"^{re.escape(str(second.path))}: its training state does not match its"):
         bench.train("halves", "resume", **every(1))
     assert bench.engine.closed
     shutil.rmtree(second.path)
@@ -280,7 +293,7 @@ def test_a_replay_that_disagrees_with_a_recorded_checksum_stops_the_run(
     with pytest.raises(JournalError) as info:
         bench.train("run", "resume", steps=4, **every(0))
     assert str(info.value).startswith(
-        f"{path}/journal.jsonl: before step 3 the weights had checksum {'0' * 16}, the replay has "
+        f"{path}/journal.jsonl: before step 3 the weights had checksum {'0' * 16}, but the replay gives "
         f"{contents.entries[2].checksum}: "
     )
     assert bench.engine.closed
@@ -339,7 +352,7 @@ def test_grpo_passes_over_a_damaged_checkpoint(grpo: grpo_stub.Bench) -> None:
     cut_off_a_byte(damaged)
     grpo.train("halves", "resume", **flags)
     assert [text for text in grpo.display.messages if text.startswith(f"{damaged}: ")]
-    assert "resuming after step 1, from its checkpoint; what came later is done again" in grpo.display.messages
+    assert "resuming from the checkpoint of step 1; later steps are repeated" in grpo.display.messages
     grpo_stub.same_run(grpo.folder / "whole", path)
 
 
@@ -352,12 +365,12 @@ def test_grpo_without_a_valid_checkpoint_begins_again_and_leaves_one(grpo: grpo_
     cut_off_a_byte(checkpoint / "model.safetensors")
     path = grpo.folder / "run"
     before = {file: file.read_bytes() for file in path.glob("*.jsonl")}
-    with pytest.raises(CheckpointError, match="/run/checkpoints: none is valid, and without one everything is done"):
+    with pytest.raises(CheckpointError, match="/run/checkpoints: no checkpoint is valid: restore one"):
         grpo.train("run", "resume", **flags)
     assert {file: file.read_bytes() for file in before} == before
     shutil.rmtree(checkpoint)
     grpo.train("run", "resume", **flags)
-    assert "resuming from the start: there is no checkpoint" in grpo.display.messages
+    assert "no checkpoint yet: starting from the beginning" in grpo.display.messages
     verify_checkpoint(checkpoint)
     grpo_stub.same_run(grpo.folder / "whole", grpo.folder / "run")
 

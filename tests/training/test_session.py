@@ -19,7 +19,7 @@ from eggroll_llm.es.settings import EsSettings
 from eggroll_llm.records.run_dir import RunDir
 from eggroll_llm.tasks.prompts import Prompter
 from eggroll_llm.training import session
-from eggroll_llm.training.prepare import Prepared, context_limit, prepare, settle
+from eggroll_llm.training.prepare import Prepared, prepare, settle
 from eggroll_llm.training.session import outcome, train
 
 TASK = """
@@ -106,7 +106,7 @@ def test_training_problems_that_are_asked_like_a_held_out_one_are_left_out(
     with pytest.raises(TaskError, match="every training problem has the prompt of a held-out one"):
         prepare(changed("ab", "bax"), folder)
 
-    def start(prepared: Prepared) -> None:
+    def start(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(session, "start_engine", start)
@@ -208,7 +208,7 @@ def test_a_rank_that_no_weight_of_the_model_has_is_refused(
     narrow = shutil.copytree(tiny_model("llama"), folder / "narrow")
     save_file({"model.layers.0.k_proj.weight": torch.zeros(3, 8)}, narrow / "model.safetensors")
     config = dataclasses.replace(config, model=str(narrow), es=dataclasses.replace(config.es, rank=4))
-    with pytest.raises(ConfigError, match=r"^es\.rank = 4: .* is 3 x 8, of rank 3 at most"):
+    with pytest.raises(ConfigError, match=r"^es\.rank = 4: .* is 3 x 8; its rank is at most 3"):
         prepare(config, folder)
     prepare(dataclasses.replace(config, es=dataclasses.replace(config.es, rank=3)), folder)
 
@@ -226,7 +226,7 @@ def test_a_run_for_which_memory_is_short_leaves_nothing(
     config: RunConfig, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Settings can be changed and the same directory named again. What it would take can be asked anyway."""
-    monkeypatch.setattr(session, "start_engine", lambda _: pytest.fail("the engine was started"))
+    monkeypatch.setattr(session, "start_engine", lambda *_, **__: pytest.fail("the engine was started"))
     monkeypatch.setattr("eggroll_llm.training.budget.available_memory", lambda: 2**29)
     monkeypatch.setattr("eggroll_llm.training.budget.serves_on_cpu", lambda: True)
     quiet: Any = Quiet()
@@ -244,7 +244,7 @@ def test_a_context_beyond_the_model_is_refused(config: RunConfig, folder: Path) 
 def test_what_else_is_wrong_is_found_before_the_engine(
     config: RunConfig, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(session, "start_engine", lambda _: pytest.fail("the engine was started"))
+    monkeypatch.setattr(session, "start_engine", lambda *_, **__: pytest.fail("the engine was started"))
 
     def refused(error: type[Exception], match: str, **changes: Any) -> None:
         with pytest.raises(error, match=match):
@@ -300,7 +300,7 @@ def test_a_run_with_other_settings_is_not_resumed(
     changes: dict[str, Any],
     said: str,
 ) -> None:
-    monkeypatch.setattr(session, "start_engine", lambda _: pytest.fail("the engine was started"))
+    monkeypatch.setattr(session, "start_engine", lambda *_, **__: pytest.fail("the engine was started"))
     (folder / "tasks" / "other.py").write_text(TASK)
     models = {kind: str(tiny_model(kind)) for kind in ("llama", "qwen2")}
     saved = to_toml(prepare(config, folder).config)
@@ -308,7 +308,7 @@ def test_a_run_with_other_settings_is_not_resumed(
         run.journal.write_text("")
     if "model" in changes:
         changes = {"model": models[changes["model"]]}
-    with pytest.raises(ConfigError, match="cannot resume with other settings: ") as info:
+    with pytest.raises(ConfigError, match="cannot resume with changed settings: ") as info:
         train(dataclasses.replace(config, **changes), folder, folder / "run", "resume", Quiet())
     assert said.format(folder=folder, **models) in str(info.value)
     assert (folder / "run" / "config.toml").read_text() == saved
@@ -334,7 +334,7 @@ def test_a_run_whose_problems_have_changed_is_not_resumed(
 ) -> None:
     """In a file of the same name. Nothing is changed, and with the old content the run goes on."""
 
-    def start(_: Any) -> None:
+    def start(*_: Any, **__: Any) -> None:
         raise Started
 
     monkeypatch.setattr(session, "start_engine", start)
@@ -347,9 +347,7 @@ def test_a_run_whose_problems_have_changed_is_not_resumed(
     task.write_text(edited)
     with pytest.raises(JournalError) as info:
         train(dataclasses.replace(config, steps=9), folder, path, "resume", Quiet())
-    assert str(info.value).startswith(
-        f"{path}/journal.jsonl:1: the {said} are others than the run began with: restore "
-    )
+    assert str(info.value).startswith(f"{path}/journal.jsonl:1: the {said} changed since the run started: restore ")
     assert {file: file.read_bytes() for file in before} == before
     task.write_text(TASK)
     with pytest.raises(Started):
@@ -361,7 +359,7 @@ def test_a_run_whose_score_has_changed_says_so_and_goes_on(
 ) -> None:
     """A mistake in it may have been why the run was stopped."""
 
-    def start(_: Any) -> None:
+    def start(*_: Any, **__: Any) -> None:
         raise Started
 
     monkeypatch.setattr(session, "start_engine", start)
@@ -372,7 +370,7 @@ def test_a_run_whose_score_has_changed_says_so_and_goes_on(
         said.append(f"{source == TASK}")
         with pytest.raises(Started):
             train(config, folder, folder / "run", on_existing, display)  # type: ignore[arg-type]
-    changed = "the task's file or a module beside it has changed since the run began: rewards may differ"
+    changed = "the task file or a module it imports changed since the run started: rewards may differ"
     assert [text for text in said if text in ("True", "False", changed)] == ["True", "True", "False", changed, "True"]
 
 
@@ -419,13 +417,6 @@ def test_chat_needs_a_template(config: RunConfig, folder: Path, tiny_model: Call
     assert prepare(plain, folder).config.model == str(base)
     with pytest.raises(ModelError, match="no chat template"):
         prepare(dataclasses.replace(plain, task_options={"chat": True}), folder)
-
-
-def test_context_limit(tmp_path: Path, tiny_model: Callable[[str], Path]) -> None:
-    assert context_limit(tiny_model("qwen3")) == 512
-    for text in ("{}", '{"max_position_embeddings": null}', '{"max_position_embeddings": "long"}'):
-        (tmp_path / "config.json").write_text(text)
-        assert context_limit(tmp_path) == 2**31
 
 
 def test_outcome_is_read_from_the_directory(tmp_path: Path) -> None:

@@ -59,7 +59,7 @@ class Run:
     def ends_in_order(self, number: signal.Signals) -> None:
         self.process.send_signal(number)
         assert self.process.wait(60) == 128 + number
-        again = f"go on with: {command('resume', self.folder / 'run')}"
+        again = f"resume with: {command('resume', self.folder / 'run')}"
         assert self.messages.read_text().splitlines()[-1] == f"interrupted; {again}"
         assert self.tree.all_end()
 
@@ -86,7 +86,7 @@ def test_a_run_ends_in_order_in_any_phase(
     assert "Traceback" not in run.messages.read_text()
     assert not [path.name for path in (tmp_path / "run").rglob(".*") if path.name.startswith((".tmp-", ".old-"))]
     run.goes_on(bench)
-    assert not [text for text in bench.display.messages if "ended without closing" in text]
+    assert not [text for text in bench.display.messages if "did not shut down cleanly" in text]
 
 
 def test_a_terminal_that_is_closed_ends_a_run_in_order(tree: ProcessTree, tmp_path: Path, bench: Bench) -> None:
@@ -265,7 +265,7 @@ class Engine:
                     if not {swallow}: raise
             yield i, Completion(text="x" * (i % 3), token_ids=(1,), truncated=False, prompt_tokens=5)
     def close(self): pass
-evaluation.start_engine = lambda settings, context: Engine()
+evaluation.start_engine = lambda *_: Engine()
 sys.exit(main())
 """
 TASK = """
@@ -344,7 +344,7 @@ def test_an_evaluation_ends_in_order_and_continues(
     assert len(samples.read_text().splitlines()) == 1 + 3
     assert not out.exists()
 
-    monkeypatch.setattr(evaluation, "start_engine", lambda settings, context: Answers())
+    monkeypatch.setattr(evaluation, "start_engine", lambda *_: Answers())
     whole = tmp_path / "whole.json"
     assert main([*arguments, str(whole)]) == main([*arguments, str(out)]) == 0
     assert out.read_text() == whole.read_text()

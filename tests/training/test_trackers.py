@@ -181,7 +181,7 @@ def test_whatever_it_raises_is_one_warning_and_the_other_goes_on(
 ) -> None:
     install(**{place: code})
     warnings = run(tmp_path, BOTH, *({"step": step, "x": 1} for step in range(1, 6)))
-    assert warnings == [f"wandb is off from here on, metrics.jsonl goes on: {reason}"]
+    assert warnings == [f"wandb is off for the rest of the run, metrics.jsonl is still written: {reason}"]
     assert [line for line in said("tensorboard") if line[0] == "x"] == [["x", 1, step] for step in range(1, 6)]
 
 
@@ -205,7 +205,7 @@ def test_a_run_comes_to_the_same_whatever_its_trackers_do(
     bench = Bench(tmp_path, monkeypatch)
     bench.train("run", log=dataclasses.replace(CONFIG.log, wandb="mine", tensorboard=True))
     warnings = [text for text in bench.display.messages if "wandb" in text or "tensorboard" in text]
-    assert warnings == [f"wandb is off from here on, metrics.jsonl goes on: {reason}"]
+    assert warnings == [f"wandb is off for the rest of the run, metrics.jsonl is still written: {reason}"]
     assert [line[2] for line in said("tensorboard") if line[0] == "reward/mean"] == [1, 2, 3, 4]
     bench.train("alone")
     same_run(tmp_path / "run", tmp_path / "alone")
@@ -243,6 +243,6 @@ def test_a_package_that_is_not_installed(tmp_path: Path) -> None:
     warnings = run(tmp_path, ONLY_WANDB, ROW)
     assert len(warnings) == 1
     assert warnings[0].startswith(
-        "wandb is off from here on, metrics.jsonl goes on: wandb is not installed here. Run: "
+        "wandb is off for the rest of the run, metrics.jsonl is still written: wandb is not installed here. Run: "
     )
     assert warnings[0].endswith(" -m pip install wandb")

@@ -1,9 +1,9 @@
-"""The other process of a user's task: lines go out and come back on two pipes, each within a limit of time.
+"""The process of a user's task: lines go out and come back on two pipes, each within a time limit.
 
     3 {"split": "train", "index": 5, "text": " 82", "options": {"truncated": false}, "voted": true}
         -> 3 {"score": [1.0, true, "sum"], "vote": "82"}
 
-A running number in front of each line, which the reply repeats, tells of a reply that is not to this line.
+Each line starts with a running number that its reply repeats, so a reply to another line is noticed.
 """
 
 import contextlib
@@ -36,7 +36,7 @@ GARBLED = "wrote to a file descriptor that it had not opened"
 
 
 class EndedError(Exception):
-    """The process is of no more use, and why."""
+    """The process cannot be used any more; the message says why."""
 
 
 class Child(AbstractContextManager["Child"]):
@@ -47,7 +47,7 @@ class Child(AbstractContextManager["Child"]):
         self._requests = self._replies = -1
         self._sent = 0
         self._waiting = False
-        """Whether there are replies to come, which after an interruption nobody waits for."""
+        """Whether replies are outstanding; after an interruption nobody reads them."""
 
     @property
     def is_ready(self) -> bool:

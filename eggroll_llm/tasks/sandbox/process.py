@@ -1,10 +1,10 @@
-"""A user's `score` in a process of its own: what loops, eats memory or exits there costs one completion, and no more.
+"""A user's `score` in its own process: if it hangs, exits or runs out of memory, only that completion scores 0.
 
-The process (`worker`) imports the user's file, as it was when it was first read, and loads the problems itself. A
-completion is sent with the place of its problem, so that problems may hold what JSON cannot; that a place means the
-same there is checked at the start. Many are sent at once and answered one by one, each within the limit of time; the
-process has a limit of memory. One that is late or ends is killed with all that it has started, the completion that it
-was at has failed, and a new one goes on with the next. It ends with this process, however that ends.
+The process (`worker`) imports the user's file as it was first read, and loads the problems itself. A completion is sent
+with the index of its problem, so problems may hold what JSON cannot; at the start both sides check that they loaded the
+same problems. Many completions are sent at once and answered one by one, each within the time limit; the process has a
+memory limit. When it is late or exits, it is killed with everything it has started, the completion it was scoring
+fails, and a new process continues with the next one. It ends with this process, however that ends.
 """
 
 import json
@@ -24,7 +24,7 @@ START_SECONDS = 300.0  # patience with what the user's file imports and loads
 
 
 class UserProcess(AbstractContextManager["UserProcess"]):
-    """The process of a user's task, started when it is needed. Use as a context manager or call `close`."""
+    """The process of a user's task, started on first use. Use as a context manager or call `close`."""
 
     def __init__(self, task: UserTask, limits: RewardConfig) -> None:
         self._task, self._limits = task, limits
@@ -32,7 +32,7 @@ class UserProcess(AbstractContextManager["UserProcess"]):
         self._child = Child()
 
     def judge(self, answers: Sequence[Answer], *, voted: bool) -> Iterator[Verdict]:
-        """Yield the verdict on each answer, to be taken to the end; `voted` asks for votes too.
+        """Yield the verdict on each answer; consume it to the end. `voted` asks for votes too.
 
         Raises TaskError when the task cannot be loaded in the process, or is not the same there.
         """
@@ -74,17 +74,17 @@ class UserProcess(AbstractContextManager["UserProcess"]):
             self._child.start()
             (ready,) = self._child.talk([_json(hello)], START_SECONDS)
             if failed := ready.get("failed"):
-                raise TaskError(f"{task.path}: in the process that scores (reward.memory_gib = {self._gib}): {failed}")
+                raise TaskError(f"{task.path}: in the scoring process (reward.memory_gib = {self._gib}): {failed}")
             if ready != task.hashes:
                 raise TaskError(
-                    f"{task.path}: problems() gives other problems each time. Make it give the same ones: seed what is "
-                    "random, sort what comes from a set or a folder, and leave the files that it reads as they are."
+                    f"{task.path}: problems() returns different problems each time. Make it deterministic: seed random "
+                    "choices, sort sets and directory listings, and do not change the files that it reads."
                 )
         except EndedError as error:
             self.close()
             raise TaskError(
-                f"{task.path}: loading it once more, in the process that scores (reward.memory_gib = {self._gib}), "
-                f"{error}. Make it load as it did before."
+                f"{task.path}: loading it again in the scoring process (reward.memory_gib = {self._gib}) {error}. Make "
+                "it load there as it does here."
             ) from error
         except BaseException:
             self.close()

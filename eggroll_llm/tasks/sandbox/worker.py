@@ -6,8 +6,9 @@
     {"split": "train", "index": 5, "text": " 82", "options": {"truncated": false}, "voted": true}
         -> {"score": [1.0, true, "sum"], "vote": "82"}                or {"failed": "Traceback ...", "vote": "82"}
 
-A line of JSON each, behind the number of the request (`child`), on descriptors that nothing else uses. What the user's
-code prints is shown on standard error, inert and not without end; what it writes past Python, or starts, has /dev/null.
+One JSON object per line, after the number of the request (`child`), on descriptors that nothing else uses. What the
+user's code prints is shown on standard error, inert and limited in length; output of native code and child processes
+goes to /dev/null.
 """
 
 import codecs
@@ -124,7 +125,7 @@ class _Inert(io.RawIOBase):
         self.begin()
 
     def begin(self) -> None:
-        """Begin with another completion, of which as much is shown as of the one before."""
+        """Start another completion, with a fresh limit on its output."""
         self._left = _LONGEST
 
     def writable(self) -> bool:
