@@ -365,9 +365,9 @@ def test_members_without_a_finite_reward_are_dropped_and_counted(bench: Bench) -
     assert row["update/rms"] > 0
     recorded = [line for line in rows(bench.folder / "run", "completions.jsonl") if line["reward"] is None]
     assert {line["member"] for line in recorded} == {2}
-    (said,) = [text for text in bench.display.messages if "no finite number" in text]
+    (said,) = [text for text in bench.display.messages if "returned NaN or infinity" in text]
     samples = [f'nan for problem {line["problem"]}, answer "{line["completion"]}"' for line in recorded]
-    assert said.partition("learned: ")[2] in samples
+    assert said.partition("learned from it: ")[2] in samples
 
 
 def test_failures_of_one_member_are_counted_said_once_and_recorded(bench: Bench) -> None:
@@ -389,7 +389,7 @@ def test_failures_of_one_member_are_counted_said_once_and_recorded(bench: Bench)
     recorded = first_rows("fails", Fails())
     assert [row["member"] for row in recorded] == [1, 2, 3, 5]
     assert (recorded[3]["reward"], recorded[3]["correct"], recorded[3]["detail"]) == (0, False, "reward_failed")
-    (said,) = [text for text in bench.display.messages if "score() failed" in text]
+    (said,) = [text for text in bench.display.messages if "score() failed, so" in text]
     assert f"KeyError: 'five'; problem {recorded[3]['problem']}, answer \"{recorded[3]['completion']}\"" in said
     for entry in read_journal(bench.folder / "fails" / "journal.jsonl").entries:
         assert entry.dropped == ()
@@ -456,8 +456,8 @@ def test_a_users_score_that_loops_or_exits_ends_like_one_that_raises(bench: Benc
     same_run(bench.folder / "good", bench.folder / "ours")
     for name in ("loops", "exits"):
         same_run(bench.folder / "raises", bench.folder / name)
-    said = [text for text in bench.display.messages if "score() failed" in text]
-    assert [text.partition("failed: ")[2].partition(";")[0] for text in said] == [
+    said = [text for text in bench.display.messages if "score() failed, so" in text]
+    assert [text.partition("counts the others: ")[2].partition(";")[0] for text in said] == [
         "ZeroDivisionError: division by zero",
         "score() took longer than 2 s",
         "score() ended its process with status 0",

@@ -318,7 +318,7 @@ def test_a_score_that_exits_costs_its_own_completions(bench: Bench) -> None:
     same_run(bench.folder / "exits", bench.folder / "raises")
     failed = [row for row in rows(bench.folder / "exits", "completions.jsonl") if row["detail"] == "reward_failed"]
     assert failed
-    (said, _) = [text for text in bench.display.messages if "score() failed" in text]
+    (said, _) = [text for text in bench.display.messages if "score() failed, so" in text]
     assert "score() ended its process with status 1; problem " in said
 
 
