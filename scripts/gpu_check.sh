@@ -8,7 +8,7 @@
 # Needs the CUDA builds of PyTorch and vLLM, pytest, and no network: the weights are random. It runs from a checkout with
 # .venv/bin/python where there is one, else with $PYTHON or python3, which may find packages by PYTHONPATH. The whole
 # output of both parts and bench.json go to $OUT, by default build/gpu_check. Status 0: all is well; 1: a test failed, or
-# there is no table; 2: there is no GPU, or a package is missing.
+# there is no table; 2: there is no GPU, or no PyTorch or vLLM.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
 
@@ -22,7 +22,7 @@ mkdir -p "$out"
 
 machine=$("$python" -W ignore - <<'PYTHON'
 import importlib.util, sys
-missing = [name for name in ("torch", "vllm", "pytest", "eggroll_llm") if importlib.util.find_spec(name) is None]
+missing = [name for name in ("torch", "vllm", "eggroll_llm") if importlib.util.find_spec(name) is None]
 if missing:
     sys.exit(f"gpu_check: {sys.executable} does not find {', '.join(missing)}: make install EXTRAS=cuda,dev")
 import torch

@@ -112,13 +112,13 @@ def show(table: Sequence[dict[str, Any]], size: Size, console: Console) -> None:
             "and new tokens. prefill: seconds to the first token of all prompts. step: milliseconds of a forward pass "
             "that decodes a token of each. of ...: tokens/s, as a fraction in the same round. noise + update + serve: "
             "milliseconds of a training step, and their share of it. GiB: in use (GPU: peak), then what it is more "
-            "than plain eager, measured / predicted. start: seconds.",
+            "than plain eager, measured / predicted. start: seconds. vLLM: how it runs.",
         )
         for column in ("variant", "tokens/s", "new/s", "prefill", "decode/s", "step"):
             view.add_column(column, justify="left" if column == "variant" else "right")
         for name in references:
             view.add_column(f"of {name}", justify="right")
-        for column in ("noise + update + serve", "GiB", "more", "start"):
+        for column in ("noise + update + serve", "GiB", "more", "start", "vLLM"):
             view.add_column(column, justify="right")
         for row in part:
             view.add_row(*_cells(row, references))
@@ -146,7 +146,15 @@ def _cells(row: dict[str, Any], references: Sequence[str]) -> list[str]:
         f"{row['memory_gib']:.2f}",
         more,
         _number(row.get("start_seconds"), ".0f"),
+        _how_it_runs(row),
     ]
+
+
+def _how_it_runs(row: dict[str, Any]) -> str:
+    """Return what sets an engine apart from one in this process, one step after the other, without graphs."""
+    parts = {"mp": row.get("multiprocess"), "async": row.get("async_scheduling"), "v2": row.get("second_model_runner")}
+    graphs = row.get("cudagraph_mode", "NONE").rpartition(".")[2].lower()
+    return " ".join([*(name for name, on in parts.items() if on), *([graphs] if graphs != "none" else [])])
 
 
 def _rest_of_step(row: dict[str, Any]) -> str:

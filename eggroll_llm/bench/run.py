@@ -31,7 +31,7 @@ from eggroll_llm.system.hardware import serves_on_cpu
 from eggroll_llm.system.invocation import child_python
 
 WORKER = "eggroll_llm.bench.worker"
-PIPE_WIDTH = 200  # columns of the table where there is no terminal
+PIPE_WIDTH = 230  # columns of the table where there is no terminal
 FREE_SHARE = 0.95  # of a GPU's free memory that processes may fill
 
 

@@ -82,12 +82,16 @@ def test_the_table_has_phases_and_the_share_of_what_is_no_sampling(subject: Subj
         workload="even",
         variants=(EAGER, OURS),
         rounds=[{EAGER.name: answer(100, **phases), OURS.name: answer(95, **phases, **step)}],
-        about={EAGER: {"device": "H100"}},
+        about={
+            EAGER: {"device": "H100", "async_scheduling": True, "cudagraph_mode": "NONE"},
+            OURS: {"multiprocess": True, "second_model_runner": True, "cudagraph_mode": "CUDAGraphMode.FULL"},
+        },
     )
     text = io.StringIO()
-    show(rows([wave], subject, SIZE), SIZE, Console(file=text, width=200))
+    show(rows([wave], subject, SIZE), SIZE, Console(file=text, width=230))
     eager, ours = (line for line in text.getvalue().splitlines() if line.startswith("│ p"))
     assert "64 new tokens each: 80 prompt and 512 new tokens, 8 at a time, greedy, on H100" in text.getvalue()
-    for cell in ("95", "0.50", "1,234", "12.30", "0.95 (0.95-0.95)", "15 + 25 + 1, 2.0 %", "1.00"):
+    for cell in ("95", "0.50", "1,234", "12.30", "0.95 (0.95-0.95)", "15 + 25 + 1, 2.0 %", "1.00", "mp v2 full"):
         assert f" {cell} " in ours
     assert " 15 + 25" not in eager
+    assert eager.split()[-2:] == ["async", "│"]
