@@ -1,7 +1,7 @@
 """Stands in for the process of a benchmark variant: no vLLM, figures that the variant's name says, a diary of times.
 
-A name is "NAME speed=200 fails=2 starts=no": tokens per second, the repeat in which the process ends, and whether it
-starts.
+A name is "NAME speed=200 fails=2 hangs=2 starts=no": tokens per second, the repeat in which the process ends or hangs,
+and whether it starts.
 """
 
 import json
@@ -27,7 +27,7 @@ def main() -> None:
     print("answer", json.dumps({"device": "stub", "start_seconds": 0.1}), flush=True)
     for line in sys.stdin:
         message, begin = json.loads(line), time.monotonic()
-        time.sleep(float(says.get("takes", 0.01)))
+        time.sleep(600 if str(message["repeat"]) == says.get("hangs") else 0.01)
         if str(message["repeat"]) == says.get("fails"):
             sys.exit("the GPU is lost")
         note("measure", begin)
