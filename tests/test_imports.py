@@ -28,7 +28,10 @@ ORDER = (
 )
 """Rooms: the folders of `eggroll_llm`, `errors`, `rewards`, `eval`. Each imports itself and rooms of earlier rows."""
 FLOOR = {room: floor for floor, rooms in enumerate(ORDER) for room in rooms}
-OUTSIDE = {"vllm": ("eggroll_llm.engine.vllm", "eggroll_llm.bench.variants"), "trl": ("eggroll_llm.training.grpo_trl",)}
+OUTSIDE = {
+    "vllm": ("eggroll_llm.engine.vllm", "eggroll_llm.bench.ours", "eggroll_llm.bench.plain"),
+    "trl": ("eggroll_llm.training.grpo_trl",),
+}
 """Packages that these places alone may import."""
 METHOD_MAY_IMPORT = {"torch", "annotated_types", "collections", "contextlib", "dataclasses", "functools"} | {
     *("hashlib", "itertools", "math", "typing")

@@ -4,39 +4,61 @@ import dataclasses
 import json
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
-from eggroll_llm.bench.variants import Workload, start_variant
+from eggroll_llm.bench.workload import Runner, Workload
 
 
 def main() -> None:
     """Start the variant that the first line describes, then measure once for every further line."""
     job = json.loads(sys.stdin.readline())
     workloads = {name: Workload(**work) for name, work in job["workloads"].items()}
-    start = time.perf_counter()
-    variant = start_variant(job)
-    _answer({"start_seconds": time.perf_counter() - start})
+    begin = time.perf_counter()
+    runner = start(job)
+    _answer({"start_seconds": time.perf_counter() - begin, **runner.about()})
     for line in sys.stdin:
         message = json.loads(line)
-        work = workloads[message["workload"]]
-        times = variant.run(work, message["repeat"])
-        prompt, new = sum(map(len, work.prompts)), sum(work.new_tokens)
-        tokens = prompt + new if times.tokens is None else times.tokens
-        _answer(
-            {
-                **{f"{name}_seconds": value for name, value in dataclasses.asdict(times).items() if name != "tokens"},
-                "tokens_per_second": tokens / times.sample,
-                "generated_per_second": tokens / times.sample * new / (prompt + new),
-                "resident_gib": resident_gib(),
+        _answer(measure(runner, workloads[message["workload"]], message["repeat"], phased=message["phased"]))
+    runner.close()
+
+
+def start(job: dict[str, Any]) -> Runner:
+    """Start a variant in the environment it is about: ours, or none for vLLM as it ships."""
+    if job["kind"] == "shipped":
+        from eggroll_llm.bench.plain import Plain
+
+        return Plain(job)
+    import eggroll_llm.engine.vllm  # noqa: F401 - its variables come before vLLM
+    from eggroll_llm.bench import ours
+
+    return ours.start(job)
+
+
+def measure(runner: Runner, work: Workload, repeat: int, *, phased: bool) -> dict[str, Any]:
+    """Answer the workload once and return seconds, rates and memory.
+
+    `phased` answers it again with one token each. That is the prefill, and all beyond it is decoding.
+    """
+    times = runner.run(work, 2 * repeat)
+    prompt, new = sum(map(len, work.prompts)), sum(work.new_tokens)
+    tokens = prompt + new if times.tokens is None else times.tokens
+    rest = [times.noise or 0.0, times.update or 0.0, times.serve or 0.0]
+    answer = {
+        **{f"{name}_seconds": value for name, value in dataclasses.asdict(times).items() if name != "tokens"},
+        "tokens_per_second": tokens / times.sample,
+        "generated_per_second": tokens / times.sample * new / (prompt + new),
+        "rest_of_step": None if times.update is None else sum(rest) / (times.sample + sum(rest)),
+    }
+    if phased:
+        prefill = runner.run(work.first_token(), 2 * repeat + 1).sample
+        decode, steps = times.sample - prefill, max(work.new_tokens) - 1
+        answer |= {"prefill_seconds": prefill}
+        if steps and decode > 0:  # which noise can turn around where there is next to nothing to decode
+            answer |= {
+                "decode_tokens_per_second": (new - len(work.prompts)) / decode,
+                "decode_step_seconds": decode / steps,
             }
-        )
-
-
-def resident_gib() -> float:
-    """Memory of this process that is in use now."""
-    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("VmRSS:")) / 2**20
+    return answer | {"memory_gib": runner.memory_gib()}
 
 
 def _answer(values: dict[str, Any]) -> None:

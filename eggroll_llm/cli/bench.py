@@ -1,36 +1,98 @@
 """`bench`: speed next to plain vLLM."""
 
 import argparse
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from eggroll_llm.cli.arguments import Settings
 from eggroll_llm.cli.shared import positive
+from eggroll_llm.config.flags import apply_overrides
+from eggroll_llm.config.parse import parse_table
 from eggroll_llm.config.recipe import load_recipe
+from eggroll_llm.config.schema import RunConfig
 from eggroll_llm.errors import ConfigError
 from eggroll_llm.system.files import check_output_file
+
+if TYPE_CHECKING:
+    from eggroll_llm.bench.subject import Subject
+
+DEFAULTS = {"cpu": (128, 64), "cuda": (512, 128)}
+"""Prompts, and new tokens of each."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's own arguments."""
-    parser.add_argument("recipe", type=Path, metavar="RECIPE.toml")
-    parser.add_argument("--out", type=Path, metavar="FILE.json")
-    parser.add_argument("--repeats", type=positive, default=3, metavar="N", help="measurements of each variant")
-    parser.add_argument("--sequences", type=positive, default=128, metavar="N", help="decoded at once")
-    parser.add_argument("--new-tokens", type=positive, default=64, metavar="N", help="tokens per sequence, at most")
+    parser.add_argument("recipe", type=Path, nargs="?", metavar="RECIPE.toml", help="whose model and prompts")
+    parser.add_argument(
+        "--random-weights",
+        metavar="SHAPE",
+        help="instead of a recipe: random weights and prompts of the shape of smollm2-135m, qwen2.5-0.5b, "
+        "qwen2.5-1.5b, qwen2.5-7b, or of a model's directory or config.json",
+    )
+    parser.add_argument("--num-prompts", type=positive, metavar="N", help="decoded at once; default: 128, on a GPU 512")
+    parser.add_argument("--input-len", type=positive, metavar="N", help="tokens of a random prompt; default: 128")
+    parser.add_argument("--output-len", type=positive, metavar="N", help="new tokens, at most; default: 64, GPU: 128")
+    parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 (default) is greedy")
+    parser.add_argument("--ranks", type=_numbers, default=[], metavar="R,R", help="measure populations of these ranks")
+    parser.add_argument("--members", type=_numbers, default=[], metavar="M,M", help="... and of these sizes (64)")
     parser.add_argument("--variants", default="", metavar="TEXT", help="only variants with this in their name")
+    parser.add_argument("--repeats", type=positive, default=3, metavar="N", help="measurements of each variant")
+    parser.add_argument("--out", type=Path, metavar="FILE.json")
+
+
+def _numbers(text: str) -> list[int]:
+    return [positive(number) for number in text.split(",")]
 
 
 def run(options: argparse.Namespace, settings: Settings) -> int:
     """Measure sampling and update speed."""
-    from eggroll_llm.bench.run import Size, bench
+    from eggroll_llm.bench.plan import Size, check_shares, chosen_groups
+    from eggroll_llm.bench.run import bench, device
 
-    config, folder = load_recipe(options.recipe, settings), options.recipe.resolve().parent
+    prompts, new_tokens = DEFAULTS[device()]
+    size = Size(
+        num_prompts=options.num_prompts or prompts,
+        output_len=options.output_len or new_tokens,
+        temperature=options.temperature,
+    )
+    config = _config(options, settings)
+    groups = chosen_groups(device(), options.variants, options.ranks, options.members, config.engine.slots)
+    for group in groups:
+        check_shares(size, group)
+    if options.out:
+        check_output_file(options.out, "bench.json")
+    with _subject(options, config, size.num_prompts) as subject:
+        bench(subject, size, groups, options.repeats, options.out)
+    return 0
+
+
+def _config(options: argparse.Namespace, settings: Settings) -> RunConfig:
+    """Return the recipe, or what flags alone say."""
+    if (options.recipe is None) == (options.random_weights is None):
+        raise ConfigError("name a recipe to measure, or give --random-weights SHAPE, but not both")
+    if options.recipe is None:
+        # Of no consequence for speed: a task must be named, and a sigma be positive.
+        table = apply_overrides(RunConfig, {"task": "countdown", "es": {"sigma": 1e-3}}, settings)
+        return parse_table(RunConfig, table, where="", source="the flags")
+    if options.input_len:
+        raise ConfigError("--input-len is of --random-weights: a recipe has prompts of its own")
+    config = load_recipe(options.recipe, settings)
     if config.method != "es":
         raise ConfigError(
             f'{options.recipe}: method = "{config.method}": only the populations of "es" are measured here'
         )
-    if options.out:
-        check_output_file(options.out, "bench.json")
-    size = Size(sequences=options.sequences, new_tokens=options.new_tokens)
-    bench(config, folder, size, options.repeats, options.out, options.variants)
-    return 0
+    return config
+
+
+@contextmanager
+def _subject(options: argparse.Namespace, config: RunConfig, num_prompts: int) -> Iterator["Subject"]:
+    from eggroll_llm.bench.subject import of_recipe, of_shape
+
+    if options.recipe:
+        yield of_recipe(config, options.recipe.resolve().parent)
+        return
+    shape, length = options.random_weights, options.input_len or 128
+    with of_shape(shape, config.engine, config.es.sigma, num_prompts, length) as subject:
+        yield subject

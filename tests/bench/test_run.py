@@ -1,188 +1,274 @@
-"""The benchmark's arithmetic, and its variants on a tiny model."""
+"""The processes of the benchmark: stand-ins for how they are measured, real ones of a tiny model for what they do."""
 
 import errno
 import json
 import os
-from collections.abc import Callable
-from contextlib import nullcontext
-from dataclasses import asdict
+import time
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
-from eggroll_llm.bench import run
+from eggroll_llm.bench import plan, run, worker
+from eggroll_llm.bench.plan import EAGER, Size, Variant
+from eggroll_llm.bench.subject import Subject, of_shape
+from eggroll_llm.bench.workload import Times, Workload
 from eggroll_llm.cli.main import main
-from eggroll_llm.config.recipe import to_toml
-from eggroll_llm.config.schema import RunConfig
+from eggroll_llm.config.schema import EngineConfig
 from eggroll_llm.errors import ConfigError, UserError
-from eggroll_llm.models.targets import trained_parameters
-from eggroll_llm.training.budget import member_bytes
-from eggroll_llm.training.prepare import prepare
 
-OURS = run.population(2, 4, slots=2)
-
-
-def config(model: Path) -> RunConfig:
-    from eggroll_llm.config.schema import EngineConfig, SamplingConfig
-    from eggroll_llm.es.settings import EsSettings
-
-    return RunConfig(
-        model=str(model),
-        task="countdown",
-        task_options={"prompt_style": "few_shot", "shots": 1, "test_size": 8, "train_size": 32},
-        steps=1,
-        es=EsSettings(population=4, sigma=0.05, learning_rate=0.01),
-        sampling=SamplingConfig(max_tokens=4),
-        engine=EngineConfig(kv_cache_gib=0.05, dtype="bfloat16"),
-    )
+SHAPE = {
+    "architectures": ["Qwen2ForCausalLM"],
+    "model_type": "qwen2",
+    "vocab_size": 1000,
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "tie_word_embeddings": True,
+}
+SIZE = Size(num_prompts=8, output_len=4)
 
 
-def answer(tokens_per_second: float, **more: float | None) -> dict[str, Any]:
-    return {
-        "tokens_per_second": tokens_per_second,
-        "generated_per_second": tokens_per_second / 2,
-        "noise_seconds": None,
-        "update_seconds": None,
-        "serve_seconds": None,
-        "resident_gib": 1.0,
-    } | more
+@pytest.fixture(scope="module")
+def shape(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("shape") / "config.json"
+    path.write_text(json.dumps(SHAPE))
+    return path
 
 
-def test_names_say_what_differs() -> None:
-    names = [variant.name for _, variants in run.GROUPS for variant in variants]
-    assert len(names) == len(set(names))
-    assert OURS.name == "population of 4, rank 2, 2 slots"
+@pytest.fixture(scope="module")
+def subject(shape: Path) -> Iterator[Subject]:
+    with of_shape(str(shape), EngineConfig(dtype="bfloat16"), 0.05, num_prompts=8, input_len=12) as subject:
+        yield subject
 
 
-SIZE = run.Size(sequences=128, new_tokens=64)
+class Stubs:
+    """The benchmark with `bench_stub` in place of vLLM."""
+
+    def __init__(self, folder: Path, subject: Subject) -> None:
+        self.diary, self.out, self.subject = folder / "diary", folder / "out.json", subject
+
+    def bench(self, *variants: Variant, repeats: int = 2) -> dict[str, dict[str, Any]]:
+        run.bench(self.subject, SIZE, [("even", variants)], repeats, self.out)
+        return self.table()
+
+    def table(self) -> dict[str, dict[str, Any]]:
+        return {row["name"].split()[0]: row for row in json.loads(self.out.read_text())}
+
+    def notes(self) -> list[tuple[str, str, float, float]]:
+        return [tuple(json.loads(line)) for line in self.diary.read_text().splitlines()]
 
 
-def test_mixed_lengths_are_from_a_quarter_to_all_of_the_tokens_in_waves() -> None:
-    assert SIZE.lengths("even") == [64] * 128
-    mixed = SIZE.lengths("mixed")
-    assert (len(mixed), min(mixed), max(mixed), sum(mixed)) == (512, 16, 64, 20_240)
-    assert mixed != sorted(mixed)
-    assert SIZE.lengths("mixed") == mixed
-    for sequences, new_tokens, lengths in (
-        (1, 2, [1, 1, 1, 2]),
-        (2, 16, [4, 5, 7, 9, 10, 12, 14, 16]),
-        (1, 1, [1] * 4),
-    ):
-        assert sorted(run.Size(sequences=sequences, new_tokens=new_tokens).lengths("mixed")) == lengths
+@pytest.fixture
+def stubs(tmp_path: Path, subject: Subject, monkeypatch: pytest.MonkeyPatch) -> Stubs:
+    stubs = Stubs(tmp_path, subject)
+    support = Path(__file__).parents[1] / "support"
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(support), os.environ.get("PYTHONPATH", "")]))
+    monkeypatch.setenv("BENCH_DIARY", str(stubs.diary))
+    monkeypatch.setattr(run, "WORKER", "bench_stub")
+    monkeypatch.setattr(run, "gpu_bytes", lambda subject, variant, sequences, context: 1)
+    return stubs
 
 
-def test_every_member_of_every_variant_answers_as_much() -> None:
-    for sequences, wanted, refused in ((128, "", ""), (64, "population of 64", ""), (64, "", "128"), (100, "", "64")):
-        size = run.Size(sequences=sequences, new_tokens=64)
-        chosen = [(work, [v for v in variants if wanted in v.name]) for work, variants in run.GROUPS]
-        with pytest.raises(UserError, match=f"use a multiple of {refused}") if refused else nullcontext():
-            for work, variants in chosen:
-                run._check_shares(size, work, variants)
+def named(name: str) -> Variant:
+    return Variant(name=name, kind="population", rank=1, population=4)
 
 
-@pytest.mark.vllm
-def test_ratios_are_taken_within_a_round(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
-    prepared = prepare(config(tiny_model("llama")), tmp_path)
-    variants = (run.EAGER, run.COMPILED, OURS)
-    groups = [
-        run.Measured(
-            workload="even",
-            variants=variants,
-            rounds=[
-                {
-                    run.EAGER.name: answer(100 * drift),
-                    run.COMPILED.name: answer(125 * drift),
-                    OURS.name: answer(95 * drift, noise_seconds=0.1, resident_gib=1.5),
-                }
-                for drift in drifts
-            ],
-        )
-        for drifts in ((1.0, 2.0), (0.5,))
-    ]
-    (merged,) = run._merge_references(groups)
-    assert len(merged.rounds) == 3
-    plain, compiled, ours = run.rows(merged, prepared, SIZE)
-    assert (plain["ratio_to_plain_eager"], plain["ratio_to_plain_best"]) == (1.0, pytest.approx(0.8))
-    assert (compiled["ratio_to_plain_eager"], compiled["ratio_to_plain_best"]) == (pytest.approx(1.25), 1.0)
-    assert ours["ratio_to_plain_eager_range"] == [pytest.approx(0.95), pytest.approx(0.95)]
-    assert ours["ratio_to_plain_best"] == pytest.approx(0.76)
-    assert ours["tokens_per_second"] == 95
-    assert ours["tokens_per_second_range"] == [47.5, 190]
-    assert (ours["name"], ours["rank"], ours["slots"], ours["population"]) == (OURS.name, 2, 2, 4)
-    assert (ours["noise_seconds"], ours["update_seconds"]) == (0.1, None)
-    assert ours["resident_over_plain_gib"] == pytest.approx(0.5)
-    shapes = trained_parameters(prepared.model_dir)
-    masters = 4 * sum(out * inside for _, out, inside in shapes)
-    assert ours["resident_over_plain_gib_predicted"] * 2**30 == masters + (2 + 2) * member_bytes(shapes, 2, 2)
-    assert plain["resident_over_plain_gib_predicted"] is None
-
-
-@pytest.mark.vllm
-def test_every_kind_of_variant_runs_and_the_table_is_written(
-    tiny_model: Callable[[str], Path],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_starts_overlap_on_a_gpu_and_nothing_runs_beside_a_measurement(
+    device: plan.Device, stubs: Stubs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    kinds = [
-        run.Variant(name=kind, kind=kind, rank=1, slots=4, population=4)  # type: ignore[arg-type]
-        for kind in ("population", "stock", "files", "swap")
+    monkeypatch.setattr(run, "device", lambda: device)
+    monkeypatch.setattr(run, "_gpu_capacity", lambda: 4 if device == "cuda" else float("inf"))
+    table = stubs.bench(named("a speed=50"), named("b"), named("c"))
+    notes = stubs.notes()
+    starts = [note for note in notes if note[1] == "start"]
+    assert len(starts) == len(plan.REFERENCES[device]) + 3  # those that stay are started once
+    overlaps = [
+        (one, two)
+        for i, one in enumerate(notes)
+        for two in notes[:i]
+        if one[0] != two[0] and max(one[2], two[2]) < min(one[3], two[3])
     ]
-    monkeypatch.setattr(run, "GROUPS", (("even", tuple(kinds)), ("mixed", (OURS,))))
-    out = tmp_path / "run.json"
-    run.bench(config(tiny_model("llama")), tmp_path, run.Size(sequences=8, new_tokens=4), 1, out)
-    rows = json.loads(out.read_text())
-    names = [run.EAGER.name, run.COMPILED.name]
-    assert [row["name"] for row in rows] == [*names, *(kind.name for kind in kinds), *names, OURS.name]
-    for row in rows:
-        assert row["tokens_per_second"] > 0
-        assert row["resident_gib"] > 0.1
-        assert row["prompt_tokens"] > row["generated_tokens"] > 0
-    by_kind = {row["kind"]: row for row in rows if row["workload"] == "even"}
-    assert all(by_kind["population"][f"{part}_seconds"] > 0 for part in ("noise", "update", "serve"))
-    assert by_kind["files"]["noise_seconds"] > 0
-    assert by_kind["swap"]["noise_seconds"] > 0
-    assert "population of 4, rank 2, 2 slots" in capsys.readouterr().out.replace("\n", "")
-    assert asdict(OURS).items() <= rows[-1].items()
+    assert bool(overlaps) == (device == "cuda")
+    assert all(one[1] == two[1] == "start" for one, two in overlaps)
+    assert table["a"]["ratio_to"]["plain, eager"] == [0.5, 0.5, 0.5]
+    # On the GPU, which has room for four, each of the three came in a wave of its own.
+    assert table["plain,"]["rounds"] == (6 if device == "cuda" else 2)
 
 
-def test_a_file_that_cannot_be_written_is_refused_before_hours_are_spent(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_a_variant_that_fails_is_left_out_and_says_why(stubs: Stubs, capsys: pytest.CaptureFixture[str]) -> None:
+    table = stubs.bench(named("a fails=1"), named("b starts=no"), named("c"))
+    assert table.keys() == {"plain,", "c"}
+    said = " ".join(capsys.readouterr().out.split())
+    assert "benchmark: 'a fails=1' ended with status 1: the GPU is lost ; left out" in said
+    assert "benchmark: 'b starts=no' ended with status 1: out of memory ; left out" in said
+
+
+def test_nothing_is_compared_with_a_reference_that_fails(stubs: Stubs, monkeypatch: pytest.MonkeyPatch) -> None:
+    lost = Variant(name="plain, eager fails=1", kind="plain")
+    monkeypatch.setattr(run, "EAGER", lost)
+    monkeypatch.setitem(plan.REFERENCES, run.device(), (lost,))
+    with pytest.raises(UserError, match=r"(?s)the GPU is lost.*All others are compared with"):
+        stubs.bench(named("a"))
+
+
+def test_what_was_measured_before_an_interruption_is_shown(stubs: Stubs, monkeypatch: pytest.MonkeyPatch) -> None:
+    processes = []
+    ask = run.Worker.ask
+
+    def interrupted(self: run.Worker, message: dict[str, Any]) -> dict[str, Any]:
+        processes.append(self._process)
+        if self.variant.name == "a hangs=2" and message["repeat"] == 2:
+            self._send(message)
+            raise KeyboardInterrupt
+        return ask(self, message)
+
+    monkeypatch.setattr(run.Worker, "ask", interrupted)
+    start = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        stubs.bench(named("a hangs=2"), repeats=5)
+    assert time.monotonic() - start < 25  # nothing waits for the one that hangs
+    assert [row["rounds"] for row in stubs.table().values()] == [1] * 2
+    assert all(process.returncode is not None for process in processes)
+
+
+def test_a_full_disk_leaves_the_table_before_it(
+    stubs: Stubs, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "recipe.toml").write_text(to_toml(config(tmp_path)))
-    for out, said in (
-        (tmp_path, "is a folder: name a file in it"),
-        (tmp_path / "no" / "b.json", "does not exist: create it"),
-    ):
-        assert main(["bench", str(tmp_path / "recipe.toml"), "--out", str(out)]) == 2
-        assert capsys.readouterr().err.startswith(f"error: --out {out}: {said}")
-
-
-def test_a_full_disk_leaves_the_table_before_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing is measured; the new table is on the terminal."""
+    """The new table is on the terminal."""
 
     def fail(_: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    eager = SimpleNamespace(variant=run.EAGER, close=lambda: None)
-    changes = {"prepare": None, "_job": {}, "_start": [eager], "_measure": None, "_merge_references": [], "show": None}
-    for name, value in changes.items():
-        monkeypatch.setattr(run, name, lambda *_, value=value, **__: value)
+    stubs.out.write_text("before")
     monkeypatch.setattr(os, "fsync", fail)
-    out = tmp_path / "run.json"
-    out.write_text("before")
-    with pytest.raises(ConfigError, match=rf"^--out {out}: cannot write 3 bytes \(No space left on device; \d+ bytes"):
-        run.bench(config(tmp_path), tmp_path, SIZE, 1, out)
-    assert [(path, path.read_text()) for path in tmp_path.iterdir()] == [(out, "before")]
+    with pytest.raises(ConfigError, match=rf"^--out {stubs.out}: cannot write \d+ bytes \(No space left on device"):
+        stubs.bench(named("a speed=50"))
+    assert stubs.out.read_text() == "before"
+    assert "0.50 (0.50-0.50)" in capsys.readouterr().out
 
 
-def test_a_name_that_no_variant_has_is_a_mistake(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="in none of these names"):
-        run.bench(config(tmp_path), tmp_path, SIZE, 1, None, "no such variant")
+def test_prefill_and_decode_are_timed_apart() -> None:
+    class Slow:
+        """Two seconds for the prompts of 5 + 7 tokens, half a second for each further token of both."""
+
+        def run(self, work: Workload, repeat: int) -> Times:
+            asked.append(repeat)
+            seconds = 2 + 0.5 * (max(work.new_tokens) - 1)
+            return Times(sample=seconds, noise=0.1, update=0.2, serve=0.2)
+
+        def memory_gib(self) -> float:
+            return 3.0
+
+    asked: list[int] = []
+    work = Workload(prompts=[[1] * 5, [2] * 7], new_tokens=[9, 9])
+    measured = worker.measure(Slow(), work, 3, phased=True)  # type: ignore[arg-type]
+    assert measured == {
+        "sample_seconds": 6.0,
+        "noise_seconds": 0.1,
+        "update_seconds": 0.2,
+        "serve_seconds": 0.2,
+        "tokens_per_second": 5.0,
+        "generated_per_second": 3.0,
+        "rest_of_step": pytest.approx(0.5 / 6.5),
+        "prefill_seconds": 2.0,
+        "decode_tokens_per_second": 4.0,
+        "decode_step_seconds": 0.5,
+        "memory_gib": 3.0,
+    }
+    assert asked == [6, 7]  # each has noise of its own
+    assert "prefill_seconds" not in worker.measure(Slow(), work, 3, phased=False)  # type: ignore[arg-type]
+
+
+def assert_swapped(runner: Any) -> None:
+    """The layers compute with other weights than those of the base model."""
+    swapped = runner._llm.model_executor.driver_worker.worker.swapped
+    assert len(swapped) == 4 * SHAPE["num_hidden_layers"]  # type: ignore[operator]
+    for module, base in swapped:
+        x = torch.ones(2, base.shape[1], dtype=base.dtype, device=base.device)
+        plain = torch.nn.functional.linear(x, base)
+        assert (module.quant_method.apply(module, x) - plain).abs().mean() > 0.1
+
+
+@pytest.mark.vllm
+def test_every_kind_of_variant_runs(subject: Subject) -> None:
+    """On random weights, in this process, which spares six starts of Python and vLLM."""
+    job = run.job_of(subject, SIZE, subject.context(SIZE.output_len), ["even"])
+    work = Workload(**job["workloads"]["even"])
+    kinds = [EAGER, *(Variant(name=k, kind=k, rank=1, slots=4, population=4) for k in ("population", "stock"))]  # type: ignore[arg-type]
+    kinds += [Variant(name=k, kind=k, rank=1, slots=4, population=4) for k in ("files", "swap")]  # type: ignore[arg-type]
+    for variant in kinds:
+        runner = worker.start({**job, **vars(variant)})
+        try:
+            answer = worker.measure(runner, work, 0, phased=variant.phased)
+            about = runner.about()
+            if variant.kind == "swap":
+                assert_swapped(runner)
+        finally:
+            runner.close()
+        assert answer["tokens_per_second"] > answer["generated_per_second"] > 0
+        assert answer["memory_gib"] > 0.1
+        assert (answer["noise_seconds"] is None) == (variant is EAGER)
+        assert ("prefill_seconds" in answer) == variant.phased
+        assert (answer["rest_of_step"] is not None) == (variant.kind in ("population", "stock"))
+        assert not about["multiprocess"]
+
+
+@pytest.mark.vllm
+@pytest.mark.slow
+def test_the_command_measures_vllm_as_it_ships(
+    shape: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shipped = replace(plan.SHIPPED, compiled=False)  # which takes a minute
+    monkeypatch.setitem(plan.REFERENCES, "cpu", ())
+    monkeypatch.setitem(plan.GROUPS, "cpu", (("even", (shipped,)),))
+    for name in [name for name in os.environ if name.startswith("VLLM_")]:
+        monkeypatch.delenv(name)  # an engine of another test has set ours
+    out = tmp_path / "bench.json"
+    words = ["--random-weights", str(shape), "--num-prompts", "8", "--input-len", "12", "--output-len", "4"]
+    words += ["--temperature", "1", "--repeats", "1", "--engine.dtype", "bfloat16", "--out", str(out)]
+    assert main(["bench", *words]) == 0
+    (row,) = json.loads(out.read_text())
+    assert row["multiprocess"]
+    assert (row["prompt_tokens"], row["generated_tokens"], row["temperature"]) == (96, 32, 1)
+    assert row["tokens_per_second"] * row["prefill_seconds"] > 0
+    assert row["memory_gib"] > 0.1
+    assert "8 at a time, temperature 1" in capsys.readouterr().out
+
+
+def test_a_recipe_or_a_shape(tmp_path: Path, shape: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text('task = "countdown"\nsteps = 1\n')
+    for words, said in (
+        ([], "name a recipe to measure, or give --random-weights SHAPE, but not both"),
+        ([str(recipe), "--random-weights", str(shape)], "but not both"),
+        ([str(recipe), "--input-len", "8"], "--input-len is of --random-weights"),
+        (["--random-weights", "gpt-9"], "neither one of smollm2-135m"),
+        (["--random-weights", str(shape), "--es.ranck", "8"], "es.ranck"),
+    ):
+        assert main(["bench", *words]) == 2
+        assert said in capsys.readouterr().err
+
+
+def test_a_file_that_cannot_be_written_is_refused_before_hours_are_spent(
+    tmp_path: Path, shape: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for out, said in (
+        (tmp_path, "is a folder: name a file in it"),
+        (tmp_path / "no" / "b.json", "does not exist: create it"),
+    ):
+        assert main(["bench", "--random-weights", str(shape), "--out", str(out)]) == 2
+        assert capsys.readouterr().err.startswith(f"error: --out {out}: {said}")
 
 
 def test_a_variant_that_does_not_start_says_why() -> None:
+    broken = run.Worker(Variant(name="broken", kind="plain"), {})
     with pytest.raises(UserError, match=r"(?s)'broken' ended with status 1.*KeyError: 'workloads'"):
-        run.Worker(run.Variant(name="broken", kind="plain"), {})
+        broken.ready()

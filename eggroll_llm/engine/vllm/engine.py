@@ -61,12 +61,14 @@ class VllmEngine:
         trainable: bool = True,
         stock: bool = False,
         logprobs: bool = False,
+        vllm_args: Mapping[str, Any] | None = None,
     ) -> None:
         """Start vLLM on a checked model directory.
 
         `slots` members are resident at once, of rank `rank`. Without `trainable` there are no float32 masters, and only
         `generate`, `stream`, `next_token_logprobs` and `load_weights` may be called. `stock` leaves a CPU to vLLM's own
         adapter arithmetic, for comparison. With `logprobs` decoding may ask for them, which costs a softmax per token.
+        `vllm_args` replace arguments of vLLM, such as `load_format`, for measurements.
         Raises ModelError when the model cannot be adapted, ConfigError when memory is short, else EngineError.
         """
         if rank > VLLM_RANKS[-1]:
@@ -84,7 +86,7 @@ class VllmEngine:
         self.watchdog = Watchdog(config.timeout_seconds)
         self._version = "base"
         args = _engine_args(model_dir, config, self.dtype, slots=slots, rank=rank, max_model_len=max_model_len)
-        args.enable_prefix_caching = prefix_caching
+        args = dataclasses.replace(args, enable_prefix_caching=prefix_caching, **(vllm_args or {}))
         if logprobs:  # those of the distribution that is sampled from
             args.logprobs_mode = "processed_logprobs"
         if not stock and not current_platform.is_cpu() and not config.enforce_eager:

@@ -1,4 +1,4 @@
-"""What the benchmark compares: our engine, plain vLLM, and the other ways of evaluating a population with vLLM.
+"""What the benchmark compares with plain vLLM: our engine, and the other ways of evaluating a population with vLLM.
 
 Each is started once and then run on a workload: prompts, dealt out to the members in turn, each with the number of
 tokens to generate. No variant stops early or caches prefixes. What a method does between steps (writing adapters) or
@@ -7,102 +7,32 @@ adapters, swapping). Adapters are made from our own noise, which is fast; full-r
 """
 
 import json
-import math
 import shutil
 import tempfile
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from vllm import EngineArgs, SamplingParams
 from vllm.lora.request import LoRARequest
 from vllm.model_executor.layers.linear import LinearBase
-from vllm.sampling_params import RequestOutputKind
-from vllm.v1.engine.llm_engine import LLMEngine
+from vllm.platforms import current_platform
 
+from eggroll_llm.bench.plain import Plain, about, memory_gib
+from eggroll_llm.bench.workload import Runner, Times, Workload, members_of
 from eggroll_llm.config.schema import EngineConfig
-from eggroll_llm.engine.interface import Request
-from eggroll_llm.engine.vllm.engine import VllmEngine, memory_args
-from eggroll_llm.engine.vllm.weights import forget_linear_weights, repack
+from eggroll_llm.engine.interface import Decoding, Request
+from eggroll_llm.engine.vllm.engine import CPU_BLOCK, VllmEngine
+from eggroll_llm.engine.vllm.weights import forget_linear_weights, keep_linear_weights, repack
 from eggroll_llm.es.estimate import UpdateSpec
 from eggroll_llm.es.noise import NoiseSpec
 from eggroll_llm.kernels.noise import served_factors_of
 from eggroll_llm.models.targets import TARGET_MODULES, trained_parameters
-from eggroll_llm.system.hardware import resolve_dtype
 
 RAM_DISK = Path("/dev/shm")
 FILE_RANK = 8  # the rank buffer of the published code
-
-
-@dataclass(frozen=True, kw_only=True)
-class Workload:
-    """Prompts in tokens, and how many tokens each is answered with."""
-
-    prompts: Sequence[Sequence[int]]
-    new_tokens: Sequence[int]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Times:
-    """Seconds of one run. Sampling is what tokens per second are counted in; None is what a variant does not do."""
-
-    sample: float
-    noise: float | None = None
-    update: float | None = None
-    serve: float | None = None
-    tokens: int | None = None
-    """Prompt and new tokens, if not those of the whole workload."""
-
-
-class Variant(Protocol):
-    """Something that answers a workload, again and again."""
-
-    def run(self, work: Workload, repeat: int) -> Times:
-        """Answer all prompts; `repeat` counts from 0 and stands for a step of training."""
-        ...
-
-
-class Plain:
-    """vLLM without anything of ours and without members."""
-
-    def __init__(self, job: dict[str, Any], **more: Any) -> None:
-        config = EngineConfig(**job["engine"])
-        context = job["context"]
-        self._llm = LLMEngine.from_engine_args(
-            EngineArgs(
-                model=job["model_dir"],
-                dtype=getattr(torch, resolve_dtype(config.dtype)),
-                max_model_len=context,
-                max_num_seqs=config.max_sequences,
-                max_num_batched_tokens=max(4096, context),
-                enforce_eager=not job["compiled"],
-                enable_prefix_caching=False,
-                disable_log_stats=True,
-                use_tqdm_on_load=False,
-                seed=0,
-                **memory_args(config),
-                **more,
-            )
-        )
-        if "worker_extension_cls" not in more:
-            self._llm.apply_model(forget_linear_weights)  # or its memory would be ours in part
-
-    def run(self, work: Workload, repeat: int) -> Times:
-        """Answer all prompts with the one model."""
-        return Times(sample=self._generate(work, [None] * len(work.prompts)))
-
-    def _generate(self, work: Workload, adapters: Sequence[LoRARequest | None]) -> float:
-        start = time.perf_counter()
-        for i, (prompt, new_tokens, adapter) in enumerate(zip(work.prompts, work.new_tokens, adapters, strict=True)):
-            prompt_ids: Any = {"prompt_token_ids": list(prompt)}
-            self._llm.add_request(f"{i}", prompt_ids, sampling_params(new_tokens), lora_request=adapter)
-        while self._llm.has_unfinished_requests():
-            self._llm.step()
-        return time.perf_counter() - start
 
 
 class Population:
@@ -110,14 +40,16 @@ class Population:
 
     def __init__(self, job: dict[str, Any], *, stock: bool = False) -> None:
         self.job = job
+        ways = {"enforce_eager": not job["compiled"], "compile": job["compiled"] and current_platform.is_cpu()}
         self._engine = VllmEngine(
             Path(job["model_dir"]),
-            EngineConfig(**{**job["engine"], "compile": job["compiled"]}),
+            EngineConfig(**job["engine"] | ways),
             slots=job["slots"],
             rank=job["rank"],
             max_model_len=job["context"],
             prefix_caching=False,
             stock=stock,
+            vllm_args=job["vllm_args"],
         )
 
     def run(self, work: Workload, repeat: int) -> Times:
@@ -125,10 +57,15 @@ class Population:
         rank, sigma, population = self.job["rank"], self.job["sigma"], self.job["population"]
         noise = self._engine.begin(NoiseSpec(seed=0, step=repeat, rank=rank, sigma=sigma), population)
         members = members_of(work, population)
-        requests = [Request(prompt_ids=tuple(p), member=m) for p, m in zip(work.prompts, members, strict=True)]
-        params = {id(r): sampling_params(n) for r, n in zip(requests, work.new_tokens, strict=True)}
+        requests = [
+            Request(prompt_ids=tuple(prompt), member=member, seed=i)
+            for i, (prompt, member) in enumerate(zip(work.prompts, members, strict=True))
+        ]
+        decoding = Decoding(max_tokens=max(work.new_tokens), temperature=work.temperature, ignore_eos=True)
+        params = {n: self._engine._sampling_params(replace(decoding, max_tokens=n)) for n in set(work.new_tokens)}
+        length_of = {id(request): n for request, n in zip(requests, work.new_tokens, strict=True)}
         start = time.perf_counter()
-        for _ in self._engine._run(requests, lambda request: params[id(request)]):
+        for _ in self._engine._run(requests, lambda request: params[length_of[id(request)]](request)):
             pass
         sample = time.perf_counter() - start
         times = self._engine.update(
@@ -144,20 +81,32 @@ class Population:
         )
         return Times(sample=sample, noise=noise, update=times.update, serve=times.serve)
 
+    def memory_gib(self) -> float:
+        """Return the memory of this process."""
+        return memory_gib()
+
+    def about(self) -> dict[str, Any]:
+        """Return how this engine runs."""
+        return about(self._engine._llm)
+
+    def close(self) -> None:
+        """Shut vLLM down."""
+        self._engine.close()
+
 
 class Files(Plain):
     """vLLM's adapters as the published code uses them: files in a RAM disk, written and loaded anew for each step."""
 
     def __init__(self, job: dict[str, Any]) -> None:
-        self.job = job
         super().__init__(
             job,
+            **in_process(job),
             enable_lora=True,
             max_loras=job["slots"],
             max_lora_rank=FILE_RANK,
             lora_target_modules=list(TARGET_MODULES),
         )
-        self._dtype = getattr(torch, resolve_dtype(job["engine"]["dtype"]))
+        self._dtype = getattr(torch, job["engine"]["dtype"])
         self._shapes = trained_parameters(Path(job["model_dir"]))
         self._next_id = 1
 
@@ -200,8 +149,9 @@ class Swap(Plain):
     MEMBERS = 4  # that are measured, as each takes the same time
 
     def __init__(self, job: dict[str, Any]) -> None:
-        self.job = job
-        super().__init__(job, worker_extension_cls=f"{__name__}.SwapExtension")
+        if current_platform.is_cpu():
+            keep_linear_weights()
+        super().__init__(job, **in_process(job), worker_extension_cls=f"{__name__}.SwapExtension")
         self._llm.collective_rpc("swap_start")
 
     def run(self, work: Workload, repeat: int) -> Times:
@@ -219,6 +169,10 @@ class Swap(Plain):
         tokens = sum(map(len, work.prompts[measured])) + sum(work.new_tokens[measured])
         return Times(sample=sample + noise, noise=noise, tokens=tokens)
 
+    def memory_gib(self) -> float:
+        """Return the memory of this process; vLLM's worker has another extension here."""
+        return memory_gib()
+
 
 class SwapExtension:
     """Methods added to vLLM's worker for `Swap`."""
@@ -232,6 +186,7 @@ class SwapExtension:
             for name, module in model.named_modules()
             if isinstance(module, LinearBase) and name.rpartition(".")[2] in TARGET_MODULES
         ]
+        assert all(base.ndim == 2 for _, base in self.swapped), "vLLM has dropped the weights"
         forget_linear_weights(model)
 
     @torch.inference_mode()
@@ -247,25 +202,20 @@ class SwapExtension:
                 module.weight.copy_(weight)
 
 
-def start_variant(job: dict[str, Any]) -> Variant:
+def in_process(job: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments in which our engine differs from vLLM as it ships, so that its kin share them."""
+    block = {"block_size": CPU_BLOCK} if current_platform.is_cpu() else {}
+    return {"max_num_batched_tokens": max(4096, job["context"]), **block}
+
+
+def start(job: dict[str, Any]) -> Runner:
     """Start what `job["kind"]` names."""
-    if job["kind"] == "stock":
-        return Population(job, stock=True)
-    return {"plain": Plain, "population": Population, "files": Files, "swap": Swap}[job["kind"]](job)
-
-
-def members_of(work: Workload, population: int) -> list[int]:
-    """Return the member that answers each prompt: neighbours belong together."""
-    per_member = math.ceil(len(work.prompts) / population)
-    return [i // per_member for i in range(len(work.prompts))]
-
-
-def sampling_params(new_tokens: int) -> SamplingParams:
-    """Greedy, of exactly this many tokens."""
-    return SamplingParams(
-        temperature=0,
-        max_tokens=new_tokens,
-        ignore_eos=True,
-        detokenize=False,
-        output_kind=RequestOutputKind.FINAL_ONLY,
-    )
+    match job["kind"]:
+        case "plain":
+            return Plain(job, **in_process(job))
+        case "files":
+            return Files(job)
+        case "swap":
+            return Swap(job)
+        case kind:
+            return Population(job, stock=kind == "stock")

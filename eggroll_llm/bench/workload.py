@@ -1,0 +1,58 @@
+"""What every variant of the benchmark is given and gives back. Imports nothing heavy."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workload:
+    """Prompts in tokens, and how many tokens each is answered with."""
+
+    prompts: Sequence[Sequence[int]]
+    new_tokens: Sequence[int]
+    temperature: float = 0.0
+    """Of sampling; a population draws with a seed for each request, as in training."""
+
+    def first_token(self) -> "Workload":
+        """Return the same prompts, each answered with one token: the prefill alone."""
+        return replace(self, new_tokens=[1] * len(self.prompts))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Times:
+    """Seconds of one run. Sampling is what tokens per second are counted in; None is what a variant does not do."""
+
+    sample: float
+    noise: float | None = None
+    update: float | None = None
+    serve: float | None = None
+    tokens: int | None = None
+    """Prompt and new tokens, if not those of the whole workload."""
+
+
+class Runner(Protocol):
+    """Something that answers a workload, again and again."""
+
+    def run(self, work: Workload, repeat: int) -> Times:
+        """Answer all prompts; `repeat` counts from 0 and stands for a step of training."""
+        ...
+
+    def memory_gib(self) -> float:
+        """Return the most memory of the GPU in use so far; on a CPU what is resident now."""
+        ...
+
+    def about(self) -> dict[str, Any]:
+        """Return how vLLM runs here: device, scheduling, processes."""
+        ...
+
+    def close(self) -> None:
+        """Free the engine."""
+        ...
+
+
+def members_of(work: Workload, population: int) -> list[int]:
+    """Return the member that answers each prompt: neighbours belong together."""
+    per_member = math.ceil(len(work.prompts) / population)
+    return [i // per_member for i in range(len(work.prompts))]
