@@ -262,7 +262,7 @@ def test_a_file_that_cannot_be_written_is_refused_before_hours_are_spent(
 ) -> None:
     for out, said in (
         (tmp_path, "is a folder: name a file in it"),
-        (tmp_path / "no" / "b.json", "does not exist: create it"),
+        (tmp_path / "no" / "b.json", "the folder"),
     ):
         assert main(["bench", "--random-weights", str(shape), "--out", str(out)]) == 2
         assert capsys.readouterr().err.startswith(f"error: --out {out}: {said}")
