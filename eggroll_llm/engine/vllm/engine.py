@@ -85,6 +85,7 @@ class VllmEngine:
         start = {
             "rank": rank,
             "es": (es or EsSettings()) if trainable else None,
+            "offload": config.offload_masters,
             "compiled": not config.enforce_eager,
             "stock": stock,
         }

@@ -57,7 +57,9 @@ class EsWorkerExtension:
 class Population:
     """Slots, factors and master weights inside a vLLM worker."""
 
-    def __init__(self, model_runner: Any, *, rank: int, es: EsSettings | None, compiled: bool, stock: bool) -> None:
+    def __init__(
+        self, model_runner: Any, *, rank: int, es: EsSettings | None, offload: bool, compiled: bool, stock: bool
+    ) -> None:
         """Without `es` there are no masters. `stock` leaves vLLM's arithmetic as it is on CPU too."""
         lora_manager = model_runner.lora_manager
         self._adapters = adapters = lora_manager._adapter_manager
@@ -71,7 +73,8 @@ class Population:
         self.slots = MemberSlots(buffers(self.layers, self.bank, adapters.lora_slots), adapters.lora_slots)
         weights = initial_weights(model_runner.model, self.layers)
         if es is not None:
-            self.masters = MasterWeights(weights, es, self.dtype, fold_for(self.device))
+            offload = offload and self.device.type != "cpu"  # a CPU's masters are in the host's memory anyway
+            self.masters = MasterWeights(weights, es, self.dtype, fold_for(self.device), offload=offload)
         lora_manager._apply_adapters = self._place
         lora_manager._load_adapter = _refuse_to_load
         if ours:
