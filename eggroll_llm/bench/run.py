@@ -23,11 +23,11 @@ from rich.console import Console
 from rich.table import Table
 
 from eggroll_llm.config.schema import RunConfig
+from eggroll_llm.engine.memory import kept_bytes, member_bytes
 from eggroll_llm.errors import UserError
 from eggroll_llm.models.targets import trained_parameters
 from eggroll_llm.system.files import write_output_file
 from eggroll_llm.system.invocation import child_python
-from eggroll_llm.training.budget import kept_bytes, member_bytes
 from eggroll_llm.training.prepare import Prepared, prepare
 
 PIPE_WIDTH = 180  # columns of the table where there is no terminal
