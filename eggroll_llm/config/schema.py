@@ -110,6 +110,8 @@ class EngineConfig:
     """Memory of the key-value cache in GiB."""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     """Number format of the served weights; "auto" is bfloat16, but float32 on a CPU without bfloat16 instructions."""
+    quantization: Literal["none", "fp8"] = "none"
+    """Format of the trained layers' products: that of `dtype`, or FP8, to which rows of weights and of inputs round."""
     offload_masters: bool = False
     """Whether masters and optimizer state of ES stay in the host's memory, not the GPU's; changes no bits."""
     enforce_eager: bool = True

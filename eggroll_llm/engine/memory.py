@@ -82,17 +82,21 @@ def es_parts(model: ModelShape, es: EsSettings, engine: EngineConfig, *, on_cpu:
     split, offloaded = es.masters == "split", engine.offload_masters and not on_cpu
     member = member_bytes(model.trained, es.rank, size)
     directions = es.population // 2 if es.antithetic else es.population
-    # Packed for its matrix product, a CPU's copy of the head is one more; and split masters keep what is packed.
-    served = model.weights + (model.vocabulary * model.hidden if on_cpu else 0)
-    lower = 2 + (size if on_cpu else 0)
+    quantised = engine.quantization == "fp8"
+    # Packed for its matrix product, a CPU's copy of the head is one more.
+    served = size * (model.weights + (model.vocabulary * model.hidden if on_cpu else 0))
+    if quantised:  # a byte each and a float32 scale a row
+        served += (1 - size) * model.linear + 4 * sum(out for _, out, _ in model.trained)
+    # Split masters are in what is served, but for what is packed or quantised.
+    halves = 2 + (size if on_cpu or quantised else 0)
     kept: Place = "host" if offloaded else "beside"
     parts = [
-        Part(name=f"served weights ({engine.dtype})", size=size * served, place="share"),
+        Part(name=f"served weights ({'fp8' if quantised else engine.dtype})", size=served, place="share"),
         Part(name="slots", size=engine.slots * member, place="share"),
         Part(name="activations (estimate)", size=activation_bytes(model, engine), place="share"),
         Part(
             name="masters (split)" if split else "masters (float32)",
-            size=(lower if split else 4) * model.linear,
+            size=(halves if split else 4) * model.linear,
             place=kept,
         ),
         Part(name="optimizer", size=4 * MOMENTS[es.optimizer] * model.linear, place=kept),

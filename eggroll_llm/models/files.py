@@ -40,7 +40,7 @@ def check_model(directory: Path) -> str:
     if "quantization_config" in config:
         raise ModelError(
             f"{where}: the weights are quantized ('quantization_config'), an update cannot be written into "
-            f"them: use the unquantized checkpoint"
+            f'them: use the unquantized checkpoint, which engine.quantization = "fp8" serves in 8 bits'
         )
     name = check_architecture(config, where)
     for weights in weight_files(directory):

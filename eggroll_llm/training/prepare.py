@@ -68,6 +68,11 @@ def settle(config: RunConfig, recipe_dir: Path) -> RunConfig:
             f'es.masters = "split": engine.dtype = "{engine.dtype}" serves float32 here, which has no other half to '
             'keep. Set es.masters to "float32", or engine.dtype to "bfloat16".'
         )
+    if engine.quantization == "fp8" and (dtype == "float32" or config.method != "es"):
+        raise ConfigError(
+            f'engine.quantization = "fp8": FP8 is rounded from bfloat16 weights of method "es", and here method = '
+            f'"{config.method}" and engine.dtype = "{dtype}". Set engine.quantization to "none", or change these.'
+        )
     model = Path(config.model).expanduser()
     return dataclasses.replace(
         with_absolute_paths(config, recipe_dir),

@@ -314,7 +314,7 @@ def test_resume_with_other_settings_shows_each_difference() -> None:
         "runs/x/config.toml: cannot resume with other settings: es.sigma was 0.01 and is now 0.5; task_options.n was not set "
         "and is now 3. Restore them, or start a new run, which may train on from the weights of this one: --model runs/x/final. "
         "May change: steps, minutes, eval.every, grpo.gradient_checkpointing, [log], [checkpoint], [reward], [engine] "
-        "except dtype."
+        "except dtype and quantization."
     )
 
 

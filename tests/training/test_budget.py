@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 
 from eggroll_llm.config.schema import EngineConfig, GrpoConfig, RunConfig, SamplingConfig
+from eggroll_llm.engine.memory import ModelShape, es_parts
 from eggroll_llm.errors import ConfigError
 from eggroll_llm.es.settings import EsSettings
-from eggroll_llm.models.files import tensor_shapes
+from eggroll_llm.models.files import read_config, tensor_shapes
 from eggroll_llm.tasks.prompts import ProblemSet
 from eggroll_llm.training.budget import GIB, _parts, budget, check_memory
 from eggroll_llm.training.prepare import Prepared
@@ -208,6 +209,21 @@ def test_memory_that_grpo_lacks(model: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert said.endswith(", or grpo.beta from 0.04 to 0, or train adapters, such as with grpo.lora_rank = 16")
     without = prepared(model, method="grpo", grpo=GrpoConfig(learning_rate=1e-5, micro_batch=2))
     assert refused(monkeypatch, without, needed - 4 * weights) == ""
+
+
+@pytest.mark.parametrize("quantization", ["none", "fp8"])
+@pytest.mark.parametrize("masters", ["float32", "split"])
+def test_served_weights_and_masters_by_format(model: Path, masters: Any, quantization: Any) -> None:
+    """On a GPU, where split masters of bfloat16 need no weights of their own; FP8 has a scale for each row."""
+    every, _ = every_and_head(model)
+    shape = ModelShape.of(read_config(model), tensor_shapes(model))
+    engine = EngineConfig(slots=5, dtype="bfloat16", quantization=quantization)
+    parts = es_parts(shape, dataclasses.replace(ES, masters=masters), engine, on_cpu=False)
+    found = {part.name.split(" (")[0]: part.size for part in parts}
+    rows = 2 * (2 * 128 + 2 * 64 + 2 * 256 + 128)
+    assert found["served weights"] == (2 * every if quantization == "none" else 2 * every - WEIGHTS + 4 * rows)
+    per_weight = {"float32": 4, "split": 2 if quantization == "none" else 4}[masters]
+    assert found["masters"] == per_weight * WEIGHTS
 
 
 @pytest.fixture

@@ -138,6 +138,16 @@ def test_masters_are_not_split_from_float32(config: RunConfig, folder: Path) -> 
     settle(dataclasses.replace(served["float32"], method="grpo"), folder)
 
 
+@pytest.mark.parametrize(("method", "dtype"), [("es", "float32"), ("grpo", "bfloat16")])
+def test_fp8_is_of_bfloat16_and_es_only(config: RunConfig, folder: Path, method: Any, dtype: Any) -> None:
+    fine = dataclasses.replace(config, engine=EngineConfig(dtype="bfloat16", quantization="fp8"))
+    assert settle(fine, folder).engine.quantization == "fp8"
+    other = dataclasses.replace(fine, method=method, engine=dataclasses.replace(fine.engine, dtype=dtype))
+    found = f'method = "{method}" and engine\\.dtype = "{dtype}"'
+    with pytest.raises(ConfigError, match=rf'^engine\.quantization = "fp8": .*{found}'):
+        settle(other, folder)
+
+
 def test_paths_of_built_in_tasks_are_made_absolute(config: RunConfig, folder: Path) -> None:
     """The resolved configuration lies in another folder than the recipe."""
 

@@ -312,6 +312,7 @@ def _engine_args(
     return EngineArgs(
         model=str(model_dir),
         dtype=dtype,
+        quantization="fp8_per_channel" if config.quantization == "fp8" else None,
         max_model_len=max_model_len,
         max_num_seqs=config.max_sequences,
         max_num_batched_tokens=max(4096, max_model_len),

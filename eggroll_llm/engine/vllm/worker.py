@@ -24,7 +24,13 @@ from eggroll_llm.engine.vllm import norms
 from eggroll_llm.engine.vllm.compiled import compile_model
 from eggroll_llm.engine.vllm.layers import Layer, find_layers
 from eggroll_llm.engine.vllm.slots import FactorBank, MemberSlots, PaddedBuffers, RowBuffers
-from eggroll_llm.engine.vllm.weights import ServedWeights, initial_weights, keep_linear_weights
+from eggroll_llm.engine.vllm.weights import (
+    ServedWeights,
+    initial_weights,
+    is_quantised,
+    keep_linear_weights,
+    keep_quantised_weights,
+)
 from eggroll_llm.engine.vllm.whole_model import WholeModel, count_ranks_uncompiled
 from eggroll_llm.es.estimate import UpdateSpec
 from eggroll_llm.es.masters import MasterWeights
@@ -36,8 +42,9 @@ from eggroll_llm.system.hardware import cxx_compiler
 
 log = logging.getLogger(__name__)
 
+keep_quantised_weights()  # vLLM imports this module before it loads the model
 if current_platform.is_cpu():
-    keep_linear_weights()  # vLLM imports this module before it loads the model
+    keep_linear_weights()
     count_ranks_uncompiled()
 
 
@@ -181,9 +188,14 @@ def _linear_with_term(layer: Layer, slot_T: Tensor, add_term: AddTerm) -> Callab
     """
     base_layer, slices = layer.module.base_layer, list(layer.sizes)
     (B_SCRI,), (A_SV,) = layer.module.lora_a_stacked, layer.module.lora_b_stacked
+    quantised = is_quantised(base_layer.weight)
 
     def apply(x: Tensor, bias: Tensor | None = None) -> Tensor:
-        y: Tensor = base_layer.cpu_linear(x, base_layer.weight, bias)
+        y: Tensor = (
+            base_layer.quant_method.apply(base_layer, x, bias)
+            if quantised
+            else base_layer.cpu_linear(x, base_layer.weight, bias)
+        )
         x_TI = x.reshape(-1, x.shape[-1]).contiguous()
         add_term(y.view(-1, y.shape[-1]), x_TI, A_SV, B_SCRI, slot_T, slices)
         return y
