@@ -55,12 +55,14 @@ class MasterWeights:
         served_dtype: torch.dtype,
         fold: Fold = fold_with_torch,
         *,
+        device: torch.device | None = None,
         offload: bool = False,
     ) -> None:
-        """Start from the weights [out features, in features] by Hugging Face name, whose device computes the updates.
+        """Start from the weights [out features, in features] by Hugging Face name; updates are computed on `device`.
 
-        They are copied, but split masters take them over: they are what is served, and change in place. With `offload`
-        masters and optimizer state are in the host's memory; the bits are the same.
+        That is the weights' own by default. They are copied, but split masters take over weights that are there: they
+        are what is served, and change in place. With `offload` masters and optimizer state are in the host's memory;
+        the bits are the same.
 
         Raises ValueError when a setting is out of bounds, when there are no weights, when one is not a finite
         matrix, when two names share a noise id, when `served_dtype` is neither bfloat16 nor float32 (float16
@@ -81,15 +83,15 @@ class MasterWeights:
         self.settings = settings
         self._fold = fold
         self._shapes = {name: (weight.shape[0], weight.shape[1]) for name, weight in weights.items()}
-        self._device = next(iter(weights.values())).device
+        self._device = device or next(iter(weights.values())).device
         self._host = HostMemory(pinned=self._device.type != "cpu") if offload else None
         self._storage: Storage
         if settings.masters == "split":
             if {served_dtype, *(weight.dtype for weight in weights.values())} != {torch.bfloat16}:
                 raise ValueError('masters = "split": must be of weights that are loaded and served in bfloat16')
-            self._storage = SplitMasters(weights, self._host)
+            self._storage = SplitMasters(weights, self._device, self._host)
         else:
-            self._storage = WholeMasters(weights, served_dtype, self._host)
+            self._storage = WholeMasters(weights, self._device, served_dtype, self._host)
         self._moments: dict[str, dict[str, Tensor]] = {name: {} for name in weights}
 
     @torch.inference_mode(False)

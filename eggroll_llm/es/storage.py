@@ -96,12 +96,14 @@ class WholeMasters:
 
     rounds_to_even = True
 
-    def __init__(self, weights: Mapping[str, Tensor], served_dtype: torch.dtype, host: HostMemory | None) -> None:
-        """Copy the weights to their device, or into the host's memory."""
+    def __init__(
+        self, weights: Mapping[str, Tensor], device: torch.device, served_dtype: torch.dtype, host: HostMemory | None
+    ) -> None:
+        """Copy the weights to the device, or into the host's memory."""
         self._served_dtype, self._offloaded = served_dtype, host is not None
         self._masters = {}
         for name, weight in weights.items():
-            master = weight.detach().to(torch.float32, copy=True).contiguous()
+            master = weight.detach().to("cpu" if host else device, torch.float32, copy=True).contiguous()
             self._masters[name] = host.empty_like(master).copy_(master) if host else master
 
     def take(self, name: str, work: Tensor) -> Tensor:
@@ -127,9 +129,9 @@ class SplitMasters:
 
     rounds_to_even = False
 
-    def __init__(self, weights: Mapping[str, Tensor], host: HostMemory | None) -> None:
-        """Take over the weights, bfloat16: an update changes them in place."""
-        self._upper = {name: weight.detach() for name, weight in weights.items()}
+    def __init__(self, weights: Mapping[str, Tensor], device: torch.device, host: HostMemory | None) -> None:
+        """Take over the weights, bfloat16, those on the device as they are: an update changes them in place."""
+        self._upper = {name: weight.detach().to(device) for name, weight in weights.items()}
         self._lower = {}
         for name, weight in self._upper.items():
             lower = torch.zeros(weight.shape, dtype=torch.int16, device="cpu" if host else weight.device)

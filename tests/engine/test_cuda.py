@@ -70,12 +70,12 @@ def test_updates_agree_with_those_of_a_cpu_and_repeat_to_the_bit(optimizer: str)
 @pytest.mark.parametrize(("kind", "offload"), [("float32", True), ("split", False), ("split", True)])
 def test_masters_have_the_same_bits_wherever_they_are_kept(kind: str, offload: bool, optimizer: str) -> None:
     generator = torch.Generator().manual_seed(0)
-    weights = {name: (0.05 * torch.randn(o, i, generator=generator)).bfloat16().cuda() for name, o, i in SHAPES}
+    weights = {name: (0.05 * torch.randn(o, i, generator=generator)).bfloat16() for name, o, i in SHAPES}
 
     def trained(kind: str, offload: bool) -> MasterWeights:
         settings = EsSettings(optimizer=optimizer, masters=kind)
         given = {name: weight.clone() for name, weight in weights.items()}
-        masters = MasterWeights(given, settings, torch.bfloat16, offload=offload)
+        masters = MasterWeights(given, settings, torch.bfloat16, device=torch.device("cuda"), offload=offload)
         for step in (1, 2, 3):
             masters.apply(
                 UpdateSpec(

@@ -45,14 +45,14 @@ def _never_one_row(linear: Linear) -> Linear:
 
 
 def keep_quantised_weights() -> None:
-    """Leave a reference to a weight that vLLM quantises for `initial_weights`."""
+    """Leave a copy of each weight that vLLM quantises for `initial_weights`, in the host's memory."""
     quantise = vllm_fp8.Fp8PtpcOnlineLinearMethod.process_weights_after_loading
 
     def quantise_and_keep(method: Any, layer: Any) -> None:
         weight = layer.weight.data
         quantise(method, layer)
         if not is_quantised(weight):  # else it was called again
-            layer.es_loaded_weight = weight
+            layer.es_loaded_weight = weight.cpu()  # on a GPU the key-value cache would get so much less
 
     vllm_fp8.Fp8PtpcOnlineLinearMethod.process_weights_after_loading = quantise_and_keep
 
@@ -86,7 +86,7 @@ def initial_weights(model: torch.nn.Module, layers: Sequence[Layer]) -> dict[str
             raise TypeError(f"layer {layer.name!r} holds {fused.dtype}: only unquantised models can be trained")
         base_layer = layer.module.base_layer
         if is_quantised(base_layer.weight):
-            kept, right = quantised_rows(base_layer), quantise_rows(fused)
+            kept, right = quantised_rows(base_layer), quantise_rows(fused.to(base_layer.weight.device))
             if not all(a.shape == b.shape and torch.equal(a, b) for a, b in zip(kept, right, strict=True)):
                 raise ModelError(
                     f"layer {layer.name!r}: vLLM keeps its FP8 weights in a form of their own here, which an update "

@@ -81,7 +81,8 @@ class Population:
         weights = initial_weights(model_runner.model, self.layers)
         if es is not None:
             offload = offload and self.device.type != "cpu"  # a CPU's masters are in the host's memory anyway
-            self.masters = MasterWeights(weights, es, self.dtype, fold_for(self.device), offload=offload)
+            fold = fold_for(self.device)
+            self.masters = MasterWeights(weights, es, self.dtype, fold, device=self.device, offload=offload)
         lora_manager._apply_adapters = self._place
         lora_manager._load_adapter = _refuse_to_load
         if ours:
