@@ -111,9 +111,9 @@ class EngineConfig:
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     """Number format of the served weights; "auto" is bfloat16, but float32 on a CPU without bfloat16 instructions."""
     quantization: Literal["none", "fp8"] = "none"
-    """Format of the trained layers' products: that of `dtype`, or FP8, to which rows of weights and of inputs round."""
+    """8-bit arithmetic of the trained layers: "fp8" rounds rows of weights and of inputs to FP8, each on its scale."""
     offload_masters: bool = False
-    """Whether masters and optimizer state of ES stay in the host's memory, not the GPU's; changes no bits."""
+    """Whether masters and optimizer state of ES are in the host's memory instead of the GPU's, to the same bits."""
     enforce_eager: bool = True
     """Whether the model runs without compilation; compiling starts slowly and gains little on CPU."""
     gpu_memory_utilization: Annotated[float, Gt(0), Le(1)] = 0.85

@@ -1,4 +1,4 @@
-"""What a run of ES takes of memory and where, from the shapes of its model alone. Nothing is started.
+"""How much memory an ES run takes, and where, from the shapes of its model alone. Nothing is started.
 
     GPU     vLLM's share: served weights, slots, activations, and what is left of it for the key-value cache;
             beside it masters, optimizer state, the noise of a step and the buffers of an update
@@ -41,7 +41,7 @@ class Part:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelShape:
-    """What memory depends on of a model."""
+    """The sizes of a model that its memory depends on."""
 
     trained: Sequence[Shape]
     weights: int
@@ -54,7 +54,7 @@ class ModelShape:
 
     @classmethod
     def of(cls, config: Mapping[str, Any], tensors: Mapping[str, tuple[int, ...]]) -> "ModelShape":
-        """Return the shape that a config.json and the tensors of a checkpoint tell."""
+        """Return the shape of a model with this config.json and tensors of these shapes."""
 
         def number(key: str, default: int = 0) -> int:
             value = config.get(key)
@@ -115,7 +115,7 @@ def activation_bytes(model: ModelShape, engine: EngineConfig) -> int:
 
 
 def update_bytes(model: ModelShape, es: EsSettings, engine: EngineConfig, *, on_cpu: bool) -> int:
-    """Return the buffers of an update, which takes the weights one by one: of the largest."""
+    """Return the buffers of an update, which takes the weights one by one, for the largest."""
     largest = max(out * inside for _, out, inside in model.trained)
     copies = (engine.offload_masters and not on_cpu) or es.masters == "split"
     directions = es.population // 2 if es.antithetic else es.population

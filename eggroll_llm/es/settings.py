@@ -37,7 +37,7 @@ class EsSettings:
     adam_eps: Annotated[float, Ge(1e-16)] = 1e-8  # below, a step could leave the range of float32
     """Constant in the denominator of optimizer "adam"."""
     masters: Literal["float32", "split"] = "float32"
-    """How master weights are kept: apart (4 bytes each), or as the served bfloat16 and its 16 missing bits (2 more)."""
+    """Float32 master weights: as a copy (4 bytes each), or as the served bfloat16 and its 16 missing bits (2 bytes)."""
     sigma_schedule: Schedule = "constant"
     """Course of sigma over the steps."""
     learning_rate_schedule: Schedule = "constant"
