@@ -55,6 +55,12 @@ def test_the_configuration_page_is_up_to_date() -> None:
     assert script["PAGE"].read_text(encoding="utf-8") == script["page"]()
 
 
+def test_the_table_of_memory_is_up_to_date() -> None:
+    """`python scripts/memory_table.py` prints it."""
+    script = runpy.run_path(str(ROOT / "scripts" / "memory_table.py"))
+    assert script["table"]() in (ROOT / "docs" / "models.md").read_text(encoding="utf-8")
+
+
 def test_the_readme_fits_on_a_few_screens() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert len(text.splitlines()) <= 160

@@ -12,13 +12,13 @@ from typing import Any
 
 from eggroll_llm.bench.plan import Variant
 from eggroll_llm.config.schema import EngineConfig, RunConfig
+from eggroll_llm.engine.memory import kept_bytes, member_bytes
 from eggroll_llm.errors import ModelError
 from eggroll_llm.models.architectures import check_architecture
 from eggroll_llm.models.files import tensor_shapes
 from eggroll_llm.models.targets import trained_parameters
 from eggroll_llm.system.hardware import resolve_dtype, serves_on_cpu
 from eggroll_llm.system.jsonl import parse_json
-from eggroll_llm.training.budget import kept_bytes, member_bytes
 from eggroll_llm.training.prepare import prepare
 
 GIB = 2**30

@@ -13,9 +13,9 @@ from eggroll_llm.errors import ConfigError
 from eggroll_llm.es.settings import EsSettings
 
 _MAY_CHANGE = ("steps", "minutes", "eval.every", "grpo.gradient_checkpointing")
-_ADDED = {"chat.system": ""}
+_ADDED = {"chat.system": "", "es.masters": "float32", "engine.quantization": "none"}
 """Settings that were added since, with their defaults: the hash of a run that does not use them stays what it was."""
-MAY_CHANGE = f"{', '.join(_MAY_CHANGE)}, [log], [checkpoint], [reward], [engine] except dtype"
+MAY_CHANGE = f"{', '.join(_MAY_CHANGE)}, [log], [checkpoint], [reward], [engine] except dtype and quantization"
 """What `may_change` allows, in words; steps only without a schedule."""
 
 
@@ -47,7 +47,7 @@ def may_change(key: str) -> bool:
     and [engine] may: they protect the machine and may have been too tight.
     """
     if key.startswith("engine."):
-        return key != "engine.dtype"
+        return key not in ("engine.dtype", "engine.quantization")
     return key in _MAY_CHANGE or key.startswith(("log.", "checkpoint.", "reward."))
 
 

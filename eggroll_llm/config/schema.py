@@ -110,6 +110,10 @@ class EngineConfig:
     """Memory of the key-value cache in GiB."""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     """Number format of the served weights; "auto" is bfloat16, but float32 on a CPU without bfloat16 instructions."""
+    quantization: Literal["none", "fp8"] = "none"
+    """8-bit arithmetic of the trained layers: "fp8" rounds rows of weights and of inputs to FP8, each on its scale."""
+    offload_masters: bool = False
+    """Whether masters and optimizer state of ES are in the host's memory instead of the GPU's, to the same bits."""
     enforce_eager: bool = False
     """On a GPU: whether to run without CUDA graphs. They are captured in seconds, and decoding is slow without them."""
     compile: bool = False

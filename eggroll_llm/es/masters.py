@@ -1,7 +1,7 @@
 """Float32 master weights: the optimizer adds a step's estimate to them, and the engine serves their rounding.
 
 Added to bf16 weights, most of an update of the published size is lost to rounding, so nothing is ever added to the
-served weights.
+served weights. How and where masters are kept between updates is a matter of `storage`.
 """
 
 import hashlib
@@ -23,9 +23,10 @@ from eggroll_llm.es.estimate import (
     weighted_products,
 )
 from eggroll_llm.es.noise import check_parameter_ids, served_factors_of
-from eggroll_llm.es.optimizer import STATE_KEYS, build_optimizer
+from eggroll_llm.es.optimizer import STATE_KEYS, take_step
 from eggroll_llm.es.settings import EsSettings
-from eggroll_llm.es.weight_change import UpdateReport, sampled_rows, update_report, weights_rms
+from eggroll_llm.es.storage import HostMemory, SplitMasters, Storage, WholeMasters, in_buffer
+from eggroll_llm.es.weight_change import UpdateReport, row_stride, update_report, weights_rms
 
 
 class Served(Protocol):
@@ -53,12 +54,19 @@ class MasterWeights:
         settings: EsSettings,
         served_dtype: torch.dtype,
         fold: Fold = fold_with_torch,
+        *,
+        device: torch.device | None = None,
+        offload: bool = False,
     ) -> None:
-        """Copy the weights [out features, in features] by Hugging Face name, on their device.
+        """Start from the weights [out features, in features] by Hugging Face name; updates are computed on `device`.
+
+        That is the weights' own by default. They are copied, but split masters take over weights that are there: they
+        are what is served, and change in place. With `offload` masters and optimizer state are in the host's memory;
+        the bits are the same.
 
         Raises ValueError when a setting is out of bounds, when there are no weights, when one is not a finite
-        matrix, when two names share a noise id, and when `served_dtype` is neither bfloat16 nor float32 (float16
-        could overflow where its master does not).
+        matrix, when two names share a noise id, when `served_dtype` is neither bfloat16 nor float32 (float16
+        could overflow where its master does not), and when masters to be split are not served in bfloat16.
         """
         check_bounds(settings)
         if settings.optimizer not in STATE_KEYS:
@@ -74,9 +82,17 @@ class MasterWeights:
         self.served_dtype = served_dtype
         self.settings = settings
         self._fold = fold
-        self._masters = {n: w.detach().to(torch.float32, copy=True).contiguous() for n, w in weights.items()}
-        trained = {} if settings.optimizer == "sgd" else self._masters
-        self._optimizers = {name: build_optimizer(settings, master) for name, master in trained.items()}
+        self._shapes = {name: (weight.shape[0], weight.shape[1]) for name, weight in weights.items()}
+        self._device = device or next(iter(weights.values())).device
+        self._host = HostMemory(pinned=self._device.type != "cpu") if offload else None
+        self._storage: Storage
+        if settings.masters == "split":
+            if {served_dtype, *(weight.dtype for weight in weights.values())} != {torch.bfloat16}:
+                raise ValueError('masters = "split": must be of weights that are loaded and served in bfloat16')
+            self._storage = SplitMasters(weights, self._device, self._host)
+        else:
+            self._storage = WholeMasters(weights, self._device, served_dtype, self._host)
+        self._moments: dict[str, dict[str, Tensor]] = {name: {} for name in weights}
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -90,87 +106,117 @@ class MasterWeights:
         state included. Raises NonFiniteUpdate, before anything was touched, when the result might not be finite.
         """
         check_finite(spec)
-        before = sampled_rows(self._masters.values())
+        every = row_stride(out for out, _ in self._shapes.values())
+        before = self._storage.rows(every)
         if not spec.coefficient_K.any():
             return UpdateReport(rms=0.0, weights_rms=weights_rms(before), changed=0.0, finite=True)
-        plain = not self._optimizers
+        plain = self.settings.optimizer == "sgd"
         # Plain SGD needs no gradient: W + learning_rate * G is summed in place. The others take the gradient of a loss,
         # -G. One buffer serves all: fresh memory for each would cost more in page faults than the products themselves.
-        shapes = [(name, *master.shape) for name, master in self._masters.items()]
+        shapes = [(name, *shape) for name, shape in self._shapes.items()]
+        largest = max(out * inside for _, out, inside in shapes)
+        copies = self._host is not None or not self._storage.rounds_to_even
+        work = torch.empty(largest if copies else 0, device=self._device)
+        gradients = torch.empty(0 if plain else largest, device=self._device)
         weight_K = product_weights(spec, spec.learning_rate if plain else -1.0)
-        memory = before[0].new_empty(0 if plain else max(master.numel() for master in self._masters.values()))
-        device = memory.device
-        products_of = weighted_products(shapes, spec.noise, weight_K, self.served_dtype, PAIR_CHUNK, device, factors_of)
+        products_of = weighted_products(
+            shapes, spec.noise, weight_K, self.served_dtype, PAIR_CHUNK, self._device, factors_of
+        )
         for name, products in products_of:
-            master = self._masters[name]
+            master = self._storage.take(name, work)
+            room = served.room(name) if served and self._storage.rounds_to_even else None
             if plain:
-                self._fold(master, products, served.room(name) if served else None)
+                self._fold(master, products, room)
             else:
-                master.grad = memory[: master.numel()].view_as(master).zero_()
-                self._fold(master.grad, products, None)
-                optimizer = self._optimizers[name]
-                optimizer.param_groups[0]["lr"] = spec.learning_rate
-                optimizer.step()
-                master.grad = None
-                if served:
-                    served.room(name).copy_(master)
-            if served:
+                gradient = in_buffer(gradients, master).zero_()
+                self._fold(gradient, products, None)
+                self._step(name, master, gradient, spec.learning_rate)
+                if room is not None:
+                    room.copy_(master)
+            self._storage.put(name, master)
+            if served and room is None:
+                self._hand_over(name, served)
+            elif served:
                 served.written(name)
-        return update_report(before, sampled_rows(self._masters.values()), self.served_dtype)
+        return update_report(before, self._storage.rows(every), self.served_dtype)
+
+    def _step(self, name: str, master: Tensor, gradient: Tensor, learning_rate: float) -> None:
+        state = self._moments[name]
+        if self._host is not None:
+            state = {key: value.to(_device_of(key, self._device), copy=True) for key, value in state.items()}
+        self._keep(name, take_step(self.settings, master, gradient, state, learning_rate))
+
+    def _keep(self, name: str, state: dict[str, Tensor]) -> None:
+        """Keep the optimizer's state of a weight."""
+        if self._host is None:
+            self._moments[name] = state
+            return
+        kept = self._moments[name]
+        for key, value in state.items():
+            if key not in kept:
+                kept[key] = self._host.empty_like(value)
+            kept[key].copy_(value)
 
     def served(self, name: str) -> Tensor:
-        """Return a weight as the engine serves it. In float32 it is the master itself: leave it alone."""
-        return self._masters[name].to(self.served_dtype)
+        """Return a weight as the engine serves it. It may be the master itself: leave it alone."""
+        return self._storage.served(name)
 
     @torch.no_grad()
     def serve(self, served: Served) -> None:
         """Hand over all weights as the engine serves them."""
-        for name, master in self._masters.items():
-            served.room(name).copy_(master)
-            served.written(name)
+        for name in self._shapes:
+            self._hand_over(name, served)
+
+    def _hand_over(self, name: str, served: Served) -> None:
+        room, weight = served.room(name), self._storage.served(name)
+        if room.data_ptr() != weight.data_ptr():  # a split master may live where it is served
+            room.copy_(weight)
+        served.written(name)
 
     def state(self) -> dict[str, Tensor]:
-        """Return masters and optimizer state, not copied, as "master/<name>" and "optimizer/<name>/<key>"."""
-        state = {f"master/{name}": master for name, master in self._masters.items()}
-        for name, master in self._masters.items():
+        """Return masters and optimizer state as "master/<name>" and "optimizer/<name>/<key>".
+
+        What is kept is not copied; masters that are split are put together in the host's memory.
+        """
+        state = {f"master/{name}": self._storage.whole(name) for name in self._shapes}
+        for name, moments in self._moments.items():
             for key in STATE_KEYS[self.settings.optimizer]:
-                value = self._optimizers[name].state[master].get(key)
-                if value is not None:
+                if (value := moments.get(key)) is not None:
                     state[f"optimizer/{name}/{key}"] = value
         return state
 
     @torch.inference_mode(False)
+    @torch.no_grad()
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Restore exactly what `state` returned. Raises ValueError, before any change, if it does not fit."""
-        expected = {f"master/{name}": master for name, master in self._masters.items()}
+        expected: dict[str, tuple[int, ...]] = {f"master/{name}": shape for name, shape in self._shapes.items()}
         if any(key.startswith("optimizer/") for key in state):
-            for name, master in self._masters.items():
+            for name, shape in self._shapes.items():
                 for key in STATE_KEYS[self.settings.optimizer]:
-                    # Adam counts its steps in a float32 scalar, which stays on the CPU.
-                    expected[f"optimizer/{name}/{key}"] = master if key != "step" else torch.zeros(())
+                    expected[f"optimizer/{name}/{key}"] = shape if key != "step" else ()
         for key in sorted(expected.keys() ^ state.keys()):
             raise ValueError(f"training state: {key!r} is {'missing' if key in expected else 'not expected'}")
-        for key, like in expected.items():
-            if state[key].shape != like.shape or state[key].dtype != like.dtype:
+        for key, wanted in expected.items():
+            if tuple(state[key].shape) != wanted or state[key].dtype != torch.float32:
                 found = f"{state[key].dtype} {tuple(state[key].shape)}"
-                wanted = f"{like.dtype} {tuple(like.shape)}"
-                raise ValueError(f"training state: {key!r} is {found}, expected {wanted}")
-        for name, master in self._masters.items():
-            master.copy_(state[f"master/{name}"])
-            if name not in self._optimizers:
-                continue
+                raise ValueError(f"training state: {key!r} is {found}, expected {torch.float32} {wanted}")
+        for name in self._shapes:
+            self._storage.put(name, state[f"master/{name}"].to(self._device, copy=True))
             keys = [key for key in STATE_KEYS[self.settings.optimizer] if f"optimizer/{name}/{key}" in state]
+            self._moments[name] = self._moments[name] if keys else {}
             values = {key: state[f"optimizer/{name}/{key}"].detach() for key in keys}
-            self._optimizers[name].state[master] = {
-                key: value.to(device="cpu" if key == "step" else master.device, copy=True)
-                for key, value in values.items()
-            }
+            self._keep(name, {k: value.to(_device_of(k, self._device), copy=True) for k, value in values.items()})
 
     def checksum(self) -> str:
         """Return 16 hexadecimal digits that identify the served bits: a BLAKE2b in order of names."""
         digest = hashlib.blake2b(digest_size=8)
-        for name in sorted(self._masters):
+        for name in sorted(self._shapes):
             served = self.served(name)
             digest.update(f"{name} {served.dtype} {tuple(served.shape)}\n".encode())
             digest.update(served.cpu().view(torch.uint8).numpy().data)
         return digest.hexdigest()
+
+
+def _device_of(key: str, device: torch.device) -> torch.device:
+    """Return where an optimizer wants a tensor of its state: Adam counts its steps on the CPU."""
+    return torch.device("cpu") if key == "step" else device

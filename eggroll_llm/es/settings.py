@@ -36,6 +36,8 @@ class EsSettings:
     """Decay of the second moment of optimizer "adam"."""
     adam_eps: Annotated[float, Ge(1e-16)] = 1e-8  # below, a step could leave the range of float32
     """Constant in the denominator of optimizer "adam"."""
+    masters: Literal["float32", "split"] = "float32"
+    """Float32 master weights: as a copy (4 bytes each), or as the served bfloat16 and its 16 missing bits (2 bytes)."""
     sigma_schedule: Schedule = "constant"
     """Schedule of sigma over the steps."""
     learning_rate_schedule: Schedule = "constant"

@@ -5,7 +5,7 @@ evenly over the matrices, take little and are off by about 2 %.
 """
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -30,8 +30,13 @@ class UpdateReport:
 
 def sampled_rows(weights: Collection[Tensor]) -> list[Tensor]:
     """Return a flat copy of every n-th row of each matrix, so that about `REPORT_ROWS` are taken in all."""
-    every = max(1, sum(map(len, weights)) // REPORT_ROWS)
+    every = row_stride(map(len, weights))
     return [weight[::every].flatten().clone() for weight in weights]
+
+
+def row_stride(rows: Iterable[int]) -> int:
+    """Return which n-th row to take of matrices with this many rows, for about `REPORT_ROWS` in all."""
+    return max(1, sum(rows) // REPORT_ROWS)
 
 
 def weights_rms(rows: Sequence[Tensor]) -> float:

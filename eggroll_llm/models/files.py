@@ -28,7 +28,7 @@ def check_model(directory: Path) -> str:
     Raises `ModelError` for a missing or unreadable config.json, remote code, quantized weights, anything but
     a causal language model, and weights that are missing, incomplete or pickled.
     """
-    config = _read_config(directory)
+    config = read_config(directory)
     where = directory / "config.json"
     if "auto_map" in config:
         raise ModelError(
@@ -37,8 +37,8 @@ def check_model(directory: Path) -> str:
         )
     if "quantization_config" in config:
         raise ModelError(
-            f"{where}: the weights are quantized ('quantization_config') and cannot be updated: "
-            f"use the unquantized checkpoint"
+            f"{where}: the weights are quantized ('quantization_config') and cannot be updated: use the unquantized "
+            'checkpoint, which engine.quantization = "fp8" serves in 8 bits'
         )
     name = check_architecture(config, where)
     for weights in weight_files(directory):
@@ -49,12 +49,12 @@ def check_model(directory: Path) -> str:
 
 def architecture_of(directory: Path) -> str:
     """Return the first architecture that config.json names; empty when it names none. Raises `ModelError`."""
-    return architecture(_read_config(directory))
+    return architecture(read_config(directory))
 
 
 def context_limit(directory: Path) -> int:
     """Return the longest context in tokens that the model was made for; 2**31 when config.json names none."""
-    limit = _read_config(directory).get("max_position_embeddings")
+    limit = read_config(directory).get("max_position_embeddings")
     return limit if isinstance(limit, int) else 2**31
 
 
@@ -64,7 +64,7 @@ def model_identity(directory: Path) -> str:
     SHA-256 of config.json (without the keys that change when it is saved again) and of the name, size and
     content of every weight file. Reads all weights: about a second per gigabyte.
     """
-    config = _read_config(directory)
+    config = read_config(directory)
     stable = {key: value for key, value in config.items() if key not in _UNSTABLE_CONFIG_KEYS}
     digest = hashlib.sha256(json.dumps(stable, sort_keys=True).encode())
     for weights in weight_files(directory):
@@ -74,7 +74,8 @@ def model_identity(directory: Path) -> str:
     return digest.hexdigest()[:16]
 
 
-def _read_config(directory: Path) -> dict[str, Any]:
+def read_config(directory: Path) -> dict[str, Any]:
+    """Return the config.json of a model's directory. Raises `ModelError`."""
     path = directory / "config.json"
     try:
         config = parse_json(path.read_bytes())

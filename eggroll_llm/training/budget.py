@@ -2,12 +2,12 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from eggroll_llm.engine.memory import SIZE, ModelShape, Part, es_parts, kept_bytes, member_bytes
 from eggroll_llm.errors import ConfigError
-from eggroll_llm.es.noise import KEPT_BYTES, Shape
-from eggroll_llm.models.files import tensor_shapes
+from eggroll_llm.models.files import read_config, tensor_shapes
 from eggroll_llm.models.targets import trained_parameters
 from eggroll_llm.system.hardware import available_memory, serves_on_cpu
 
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from eggroll_llm.training.prepare import Prepared
 
 GIB = 2**30
+BASE_COPY = "copy of the base model"
 
 
 def budget(prepared: "Prepared") -> list[str]:
@@ -37,14 +38,37 @@ def budget(prepared: "Prepared") -> list[str]:
     if config.minutes:
         lines.append(f"in all: at most {config.minutes:g} minutes of training")
 
-    parts = _memory(prepared)
-    lines += [f"memory: {bytes_ / GIB:.2f} GiB for {name}" for name, bytes_ in parts.items()]
-    rest = "the embeddings"
-    if config.method == "grpo":
-        longest = max(map(len, prepared.train.prompts)) + sampling.max_tokens
-        rest = f"the activations of {config.grpo.micro_batch} completions of at most {longest} tokens"
-    lines.append(f"memory: {sum(parts.values()) / GIB:.2f} GiB for these together, besides Python, vLLM and {rest}")
+    lines += _memory_lines(prepared)
     return lines
+
+
+def _memory_lines(prepared: "Prepared") -> list[str]:
+    config, parts, on_cpu = prepared.config, _parts(prepared), serves_on_cpu()
+    besides = "Python and vLLM" if on_cpu else "Python, vLLM and CUDA"
+    if config.method == "grpo":
+        longest = max(map(len, prepared.train.prompts)) + config.sampling.max_tokens
+        besides += f" and the activations of {config.grpo.micro_batch} completions of at most {longest} tokens"
+    if on_cpu:
+        lines = [f"memory: {part.size / GIB:.2f} GiB for {part.name}" for part in parts]
+        return [*lines, f"memory: {_sum(parts) / GIB:.2f} GiB for these together, besides {besides}"]
+    where = {"share": "of the GPU, in vLLM's share", "beside": "of the GPU, beside that share", "host": "of the host"}
+    lines = [f"memory {where[part.place]}: {part.size / GIB:.2f} GiB for {part.name}" for part in parts]
+    inside, beside = _sum(parts, "share"), _sum(parts, "beside")
+    together = f"{inside / GIB:.2f} GiB in vLLM's share and {beside / GIB:.2f} GiB beside it, besides {besides}"
+    lines.append(f"memory of the GPU: {together}; the key-value cache takes the rest of the share{_cache(prepared)}")
+    return lines
+
+
+def _cache(prepared: "Prepared") -> str:
+    """Return what the key-value cache of the GPU here will hold; empty where there is no GPU."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return ""
+    share = prepared.config.engine.gpu_memory_utilization * torch.cuda.mem_get_info()[1]
+    left = max(0.0, share - _sum(_parts(prepared), "share"))
+    token = SIZE[prepared.config.engine.dtype] * _shape(prepared).cached
+    return f", {left / GIB:.2f} GiB here" + (f": {left / token:,.0f} tokens" if token else "")
 
 
 def check_memory(prepared: "Prepared") -> None:
@@ -52,15 +76,20 @@ def check_memory(prepared: "Prepared") -> None:
 
     Of a GPU only what lies beside vLLM's share is counted.
     """
-    parts = _memory(prepared)
-    if not serves_on_cpu():
-        _check_gpu(prepared, sum(size for name, size in parts.items() if not name.startswith(_VLLM_SHARE)))
-        return
-    available, needed = available_memory(), sum(parts.values())
+    parts, on_cpu = _parts(prepared), serves_on_cpu()
+    if not on_cpu:
+        _check_gpu(prepared, _sum(parts, "share"), _sum(parts, "beside"))
+        parts = [part for part in parts if part.place == "host"]
+    available, needed = available_memory(), _sum(parts)
     if available is None or needed <= available:
         return
     missing = needed - available
-    listed = ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts.items())
+    listed = ", ".join(f"{part.name} {part.size / GIB:.2f}" for part in parts)
+    if not on_cpu:
+        raise ConfigError(
+            f"the run needs {needed / GIB:.2f} GiB of the host's memory ({listed}), and {available / GIB:.2f} GiB are "
+            "available: set engine.offload_masters to false, or use a smaller model"
+        )
     remedy = _how_to_save(_knobs(prepared), missing)
     if prepared.config.method == "grpo":
         listed += "; and what passes over grpo.micro_batch completions take"
@@ -72,22 +101,37 @@ def check_memory(prepared: "Prepared") -> None:
     )
 
 
-_VLLM_SHARE = ("served weights", "slots", "key-value cache")
-
-
-def _check_gpu(prepared: "Prepared", beside: int) -> None:
+def _check_gpu(prepared: "Prepared", inside: int, beside: int) -> None:
     import torch
 
     if not torch.cuda.is_available():
         return  # vLLM says what is wrong
     free, total = torch.cuda.mem_get_info()
     share = prepared.config.engine.gpu_memory_utilization
-    if share * total + beside > free:
-        raise ConfigError(
-            f"engine.gpu_memory_utilization = {share:g}: {share * total / GIB:.2f} GiB, and {beside / GIB:.2f} GiB for "
-            f"weights and noise in training beside it, but {free / GIB:.2f} GiB of the GPU are free: lower it to "
-            f"{max(0.0, math.floor(100 * (free - beside) / total) / 100):g}, or use a smaller model"
-        )
+    if share * total + beside <= free:
+        return
+    remedies = []
+    if (lower := math.floor(100 * (free - beside) / total) / 100) * total > inside:
+        remedies.append(f"lower it to {lower:g}")
+    remedies += [f"set {setting} ({saved / GIB:.2f} GiB less)" for setting, saved in _other_masters(prepared, beside)]
+    raise ConfigError(
+        f"engine.gpu_memory_utilization = {share:g}: {share * total / GIB:.2f} GiB, and {beside / GIB:.2f} GiB for "
+        f"weights and noise in training beside it, but {free / GIB:.2f} GiB of the GPU are free: "
+        f"{', or '.join([*remedies, 'use a smaller model'])}"
+    )
+
+
+def _other_masters(prepared: "Prepared", beside: int) -> list[tuple[str, int]]:
+    """Return what else masters could be, and the bytes of the GPU that it saves."""
+    config = prepared.config
+    if config.method != "es":
+        return []
+    ways = {
+        'es.masters to "split"': replace(config, es=replace(config.es, masters="split")),
+        "engine.offload_masters to true": replace(config, engine=replace(config.engine, offload_masters=True)),
+    }
+    saved = {way: beside - _sum(_parts(replace(prepared, config=other)), "beside") for way, other in ways.items()}
+    return [(way, size) for way, size in saved.items() if size > 0]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,13 +155,13 @@ def _knobs(prepared: "Prepared") -> list[_Knob]:
     es, grpo, engine = config.es, config.grpo, config.engine
     knobs = [_Knob(key="engine.kv_cache_gib", value=engine.kv_cache_gib, least=0.05, step=0.01, saved=GIB // 100)]
     if config.method == "es":
-        member = member_bytes(trained_parameters(prepared.model_dir), es.rank, 4 if engine.dtype == "float32" else 2)
+        member = member_bytes(trained_parameters(prepared.model_dir), es.rank, SIZE[engine.dtype])
         knobs.append(_Knob(key="engine.slots", value=engine.slots, least=1, step=1, saved=member))
         each = 2 if es.antithetic else 1
         if kept_bytes(member, es.population // each):
             knobs.append(_Knob(key="es.population", value=es.population, least=2, step=each, saved=member))
     elif grpo.beta and not grpo.lora_rank:
-        copy = _grpo_memory(prepared)["copy of the base model"]
+        copy = next(part.size for part in _grpo_parts(prepared) if part.name == BASE_COPY)
         knobs.append(_Knob(key="grpo.beta", value=grpo.beta, least=0, step=grpo.beta, saved=copy))
     return knobs
 
@@ -130,51 +174,40 @@ def _how_to_save(knobs: Sequence[_Knob], missing: int) -> str:
     return f"{missing / GIB:.2f} GiB too much, which none of these saves alone: {each}; or use a smaller model"
 
 
-def _memory(prepared: "Prepared") -> dict[str, int]:
-    config = prepared.config
-    parts = _es_memory(prepared) if config.method == "es" else _grpo_memory(prepared)
-    return {**parts, "key-value cache": int(config.engine.kv_cache_gib * GIB)}
+def _sum(parts: Sequence[Part], place: str = "") -> int:
+    return sum(part.size for part in parts if place in ("", part.place))
 
 
-def _es_memory(prepared: "Prepared") -> dict[str, int]:
-    es, engine = prepared.config.es, prepared.config.engine
-    shapes = trained_parameters(prepared.model_dir)
-    weights = sum(out * inside for _, out, inside in shapes)
-    size = 4 if engine.dtype == "float32" else 2
-    member = member_bytes(shapes, es.rank, size)
-    parts = {
-        "masters (float32)": 4 * weights,
-        f"served weights ({engine.dtype})": size * weights,
-        "slots": engine.slots * member,
-        "noise of a step": kept_bytes(member, es.population // 2 if es.antithetic else es.population),
-    }
-    if es.optimizer != "sgd":
-        parts["optimizer"] = 4 * weights * (2 if es.optimizer == "adam" else 1)
+def _shape(prepared: "Prepared") -> ModelShape:
+    return ModelShape.of(read_config(prepared.model_dir), tensor_shapes(prepared.model_dir))
+
+
+def _parts(prepared: "Prepared") -> list[Part]:
+    config, on_cpu = prepared.config, serves_on_cpu()
+    parts = (
+        es_parts(_shape(prepared), config.es, config.engine, on_cpu=on_cpu)
+        if config.method == "es"
+        else _grpo_parts(prepared)
+    )
+    if on_cpu:  # on a GPU it is what is left of vLLM's share
+        parts.append(Part(name="key-value cache", size=int(config.engine.kv_cache_gib * GIB), place="share"))
     return parts
 
 
-def _grpo_memory(prepared: "Prepared") -> dict[str, int]:
+def _grpo_parts(prepared: "Prepared") -> list[Part]:
     grpo, engine = prepared.config.grpo, prepared.config.engine
     weights = sum(math.prod(shape) for shape in tensor_shapes(prepared.model_dir).values())
     trained = weights
     if grpo.lora_rank:
         trained = grpo.lora_rank * sum(out + inside for _, out, inside in trained_parameters(prepared.model_dir))
-    parts = {
+    beside = {
         "weights in training (float32)": 4 * weights + (4 * trained if grpo.lora_rank else 0),
         "gradients": 4 * trained,
         "optimizer": 8 * trained,
-        f"served weights ({engine.dtype})": (4 if engine.dtype == "float32" else 2) * weights,
     }
     if grpo.beta and not grpo.lora_rank:
-        parts["copy of the base model"] = 4 * weights
-    return parts
-
-
-def member_bytes(shapes: Sequence[Shape], rank: int, size: int) -> int:
-    """Return the memory of one member's factors, rank * (in + out) values of `size` bytes per weight."""
-    return size * rank * sum(out + inside for _, out, inside in shapes)
-
-
-def kept_bytes(member: int, directions: int) -> int:
-    """Return the memory of a step's noise beside the slots: nothing where it is too much and is made again instead."""
-    return directions * member if directions * member <= KEPT_BYTES else 0
+        beside[BASE_COPY] = 4 * weights
+    return [
+        *(Part(name=name, size=size, place="beside") for name, size in beside.items()),
+        Part(name=f"served weights ({engine.dtype})", size=SIZE[engine.dtype] * weights, place="share"),
+    ]

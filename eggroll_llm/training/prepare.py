@@ -61,6 +61,17 @@ def settle(config: RunConfig, recipe_dir: Path) -> RunConfig:
             'engine.dtype = "float32": vLLM\'s adapter kernels on CUDA serve bfloat16 only. Set it to "auto".'
         )
     es, grpo, engine = config.es, config.grpo, config.engine
+    dtype = resolve_dtype(engine.dtype)
+    if config.method == "es" and es.masters == "split" and dtype == "float32":
+        raise ConfigError(
+            f'es.masters = "split": engine.dtype = "{engine.dtype}" serves float32 here, which has no other half to '
+            'keep. Set es.masters to "float32", or engine.dtype to "bfloat16".'
+        )
+    if engine.quantization == "fp8" and (dtype == "float32" or config.method != "es"):
+        raise ConfigError(
+            f'engine.quantization = "fp8": FP8 is rounded from bfloat16 weights of method "es", and here method = '
+            f'"{config.method}" and engine.dtype = "{dtype}". Set engine.quantization to "none", or change these.'
+        )
     model = Path(config.model).expanduser()
     return dataclasses.replace(
         with_absolute_paths(config, recipe_dir),
@@ -68,7 +79,7 @@ def settle(config: RunConfig, recipe_dir: Path) -> RunConfig:
         grpo=dataclasses.replace(grpo, dtype=resolve_dtype(grpo.dtype)) if config.method == "grpo" else grpo,
         engine=dataclasses.replace(
             engine,
-            dtype=resolve_dtype(engine.dtype),
+            dtype=dtype,
             slots=engine.slots or (min(es.population, MAX_SLOTS) if config.method == "es" else 1),
         ),
     )

@@ -46,7 +46,8 @@ def replay(
         torch.set_num_threads(config.engine.threads)
     device = "cpu" if serves_on_cpu() else "cuda"
     weights = {name: tensor.to(device) for name, tensor in load_trained(base_dir, dtype).items()}
-    masters = MasterWeights(weights, config.es, dtype, fold_for(torch.device(device)))
+    offload = config.engine.offload_masters and device != "cpu"
+    masters = MasterWeights(weights, config.es, dtype, fold_for(torch.device(device)), offload=offload)
     for entry in journal.entries[:step]:
         check_weights(journal_path, entry, masters.checksum)
         masters.apply(recorded_update(config, entry), served_factors_of)

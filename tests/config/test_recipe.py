@@ -288,7 +288,7 @@ def test_keys_that_may_change_on_resume() -> None:
     assert {key for key in keys if may_change(key)} == {
         "steps", "minutes", "eval.every", "grpo.gradient_checkpointing", "checkpoint.every", "checkpoint.keep", "checkpoint.best", "log.samples", "log.completions",
         "log.tensorboard", "log.wandb", "engine.slots", "engine.max_sequences", "engine.max_model_len",
-        "engine.kv_cache_gib", "engine.enforce_eager", "engine.compile", "engine.gpu_memory_utilization",
+        "engine.kv_cache_gib", "engine.offload_masters", "engine.enforce_eager", "engine.compile", "engine.gpu_memory_utilization",
         "engine.timeout_seconds", "engine.threads", "engine.allow_untested_architecture", "reward.timeout_seconds", "reward.memory_gib",
     }  # fmt: skip
     assert not may_change("task_options.data_dir")
@@ -307,8 +307,15 @@ def test_resume_with_other_settings_shows_each_difference() -> None:
         "runs/x/config.toml: cannot resume with changed settings: es.sigma was 0.01 and is now 0.5; task_options.n was not set "
         "and is now 3. Restore them, or start a new run from the weights of this one with --model runs/x/final. "
         "Settings that may change: steps, minutes, eval.every, grpo.gradient_checkpointing, [log], [checkpoint], [reward], [engine] "
-        "except dtype."
+        "except dtype and quantization."
     )
+
+
+def test_settings_that_were_added_leave_the_hash_of_older_runs() -> None:
+    """As version 0.2.0 computes it: journals of that version still resume."""
+    run = RunConfig(task="countdown", seed=5, es=EsSettings(sigma=0.01, learning_rate=0.001))
+    assert frozen_hash(run) == "1af71fbaef0196c5d2d0c56b4f8515fe8ea3f640ad93bfd3792c42f31b71fcba"
+    assert frozen_hash(dataclasses.replace(run, es=dataclasses.replace(run.es, masters="split"))) != frozen_hash(run)
 
 
 def test_every_setting_has_help() -> None:

@@ -107,3 +107,36 @@ def test_graphs_decode_what_each_member_would(tiny_model: Callable[[str], Path],
                     assert logprobs[token_id] > logprobs.max() - 0.2  # what bfloat16 can blur
     finally:
         engine.close()
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "momentum", "adam"])
+@pytest.mark.parametrize(("kind", "offload"), [("float32", True), ("split", False), ("split", True)])
+def test_masters_have_the_same_bits_wherever_they_are_kept(kind: str, offload: bool, optimizer: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weights = {name: (0.05 * torch.randn(o, i, generator=generator)).bfloat16() for name, o, i in SHAPES}
+
+    def trained(kind: str, offload: bool) -> MasterWeights:
+        settings = EsSettings(optimizer=optimizer, masters=kind)
+        given = {name: weight.clone() for name, weight in weights.items()}
+        masters = MasterWeights(given, settings, torch.bfloat16, device=torch.device("cuda"), offload=offload)
+        for step in (1, 2, 3):
+            masters.apply(
+                UpdateSpec(
+                    step=step,
+                    noise_step=step,
+                    seed=3,
+                    rank=2,
+                    sigma=1e-3,
+                    learning_rate=1e-4,
+                    fitness_M=tuple(math.sin(m * m) for m in range(64)),
+                )
+            )
+        return masters
+
+    usual, other = trained("float32", False), trained(kind, offload)
+    right, found = usual.state(), other.state()
+    assert all(torch.equal(right[key].cpu(), value.cpu()) for key, value in found.items())
+    assert found["master/a.weight"].is_pinned() == (kind == "float32")
+    for name in weights:
+        assert other.served(name).device.type == ("cpu" if kind == "float32" else "cuda")
+        assert int((other.served(name).cpu() != usual.served(name).cpu()).sum()) <= (10 if kind == "split" else 0)

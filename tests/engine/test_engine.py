@@ -27,6 +27,7 @@ from eggroll_llm.engine.vllm import slots as members
 from eggroll_llm.engine.vllm.engine import VllmEngine
 from eggroll_llm.es.estimate import UpdateSpec
 from eggroll_llm.es.noise import NoiseSpec, served_factors
+from eggroll_llm.es.settings import EsSettings
 from eggroll_llm.system.hardware import serves_on_cpu
 
 pytestmark = pytest.mark.vllm
@@ -46,9 +47,12 @@ class Case:
     apart: float = 2e-2
     """Least difference between different members."""
     compiled: bool = False
+    masters: Any = "float32"
+    offload: bool = False
 
     def __str__(self) -> str:
-        return f"{self.kind}-{self.dtype}-{self.rank}{'-compiled' * self.compiled}"
+        extras = "-compiled" * self.compiled + "-offload" * self.offload
+        return f"{self.kind}-{self.dtype}-{self.rank}{extras}{f'-{self.masters}' * (self.masters != 'float32')}"
 
 
 CPU_CASES = [
@@ -64,14 +68,21 @@ CPU_CASES = [
     Case(kind="gemma3", rank=3),
     Case(kind="phi3", rank=2),
     Case(kind="granite", rank=1),
-    Case(kind="qwen3", rank=1, dtype="bfloat16", tolerance=0.2, apart=0.6),
+    Case(kind="qwen3", rank=1, dtype="bfloat16", tolerance=0.2, apart=0.6, masters="split"),
     Case(kind="qwen3", rank=2, compiled=True),
     Case(kind="smollm3", rank=1, compiled=True),
     Case(kind="qwen2", rank=1, dtype="bfloat16", tolerance=0.2, apart=0.6, compiled=True),
 ]
 CUDA_CASES = [  # FlashAttention serves no float32
-    Case(kind=kind, rank=rank, dtype="bfloat16", tolerance=0.2, apart=0.6)
-    for kind, rank in (("llama", 1), ("qwen2", 3), ("qwen3", 16), ("granite", 1), ("smollm3", 1), ("gemma3", 2))
+    Case(kind=kind, rank=rank, dtype="bfloat16", tolerance=0.2, apart=0.6, masters=masters, offload=offload)
+    for kind, rank, masters, offload in (
+        ("llama", 1, "float32", False),
+        ("qwen2", 3, "split", False),
+        ("qwen3", 16, "split", True),
+        ("granite", 1, "float32", True),
+        ("smollm3", 1, "float32", False),
+        ("gemma3", 2, "float32", False),
+    )
 ]
 assert {case.kind for case in CPU_CASES} == KINDS.keys(), "every architecture that can be trained is served here"
 
@@ -106,9 +117,10 @@ def served(request: pytest.FixtureRequest, tiny_model: Callable[[str], Path]) ->
         gpu_memory_utilization=0.1,
         max_sequences=16,
         compile=case.compiled,
+        offload_masters=case.offload,
     )
-    model_dir = tiny_model(case.kind)
-    engine = VllmEngine(model_dir, config, slots=SLOTS, rank=case.rank, max_model_len=128)
+    model_dir, es = tiny_model(case.kind), EsSettings(masters=case.masters)
+    engine = VllmEngine(model_dir, config, slots=SLOTS, rank=case.rank, max_model_len=128, es=es)
     start = {name: tensor.clone() for name, tensor in engine.state().items()}
     yield Served(engine, model_dir, case)
     engine.load_state(start)

@@ -9,18 +9,26 @@ from typing import Any
 import pytest
 
 from eggroll_llm.config.schema import EngineConfig, GrpoConfig, RunConfig, SamplingConfig
+from eggroll_llm.engine.memory import ModelShape, es_parts
 from eggroll_llm.errors import ConfigError
 from eggroll_llm.es.settings import EsSettings
-from eggroll_llm.models.files import tensor_shapes
+from eggroll_llm.models.files import read_config, tensor_shapes
 from eggroll_llm.tasks.prompts import ProblemSet
-from eggroll_llm.training.budget import GIB, budget, check_memory
+from eggroll_llm.training.budget import GIB, _parts, budget, check_memory
 from eggroll_llm.training.prepare import Prepared
 from eggroll_llm.training.step_time import Machine, Model, estimate_lines, measure, model_sizes, sampled, step_seconds
 
 # Of a layer: q and o 128 x 128, k and v 64 x 128, gate and up 256 x 128, down 128 x 256; two layers.
 WEIGHTS = 2 * (2 * 128 * 128 + 2 * 64 * 128 + 3 * 256 * 128)
 WIDTH = 2 * (2 * (128 + 128) + 2 * (64 + 128) + 3 * (256 + 128))
+LARGEST, WIDEST = 256 * 128, 256 + 128
 ES = EsSettings(population=6, sigma=0.01, learning_rate=0.01, rank=4)
+
+
+def every_and_head(model_dir: Path) -> tuple[int, int]:
+    """All weights, and those of the head, which is tied to the embeddings."""
+    shapes = tensor_shapes(model_dir)
+    return sum(map(math.prod, shapes.values())), math.prod(shapes["model.embed_tokens.weight"])
 
 
 def prepared(model_dir: Path, **changes: Any) -> Prepared:
@@ -74,15 +82,19 @@ def test_memory(
         for line in lines(model, engine=engine, es=dataclasses.replace(ES, optimizer=optimizer))
         if line.startswith("memory: ")
     ]
+    every, head = every_and_head(model)
     parts = {
-        "masters (float32)": 4 * WEIGHTS,
-        f"served weights ({dtype})": size * WEIGHTS,
+        f"served weights ({dtype})": size * (every + head),
         "slots": size * 5 * 4 * WIDTH,
+        "activations (estimate)": size * 4096 * (3 * 256 + 4 * 128) + 8 * 128 * head // 128,
+        "masters (float32)": 4 * WEIGHTS,
+        "optimizer": 4 * tensors * WEIGHTS,
         "noise of a step": size * 3 * 4 * WIDTH,
+        "an update": 4 * LARGEST * (tensors > 0) + 4 * 3 * 4 * WIDEST + 2 * size * LARGEST,
+        "a checkpoint": 2 * WEIGHTS if size == 2 else 0,
+        "key-value cache": 512,
     }
-    if tensors:
-        parts["optimizer"] = 4 * tensors * WEIGHTS
-    parts["key-value cache"] = 512
+    parts = {name: amount for name, amount in parts.items() if amount}
     assert memory[:-1] == [f"{amount / 1024:.2f} GiB for {name}" for name, amount in parts.items()]
     assert memory[-1].startswith(f"{sum(parts.values()) / 1024:.2f} GiB for these together")
 
@@ -114,7 +126,12 @@ def test_memory_of_grpo(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 MEMBER = 2 * 4 * WIDTH  # bytes, in bfloat16 at rank 4
-NEEDED = (4 + 2) * WEIGHTS + (5 + 3) * MEMBER + GIB // 2  # masters, served, five slots, noise of three pairs, cache
+
+
+@pytest.fixture
+def needed(model: Path) -> int:
+    """What the run takes by its own count, of which `test_memory` has the parts."""
+    return sum(part.size for part in _parts(prepared(model)))
 
 
 def refused(monkeypatch: pytest.MonkeyPatch, run: Prepared, available: int | None) -> str:
@@ -128,32 +145,32 @@ def refused(monkeypatch: pytest.MonkeyPatch, run: Prepared, available: int | Non
     return ""
 
 
-def test_a_run_that_fits_or_may_fit_is_not_refused(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert refused(monkeypatch, prepared(model), NEEDED) == ""
+def test_a_run_that_fits_or_may_fit_is_not_refused(model: Path, needed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert refused(monkeypatch, prepared(model), needed) == ""
     assert refused(monkeypatch, prepared(model), None) == ""
-    assert refused(monkeypatch, prepared(model), NEEDED - 1) != ""
+    assert refused(monkeypatch, prepared(model), needed - 1) != ""
 
 
 def test_when_the_cache_is_too_large_it_is_said_how_far_to_lower_it(
-    model: Path, monkeypatch: pytest.MonkeyPatch
+    model: Path, needed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A quarter of a GiB too much, which slots and population of a tiny model cannot save."""
     run = prepared(model)
-    said = refused(monkeypatch, run, NEEDED - GIB // 4)
-    assert said.startswith("the run needs 0.50 GiB of memory (masters (float32) 0.00, served weights (bfloat16) 0.00, ")
-    assert "key-value cache 0.50) besides Python and vLLM, and 0.25 GiB are available: " in said
+    said = refused(monkeypatch, run, needed - GIB // 4)
+    assert said.startswith("the run needs 0.51 GiB of memory (served weights (bfloat16) 0.00, slots 0.00, activations ")
+    assert "key-value cache 0.50) besides Python and vLLM, and 0.26 GiB are available: " in said
     assert said.endswith("lower engine.kv_cache_gib from 0.5 to 0.24")
     lower = dataclasses.replace(run.config.engine, kv_cache_gib=0.24)
-    assert refused(monkeypatch, prepared(model, engine=lower), NEEDED - GIB // 4) == ""
+    assert refused(monkeypatch, prepared(model, engine=lower), needed - GIB // 4) == ""
 
 
 @pytest.mark.parametrize(("key", "value"), [("engine.kv_cache_gib", 0.49), ("engine.slots", 3), ("es.population", 2)])
 def test_each_setting_is_lowered_by_what_it_saves(
-    model: Path, monkeypatch: pytest.MonkeyPatch, key: str, value: Any
+    model: Path, needed: int, monkeypatch: pytest.MonkeyPatch, key: str, value: Any
 ) -> None:
     """Two slots' worth too much, and a byte less than that is not; each remedy alone is enough."""
     run = prepared(model)
-    available = NEEDED - 2 * MEMBER
+    available = needed - 2 * MEMBER
     said = refused(monkeypatch, run, available)
     assert said.endswith(
         "lower engine.kv_cache_gib from 0.5 to 0.49, or engine.slots from 5 to 3, or es.population from 6 to 2"
@@ -168,18 +185,18 @@ def test_each_setting_is_lowered_by_what_it_saves(
 
 def test_when_no_setting_alone_is_enough_all_are_named(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     said = refused(monkeypatch, prepared(model), 0)
-    assert "0 GiB are available: 0.50 GiB too much, which none of these saves alone: engine.kv_cache_gib = 0.5 " in said
+    assert "0 GiB are available: 0.51 GiB too much, which none of these saves alone: engine.kv_cache_gib = 0.5 " in said
     assert "engine.slots = 5 (each 1 is " in said
     assert "es.population = 6 (each 2 is " in said
     assert said.endswith("; or use a smaller model")
 
 
 def test_noise_that_is_not_kept_is_no_reason_to_lower_the_population(
-    model: Path, monkeypatch: pytest.MonkeyPatch
+    model: Path, needed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("eggroll_llm.training.budget.KEPT_BYTES", 0)
-    assert refused(monkeypatch, prepared(model), NEEDED - 3 * MEMBER) == ""
-    assert "es.population" not in refused(monkeypatch, prepared(model), NEEDED - 4 * MEMBER)
+    monkeypatch.setattr("eggroll_llm.engine.memory.KEPT_BYTES", 0)
+    assert refused(monkeypatch, prepared(model), needed - 3 * MEMBER) == ""
+    assert "es.population" not in refused(monkeypatch, prepared(model), needed - 4 * MEMBER)
 
 
 def test_memory_that_grpo_lacks(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -194,18 +211,100 @@ def test_memory_that_grpo_lacks(model: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert refused(monkeypatch, without, needed - 4 * weights) == ""
 
 
-def test_of_a_gpu_what_lies_beside_vllms_share_must_be_free(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Masters and noise; the share holds the rest. No GPU has been asked."""
-    beside = 4 * WEIGHTS + 3 * MEMBER
+@pytest.mark.parametrize("quantization", ["none", "fp8"])
+@pytest.mark.parametrize("masters", ["float32", "split"])
+def test_served_weights_and_masters_by_format(model: Path, masters: Any, quantization: Any) -> None:
+    """On a GPU, where split masters of bfloat16 need no weights of their own; FP8 has a scale for each row."""
+    every, _ = every_and_head(model)
+    shape = ModelShape.of(read_config(model), tensor_shapes(model))
+    engine = EngineConfig(slots=5, dtype="bfloat16", quantization=quantization)
+    parts = es_parts(shape, dataclasses.replace(ES, masters=masters), engine, on_cpu=False)
+    found = {part.name.split(" (")[0]: part.size for part in parts}
+    rows = 2 * (2 * 128 + 2 * 64 + 2 * 256 + 128)
+    assert found["served weights"] == (2 * every if quantization == "none" else 2 * every - WEIGHTS + 4 * rows)
+    per_weight = {"float32": 4, "split": 2 if quantization == "none" else 4}[masters]
+    assert found["masters"] == per_weight * WEIGHTS
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    """A GPU of one GiB that is not there; what is free of it may be changed."""
+    free = {"bytes": GIB}
     monkeypatch.setattr("eggroll_llm.training.budget.serves_on_cpu", lambda: False)
-    free = {"bytes": GIB // 2 + beside}
+    monkeypatch.setattr("eggroll_llm.training.budget.available_memory", lambda: None)
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.mem_get_info", lambda: (free["bytes"], GIB))
+    return free
+
+
+UPDATE = 4 * 3 * 4 * WIDEST  # what the factors of three pairs of rank 4 take in float32
+
+
+@pytest.mark.parametrize(
+    ("masters", "offload", "beside"),
+    [
+        ("float32", False, 4 * WEIGHTS + 3 * MEMBER + UPDATE),
+        ("split", False, 2 * WEIGHTS + 3 * MEMBER + UPDATE + 4 * LARGEST),
+        ("float32", True, 3 * MEMBER + UPDATE + 4 * LARGEST),
+        ("split", True, 3 * MEMBER + UPDATE + 4 * LARGEST),
+    ],
+)
+def test_of_a_gpu_what_lies_beside_vllms_share_must_be_free(
+    model: Path, gpu: dict[str, int], masters: Any, offload: bool, beside: int
+) -> None:
+    engine = EngineConfig(slots=5, dtype="bfloat16", gpu_memory_utilization=0.5, offload_masters=offload)
+    run = prepared(model, engine=engine, es=dataclasses.replace(ES, masters=masters))
+    gpu["bytes"] = GIB // 2 + beside
+    check_memory(run)
+    gpu["bytes"] -= 1
+    with pytest.raises(
+        ConfigError, match=r"^engine\.gpu_memory_utilization = 0\.5: 0\.50 GiB.* lower it to 0\.49, or"
+    ) as info:
+        check_memory(run)
+    assert ('set es.masters to "split"' in str(info.value)) == (masters == "float32" and not offload)
+    assert ("set engine.offload_masters to true" in str(info.value)) == (not offload)
+
+
+def test_a_share_that_does_not_hold_the_model_is_not_proposed(model: Path, gpu: dict[str, int]) -> None:
+    gpu["bytes"] = GIB // 100
+    with pytest.raises(ConfigError) as info:
+        check_memory(prepared(model))
+    assert "lower it" not in str(info.value)
+    assert str(info.value).endswith("less), or use a smaller model")
+
+
+def test_what_is_offloaded_must_be_free_of_the_host(
+    model: Path, gpu: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Masters and momentum, and the served weights while a checkpoint is written."""
+    host = (4 + 4 + 2) * WEIGHTS
+    engine = EngineConfig(slots=5, dtype="bfloat16", gpu_memory_utilization=0.5, offload_masters=True)
+    run = prepared(model, engine=engine, es=dataclasses.replace(ES, optimizer="momentum"))
+    monkeypatch.setattr("eggroll_llm.training.budget.available_memory", lambda: host)
+    check_memory(run)
+    monkeypatch.setattr("eggroll_llm.training.budget.available_memory", lambda: host - 1)
+    with pytest.raises(ConfigError, match=r"of the host's memory \(masters .* set engine\.offload_masters to false"):
+        check_memory(run)
+
+
+def test_the_memory_of_a_gpu_is_told_by_place(
+    model: Path, gpu: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    every, head = every_and_head(model)
+    inside = 2 * every + 5 * MEMBER + 2 * 4096 * (3 * 256 + 4 * 128) + 8 * 128 * head // 128
     engine = EngineConfig(slots=5, dtype="bfloat16", gpu_memory_utilization=0.5)
-    check_memory(prepared(model, engine=engine))
-    free["bytes"] -= 1
-    with pytest.raises(ConfigError, match=r"^engine\.gpu_memory_utilization = 0\.5: 0\.50 GiB.* lower it to 0\.49, or"):
-        check_memory(prepared(model, engine=engine))
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda: (GIB, GIB))
+    token = 2 * 2 * 2 * 2 * 32  # bytes, of keys and values, layers, heads and their size
+    *_, said = lines(model, engine=engine)
+    assert said.endswith(f", {(GIB / 2 - inside) / GIB:.2f} GiB here: {(GIB / 2 - inside) / token:,.0f} tokens")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    *_, said = lines(model, engine=engine)
+    assert said.endswith("the key-value cache takes the rest of the share")
+    monkeypatch.setattr("eggroll_llm.training.budget.GIB", 1024)
+    told = lines(model, engine=engine)
+    assert f"memory of the GPU, in vLLM's share: {2 * every / 1024:.2f} GiB for served weights (bfloat16)" in told
+    assert f"memory of the GPU, beside that share: {4 * WEIGHTS / 1024:.2f} GiB for masters (float32)" in told
+    assert f"memory of the host: {6 * WEIGHTS / 1024:.2f} GiB for a checkpoint" in told
 
 
 SLOW = Machine(serving=1e6, training=1e5, bandwidth=1e6, passes=(0.1, 0.1))

@@ -129,6 +129,25 @@ def test_everything_automatic_is_settled(config: RunConfig, folder: Path, monkey
     assert settle(dataclasses.replace(config, task="gsm8k"), folder).task == "gsm8k"
 
 
+def test_masters_are_not_split_from_float32(config: RunConfig, folder: Path) -> None:
+    split = dataclasses.replace(config, es=dataclasses.replace(config.es, masters="split"))
+    served = {dtype: dataclasses.replace(split, engine=EngineConfig(dtype=dtype)) for dtype in ("bfloat16", "float32")}
+    assert settle(served["bfloat16"], folder).es.masters == "split"
+    with pytest.raises(ConfigError, match=r'^es\.masters = "split": engine\.dtype = "float32" serves float32 here.*'):
+        settle(served["float32"], folder)
+    settle(dataclasses.replace(served["float32"], method="grpo"), folder)
+
+
+@pytest.mark.parametrize(("method", "dtype"), [("es", "float32"), ("grpo", "bfloat16")])
+def test_fp8_is_of_bfloat16_and_es_only(config: RunConfig, folder: Path, method: Any, dtype: Any) -> None:
+    fine = dataclasses.replace(config, engine=EngineConfig(dtype="bfloat16", quantization="fp8"))
+    assert settle(fine, folder).engine.quantization == "fp8"
+    other = dataclasses.replace(fine, method=method, engine=dataclasses.replace(fine.engine, dtype=dtype))
+    found = f'method = "{method}" and engine\\.dtype = "{dtype}"'
+    with pytest.raises(ConfigError, match=rf'^engine\.quantization = "fp8": .*{found}'):
+        settle(other, folder)
+
+
 def test_paths_of_built_in_tasks_are_made_absolute(config: RunConfig, folder: Path) -> None:
     """The resolved configuration lies in another folder than the recipe."""
 

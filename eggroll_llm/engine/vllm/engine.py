@@ -94,6 +94,7 @@ class VllmEngine:
         settings = {
             "rank": rank,
             "es": dataclasses.asdict(es or EsSettings()) if trainable else None,
+            "offload": config.offload_masters,
             "compiled": config.compile,
             "stock": stock,
         }
@@ -335,6 +336,7 @@ def _engine_args(
     return EngineArgs(
         model=str(model_dir),
         dtype=dtype,
+        quantization="fp8_per_channel" if config.quantization == "fp8" else None,
         max_model_len=max_model_len,
         max_num_seqs=config.max_sequences,
         max_num_batched_tokens=max(4096 if current_platform.is_cpu() else 8192, max_model_len),

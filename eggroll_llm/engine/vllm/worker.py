@@ -35,7 +35,13 @@ from eggroll_llm.engine.vllm.slots import (
     RowBuffers,
     SlotOfTokens,
 )
-from eggroll_llm.engine.vllm.weights import ServedWeights, initial_weights, keep_linear_weights
+from eggroll_llm.engine.vllm.weights import (
+    ServedWeights,
+    initial_weights,
+    is_quantised,
+    keep_linear_weights,
+    keep_quantised_weights,
+)
 from eggroll_llm.engine.vllm.whole_model import WholeModel, count_ranks_uncompiled
 from eggroll_llm.es.estimate import UpdateSpec
 from eggroll_llm.es.masters import MasterWeights
@@ -74,6 +80,7 @@ def _populate_loaded_models() -> None:
 
 # vLLM imports this module before it loads the model.
 _populate_loaded_models()
+keep_quantised_weights()
 if current_platform.is_cpu():
     keep_linear_weights()
     count_ranks_uncompiled()
@@ -98,7 +105,15 @@ class Population:
     """Slots, factors and master weights inside a vLLM worker."""
 
     def __init__(
-        self, runner: Any, model: Any, *, rank: int, es: Mapping[str, Any] | None, compiled: bool, stock: bool
+        self,
+        runner: Any,
+        model: Any,
+        *,
+        rank: int,
+        es: Mapping[str, Any] | None,
+        offload: bool,
+        compiled: bool,
+        stock: bool,
     ) -> None:
         """Install it around a loaded model. `es` are fields of EsSettings; without them there are no masters."""
         self._adapters = adapters = runner.lora_manager._adapter_manager
@@ -111,7 +126,9 @@ class Population:
         self.slots = MemberSlots(buffers(self.layers, self.bank, adapters.lora_slots), adapters.lora_slots)
         weights = initial_weights(model, self.layers)
         if es is not None:
-            self.masters = MasterWeights(weights, EsSettings(**es), self.dtype, fold_for(self.device))
+            offload = offload and self.device.type != "cpu"  # a CPU's masters are in the host's memory anyway
+            settings, fold = EsSettings(**es), fold_for(self.device)
+            self.masters = MasterWeights(weights, settings, self.dtype, fold, device=self.device, offload=offload)
         if not stock:
             self._tokens = SlotOfTokens(runner.max_num_tokens, self.device)
             self._take_over(runner)
@@ -226,9 +243,14 @@ def _linear_with_term(layer: Layer, slot_T: Tensor, add_term: AddTerm) -> Callab
     """
     base_layer, slices = layer.module.base_layer, list(layer.sizes)
     (B_SCRI,), (A_SV,) = layer.module.lora_a_stacked, layer.module.lora_b_stacked
+    quantised = is_quantised(base_layer.weight)
 
     def apply(x: Tensor, bias: Tensor | None = None) -> Tensor:
-        y: Tensor = base_layer.cpu_linear(x, base_layer.weight, bias)
+        y: Tensor = (
+            base_layer.quant_method.apply(base_layer, x, bias)
+            if quantised
+            else base_layer.cpu_linear(x, base_layer.weight, bias)
+        )
         x_TI = x.reshape(-1, x.shape[-1]).contiguous()
         add_term(y.view(-1, y.shape[-1]), x_TI, A_SV, B_SCRI, slot_T, slices)
         return y

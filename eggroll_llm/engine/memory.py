@@ -1,0 +1,143 @@
+"""How much memory an ES run takes, and where, from the shapes of its model alone. Nothing is started.
+
+    GPU     vLLM's share: served weights, slots, activations, and what is left of it for the key-value cache;
+            beside it masters, optimizer state, the noise of a step and the buffers of an update
+    host    checkpoints while they are written, and what is offloaded; on a CPU everything
+
+Activations are an estimate: the widest layer at the most tokens of a batch, and the logits of all sequences.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from eggroll_llm.config.schema import EngineConfig
+from eggroll_llm.es.noise import KEPT_BYTES, Shape
+from eggroll_llm.es.settings import EsSettings
+from eggroll_llm.models.architectures import head_size
+from eggroll_llm.models.targets import is_trained
+
+BATCH_TOKENS = 4096
+"""Tokens of a forward pass at most, unless one prompt has more."""
+SIZE = {"bfloat16": 2, "float32": 4}
+MOMENTS = {"sgd": 0, "momentum": 1, "adam": 2}
+"""Float32 numbers that an optimizer keeps of each weight."""
+
+
+Place = Literal["share", "beside", "host"]
+"""vLLM's share of the GPU, the rest of it, or the host. On a CPU all are the host's."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Part:
+    """What takes memory."""
+
+    name: str
+    size: int
+    """Bytes."""
+    place: Place
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelShape:
+    """The sizes of a model that its memory depends on."""
+
+    trained: Sequence[Shape]
+    weights: int
+    """All of them, embeddings and norms too."""
+    vocabulary: int
+    hidden: int
+    intermediate: int
+    cached: int
+    """Values in the key-value cache of a token."""
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any], tensors: Mapping[str, tuple[int, ...]]) -> "ModelShape":
+        """Return the shape of a model with this config.json and tensors of these shapes."""
+
+        def number(key: str, default: int = 0) -> int:
+            value = config.get(key)
+            return value if type(value) is int else default
+
+        heads = number("num_key_value_heads", number("num_attention_heads"))
+        return cls(
+            trained=[(name, *shape) for name, shape in tensors.items() if is_trained(name) and len(shape) == 2],
+            weights=sum(map(math.prod, tensors.values())),
+            vocabulary=number("vocab_size"),
+            hidden=number("hidden_size"),
+            intermediate=number("intermediate_size"),
+            cached=2 * number("num_hidden_layers") * heads * head_size(config),
+        )
+
+    @property
+    def linear(self) -> int:
+        """Return the weights that are trained."""
+        return sum(out * inside for _, out, inside in self.trained)
+
+
+def es_parts(model: ModelShape, es: EsSettings, engine: EngineConfig, *, on_cpu: bool) -> list[Part]:
+    """Return what a run takes, settings settled; on a GPU without the key-value cache, which takes the rest."""
+    size = SIZE[engine.dtype]
+    split, offloaded = es.masters == "split", engine.offload_masters and not on_cpu
+    member = member_bytes(model.trained, es.rank, size)
+    directions = es.population // 2 if es.antithetic else es.population
+    quantised = engine.quantization == "fp8"
+    # Packed for its matrix product, a CPU's copy of the head is one more.
+    served = size * (model.weights + (model.vocabulary * model.hidden if on_cpu else 0))
+    if quantised:  # a byte each and a float32 scale a row
+        served += (1 - size) * model.linear + 4 * sum(out for _, out, _ in model.trained)
+    # Split masters are in what is served, but for what is packed or quantised.
+    halves = 2 + (size if on_cpu or quantised else 0)
+    kept: Place = "host" if offloaded else "beside"
+    parts = [
+        Part(name=f"served weights ({'fp8' if quantised else engine.dtype})", size=served, place="share"),
+        Part(name="slots", size=engine.slots * member, place="share"),
+        Part(name="activations (estimate)", size=activation_bytes(model, engine), place="share"),
+        Part(
+            name="masters (split)" if split else "masters (float32)",
+            size=(halves if split else 4) * model.linear,
+            place=kept,
+        ),
+        Part(name="optimizer", size=4 * MOMENTS[es.optimizer] * model.linear, place=kept),
+        Part(name="noise of a step", size=kept_bytes(member, directions), place="beside"),
+        Part(name="an update", size=update_bytes(model, es, engine, on_cpu=on_cpu), place="beside"),
+        Part(name="a checkpoint", size=checkpoint_bytes(model, es, engine, on_cpu=on_cpu), place="host"),
+    ]
+    return [part for part in parts if part.size]
+
+
+def activation_bytes(model: ModelShape, engine: EngineConfig) -> int:
+    """Return an estimate of what a forward pass and the sampling after it hold at once."""
+    tokens = max(BATCH_TOKENS, engine.max_model_len)
+    layer = 3 * model.intermediate + 4 * model.hidden  # gate and up, their product, what goes in and out
+    return SIZE[engine.dtype] * tokens * layer + 2 * 4 * engine.max_sequences * model.vocabulary
+
+
+def update_bytes(model: ModelShape, es: EsSettings, engine: EngineConfig, *, on_cpu: bool) -> int:
+    """Return the buffers of an update, which takes the weights one by one, for the largest."""
+    largest = max(out * inside for _, out, inside in model.trained)
+    copies = (engine.offload_masters and not on_cpu) or es.masters == "split"
+    directions = es.population // 2 if es.antithetic else es.population
+    columns = 4 * directions * es.rank * max(out + inside for _, out, inside in model.trained)
+    packed = 2 * largest * SIZE[engine.dtype] if on_cpu else 0  # gate and up are packed as one
+    return 4 * largest * (copies + (es.optimizer != "sgd")) + columns + packed
+
+
+def checkpoint_bytes(model: ModelShape, es: EsSettings, engine: EngineConfig, *, on_cpu: bool) -> int:
+    """Return what writing a checkpoint takes besides what is in the host's memory anyway."""
+    in_host = on_cpu or engine.offload_masters
+    masters = 4 if es.masters == "split" or not in_host else 0
+    moments = 0 if in_host else 4 * MOMENTS[es.optimizer]
+    served = 0 if on_cpu and (es.masters == "split" or engine.dtype == "float32") else SIZE[engine.dtype]
+    return (masters + moments + served) * model.linear
+
+
+def member_bytes(shapes: Sequence[Shape], rank: int, size: int) -> int:
+    """Return the memory of one member's factors, rank * (in + out) values of `size` bytes per weight."""
+    return size * rank * sum(out + inside for _, out, inside in shapes)
+
+
+def kept_bytes(member: int, directions: int) -> int:
+    """Return the memory of a step's noise beside the slots: nothing where it is too much and is made again instead."""
+    return directions * member if directions * member <= KEPT_BYTES else 0
