@@ -1,7 +1,7 @@
 """How much memory an ES run takes, and where, from the shapes of its model alone. Nothing is started.
 
-    GPU     vLLM's share: served weights, slots, activations, and what is left of it for the key-value cache;
-            beside it masters, optimizer state, the noise of a step and the buffers of an update
+    GPU     vLLM's share: served weights, masters, slots, activations, and what is left of it for the key-value cache;
+            beside it optimizer state and the buffers of an update, which come after vLLM has measured what is left
     host    checkpoints while they are written, and what is offloaded; on a CPU everything
 
 Activations are an estimate: the widest layer at the most tokens of a batch, and the logits of all sequences.
@@ -18,8 +18,6 @@ from eggroll_llm.es.settings import EsSettings
 from eggroll_llm.models.architectures import head_size
 from eggroll_llm.models.targets import is_trained
 
-BATCH_TOKENS = 4096
-"""Tokens of a forward pass at most, unless one prompt has more."""
 SIZE = {"bfloat16": 2, "float32": 4}
 MOMENTS = {"sgd": 0, "momentum": 1, "adam": 2}
 """Float32 numbers that an optimizer keeps of each weight."""
@@ -89,27 +87,35 @@ def es_parts(model: ModelShape, es: EsSettings, engine: EngineConfig, *, on_cpu:
         served += (1 - size) * model.linear + 4 * sum(out for _, out, _ in model.trained)
     # Split masters are in what is served, but for what is packed or quantised.
     halves = 2 + (size if on_cpu or quantised else 0)
-    kept: Place = "host" if offloaded else "beside"
     parts = [
         Part(name=f"served weights ({'fp8' if quantised else engine.dtype})", size=served, place="share"),
         Part(name="slots", size=engine.slots * member, place="share"),
-        Part(name="activations (estimate)", size=activation_bytes(model, engine), place="share"),
+        Part(name="activations (estimate)", size=activation_bytes(model, engine, on_cpu=on_cpu), place="share"),
         Part(
             name="masters (split)" if split else "masters (float32)",
             size=(halves if split else 4) * model.linear,
-            place=kept,
+            place="host" if offloaded else "share",
         ),
-        Part(name="optimizer", size=4 * MOMENTS[es.optimizer] * model.linear, place=kept),
-        Part(name="noise of a step", size=kept_bytes(member, directions), place="beside"),
+        Part(
+            name="optimizer",
+            size=4 * MOMENTS[es.optimizer] * model.linear,
+            place="host" if offloaded else "beside",
+        ),
+        Part(name="noise of a step", size=kept_bytes(member, directions) if on_cpu else 0, place="host"),
         Part(name="an update", size=update_bytes(model, es, engine, on_cpu=on_cpu), place="beside"),
         Part(name="a checkpoint", size=checkpoint_bytes(model, es, engine, on_cpu=on_cpu), place="host"),
     ]
     return [part for part in parts if part.size]
 
 
-def activation_bytes(model: ModelShape, engine: EngineConfig) -> int:
+def batch_tokens(max_model_len: int, *, on_cpu: bool) -> int:
+    """Return how many tokens a forward pass has at most."""
+    return max(4096 if on_cpu else 8192, max_model_len)
+
+
+def activation_bytes(model: ModelShape, engine: EngineConfig, *, on_cpu: bool) -> int:
     """Return an estimate of what a forward pass and the sampling after it hold at once."""
-    tokens = max(BATCH_TOKENS, engine.max_model_len)
+    tokens = batch_tokens(engine.max_model_len, on_cpu=on_cpu)
     layer = 3 * model.intermediate + 4 * model.hidden  # gate and up, their product, what goes in and out
     return SIZE[engine.dtype] * tokens * layer + 2 * 4 * engine.max_sequences * model.vocabulary
 

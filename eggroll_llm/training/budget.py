@@ -74,7 +74,7 @@ def _cache(prepared: "Prepared") -> str:
 def check_memory(prepared: "Prepared") -> None:
     """Raise ConfigError when a run needs more memory than there is, with the settings to lower and how far.
 
-    Of a GPU only what lies beside vLLM's share is counted.
+    Of a GPU vLLM's share must hold what is there from the start, and what comes later must be free beside it.
     """
     parts, on_cpu = _parts(prepared), serves_on_cpu()
     if not on_cpu:
@@ -108,20 +108,28 @@ def _check_gpu(prepared: "Prepared", inside: int, beside: int) -> None:
         return  # vLLM says what is wrong
     free, total = torch.cuda.mem_get_info()
     share = prepared.config.engine.gpu_memory_utilization
+    if inside >= share * total:
+        higher = math.ceil(100 * inside / total + 1) / 100
+        remedies = [f"raise it to {higher:g}"] if higher <= 0.95 else []
+        remedies += [f"set {setting} ({saved / GIB:.2f} GiB less)" for setting, saved in _other_masters(prepared)]
+        raise ConfigError(
+            f"engine.gpu_memory_utilization = {share:g}: {share * total / GIB:.2f} GiB, but weights, masters, slots "
+            f"and activations take {inside / GIB:.2f} GiB: {', or '.join([*remedies, 'use a smaller model'])}"
+        )
     if share * total + beside <= free:
         return
     remedies = []
     if (lower := math.floor(100 * (free - beside) / total) / 100) * total > inside:
         remedies.append(f"lower it to {lower:g}")
-    remedies += [f"set {setting} ({saved / GIB:.2f} GiB less)" for setting, saved in _other_masters(prepared, beside)]
+    remedies += [f"set {setting} ({saved / GIB:.2f} GiB less)" for setting, saved in _other_masters(prepared)]
     raise ConfigError(
         f"engine.gpu_memory_utilization = {share:g}: {share * total / GIB:.2f} GiB, and {beside / GIB:.2f} GiB for "
-        f"weights and noise in training beside it, but {free / GIB:.2f} GiB of the GPU are free: "
+        f"updates beside it, but {free / GIB:.2f} GiB of the GPU are free: "
         f"{', or '.join([*remedies, 'use a smaller model'])}"
     )
 
 
-def _other_masters(prepared: "Prepared", beside: int) -> list[tuple[str, int]]:
+def _other_masters(prepared: "Prepared") -> list[tuple[str, int]]:
     """Return what else masters could be, and the bytes of the GPU that it saves."""
     config = prepared.config
     if config.method != "es":
@@ -130,7 +138,11 @@ def _other_masters(prepared: "Prepared", beside: int) -> list[tuple[str, int]]:
         'es.masters to "split"': replace(config, es=replace(config.es, masters="split")),
         "engine.offload_masters to true": replace(config, engine=replace(config.engine, offload_masters=True)),
     }
-    saved = {way: beside - _sum(_parts(replace(prepared, config=other)), "beside") for way, other in ways.items()}
+
+    def on_gpu(prepared: "Prepared") -> int:
+        return _sum([part for part in _parts(prepared) if part.place != "host"])
+
+    saved = {way: on_gpu(prepared) - on_gpu(replace(prepared, config=other)) for way, other in ways.items()}
     return [(way, size) for way, size in saved.items() if size > 0]
 
 

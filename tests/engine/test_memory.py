@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from eggroll_llm.bench.worker import resident_gib
+from eggroll_llm.bench.plain import memory_gib
 from eggroll_llm.config.schema import EngineConfig
 from eggroll_llm.engine.interface import Decoding, Request
 from eggroll_llm.engine.vllm.engine import VllmEngine
@@ -38,6 +38,6 @@ def test_memory_does_not_grow(tiny_model: Callable[[str], Path]) -> None:
                 fitness_M=(1.0, -1.0) * (POPULATION // 2),
             )
         )
-        resident.append(resident_gib() * 1024)
+        resident.append(memory_gib() * 1024)
     engine.close()
     assert resident[-1] - resident[39] < 2.0, f"{resident[39]:.1f} MiB after 40 steps, {resident[-1]:.1f} after 240"

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -243,10 +244,10 @@ UPDATE = 4 * 3 * 4 * WIDEST  # what the factors of three pairs of rank 4 take in
 @pytest.mark.parametrize(
     ("masters", "offload", "beside"),
     [
-        ("float32", False, 4 * WEIGHTS + 3 * MEMBER + UPDATE),
-        ("split", False, 2 * WEIGHTS + 3 * MEMBER + UPDATE + 4 * LARGEST),
-        ("float32", True, 3 * MEMBER + UPDATE + 4 * LARGEST),
-        ("split", True, 3 * MEMBER + UPDATE + 4 * LARGEST),
+        ("float32", False, UPDATE),
+        ("split", False, UPDATE + 4 * LARGEST),
+        ("float32", True, UPDATE + 4 * LARGEST),
+        ("split", True, UPDATE + 4 * LARGEST),
     ],
 )
 def test_of_a_gpu_what_lies_beside_vllms_share_must_be_free(
@@ -263,6 +264,17 @@ def test_of_a_gpu_what_lies_beside_vllms_share_must_be_free(
         check_memory(run)
     assert ('set es.masters to "split"' in str(info.value)) == (masters == "float32" and not offload)
     assert ("set engine.offload_masters to true" in str(info.value)) == (not offload)
+
+
+def test_the_share_must_hold_what_is_there_from_the_start(model: Path, gpu: dict[str, int]) -> None:
+    with pytest.raises(ConfigError) as info:
+        check_memory(prepared(model, engine=EngineConfig(dtype="bfloat16", gpu_memory_utilization=0.001)))
+    said = str(info.value)
+    assert said.startswith(
+        "engine.gpu_memory_utilization = 0.001: 0.00 GiB, but weights, masters, slots and activations"
+    )
+    raised = float(re.search(r"raise it to ([\d.]+), or set es\.masters", said)[1])  # type: ignore[index]
+    check_memory(prepared(model, engine=EngineConfig(dtype="bfloat16", gpu_memory_utilization=raised)))
 
 
 def test_a_share_that_does_not_hold_the_model_is_not_proposed(model: Path, gpu: dict[str, int]) -> None:
@@ -291,7 +303,7 @@ def test_the_memory_of_a_gpu_is_told_by_place(
     model: Path, gpu: dict[str, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     every, head = every_and_head(model)
-    inside = 2 * every + 5 * MEMBER + 2 * 4096 * (3 * 256 + 4 * 128) + 8 * 128 * head // 128
+    inside = 2 * every + 4 * WEIGHTS + 5 * MEMBER + 2 * 8192 * (3 * 256 + 4 * 128) + 8 * 128 * head // 128
     engine = EngineConfig(slots=5, dtype="bfloat16", gpu_memory_utilization=0.5)
     monkeypatch.setattr("torch.cuda.mem_get_info", lambda: (GIB, GIB))
     token = 2 * 2 * 2 * 2 * 32  # bytes, of keys and values, layers, heads and their size
@@ -303,7 +315,8 @@ def test_the_memory_of_a_gpu_is_told_by_place(
     monkeypatch.setattr("eggroll_llm.training.budget.GIB", 1024)
     told = lines(model, engine=engine)
     assert f"memory of the GPU, in vLLM's share: {2 * every / 1024:.2f} GiB for served weights (bfloat16)" in told
-    assert f"memory of the GPU, beside that share: {4 * WEIGHTS / 1024:.2f} GiB for masters (float32)" in told
+    assert f"memory of the GPU, in vLLM's share: {4 * WEIGHTS / 1024:.2f} GiB for masters (float32)" in told
+    assert f"memory of the GPU, beside that share: {UPDATE / 1024:.2f} GiB for an update" in told
     assert f"memory of the host: {6 * WEIGHTS / 1024:.2f} GiB for a checkpoint" in told
 
 

@@ -24,6 +24,7 @@ from vllm.v1.engine.llm_engine import LLMEngine
 
 from eggroll_llm.config.schema import EngineConfig
 from eggroll_llm.engine.interface import Completion, Decoding, Progress, Request, UpdateTimes
+from eggroll_llm.engine.memory import batch_tokens
 from eggroll_llm.engine.vllm.failures import call_error, start_error
 from eggroll_llm.engine.vllm.sampler import SEED
 from eggroll_llm.engine.vllm.text import TextRules, before_stop
@@ -339,7 +340,7 @@ def _engine_args(
         quantization="fp8_per_channel" if config.quantization == "fp8" else None,
         max_model_len=max_model_len,
         max_num_seqs=config.max_sequences,
-        max_num_batched_tokens=max(4096 if current_platform.is_cpu() else 8192, max_model_len),
+        max_num_batched_tokens=batch_tokens(max_model_len, on_cpu=current_platform.is_cpu()),
         enforce_eager=current_platform.is_cpu() or config.enforce_eager,
         enable_lora=True,
         max_loras=slots,
