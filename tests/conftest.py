@@ -4,8 +4,10 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported, and inherited by child processes
 os.environ["TOKENIZERS_PARALLELISM"] = "false"  # or the tokenizer warns in every child process
+# Tiny models gain nothing from a second thread, and beside other work threads that wait for each other take minutes.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -111,14 +113,3 @@ def embedded_model() -> Path:
     from eggroll_llm.models.resolve import resolve_model
 
     return resolve_model("smollm2-135m-instruct")
-
-
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """For models too small for two threads; beside other work, threads that wait for each other take minutes."""
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
