@@ -4,8 +4,10 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported, and inherited by child processes
 os.environ["TOKENIZERS_PARALLELISM"] = "false"  # or the tokenizer warns in every child process
-# Tiny models gain nothing from a second thread, and beside other work threads that wait for each other take minutes.
+# Tiny models gain nothing from a second thread. Where there are two, they sleep while they wait for each other: beside
+# other work, spinning takes ten times as long.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 from collections.abc import Callable
 from pathlib import Path
