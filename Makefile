@@ -28,8 +28,9 @@ compare: install  ## ES next to GRPO: two tasks by the clock, one by completions
 test: install  ## all tests, the ones with the real model and vLLM included
 	$(BIN)/pytest
 
-nightly: install  ## runs killed at every change of the disk, and the graders fuzzed: some minutes, not part of `make test`
+nightly: install  ## runs killed at every change of the disk, the graders fuzzed, properties tried often: some minutes, not part of `make test`
 	$(BIN)/pytest -s -m "soak or fuzz"
+	$(BIN)/pytest --hypothesis-profile=nightly tests/test_fuzz.py tests/rewards tests/eval/test_lm_eval.py
 
 check: install  ## lint, formatting and types
 	$(BIN)/ruff check

@@ -4,21 +4,30 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported, and inherited by child processes
 os.environ["TOKENIZERS_PARALLELISM"] = "false"  # or the tokenizer warns in every child process
+# Tiny models gain nothing from a second thread. Where there are two, they sleep while they wait for each other: beside
+# other work, spinning takes ten times as long.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 from eggroll_llm.system.hardware import serves_on_cpu
 
 if serves_on_cpu():
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported: kernels of a GPU run in its interpreter
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from hypothesis import settings
 from kinds import KINDS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
+
+settings.register_profile("everyday", max_examples=25, deadline=None)
+settings.register_profile("nightly", max_examples=1000, deadline=None)
+settings.load_profile("everyday")
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
@@ -116,14 +125,3 @@ def embedded_model() -> Path:
     from eggroll_llm.models.resolve import resolve_model
 
     return resolve_model("smollm2-135m-instruct")
-
-
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """For models too small for two threads; beside other work, threads that wait for each other take minutes."""
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)

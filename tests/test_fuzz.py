@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from fuzz_graders import in_time
 from fuzz_targets import TARGETS, Check, Target
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 FUZZ = Path(__file__).with_name("fuzz.py")
@@ -33,7 +33,6 @@ def test_inputs_to_start_from(name: str) -> None:
 def test_edited_inputs(name: str) -> None:
     target = TARGETS[name]
 
-    @settings(max_examples=100, deadline=None)
     @given(seed=st.sampled_from(target.seeds()), changes=edits(target))
     def holds(seed: bytes, changes: list[tuple[int, int, bytes]]) -> None:
         data = seed

@@ -2,11 +2,14 @@
 
 from collections.abc import Callable, Sequence
 from itertools import count
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
+from eggroll_llm.config.schema import EngineConfig
 from eggroll_llm.engine.interface import Completion, Decoding, Request
 from eggroll_llm.engine.vllm.engine import VllmEngine
 from eggroll_llm.engine.watchdog import Watchdog
@@ -283,3 +286,19 @@ def test_closing_a_broken_engine_hides_nothing(caplog: pytest.LogCaptureFixture)
     llm.engine_core = SimpleNamespace(shutdown=shutdown)  # type: ignore[attr-defined]
     engine.close()
     assert "failed in shutting down: RuntimeError: gone" in caplog.text
+
+
+def test_threads_can_be_set_again_after_vllm_was_started(
+    tiny_model: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its worker makes `torch.set_num_threads` do nothing, and a second engine had the threads of the first."""
+    before = torch.set_num_threads
+
+    def start(args: object) -> None:
+        torch.set_num_threads = lambda count: None
+        raise RuntimeError("no start")
+
+    monkeypatch.setattr("eggroll_llm.engine.vllm.engine.LLMEngine.from_engine_args", start)
+    with pytest.raises(EngineError):
+        VllmEngine(tiny_model("llama"), EngineConfig(dtype="float32"), slots=1, rank=1, max_model_len=64)
+    assert torch.set_num_threads is before

@@ -7,7 +7,6 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -76,69 +75,53 @@ def test_what_stops_vllm_is_told_with_the_settings_to_change(
     assert str(found).isprintable()
 
 
-START = """
-import pathlib, sys
+STARTS = """
+import pathlib, sys, time
+from vllm.v1.engine.llm_engine import LLMEngine
 from eggroll_llm.config.schema import EngineConfig
 from eggroll_llm.engine.vllm.engine import VllmEngine
 from eggroll_llm.errors import UserError
-try:
-    VllmEngine(
-        pathlib.Path(sys.argv[1]),
-        EngineConfig(dtype="float32", kv_cache_gib=float(sys.argv[2]), max_sequences=4),
-        slots=2,
-        rank=1,
-        max_model_len=128,
+
+def start(model, kv_cache_gib, timeout_seconds=600.0):
+    config = EngineConfig(
+        dtype="float32", kv_cache_gib=kv_cache_gib, max_sequences=4, timeout_seconds=timeout_seconds
     )
-except UserError as error:
-    print(type(error).__name__, type(error.__cause__).__name__, error, sep="|")
+    try:
+        VllmEngine(pathlib.Path(model), config, slots=2, rank=1, max_model_len=128)
+    except UserError as error:
+        print(type(error).__name__, type(error.__cause__).__name__, error, sep="|", flush=True)
+
+known, unknown, good = sys.argv[1:]
+start(known, 0.05)
+start(unknown, 0.05)
+start(good, 1e-4)
+LLMEngine.from_engine_args = lambda args: time.sleep(600)
+start(good, 0.05, timeout_seconds=1.0)
 """
 
 
-def start(model: Path, kv_cache_gib: float) -> list[str]:
-    """In a process of its own: what a start that failed leaves behind would be in the way of the next engine."""
-    command = [sys.executable, "-c", START, str(model), str(kv_cache_gib)]
-    outcome = subprocess.run(command, capture_output=True, text=True, check=True, timeout=600)
-    return outcome.stdout.splitlines()[-1].split("|")
-
-
 @pytest.mark.slow
-def test_a_cache_that_holds_no_sequence_names_the_settings(tiny_model: Callable[[str], Path]) -> None:
-    kind, cause, message = start(tiny_model("llama"), 1e-4)
-    assert (kind, cause) == ("ConfigError", "ValueError")
-    assert message == (
-        "engine.kv_cache_gib = 0.0001: a sequence of 128 tokens (engine.max_model_len) needs 0.01 GiB of key-value "
-        "cache: raise engine.kv_cache_gib, or lower engine.max_model_len or sampling.max_tokens"
-    )
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("changes", [{}, {"model_type": "foo"}], ids=["known-type", "unknown-type"])
-def test_an_architecture_that_vllm_does_not_know_is_refused(
-    tiny_model: Callable[[str], Path], tmp_path: Path, changes: dict[str, Any]
-) -> None:
-    model = shutil.copytree(tiny_model("llama"), tmp_path / "foo")
-    config = json.loads((model / "config.json").read_text())
-    (model / "config.json").write_text(json.dumps(config | {"architectures": ["FooForCausalLM"]} | changes))
-    kind, _, message = start(model, 0.05)
-    assert kind == "ModelError"
-    assert message == (
-        f"{model}: vLLM does not serve architecture FooForCausalLM with adapters: use one of " + ", ".join(TESTED)
-    )
-
-
-HANGS = START.replace(
-    "try:",
-    """
-import time
-from vllm.v1.engine.llm_engine import LLMEngine
-LLMEngine.from_engine_args = lambda args: time.sleep(600)
-try:""",
-).replace("max_sequences=4", "max_sequences=4, timeout_seconds=1.0")
-
-
-@pytest.mark.vllm
-def test_a_start_that_hangs_ends_the_process(tiny_model: Callable[[str], Path]) -> None:
-    command = [sys.executable, "-c", HANGS, str(tiny_model("llama")), "0.05"]
+def test_what_a_start_that_fails_says(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
+    """In a process of its own, which the last one ends: it hangs."""
+    models = []
+    for name, changes in (("known", {}), ("unknown", {"model_type": "foo"})):
+        model = shutil.copytree(tiny_model("llama"), tmp_path / name)
+        config = json.loads((model / "config.json").read_text())
+        (model / "config.json").write_text(json.dumps(config | {"architectures": ["FooForCausalLM"]} | changes))
+        models.append(model)
+    command = [sys.executable, "-c", STARTS, *map(str, models), str(tiny_model("llama"))]
     outcome = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
+    *said, cache = [line.split("|") for line in outcome.stdout.splitlines() if line.count("|") == 2]
+    for model, (kind, _, message) in zip(models, said, strict=True):
+        assert kind == "ModelError"
+        assert message == (
+            f"{model}: vLLM does not serve architecture FooForCausalLM with adapters: use one of " + ", ".join(TESTED)
+        )
+    assert cache == [
+        "ConfigError",
+        "ValueError",
+        "engine.kv_cache_gib = 0.0001: a sequence of 128 tokens (engine.max_model_len) needs 0.01 GiB of key-value "
+        "cache: raise engine.kv_cache_gib, or lower engine.max_model_len or sampling.max_tokens",
+    ]
     assert outcome.returncode == EXIT_STATUS
     assert "error: the inference engine made no progress for engine.timeout_seconds = 1 seconds" in outcome.stderr

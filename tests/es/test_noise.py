@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from threads import threads
 
 from eggroll_llm.es import noise as noise_module
 from eggroll_llm.es.noise import (
@@ -151,14 +152,10 @@ def test_values_do_not_depend_on_tile_order_or_company(rank, monkeypatch):
 
 
 def test_values_do_not_depend_on_the_number_of_threads():
-    before = torch.get_num_threads()
-    try:
-        results = []
-        for threads in (1, 2):
-            torch.set_num_threads(threads)
+    results = []
+    for count in (1, 2):
+        with threads(count):
             results.append(stream(spec(), count=300_000))
-    finally:
-        torch.set_num_threads(before)
     assert torch.equal(*results)
 
 

@@ -2,9 +2,7 @@
 
 import dataclasses
 import json
-import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -14,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from eggroll_llm.cli.main import main
 from eggroll_llm.config.schema import EngineConfig, EvalConfig, RunConfig, SamplingConfig
 from eggroll_llm.engine.interface import Completion, Decoding, Request
 from eggroll_llm.errors import ConfigError, SamplesError, TaskError
@@ -240,33 +239,34 @@ def test_a_grader_that_exits_costs_its_own_answers(
 
 @pytest.mark.vllm
 @pytest.mark.slow
-def test_killed_and_started_again(data: Path, tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
-    """SIGKILL in the middle of sampling, twice: the same samples and the same table, at temperature 1."""
+def test_killed_and_started_again(
+    data: Path, tiny_model: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """SIGKILL in the middle of sampling: the same samples and the same table, at temperature 1."""
 
-    def start(out: Path) -> "subprocess.Popen[str]":
-        words = (
+    def words(out: Path) -> list[str]:
+        return (
             f"eval {tiny_model('llama')} --task gsm8k --data-dir {data} --num-fewshot 2 --samples 8 --temperature 1 "
             f"--k 2,8 --max-tokens 40 --engine.max_sequences 4 --engine.kv_cache_gib 0.25 --out {out}"
-        )
-        command = [sys.executable, "-m", "eggroll_llm", *words.split()]
-        return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        ).split()
 
     def lines(file: Path) -> int:
         return file.read_bytes().count(b"\n") if file.exists() else 0
 
     whole, path = tmp_path / "whole.json", tmp_path / "killed.json"
-    table, _ = start(whole).communicate(timeout=300)
     samples = path.with_suffix(".samples.jsonl")
-    for enough in (12, 50):
-        process = start(path)
-        while lines(samples) < enough and process.poll() is None:
+    command = [sys.executable, "-m", "eggroll_llm", *words(path)]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        while lines(samples) < 12 and process.poll() is None:
             time.sleep(0.005)
-        os.kill(process.pid, signal.SIGKILL)
-        process.communicate()
-        assert enough <= lines(samples) < 97
-    again, _ = start(path).communicate(timeout=300)
-    assert again == table
-    assert "maj@8" in table
+        process.kill()
+    assert 12 <= lines(samples) < 97
+    tables = []
+    for out in (whole, path):
+        assert main(words(out)) == 0
+        tables.append(capsys.readouterr().out)
+    assert tables[0] == tables[1]
+    assert "maj@8" in tables[0]
     assert path.read_text() == whole.read_text()
     assert sorted(samples.read_text().splitlines()) == sorted(
         whole.with_suffix(".samples.jsonl").read_text().splitlines()

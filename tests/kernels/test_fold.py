@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from threads import threads
 from torch import Tensor
 
 from eggroll_llm.es.estimate import UpdateSpec, fold_with_torch
@@ -49,14 +50,11 @@ def test_it_adds_the_products_and_writes_the_rounding(
 @needs_library
 def test_the_bits_do_not_depend_on_the_number_of_threads() -> None:
     products = [(random(40, 67, seed=1), random(40, 129, seed=2))]
-    results, threads = [], torch.get_num_threads()
-    try:
-        for number in (1, 2):
-            torch.set_num_threads(number)
+    results = []
+    for count in (1, 2):
+        with threads(count):
             results.append(random(67, 129))
             fold.fold_for(CPU)(results[-1], products, None)
-    finally:
-        torch.set_num_threads(threads)
     assert torch.equal(*results)
 
 

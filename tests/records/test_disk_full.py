@@ -47,7 +47,7 @@ def test_a_disk_that_fills_up_anywhere_keeps_the_old_state(tmp_path: Path, mount
     """Page by page, until the run fits; each time it goes on once there is room, and ends like the others."""
     result = subprocess.run(
         [*mounting, sys.executable, str(SCRIPT), str(tmp_path)],
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
         check=False,
@@ -58,7 +58,6 @@ def test_a_disk_that_fills_up_anywhere_keeps_the_old_state(tmp_path: Path, mount
     assert {file.partition("/")[0] for file in files} >= {"checkpoints", "evaluations"}
 
 
-@pytest.mark.usefixtures("one_thread")
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 def test_a_full_disk_under_a_checkpoint_of_grpo_keeps_the_one_before(
     tmp_path: Path, tiny_model: Callable[[str], Path]

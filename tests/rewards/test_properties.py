@@ -10,7 +10,7 @@ from fractions import Fraction
 
 import pytest
 from fuzz_graders import published
-from hypothesis import assume, example, given, settings
+from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 from rewards import Score, countdown, gsm8k
@@ -92,7 +92,6 @@ def seconds(name: str, text: str, runs: int = 5) -> float:
 
 
 @pytest.mark.parametrize("name", GRADERS)
-@settings(max_examples=100, deadline=None)
 @given(text=TEXTS)
 @example(text="")
 @example(text="#### " + "9" * 5000)
@@ -109,7 +108,6 @@ def test_any_text_is_graded(name, text):
 
 
 @pytest.mark.parametrize("name", READERS)
-@settings(max_examples=100, deadline=None)
 @given(text=TEXTS)
 @example(text="")
 @example(text="#### " + "9" * 5000)
@@ -163,7 +161,6 @@ def test_a_quadratic_grader_would_be_noticed(monkeypatch):
     assert not is_linear("quadratic", "a" * 50_000, "a" * 1_000_000)
 
 
-@settings(max_examples=100)
 @given(numbers=st.lists(st.integers(0, 99), min_size=1, max_size=6), data=st.data())
 def test_countdown_agrees_with_exact_evaluation(numbers, data):
     """Random expressions over the numbers have the value that Python's own parser gives in fractions."""
@@ -198,7 +195,6 @@ def fraction(node: ast.expr) -> Fraction:
     return {ast.Add: left + right, ast.Sub: left - right, ast.Mult: left * right}[type(node.op)]
 
 
-@settings(max_examples=100)
 @given(
     whole=st.integers(-(10**9), 10**9),
     fraction=st.sampled_from(["", ".0", ".50", ".25"]),
@@ -267,7 +263,6 @@ TURNS = (
 )
 
 
-@settings(max_examples=100)
 @given(
     value=st.integers(0, 10**13),
     negative=st.booleans(),
@@ -285,7 +280,6 @@ def test_gsm8k_reads_the_number_with_its_sign_whatever_is_around_it(value, negat
     assert gsm8k.read_answer(text) == str(-value if negative else value), text
 
 
-@settings(max_examples=100)
 @given(
     thousandths=st.integers(0, 10**7),
     scale=st.sampled_from(sorted(SCALES)),
@@ -301,7 +295,6 @@ def test_gsm8k_multiplies_by_the_scale_word(thousandths, scale, dash, marker, wr
     assert Fraction(found) == value, text
 
 
-@settings(max_examples=100)
 @given(
     answer=st.sampled_from(["17", "18", "$18", "18 eggs", "17 or 18", "about 18", "1.8 million", "-18", "18k", "<18>"]),
     marker=st.sampled_from(MARKERS),
@@ -318,7 +311,6 @@ def test_an_invented_next_turn_changes_nothing(answer, marker, turn, second, inv
     assert gsm8k.read_answer(followed, truncated=cut) == gsm8k.read_answer(text)
 
 
-@settings(max_examples=100)
 @given(expression=st.sampled_from(["4+5", "4*5", "4+", "9", " "]), turn=st.sampled_from(TURNS), invented=TEXTS)
 def test_an_invented_next_turn_changes_nothing_in_countdown(expression, turn, invented):
     text = f"So <answer>{expression}</answer>"
@@ -327,7 +319,6 @@ def test_an_invented_next_turn_changes_nothing_in_countdown(expression, turn, in
     assert countdown.score(followed, [4, 5], 9) == countdown.score(text, [4, 5], 9)
 
 
-@settings(max_examples=100)
 @given(text=TEXTS, cut=st.booleans(), answer_format=st.sampled_from(["tag", "line"]))
 def test_a_thought_that_the_prompt_opened_counts_like_one_of_the_completion(text, cut, answer_format):
     with_tag = f"<think>{text}"
@@ -337,7 +328,6 @@ def test_a_thought_that_the_prompt_opened_counts_like_one_of_the_completion(text
     )
 
 
-@settings(max_examples=100)
 @given(text=TEXTS, marker=st.sampled_from(MARKERS))
 def test_a_later_thought_changes_no_answer(text, marker):
     answered = f"{marker.format(18)}\n"
@@ -346,7 +336,6 @@ def test_a_later_thought_changes_no_answer(text, marker):
         assert countdown.score(f"<answer>4+5</answer>{thought}", [4, 5], 9).correct
 
 
-@settings(max_examples=100)
 @given(text=TEXTS, answer=st.sampled_from(["18", "1,234", "#### 18", "so $5.\n#### 5.", "abc", "", "1234."]))
 @example(text="1,234.", answer="1234")
 @example(text="a -$5, -7-", answer="-7")

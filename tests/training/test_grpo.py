@@ -36,8 +36,6 @@ from eggroll_llm.training.harness import Harness
 from eggroll_llm.training.prepare import prepare
 from eggroll_llm.training.scorer import Scorer
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.fixture
 def bench(tmp_path: Path, tiny_model: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> Bench:

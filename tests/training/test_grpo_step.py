@@ -32,8 +32,6 @@ from eggroll_llm.training.harness import Harness, Run
 from eggroll_llm.training.prepare import Prepared, prepare
 from eggroll_llm.training.scorer import Scorer
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 GRPO: dict[str, Any] = {"max_grad_norm": 0.5, "adam_eps": 1e-2, "weight_decay": 0.1}
 """An epsilon with which AdamW's step is smooth in the gradient, so that rounding errors stay what they are."""
 

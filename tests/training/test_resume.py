@@ -342,7 +342,6 @@ def test_a_damaged_best_checkpoint_is_written_again(bench: Bench) -> None:
     assert verify_checkpoint(best).metadata["checksum"] == before.metadata["checksum"]
 
 
-@pytest.mark.usefixtures("one_thread")
 def test_grpo_passes_over_a_damaged_checkpoint(grpo: grpo_stub.Bench) -> None:
     flags = {"checkpoint__every": 1, "checkpoint__best": "false"}
     grpo.train("whole", **flags)
@@ -356,7 +355,6 @@ def test_grpo_passes_over_a_damaged_checkpoint(grpo: grpo_stub.Bench) -> None:
     grpo_stub.same_run(grpo.folder / "whole", path)
 
 
-@pytest.mark.usefixtures("one_thread")
 def test_grpo_without_a_valid_checkpoint_begins_again_and_leaves_one(grpo: grpo_stub.Bench) -> None:
     flags = {"steps": 1, "checkpoint__every": 0, "checkpoint__best": "false"}
     grpo.train("whole", **flags)

@@ -22,7 +22,6 @@ from eggroll_llm.system.invocation import command
 from eval import evaluation
 
 CLI_RUN = ROOT / "tests" / "support" / "cli_run.py"
-BOTH = pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
 CHANGES = {"checkpoint": CheckpointConfig(every=2)}
 
 
@@ -75,8 +74,16 @@ def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
     return Bench(tmp_path, monkeypatch)
 
 
-@BOTH
-@pytest.mark.parametrize("phase", ["sampling", "reward", "update", "evaluation", "saving"])
+@pytest.mark.parametrize(
+    ("phase", "number"),
+    [
+        ("sampling", signal.SIGTERM),
+        ("reward", signal.SIGINT),
+        ("update", signal.SIGTERM),
+        ("evaluation", signal.SIGINT),
+        ("saving", signal.SIGTERM),
+    ],
+)
 def test_a_run_ends_in_order_in_any_phase(
     tree: ProcessTree, tmp_path: Path, bench: Bench, phase: str, number: signal.Signals
 ) -> None:

@@ -22,7 +22,7 @@ def soak(*arguments: object) -> dict[str, int]:
     """What the soak counted; it checks the outcome of each run."""
     result = subprocess.run(
         [sys.executable, str(SCRIPT), *map(str, arguments)],
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
         check=False,

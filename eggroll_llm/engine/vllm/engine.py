@@ -100,6 +100,7 @@ class VllmEngine:
             "stock": stock,
         }
         args.additional_config = {"eggroll": settings}
+        set_num_threads = torch.set_num_threads
         try:
             with self.watchdog:
                 self._llm = LLMEngine.from_engine_args(args)
@@ -109,6 +110,8 @@ class VllmEngine:
             raise
         except Exception as error:
             raise start_error(error, model_dir, config, max_model_len) from error
+        finally:  # vLLM puts a function that does nothing in its place, for all engines to come and for the user
+            torch.set_num_threads = set_num_threads
         _check_shapes(model_dir, started.shapes)
         self.shapes: dict[str, tuple[int, int]] = started.shapes
         self._own_sampler: bool = started.own_sampler
