@@ -18,21 +18,20 @@ BLOCK, BLOCK_K = 64, 16
 
 @triton.jit(do_not_specialize=["terms"])
 def _fold(
-    weight_OI, served_OI, A_KO, B_KI, terms, OUT: tl.constexpr, INSIDE: tl.constexpr, SERVES: tl.constexpr,
-    BLOCK: tl.constexpr, BLOCK_K: tl.constexpr,
+    weight_OI, served_OI, A_KO, B_KI, terms, out, inside, SERVES: tl.constexpr, BLOCK: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     o = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK, BLOCK], tl.float32)
     for first in range(0, terms, BLOCK_K):
         k = first + tl.arange(0, BLOCK_K)
-        A_OK = tl.load(A_KO + k[None, :] * OUT + o[:, None], mask=(k < terms)[None, :] & (o < OUT)[:, None], other=0.0)
-        B = tl.load(
-            B_KI + k[:, None] * INSIDE + i[None, :], mask=(k < terms)[:, None] & (i < INSIDE)[None, :], other=0.0
-        )
-        total = tl.dot(A_OK, B, total, input_precision="ieee")
-    mask = (o < OUT)[:, None] & (i < INSIDE)[None, :]
-    at = o.to(tl.int64)[:, None] * INSIDE + i[None, :]
+        mask_A, mask_B = (k < terms)[None, :] & (o < out)[:, None], (k < terms)[:, None] & (i < inside)[None, :]
+        A = tl.load(A_KO + k[None, :] * out + o[:, None], mask=mask_A, other=0.0)
+        B = tl.load(B_KI + k[:, None] * inside + i[None, :], mask=mask_B, other=0.0)
+        total = tl.dot(A, B, total, input_precision="ieee")
+    mask = (o < out)[:, None] & (i < inside)[None, :]
+    at = o.to(tl.int64)[:, None] * inside + i[None, :]
     total += tl.load(weight_OI + at, mask=mask, other=0.0)
     tl.store(weight_OI + at, total, mask=mask)
     if SERVES:

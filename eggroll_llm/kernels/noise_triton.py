@@ -42,10 +42,14 @@ def _box_muller(radius_word, angle_word, table):
     return _polynomial(y, table, 13, 5) * radius, _polynomial(y, table, 8, 5) * x * radius
 
 
-@triton.jit(do_not_specialize=["pairs", "step", "seed", "scale"])
+# One variant for the usual sizes and any number of pairs, so that none is compiled in the middle of a step.
+@triton.jit(
+    do_not_specialize=["pairs", "scale", "step", "seed"],
+    do_not_specialize_on_alignment=["row_K", "negative_K", "pair_K", "id_N", "at_A_N", "at_B_N"],
+)
 def _place(
-    rows_SV, width, row_K, negative_K, pair_K, id_N, at_A_N, at_B_N, pairs, scale, step, seed, table,
-    OUT: tl.constexpr, INSIDE: tl.constexpr, R: tl.constexpr, BLOCKS: tl.constexpr,
+    rows_SV, width, row_K, negative_K, pair_K, id_N, at_A_N, at_B_N, pairs, scale, step, seed, table, out, inside,
+    R: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
     k, n = tl.program_id(0) % pairs, tl.program_id(0) // pairs
     block = tl.program_id(1) * BLOCKS + tl.arange(0, BLOCKS)
@@ -59,13 +63,13 @@ def _place(
     value = tl.interleave(tl.interleave(v0, v2), tl.interleave(v1, v3))
     v = tl.program_id(1) * BLOCKS * 4 + tl.arange(0, 4 * BLOCKS)
     row = rows_SV + tl.load(row_K + k) * width
-    in_A = v < OUT * R
+    in_A = v < out * R
     sign = tl.where(tl.load(negative_K + k) != 0, -1.0, 1.0)
-    to_A = tl.load(at_A_N + n) + (v % R) * OUT + v // R
+    to_A = tl.load(at_A_N + n) + (v % R) * out + v // R
     tl.store(row + to_A, rounded(value * scale * sign, rows_SV.dtype.element_ty), mask=in_A)
-    v -= OUT * R
-    to_B = tl.load(at_B_N + n) + (v % R) * INSIDE + v // R
-    tl.store(row + to_B, rounded(value, rows_SV.dtype.element_ty), mask=~in_A & (v < INSIDE * R))
+    v -= out * R
+    to_B = tl.load(at_B_N + n) + (v % R) * inside + v // R
+    tl.store(row + to_B, rounded(value, rows_SV.dtype.element_ty), mask=~in_A & (v < inside * R))
 
 
 def place_triton(

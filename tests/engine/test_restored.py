@@ -12,8 +12,13 @@ from eggroll_llm.engine.interface import Decoding, Request
 from eggroll_llm.engine.vllm.engine import VllmEngine
 from eggroll_llm.es.estimate import UpdateSpec
 from eggroll_llm.es.noise import NoiseSpec
+from eggroll_llm.system.hardware import serves_on_cpu
 
-pytestmark = [pytest.mark.vllm, pytest.mark.slow]
+pytestmark = [
+    pytest.mark.vllm,
+    pytest.mark.slow,
+    pytest.mark.skipif(not serves_on_cpu(), reason="reads the packed weights of a CPU"),
+]
 
 STEPS, POPULATION, SLOTS, RANK, SIGMA = 1000, 6, 4, 2, 0.05
 

@@ -22,7 +22,8 @@ TYPES: dict[str, str] = {
     **TERM, **STRIDES, **FUSED, "ends_C": NUMBERS, "residual_TI": SERVED, "weight_I": SERVED, "epsilon": FLOAT,
     "rows_SV": SERVED, "width": NUMBER, "row_K": WORDS, "negative_K": WORDS, "pair_K": WORDS, "id_N": WORDS,
     "at_A_N": WORDS, "at_B_N": WORDS, "pairs": NUMBER, "scale": FLOAT, "step": NUMBER, "seed": "i64", "table": FLOATS,
-    "weight_OI": FLOATS, "served_OI": SERVED, "A_KO": FLOATS, "B_KI": FLOATS, "terms": NUMBER,
+    "weight_OI": FLOATS, "served_OI": SERVED, "A_KO": FLOATS, "B_KI": FLOATS, "terms": NUMBER, "out": NUMBER,
+    "inside": NUMBER,
     "token_Q": WORDS, "logits_QV": FLOATS, "seed_Q": WORDS, "position_Q": WORDS, "stride": NUMBER,
 }  # fmt: skip
 WITHOUT = {"h_TR": None, "A_SV": None, "after_TCR": None, "B_SCRI": None}
@@ -32,8 +33,8 @@ KERNELS: list[tuple[Any, dict[str, Any]]] = [  # with the sizes of Qwen2.5-1.5B 
     (norms_triton._rms_norm, {"SIZE": 1536, "R": 0, "AFTER": 0, "HAS_RESIDUAL": False, "BLOCK": 2048, **WITHOUT}),
     (norms_triton._rms_norm, {"SIZE": 1536, "R": 8, "AFTER": 24, "HAS_RESIDUAL": True, "BLOCK": 2048}),
     (norms_triton._silu_and_mul, {"SIZE": 8960, "R": 8, "AFTER": 8, "ROWS": 8, "BLOCK": 512}),
-    (noise_triton._place, {"OUT": 1536, "INSIDE": 8960, "R": 3, "BLOCKS": 512}),
-    (fold_triton._fold, {"OUT": 1536, "INSIDE": 1536, "SERVES": True, "BLOCK": 64, "BLOCK_K": 16}),
+    (noise_triton._place, {"R": 3, "BLOCKS": 512}),
+    (fold_triton._fold, {"SERVES": True, "BLOCK": 64, "BLOCK_K": 16}),
     (sampling_triton._sample, {"STREAM": sampling_triton.STREAM, "V": 151936, "BLOCKS": 512}),
 ]
 

@@ -6,6 +6,8 @@ Variables that the user has set are left alone.
 
 import os
 
+from eggroll_llm.system.hardware import serves_on_cpu
+
 _ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # in-process: an update is a method call, and all cores stay usable
     "VLLM_CPU_ATTN_SPLIT_KV": "0",  # attention does not cut a context in pieces to spread the load
@@ -13,7 +15,9 @@ _ENVIRONMENT = {
     "VLLM_USE_V2_MODEL_RUNNER": "0",  # the worker extension knows the adapter manager of the first one
     "VLLM_USE_FLASHINFER_SAMPLER": "0",  # greedy or seeded requests never use it; vLLM would import it at the start
     "VLLM_NO_USAGE_STATS": "1",
-    "OMP_NUM_THREADS": str(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1),
 }
+if serves_on_cpu():
+    _cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    _ENVIRONMENT["OMP_NUM_THREADS"] = str(_cores)
 for _name, _value in _ENVIRONMENT.items():
     os.environ.setdefault(_name, _value)

@@ -26,7 +26,7 @@ from eggroll_llm.config.schema import EngineConfig
 from eggroll_llm.engine.interface import Completion, Decoding, Progress, Request, UpdateTimes
 from eggroll_llm.engine.memory import batch_tokens
 from eggroll_llm.engine.vllm.failures import call_error, start_error
-from eggroll_llm.engine.vllm.sampler import SEED
+from eggroll_llm.engine.vllm.sampler import seed_argument
 from eggroll_llm.engine.vllm.text import TextRules, before_stop
 from eggroll_llm.engine.watchdog import Watchdog
 from eggroll_llm.errors import ConfigError, EngineError, ModelError, UserError
@@ -74,6 +74,8 @@ class VllmEngine:
         """
         if rank > VLLM_RANKS[-1]:
             raise ValueError(f"rank {rank}: the engine serves ranks up to {VLLM_RANKS[-1]}")
+        if stock and config.dtype == "float32" and not current_platform.is_cpu():
+            raise ConfigError('engine.dtype = "float32": vLLM\'s own adapters on a GPU compute in bfloat16 only')
         if config.compile and not current_platform.is_cpu():
             raise ConfigError(
                 "engine.compile = true is for CPUs; leave it out, as CUDA graphs do without torch.compile"
@@ -86,7 +88,9 @@ class VllmEngine:
         self._patience = self._in_flight * max_model_len
         self.watchdog = Watchdog(config.timeout_seconds)
         self._version = "base"
-        args = _engine_args(model_dir, config, self.dtype, slots=slots, rank=rank, max_model_len=max_model_len)
+        args = _engine_args(
+            model_dir, config, self.dtype, slots=slots, rank=rank, max_model_len=max_model_len, stock=stock
+        )
         args = dataclasses.replace(args, enable_prefix_caching=prefix_caching, **(vllm_args or {}))
         if logprobs:  # those of the distribution that is sampled from
             args.logprobs_mode = "processed_logprobs"
@@ -197,7 +201,10 @@ class VllmEngine:
         """Shut vLLM down and free its memory. Raises nothing: what it may follow is more important."""
         try:
             with self.watchdog:
-                self._llm.engine_core.shutdown()
+                try:
+                    self._llm.collective_rpc("es_call", args=("release",))
+                finally:
+                    self._llm.engine_core.shutdown()
         except Exception as error:
             log.warning("%s", call_error("shutting down", error))
         finally:
@@ -295,7 +302,7 @@ class VllmEngine:
             params = SamplingParams(**common)
             return lambda request: params
         if self._own_sampler:
-            return lambda request: SamplingParams(**common, extra_args={SEED: request.seed})
+            return lambda request: SamplingParams(**common, extra_args=seed_argument(request.seed))
         return lambda request: SamplingParams(**common, seed=request.seed)
 
     def _completion(self, output: RequestOutput, decoding: Decoding) -> Completion:
@@ -335,7 +342,7 @@ def decode_graphs(max_sequences: int) -> dict[str, Any]:
 
 
 def _engine_args(
-    model_dir: Path, config: EngineConfig, dtype: torch.dtype, *, slots: int, rank: int, max_model_len: int
+    model_dir: Path, config: EngineConfig, dtype: torch.dtype, *, slots: int, rank: int, max_model_len: int, stock: bool
 ) -> EngineArgs:
     return EngineArgs(
         model=str(model_dir),
@@ -347,7 +354,8 @@ def _engine_args(
         enforce_eager=current_platform.is_cpu() or config.enforce_eager,
         enable_lora=True,
         max_loras=slots,
-        max_lora_rank=next(allowed for allowed in VLLM_RANKS if allowed >= rank),
+        # Memory that vLLM takes for its own arithmetic, and that ours gives back unused.
+        max_lora_rank=next(allowed for allowed in VLLM_RANKS if allowed >= rank) if stock else VLLM_RANKS[0],
         lora_target_modules=list(TARGET_MODULES),
         lora_dtype=dtype,
         worker_extension_cls="eggroll_llm.engine.vllm.worker.EsWorkerExtension",

@@ -5,6 +5,7 @@ noise for each in a launch of its own, hundreds in a step. Here seeds and positi
 requests carry their seed as an extra argument, which vLLM leaves alone.
 """
 
+import secrets
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -13,8 +14,12 @@ import torch
 from torch import Tensor
 from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p
 
-SEED = "seed"
-"""Key of the seed in a request's `SamplingParams.extra_args`."""
+_SEED = "seed"
+
+
+def seed_argument(seed: int | None) -> dict[str, Any]:
+    """Return the `SamplingParams.extra_args` of a request with this seed, or one that nobody knows."""
+    return {_SEED: secrets.randbits(63) if seed is None else seed}
 
 
 def install(runner: Any) -> None:
@@ -42,6 +47,6 @@ def _forward(
     rows, device = len(logits_QV), logits_QV.device
     arguments = [runner.requests[request_id].sampling_params.extra_args for request_id in runner.input_batch.req_ids]
     seeds = torch.zeros(rows, dtype=torch.int64, pin_memory=logits_QV.is_cuda)  # vLLM warms up without requests
-    seeds[: len(arguments)] = torch.tensor([(extra or {}).get(SEED, 0) for extra in arguments], dtype=torch.int64)
+    seeds[: len(arguments)] = torch.tensor([(extra or {}).get(_SEED, 0) for extra in arguments], dtype=torch.int64)
     last_token_Q = runner.query_start_loc.gpu[1 : rows + 1].long() - 1
     return sample(logits_QV, seeds.to(device, non_blocking=True), runner.positions[last_token_Q]), returned

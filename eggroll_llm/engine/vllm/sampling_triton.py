@@ -1,8 +1,9 @@
 """Sampling from the logits of a batch on the GPU, each row with a seed of its own, in one launch.
 
 A token is drawn by the exponential race: the largest logit - log(E), E being exponential, wins as often as its
-probability says. E is a pure function of (seed, position, token), so a completion depends neither on its batch nor on
-when it was scheduled. vLLM's first model runner draws row after row instead, after a softmax over all of them.
+probability says. E is a pure function of (seed, position, token), so what is drawn depends neither on the batch nor on
+when a request was scheduled (where `top_p` cuts the logits first, that may). vLLM's first model runner draws row after
+row instead, after a softmax over all of them.
 
 Shapes: Q request, V token of the vocabulary.
 """

@@ -84,7 +84,7 @@ def _fits(shape: Sequence[int], served: Sequence[int], *, padded: bool) -> bool:
 def count_ranks_uncompiled() -> None:
     """Count the rank of a sampled token, which vLLM returns with its log-probability, without torch.compile.
 
-    On CPU it takes longer than many steps of a small model and needs a C++ compiler; and nobody asks for ranks.
+    That would fall into the first step and take longer than many steps of a small model; and nobody asks for ranks.
     """
 
     def count(logprobs: Tensor, sampled: Tensor) -> Tensor:

@@ -83,7 +83,7 @@ _populate_loaded_models()
 keep_quantised_weights()
 if current_platform.is_cpu():
     keep_linear_weights()
-    count_ranks_uncompiled()
+count_ranks_uncompiled()
 
 
 def runs_triton(device: torch.device) -> bool:
@@ -146,8 +146,24 @@ class Population:
             self._adapters.remove_all_adapters()
             self._manager._apply_adapters = self._place
             self._manager._load_adapter = _refuse_to_load
+        elif runs_triton(self.device):
+            self._compile_kernels()
         shapes = {name: (out, inside) for name, out, inside in self.bank.shapes}
         return Started(shapes=shapes, own_sampler=not self._stock and runs_triton(self.device))
+
+    def _compile_kernels(self) -> None:
+        """Those that serving has not needed yet: noise, in a slot that is free, and the fold."""
+        rank = self.bank.layout.rank
+        self.bank.begin(NoiseSpec(seed=0, step=0, rank=rank, sigma=1.0), 1)
+        self.slots.place({0})
+        self.slots.begin(antithetic=True)
+        weight = torch.zeros(64, 64, device=self.device)
+        for served in (None, weight.to(self.dtype)):
+            fold_for(self.device)(weight, [(torch.zeros_like(weight), torch.zeros_like(weight))], served)
+
+    def release(self) -> None:
+        """Let go of all memory; vLLM's runner, which outlives its model, would hold on to it."""
+        vars(self).clear()
 
     def begin(self, noise: NoiseSpec, population: int, antithetic: bool) -> float:
         """Take the noise of a step; return the seconds it took."""
