@@ -24,7 +24,8 @@ from eggroll_llm.bench.plain import Plain, about, memory_gib
 from eggroll_llm.bench.workload import Runner, Times, Workload, members_of
 from eggroll_llm.config.schema import EngineConfig
 from eggroll_llm.engine.interface import Decoding, Request
-from eggroll_llm.engine.vllm.engine import CPU_BLOCK, VllmEngine
+from eggroll_llm.engine.vllm.arguments import CPU_BLOCK
+from eggroll_llm.engine.vllm.engine import VllmEngine
 from eggroll_llm.engine.vllm.weights import forget_linear_weights, keep_linear_weights, repack
 from eggroll_llm.es.estimate import UpdateSpec
 from eggroll_llm.es.noise import NoiseSpec

@@ -129,14 +129,14 @@ def test_an_answer_depends_on_nothing_but_its_request(
     finally:
         engine.close()
 
-    engine_args: Callable[..., Any] = engine_module._engine_args
+    engine_args: Callable[..., Any] = engine_module.engine_args
 
     def in_chunks(*args: Any, **kwargs: Any) -> Any:
         found = engine_args(*args, **kwargs)
         found.max_num_batched_tokens = 50  # shorter than most prompts
         return found
 
-    monkeypatch.setattr(engine_module, "_engine_args", in_chunks)
+    monkeypatch.setattr(engine_module, "engine_args", in_chunks)
     config = EngineConfig(dtype=dtype, kv_cache_gib=0.2, max_sequences=3)
     other = VllmEngine(first_layers, config, slots=2, prefix_caching=False, **with_logprobs)
     try:

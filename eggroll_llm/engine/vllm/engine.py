@@ -15,32 +15,28 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from vllm import EngineArgs, SamplingParams
+from vllm import SamplingParams
 from vllm.lora.request import LoRARequest
 from vllm.outputs import RequestOutput
-from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.llm_engine import LLMEngine
 
 from eggroll_llm.config.schema import EngineConfig
 from eggroll_llm.engine.interface import Completion, Decoding, Progress, Request, UpdateTimes
-from eggroll_llm.engine.memory import batch_tokens
+from eggroll_llm.engine.vllm.arguments import VLLM_RANKS, engine_args, population_settings
 from eggroll_llm.engine.vllm.failures import call_error, start_error
 from eggroll_llm.engine.vllm.sampler import seed_argument
 from eggroll_llm.engine.vllm.text import TextRules, before_stop
 from eggroll_llm.engine.watchdog import Watchdog
-from eggroll_llm.errors import ConfigError, EngineError, ModelError, UserError
+from eggroll_llm.errors import EngineError, ModelError, UserError
 from eggroll_llm.es.estimate import NonFiniteUpdate, UpdateSpec
 from eggroll_llm.es.noise import NoiseSpec
 from eggroll_llm.es.settings import EsSettings
 from eggroll_llm.models.export import export_model
-from eggroll_llm.models.targets import TARGET_MODULES, trained_parameters
+from eggroll_llm.models.targets import trained_parameters
 from eggroll_llm.system.hardware import resolve_dtype
 
 log = logging.getLogger(__name__)
-
-VLLM_RANKS = (1, 8, 16, 32, 64)  # sizes that vLLM allows for its adapter buffers, up to what our kernel can
-CPU_BLOCK = 32  # tokens per block of the KV cache; vLLM's default of 128 shares no prefix of a short prompt
 
 
 class VllmEngine:
@@ -74,12 +70,6 @@ class VllmEngine:
         """
         if rank > VLLM_RANKS[-1]:
             raise ValueError(f"rank {rank}: the engine serves ranks up to {VLLM_RANKS[-1]}")
-        if stock and config.dtype == "float32" and not current_platform.is_cpu():
-            raise ConfigError('engine.dtype = "float32": vLLM\'s own adapters on a GPU compute in bfloat16 only')
-        if config.compile and not current_platform.is_cpu():
-            raise ConfigError(
-                "engine.compile = true is for CPUs; leave it out, as CUDA graphs do without torch.compile"
-            )
         self.model_dir, self.dtype = model_dir, getattr(torch, resolve_dtype(config.dtype))
         if config.threads:
             torch.set_num_threads(config.threads)
@@ -88,22 +78,14 @@ class VllmEngine:
         self._patience = self._in_flight * max_model_len
         self.watchdog = Watchdog(config.timeout_seconds)
         self._version = "base"
-        args = _engine_args(
+        args = engine_args(
             model_dir, config, self.dtype, slots=slots, rank=rank, max_model_len=max_model_len, stock=stock
         )
         args = dataclasses.replace(args, enable_prefix_caching=prefix_caching, **(vllm_args or {}))
         if logprobs:  # those of the distribution that is sampled from
             args.logprobs_mode = "processed_logprobs"
-        if not stock and not current_platform.is_cpu() and not config.enforce_eager:
-            args.compilation_config = decode_graphs(config.max_sequences)
-        settings = {
-            "rank": rank,
-            "es": dataclasses.asdict(es or EsSettings()) if trainable else None,
-            "offload": config.offload_masters,
-            "compiled": config.compile,
-            "stock": stock,
-        }
-        args.additional_config = {"eggroll": settings}
+        settings = dataclasses.asdict(es or EsSettings()) if trainable else None
+        args.additional_config = population_settings(config, rank=rank, es=settings, stock=stock)
         set_num_threads = torch.set_num_threads
         try:
             with self.watchdog:
@@ -321,51 +303,6 @@ class VllmEngine:
                 for token_id, at in zip(sample.token_ids, sample.logprobs or (), strict=decoding.logprobs)
             ),
         )
-
-
-def memory_args(config: EngineConfig) -> dict[str, Any]:
-    """Return the arguments of vLLM that settle the key-value cache on this device."""
-    if current_platform.is_cpu():
-        return {"kv_cache_memory_bytes": int(config.kv_cache_gib * 2**30), "block_size": CPU_BLOCK}
-    return {"gpu_memory_utilization": config.gpu_memory_utilization}
-
-
-def decode_graphs(max_sequences: int) -> dict[str, Any]:
-    """Return vLLM's compilation settings: every step that only decodes is one CUDA graph, and nothing is compiled.
-
-    A batch is padded to the next size of 1, 2, 4, then steps of 8 up to 64 sequences, of 16 up to 256 and of 32 beyond.
-    Capturing takes seconds and compiling minutes; what the compiler would fuse, `blocks` does.
-    """
-    steps = (range(8, 64, 8), range(64, 256, 16), range(256, max_sequences, 32))
-    sizes = [size for size in (1, 2, 4, *(size for step in steps for size in step)) if size < max_sequences]
-    return {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": [*sizes, max_sequences]}
-
-
-def _engine_args(
-    model_dir: Path, config: EngineConfig, dtype: torch.dtype, *, slots: int, rank: int, max_model_len: int, stock: bool
-) -> EngineArgs:
-    return EngineArgs(
-        model=str(model_dir),
-        dtype=dtype,
-        quantization="fp8_per_channel" if config.quantization == "fp8" else None,
-        max_model_len=max_model_len,
-        max_num_seqs=config.max_sequences,
-        max_num_batched_tokens=batch_tokens(max_model_len, on_cpu=current_platform.is_cpu()),
-        enforce_eager=current_platform.is_cpu() or config.enforce_eager,
-        enable_lora=True,
-        max_loras=slots,
-        # Memory that vLLM takes for its own arithmetic, and that ours gives back unused.
-        max_lora_rank=next(allowed for allowed in VLLM_RANKS if allowed >= rank) if stock else VLLM_RANKS[0],
-        lora_target_modules=list(TARGET_MODULES),
-        lora_dtype=dtype,
-        worker_extension_cls="eggroll_llm.engine.vllm.worker.EsWorkerExtension",
-        max_logprobs=-1,
-        disable_log_stats=True,
-        use_tqdm_on_load=False,
-        trust_remote_code=False,
-        seed=0,
-        **memory_args(config),
-    )
 
 
 def _check_shapes(model_dir: Path, served: Mapping[str, tuple[int, int]]) -> None:

@@ -25,6 +25,7 @@ from vllm.v1.worker.lora_model_runner_mixin import LoRAModelRunnerMixin
 
 from eggroll_llm.engine.interface import UpdateTimes
 from eggroll_llm.engine.vllm import norms
+from eggroll_llm.engine.vllm.arguments import POPULATION
 from eggroll_llm.engine.vllm.compiled import compile_model
 from eggroll_llm.engine.vllm.layers import Layer, find_layers
 from eggroll_llm.engine.vllm.slots import (
@@ -53,9 +54,6 @@ from eggroll_llm.system.hardware import cxx_compiler
 
 log = logging.getLogger(__name__)
 
-SETTINGS = "eggroll"
-"""Key of vLLM's `additional_config` under which the arguments of `Population` are."""
-
 
 class EsWorkerExtension:
     """Methods added to vLLM's worker; the prefix keeps them from clashing with its own."""
@@ -71,7 +69,7 @@ def _populate_loaded_models() -> None:
 
     def load_and_populate(self: Any, model: Any, vllm_config: Any, device: torch.device) -> Any:
         model = load(self, model, vllm_config, device)
-        if settings := vllm_config.additional_config.get(SETTINGS):
+        if settings := vllm_config.additional_config.get(POPULATION):
             self.es_population = Population(self, model, **settings)
         return model
 
