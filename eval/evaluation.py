@@ -19,6 +19,7 @@ from eggroll_llm.config.rules import validate
 from eggroll_llm.config.schema import ChatConfig, EngineConfig, RewardConfig, RunConfig
 from eggroll_llm.config.toml import Origin, Sourced
 from eggroll_llm.engine.interface import Decoding, Progress, Sampler
+from eggroll_llm.engine.start import Blueprint, start
 from eggroll_llm.errors import ConfigError
 from eggroll_llm.es.settings import EsSettings
 from eggroll_llm.models.resolve import model_identity
@@ -230,7 +231,7 @@ def evaluate_subject(
             on_progress(len(samples), total)
 
         if len(samples) < total:
-            engine = start_engine(settings, context)
+            engine = start_engine(settings, context, say)
             stack.callback(engine.close)
             answer(
                 engine,
@@ -255,13 +256,13 @@ def _chat(settings: Settings, questions: Questions) -> ChatConfig:
     return ChatConfig() if plain else settings.chat
 
 
-def start_engine(settings: Settings, context: int) -> Sampler:
-    """Start vLLM on the subject, for prompts and completions of `context` tokens together."""
-    from eggroll_llm.engine.vllm.engine import VllmEngine
-
-    return VllmEngine(
-        settings.subject.model_dir, settings.engine, slots=1, rank=1, max_model_len=context, trainable=False
+def start_engine(settings: Settings, context: int, say: Callable[[str], None]) -> Sampler:
+    """Start vLLM on the subject, once or several times, for prompts and completions of `context` tokens together."""
+    subject = settings.subject.model_dir
+    blueprint = Blueprint(
+        model=str(subject), model_dir=subject, engine=settings.engine, slots=1, rank=1, max_model_len=context
     )
+    return start(blueprint, None, say)
 
 
 def _grade_again(file: SampleFile, problems: ProblemSet, graders: Mapping[str, Grader]) -> None:

@@ -13,14 +13,15 @@ import eggroll_llm
 from eggroll_llm import evaluate, load_recipe, plot, train
 from eggroll_llm.errors import ConfigError
 from eggroll_llm.training import session
+from eggroll_llm.training.prepare import Prepared
 
 
 @pytest.fixture
 def recipe(tmp_path: Path, tiny_model: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> Path:
     """A recipe whose engine is the stand-in."""
 
-    def start(prepared: Any, context: int = 0) -> StubEngine:
-        return StubEngine(prepared.model_dir if context == 0 else prepared.subject.model_dir)
+    def start(prepared: Any, *_: Any) -> StubEngine:
+        return StubEngine(prepared.model_dir if isinstance(prepared, Prepared) else prepared.subject.model_dir)
 
     monkeypatch.setattr(session, "start_engine", start)
     monkeypatch.setattr("eval.evaluation.start_engine", start)

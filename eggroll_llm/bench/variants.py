@@ -128,7 +128,10 @@ class Population:
         requests = [Request(prompt_ids=tuple(p), member=m) for p, m in zip(work.prompts, members, strict=True)]
         params = {id(r): sampling_params(n) for r, n in zip(requests, work.new_tokens, strict=True)}
         start = time.perf_counter()
-        for _ in self._engine._run(requests, lambda request: params[id(request)]):
+        self._engine._queue(
+            dict(enumerate(requests)), lambda request: params[id(request)], lambda output: output.request_id
+        )
+        for _ in self._engine._drain():
             pass
         sample = time.perf_counter() - start
         times = self._engine.update(

@@ -12,6 +12,7 @@ from eggroll_llm.config.compare import applies, check_resume, flat
 from eggroll_llm.config.recipe import load_recipe, to_toml
 from eggroll_llm.config.schema import RunConfig
 from eggroll_llm.engine.interface import Engine
+from eggroll_llm.engine.start import Blueprint, start
 from eggroll_llm.errors import EngineError, TrainingError
 from eggroll_llm.models import embedded
 from eggroll_llm.records.checkpoint import Checkpoint, clean
@@ -60,15 +61,21 @@ class Outcome:
         return self.final.parent
 
 
-def start_engine(prepared: Prepared) -> Engine:
-    """Start vLLM for a run."""
-    from eggroll_llm.engine.vllm.engine import VllmEngine
-
+def start_engine(prepared: Prepared, run: RunDir, display: Display) -> Engine:
+    """Start vLLM for a run, once or several times."""
     config = prepared.config
-    common: dict[str, Any] = {"slots": config.engine.slots, "max_model_len": config.engine.max_model_len}
-    if config.method == "grpo":  # the weights come from outside, and there are no members
-        return VllmEngine(prepared.model_dir, config.engine, rank=1, trainable=False, logprobs=True, **common)
-    return VllmEngine(prepared.model_dir, config.engine, rank=config.es.rank, es=config.es, **common)
+    trainable = config.method == "es"  # else the weights come from outside, and there are no members
+    blueprint = Blueprint(
+        model=config.model,
+        model_dir=prepared.model_dir,
+        engine=config.engine,
+        slots=config.engine.slots,
+        rank=config.es.rank if trainable else 1,
+        max_model_len=config.engine.max_model_len,
+        es=config.es if trainable else None,
+        logprobs=not trainable,
+    )
+    return start(blueprint, run.path / "engines", display.message)
 
 
 def train(
@@ -119,7 +126,7 @@ def _train_from(
     """Start the engine, train on after `step`, and write `final/`; return the last evaluation if it was done here."""
     config = prepared.config
     display.working("starting the engine")
-    engine = start_engine(prepared)
+    engine = start_engine(prepared, run, display)
     settings = {key: value for key, value in flat(config).items() if applies(key, config)}
     trackers = Trackers(config.log, run.path, settings, display.message)
     try:

@@ -58,7 +58,7 @@ class Words:
 
 @pytest.fixture
 def recipe(tmp_path: Path, tiny_model: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(session, "start_engine", lambda _: pytest.fail("the engine was started"))
+    monkeypatch.setattr(session, "start_engine", lambda *_: pytest.fail("the engine was started"))
     (tmp_path / "words.py").write_text(TASK)
     path = tmp_path / "recipe.toml"
     path.write_text(RECIPE.format(model=tiny_model("llama")))

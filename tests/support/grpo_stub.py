@@ -105,6 +105,9 @@ class StubEngine:
         self.on_generate: Callable[[Decoding], None] = lambda decoding: None
         self.closed = False
 
+    def metrics(self) -> dict[str, float]:
+        return {}
+
     def load_weights(self, weights: Mapping[str, torch.Tensor]) -> None:
         self.model.load_state_dict(weights)
         self.loads += 1
@@ -215,7 +218,7 @@ class Bench:
         if method == "es":
             config = dataclasses.replace(config, sampling=dataclasses.replace(config.sampling, samples_per_prompt=1))
 
-        def start(prepared: Prepared) -> StubEngine:
+        def start(prepared: Prepared, *_: Any) -> StubEngine:
             self.engine = StubEngine(prepared.model_dir)
             self.prepare_engine(self.engine)
             return self.engine

@@ -106,7 +106,7 @@ def test_training_problems_that_are_asked_like_a_held_out_one_are_left_out(
     with pytest.raises(TaskError, match="every training problem has the prompt of a held-out one"):
         prepare(changed("ab", "bax"), folder)
 
-    def start(prepared: Prepared) -> None:
+    def start(prepared: Prepared, *_: Any) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(session, "start_engine", start)
@@ -226,7 +226,7 @@ def test_a_run_for_which_memory_is_short_leaves_nothing(
     config: RunConfig, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Settings can be changed and the same directory named again. What it would take can be asked anyway."""
-    monkeypatch.setattr(session, "start_engine", lambda _: pytest.fail("the engine was started"))
+    monkeypatch.setattr(session, "start_engine", lambda *_: pytest.fail("the engine was started"))
     monkeypatch.setattr("eggroll_llm.training.budget.available_memory", lambda: 2**29)
     monkeypatch.setattr("eggroll_llm.training.budget.serves_on_cpu", lambda: True)
     quiet: Any = Quiet()
@@ -244,7 +244,7 @@ def test_a_context_beyond_the_model_is_refused(config: RunConfig, folder: Path) 
 def test_what_else_is_wrong_is_found_before_the_engine(
     config: RunConfig, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(session, "start_engine", lambda _: pytest.fail("the engine was started"))
+    monkeypatch.setattr(session, "start_engine", lambda *_: pytest.fail("the engine was started"))
 
     def refused(error: type[Exception], match: str, **changes: Any) -> None:
         with pytest.raises(error, match=match):
@@ -300,7 +300,7 @@ def test_a_run_with_other_settings_is_not_resumed(
     changes: dict[str, Any],
     said: str,
 ) -> None:
-    monkeypatch.setattr(session, "start_engine", lambda _: pytest.fail("the engine was started"))
+    monkeypatch.setattr(session, "start_engine", lambda *_: pytest.fail("the engine was started"))
     (folder / "tasks" / "other.py").write_text(TASK)
     models = {kind: str(tiny_model(kind)) for kind in ("llama", "qwen2")}
     saved = to_toml(prepare(config, folder).config)
@@ -334,7 +334,7 @@ def test_a_run_whose_problems_have_changed_is_not_resumed(
 ) -> None:
     """In a file of the same name. Nothing is changed, and with the old content the run goes on."""
 
-    def start(_: Any) -> None:
+    def start(*_: Any) -> None:
         raise Started
 
     monkeypatch.setattr(session, "start_engine", start)
@@ -361,7 +361,7 @@ def test_a_run_whose_score_has_changed_says_so_and_goes_on(
 ) -> None:
     """A mistake in it may have been why the run was stopped."""
 
-    def start(_: Any) -> None:
+    def start(*_: Any) -> None:
         raise Started
 
     monkeypatch.setattr(session, "start_engine", start)
