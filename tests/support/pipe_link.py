@@ -4,13 +4,16 @@ import contextlib
 import multiprocessing
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from fake_engine import FakeEngine
 
@@ -24,7 +27,14 @@ from eggroll_llm.es.estimate import UpdateSpec
 
 NODE = "here"
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["pipe_link"])
+
+
+def start_server() -> None:
+    """Start what engines are forked from; on the path of Python 3.11's are not the folders that pytest has added."""
+    FORKS.set_forkserver_preload(["pipe_link", "pipe_server"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+        forkserver.ensure_running()
 
 
 @dataclass(frozen=True)
@@ -144,6 +154,7 @@ class PipeLauncher:
     node = NODE
 
     def __init__(self, plan: Plan, *, beat: float = 60.0) -> None:
+        start_server()
         self.plan, self.beat = plan, beat
         self.links: list[PipeLink] = []
         self.more = 0
