@@ -18,8 +18,9 @@ from eggroll_llm.config.recipe import sourced
 from eggroll_llm.config.rules import validate
 from eggroll_llm.config.schema import ChatConfig, EngineConfig, RewardConfig, RunConfig
 from eggroll_llm.config.toml import Origin, Sourced
+from eggroll_llm.engine.blueprint import Blueprint
 from eggroll_llm.engine.interface import Decoding, Progress, Sampler
-from eggroll_llm.engine.start import Blueprint, start
+from eggroll_llm.engine.start import start
 from eggroll_llm.errors import ConfigError
 from eggroll_llm.es.settings import EsSettings
 from eggroll_llm.models.resolve import model_identity

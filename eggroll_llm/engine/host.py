@@ -111,7 +111,7 @@ class _Host:
         if not answered:
             return None
         assert self._job is not None
-        return Done(self._job.job, tuple((self._requests.pop(key), completion) for key, completion in answered))
+        return Done.of(self._job.job, [(self._requests.pop(key), completion) for key, completion in answered])
 
 
 def _exported_files(engine: SteppedEngine) -> dict[str, bytes]:

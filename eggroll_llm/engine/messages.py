@@ -8,14 +8,17 @@ Frames are pickles. Both ends are processes of one user, started by one driver, 
 (docs/distributed.md). The classes lie outside of `engine.vllm`: reading a reply must not import vLLM into the driver.
 """
 
+import dataclasses
 import pickle
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from eggroll_llm import errors
 from eggroll_llm.engine.interface import Completion, Decoding
 from eggroll_llm.es.estimate import NonFiniteUpdate
+
+_COMPLETION = tuple(field.name for field in dataclasses.fields(Completion))
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,10 +115,20 @@ class Reply:
 
 @dataclass(frozen=True, slots=True)
 class Done:
-    """Completions of a job, by request."""
+    """Completions of a job, by request, as bare values: a class of its own for each takes a third more."""
 
     job: int
-    answers: tuple[tuple[int, Completion], ...]
+    values: tuple[tuple[Any, ...], ...]
+
+    @classmethod
+    def of(cls, job: int, answers: Iterable[tuple[int, Completion]]) -> "Done":
+        """Return the completions (request, completion) as they are sent."""
+        return cls(job, tuple((request, *(getattr(c, name) for name in _COMPLETION)) for request, c in answers))
+
+    @property
+    def answers(self) -> list[tuple[int, Completion]]:
+        """Return (request, completion) of each."""
+        return [(i, Completion(**dict(zip(_COMPLETION, values, strict=True)))) for i, *values in self.values]
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,12 +17,12 @@ from typing import Any
 import torch
 
 from eggroll_llm.config.schema import EngineConfig
+from eggroll_llm.engine.blueprint import Blueprint
 from eggroll_llm.engine.host import serve
 from eggroll_llm.engine.interface import SteppedEngine
 from eggroll_llm.engine.links import Link, Lost, Rules
 from eggroll_llm.engine.messages import Message, Started, decode, encode
 from eggroll_llm.engine.pool import EnginePool
-from eggroll_llm.engine.start import Blueprint
 from eggroll_llm.engine.watchdog import LOOKS
 from eggroll_llm.errors import ConfigError, EngineError
 from eggroll_llm.models.files import model_identity

@@ -33,9 +33,16 @@ class Past:
 
     def loaded(self, call: Call) -> None:
         """Take weights that were loaded as what all begins with."""
-        self._weights = tempfile.TemporaryFile()  # noqa: SIM115 - it lives as long as the pool
+        self.close()
+        self._weights = tempfile.TemporaryFile()  # noqa: SIM115 - `close` closes it
         self._weights.write(encode(call))
         self.updates.clear()
+
+    def close(self) -> None:
+        """Forget weights that were loaded."""
+        if self._weights is not None:
+            self._weights.close()
+        self._weights = None
 
     def calls(self, ids: Iterator[int]) -> Iterator[Call]:
         """Yield the calls that repeat it."""
@@ -212,6 +219,7 @@ class Roster:
         for replica in self.replicas:
             replica.link.kill()
         self.replicas.clear()
+        self.past.close()
 
     def _fill(self, slot: Slot) -> None:
         self.replicas.append(Replica(slot, self.launcher.start(slot.number)))

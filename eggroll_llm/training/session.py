@@ -11,8 +11,9 @@ from typing import Any
 from eggroll_llm.config.compare import applies, check_resume, flat
 from eggroll_llm.config.recipe import load_recipe, to_toml
 from eggroll_llm.config.schema import RunConfig
+from eggroll_llm.engine.blueprint import Blueprint
 from eggroll_llm.engine.interface import Engine
-from eggroll_llm.engine.start import Blueprint, start
+from eggroll_llm.engine.start import start
 from eggroll_llm.errors import EngineError, TrainingError
 from eggroll_llm.models import embedded
 from eggroll_llm.records.checkpoint import Checkpoint, clean

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from fake_engine import FakeEngine
+from torch import Tensor
 
 from eggroll_llm.config.schema import RunConfig
 from eggroll_llm.engine.host import serve
@@ -44,7 +45,7 @@ class Fault:
     method: str
     after: int = 1
     kind: str = "die"
-    """die (as of kill -9), hang, fail (EngineError), lie (another weight), slow."""
+    """die (as of kill -9), hang, fail (EngineError), lie (a weight changes, once), miscalculate (updates), slow."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,14 @@ class Faulty(FakeEngine):
                 raise EngineError("out of memory")
             case "lie" if self.calls == self.fault.after:
                 next(iter(self.masters._masters.values()))[0, 0] += 0.125
+            case "miscalculate":
+                fold = self.masters._fold
+
+                def wrong(matrix: Tensor, *others: Any) -> None:
+                    fold(matrix, *others)
+                    matrix[0, 0] += 1e-3
+
+                self.masters._fold = wrong
             case "slow":
                 time.sleep(0.05)
 
