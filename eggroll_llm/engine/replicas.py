@@ -192,7 +192,8 @@ def _next(events: Any, link: RayLink) -> bytes | Lost:
     except StopIteration:
         return Lost("it has ended" + _see(link))
     except ray.exceptions.RayError as error:
-        return Lost(f"{type(error).__name__}: {inert(' '.join(str(error).split()), 200)}{_see(link)}")
+        first = str(error).strip().partition("\n")[0].rstrip(".")
+        return Lost(f"{type(error).__name__}: {inert(first, 200)}{_see(link)}")
     return frame
 
 
