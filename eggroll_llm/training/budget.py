@@ -1,10 +1,13 @@
 """What a configuration will cost, from its numbers alone: completions, tokens and memory. Nothing is started."""
 
+import dataclasses
 import math
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from eggroll_llm.config.schema import EngineConfig
 from eggroll_llm.errors import ConfigError
 from eggroll_llm.es.noise import KEPT_BYTES, Shape
 from eggroll_llm.models.files import tensor_shapes
@@ -44,7 +47,25 @@ def budget(prepared: "Prepared") -> list[str]:
         longest = max(map(len, prepared.train.prompts)) + sampling.max_tokens
         rest = f"the activations of {config.grpo.micro_batch} completions of at most {longest} tokens"
     lines.append(f"memory: {sum(parts.values()) / GIB:.2f} GiB for these together, besides Python, vLLM and {rest}")
+    if (engines := engines_here(config.engine)) > 1:
+        total = sum(parts.values()) + (engines - 1) * sum(_of_each_engine(parts, config.method).values())
+        lines.append(f"memory: {total / GIB:.2f} GiB for {engines} engines on this machine")
+    elif config.engine.replicas != 1:
+        number = f"{config.engine.replicas} engines" if config.engine.replicas else "as many engines as there are GPUs"
+        lines.append(f"memory: for each of {number}")
     return lines
+
+
+def engines_here(engine: EngineConfig) -> int:
+    """Return how many engines are sure to share the memory of this machine."""
+    elsewhere = engine.ray_address or os.environ.get("RAY_ADDRESS")
+    return max(1, engine.replicas) if serves_on_cpu() and not elsewhere else 1
+
+
+def _of_each_engine(parts: Mapping[str, int], method: str) -> dict[str, int]:
+    """Return what every engine has for itself: with GRPO, the trainer has the rest."""
+    served = ("served weights", "key-value cache")
+    return {name: size for name, size in parts.items() if method == "es" or name.startswith(served)}
 
 
 def check_memory(prepared: "Prepared") -> None:
@@ -56,12 +77,18 @@ def check_memory(prepared: "Prepared") -> None:
     if not serves_on_cpu():
         _check_gpu(prepared, sum(size for name, size in parts.items() if not name.startswith(_VLLM_SHARE)))
         return
-    available, needed = available_memory(), sum(parts.values())
+    engines = engines_here(prepared.config.engine)
+    of_each = sum(_of_each_engine(parts, prepared.config.method).values())
+    available, needed = available_memory(), sum(parts.values()) + (engines - 1) * of_each
     if available is None or needed <= available:
         return
     missing = needed - available
     listed = ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts.items())
-    remedy = _how_to_save(_knobs(prepared), missing)
+    knobs = [dataclasses.replace(knob, saved=engines * knob.saved) for knob in _knobs(prepared)]
+    if engines > 1:
+        listed = f"for each of {engines} engines: {listed}"
+        knobs.insert(0, _Knob(key="engine.replicas", value=engines, least=1, step=1, saved=of_each))
+    remedy = _how_to_save(knobs, missing)
     if prepared.config.method == "grpo":
         listed += "; and what passes over grpo.micro_batch completions take"
         if not prepared.config.grpo.lora_rank:

@@ -87,6 +87,13 @@ es = {{ population = 6, sigma = 0.05, learning_rate = 0.01 }}
 eval = {{ problems = 3 }}
 engine = {{ dtype = "float32", kv_cache_gib = 0.1, threads = 1, max_sequences = 8 }}
 """
+COMMAND = """
+import sys
+from eggroll_llm.cli.main import main
+status = main()
+print("vLLM here:", "vllm" in sys.modules)
+sys.exit(status)
+"""
 
 
 @pytest.mark.vllm
@@ -100,12 +107,12 @@ def test_two_real_engines_make_the_run_of_one(
     path = [Path(entry) for entry in sys.path if entry]
     for replicas in (1, 2):
         run = tmp_path / f"run{replicas}"
-        command = [sys.executable, "-m", "eggroll_llm", "train", recipe, "--run-dir", run]
-        process = tree.start(
-            [*command, "--engine.replicas", replicas], path=path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-        )
+        command = [sys.executable, "-c", COMMAND, "train", recipe, "--run-dir", run]
+        options: Any = {"env": {"RAY_AUTH_MODE": "disabled"}, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+        process = tree.start([*command, "--engine.replicas", replicas], path=path, **options)
         printed, _ = process.communicate(timeout=280)
         assert process.returncode == 0, printed
+        assert printed.endswith(f"vLLM here: {replicas == 1}\n")
     one, two = tmp_path / "run1", tmp_path / "run2"
     assert (one / "journal.jsonl").read_text() == (two / "journal.jsonl").read_text()
     weights = [(run / "final" / "model.safetensors").read_bytes() for run in (one, two)]
