@@ -244,8 +244,8 @@ class Roster:
 
     def _admit(self, replica: Replica, started: Started) -> None:
         """Check what an engine runs on, and send it all that it needs to join."""
-        first = next((other for other in self.replicas if other.live), None)
-        if first and first.started and (problem := _mismatch(started, first.started)):
+        others = [other.started for other in self.replicas if other.started and other is not replica]
+        if others and (problem := _mismatch(started, others[0])):
             if not self._complete:
                 raise ConfigError(problem)
             replica.slot.given_up = True

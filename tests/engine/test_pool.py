@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from fake_engine import CONFIG, SHAPES, Bench, Near, rows, same_run
+from fake_engine import CONFIG, SHAPES, Bench, FakeEngine, Near, rows, same_run
 from pipe_link import NODE, Fault, Plan, pool
 from safetensors.torch import load_file
 
@@ -240,6 +240,22 @@ def test_what_is_closed_early_is_forgotten_and_the_pool_goes_on(two: EnginePool)
     next(arriving)
     arriving.close()
     assert two.generate(requests(4), Decoding(max_tokens=4)) == whole
+
+
+def test_weights_of_a_trainer_reach_every_engine_and_its_replacement(tmp_path: Path) -> None:
+    weights = {name: torch.full(shape, 0.25) for name, shape in SHAPES.items()}
+    asked, decoding = [Request(prompt_ids=(p, 1, 2, 3), seed=p) for p in range(16)], Decoding(max_tokens=4)
+    alone = FakeEngine(CONFIG, tmp_path / "none")
+    before = alone.generate(asked, decoding)
+    alone.load_weights(weights)
+    plan = Plan(CONFIG, tmp_path / "none", {1: Fault("evaluate", 2)}, seconds=0.05)
+    engines = pool(plan, 2, trainable=False, sequences=4)
+    engines.load_weights(weights)
+    answers = [engines.generate(asked, decoding) for _ in range(4)]
+    engines.close()
+    assert answers == [alone.generate(asked, decoding)] * 4
+    assert answers[0] != before
+    assert len(engines._launcher.links) == 3  # type: ignore[attr-defined]
 
 
 def test_an_engine_that_shares_no_files_sends_the_model(tmp_path: Path) -> None:

@@ -1,5 +1,11 @@
 """The rule by which requests are shared out, as a property of any course of events."""
 
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -62,3 +68,14 @@ def test_every_request_is_answered_once_in_whole_groups(
             feed(engine)
     assert sorted(answered) == list(range(sum(sizes)))
     assert shares.unanswered == 0
+
+
+@pytest.mark.slow
+def test_two_simulated_engines_are_nearly_twice_as_fast() -> None:
+    """By the rule, with the costs of the documentation's table."""
+    root = Path(__file__).parents[2]
+    command = [sys.executable, root / "scripts" / "simulate_engines.py", "--engines", "2"]
+    printed = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True).stdout
+    found = [float(text) for text in re.findall(r"(\d\.\d\d) \|$", printed, re.MULTILINE)]
+    assert len(found) == 6
+    assert all(0.95 < efficiency <= 1 for efficiency in found)

@@ -139,7 +139,7 @@ class FakeEngine:
         self.masters.load_state(state)
 
     def load_weights(self, weights: Mapping[str, torch.Tensor]) -> None:
-        raise NotImplementedError
+        self.masters.load_state({f"master/{name}": weight for name, weight in weights.items()})
 
     def export(self, directory: Path) -> None:
         directory.mkdir(parents=True, exist_ok=True)
