@@ -68,12 +68,17 @@ class Failure:
 
     kind: str
     text: str
+    details: tuple[Any, ...] = ()
+    """Of an OSError, such as that a disk is full: what it is made from."""
 
     @classmethod
     def of(cls, error: Exception) -> "Failure":
-        """Return what is to be said of it; what is none of our errors becomes an EngineError."""
+        """Return what is to be said of it; what is neither one of our errors nor of files becomes an EngineError."""
         if isinstance(error, errors.UserError | NonFiniteUpdate):
             return cls(type(error).__name__, str(error))
+        if isinstance(error, OSError):
+            details = (*error.args[:2], error.filename) if error.filename else error.args
+            return cls("OSError", str(error), details)
         return cls("EngineError", f"the engine failed: {type(error).__name__}: {error}")
 
     @property
@@ -83,6 +88,8 @@ class Failure:
 
     def raised(self, where: str = "") -> Exception:
         """Return the exception; `where` names the engine."""
+        if self.kind == "OSError":
+            return OSError(*self.details)
         kind = NonFiniteUpdate if self.kind == "NonFiniteUpdate" else getattr(errors, self.kind)
         error: Exception = kind(f"{where}: {self.text}" if where else self.text)
         return error

@@ -258,6 +258,15 @@ def test_weights_of_a_trainer_reach_every_engine_and_its_replacement(tmp_path: P
     assert len(engines._launcher.links) == 3  # type: ignore[attr-defined]
 
 
+def test_a_disk_that_cannot_be_written_is_not_the_fault_of_an_engine(two: EnginePool, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(NotADirectoryError) as info:
+        two.export(tmp_path / "file" / "model")
+    assert info.value.filename == str(tmp_path / "file" / "model")
+    two.export(tmp_path / "model")
+    assert two.metrics()["engines/lost"] == 0
+
+
 def test_an_engine_that_shares_no_files_sends_the_model(tmp_path: Path) -> None:
     exported = []
     for node in (NODE, "far"):
