@@ -206,7 +206,7 @@ def evaluate_subject(
             on_progress(len(samples), total)
 
         if len(samples) < total:
-            engine = start_engine(settings.subject.model_dir, asked.engine)
+            engine = start_engine(settings.subject.model_dir, asked.engine, say=say)
             stack.callback(engine.close)
             answer(
                 engine,

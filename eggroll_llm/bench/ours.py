@@ -66,7 +66,12 @@ class Population:
         params = {n: self._engine._sampling_params(replace(decoding, max_tokens=n)) for n in set(work.new_tokens)}
         length_of = {id(request): n for request, n in zip(requests, work.new_tokens, strict=True)}
         start = time.perf_counter()
-        for _ in self._engine._run(requests, lambda request: params[length_of[id(request)]](request)):
+        self._engine._queue(
+            dict(enumerate(requests)),
+            lambda request: params[length_of[id(request)]](request),
+            lambda output: output.request_id,
+        )
+        for _ in self._engine._drain():
             pass
         sample = time.perf_counter() - start
         times = self._engine.update(

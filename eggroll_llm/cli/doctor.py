@@ -26,6 +26,7 @@ from eggroll_llm.system import installed, torch_companions
 from eggroll_llm.system.files import cache_root
 from eggroll_llm.system.hardware import NATIVE_BFLOAT16
 from eggroll_llm.system.invocation import child_python, python_command
+from eggroll_llm.system.terminal import inert
 from eggroll_llm.system.versions import describe_environment
 
 TORCH_VERSION = "2.13.0"
@@ -56,6 +57,18 @@ import json, transformers
 from transformers import AutoModelForCausalLM, LlamaConfig
 print(json.dumps({"version": transformers.__version__}))
 """
+RAY_FACTS = """
+import json, os
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+import ray
+facts = {"version": ray.__version__, "nodes": 0}
+if address := os.environ.get("RAY_ADDRESS"):
+    ray.init(address=address, log_to_driver=False, logging_level="error")
+    there = ray.cluster_resources()
+    facts |= {"cores": there.get("CPU", 0), "gpus": there.get("GPU", 0)}
+    facts["nodes"] = sum(node["Alive"] for node in ray.nodes())
+print(json.dumps(facts))
+"""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -85,6 +98,7 @@ def diagnose(*, file: TextIO | None = None) -> int:
         *check_hardware(read_text(Path("/proc/cpuinfo")), memory_gib()),
         *check_companions(torch_companions.find_broken()),
         *check_packages(probe(TORCH_FACTS), probe(TRANSFORMERS_FACTS), probe(VLLM_FACTS)),
+        check_ray(probe(RAY_FACTS) if not installed.missing("ray") else None, os.environ.get("RAY_ADDRESS", "")),
         check_compiler(),
         check_embedded(),
         check_cache(cache_root()),
@@ -223,6 +237,19 @@ def _device(device: str, gpus: Sequence[str]) -> Check:
     detail = f"vLLM chose the device {device!r}"
     remedy = f"{installed.install_command()}: only vLLM's CPU and CUDA builds are supported"
     return Check(name="device", status="wrong", detail=detail, remedy=remedy)
+
+
+def check_ray(facts: dict[str, Any] | str | None, address: str) -> Check:
+    """Return whether several engines can be started; `facts` is None where Ray is not installed."""
+    if facts is None:
+        return Check(name="ray", status="ok", detail="not installed; only engine.replicas other than 1 needs it")
+    if isinstance(facts, str):
+        remedy = "look at `ray status` on the head, or unset RAY_ADDRESS" if address else installed.remedy("ray")
+        return Check(name="ray", status="note", detail=f"{address or 'import'}: {inert(facts, 300)}", remedy=remedy)
+    where = "for several engines on this machine"
+    if address:
+        where = f"{address} answers: {facts['nodes']} machines, {facts['cores']:g} cores, {facts['gpus']:g} GPUs"
+    return Check(name="ray", status="ok", detail=f"{facts['version']}, {where}")
 
 
 def check_compiler() -> Check:

@@ -80,6 +80,13 @@ class _Check:
                 self.fail("is not a name", f"Name a {key}", key)
         if config.steps == 0 and config.minutes == 0:
             self.fail("the run would never end", "Set steps or minutes (or both) above 0", "steps", "minutes")
+        if 0 < config.engine.replicas < config.engine.min_replicas:
+            self.fail(
+                "more engines are needed than are started",
+                "Lower engine.min_replicas, or raise engine.replicas",
+                "engine.min_replicas",
+                "engine.replicas",
+            )
         self.of_chat()
         if config.method == "es":
             self.of_es()

@@ -125,7 +125,15 @@ class EngineConfig:
     allow_untested_architecture: bool = False
     """Whether to try an architecture that the tests do not compare with transformers."""
     threads: Annotated[int, Ge(0)] = 0
-    """CPU threads; 0 uses all cores. Without a C++ compiler the last bits of an update depend on their number."""
+    """CPU threads of an engine; 0 shares all cores among them. Without a C++ compiler an update's bits depend on it."""
+    replicas: Annotated[int, Ge(0), Le(4096)] = 1
+    """Engines; more than 1 by Ray (extra "ray"). 0: one for each GPU of the machine or Ray cluster, on a CPU one."""
+    min_replicas: Annotated[int, Ge(1)] = 1
+    """Engines that a run goes on with; fewer for longer than timeout_seconds end it."""
+    restart: Annotated[int, Ge(0)] = 3
+    """Replacements of each engine that is lost; 0: none."""
+    ray_address: str = ""
+    """Ray cluster: "HOST:PORT" or "auto"; empty: that of the variable RAY_ADDRESS, else one of this machine's own."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -139,3 +139,23 @@ class Engine(Sampler, Protocol):
     def load_weights(self, weights: Mapping[str, "Tensor"]) -> None:
         """Serve the weights of a trainer with gradients: all of the checkpoint's tensors, by name."""
         ...
+
+    def metrics(self) -> dict[str, float]:
+        """Return what a step's row of metrics says of the engines, counted since the last call; {} for just one."""
+        ...
+
+
+class SteppedEngine(Engine, Protocol):
+    """An engine that computes one step per call, so that it takes new requests while others are being answered."""
+
+    def submit(self, requests: Mapping[int, Request], decoding: Decoding) -> None:
+        """Take requests, by keys that are not in use; `poll` answers them."""
+        ...
+
+    def poll(self) -> list[tuple[int, Completion]]:
+        """Compute one step; return (key, completion) of what it finished. Raises EngineError."""
+        ...
+
+    def abort(self) -> None:
+        """Forget whatever was submitted and is not answered."""
+        ...

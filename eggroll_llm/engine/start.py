@@ -1,29 +1,51 @@
-"""Starts vLLM, for a run or for an evaluation."""
+"""Starts the engine of a run or an evaluation: one in this process, or several in others."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 from eggroll_llm.config.schema import EngineConfig
+from eggroll_llm.engine.blueprint import Blueprint
 from eggroll_llm.engine.interface import Engine
 from eggroll_llm.es.settings import EsSettings
+from eggroll_llm.system import installed
+from eggroll_llm.system.hardware import serves_on_cpu
+
+
+def in_this_process(engine: EngineConfig) -> bool:
+    """Return whether a run has one engine, in the process of the run."""
+    return engine.replicas == 1 or (engine.replicas == 0 and serves_on_cpu())
 
 
 def start_engine(
-    model_dir: Path, config: EngineConfig, *, es: EsSettings | None = None, logprobs: bool = False
+    model_dir: Path,
+    config: EngineConfig,
+    *,
+    es: EsSettings | None = None,
+    logprobs: bool = False,
+    model: str = "",
+    logs: Path | None = None,
+    say: Callable[[str], None] = lambda sentence: None,
 ) -> Engine:
     """Start vLLM on a checked model directory, with `slots` and `max_model_len` of the configuration settled.
 
     With `es` it serves the members of a population and updates the weights; without, it only answers with weights that
-    come from outside. `logprobs`: see `VllmEngine`, also for the errors.
+    come from outside. `logprobs`: see `VllmEngine`, also for the errors. `model` is what machines without the directory
+    know it by. Engines in other processes print into files in `logs`, if given, and `say` gets a sentence when one is
+    lost or joins. Raises UserError.
     """
-    from eggroll_llm.engine.vllm.engine import VllmEngine
-
-    return VllmEngine(
-        model_dir,
-        config,
+    blueprint = Blueprint(
+        model=model or str(model_dir),
+        model_dir=model_dir,
+        engine=config,
         slots=config.slots,
         rank=es.rank if es else 1,
         max_model_len=config.max_model_len,
         es=es,
-        trainable=es is not None,
         logprobs=logprobs,
     )
+    if in_this_process(config):
+        return blueprint.build()
+    installed.check(f"engine.replicas = {config.replicas}", "ray")
+    from eggroll_llm.engine.replicas import start_pool
+
+    return start_pool(blueprint, logs, say)

@@ -18,8 +18,8 @@ from eggroll_llm.system.invocation import NAME, ROOT, command, python_command
 
 _ENGINE = ("torch", "vllm")
 _BY_PIP = (
-    *("accelerate", "datasets", "gguf", "huggingface_hub", "jinja2", "matplotlib", "numpy", "peft", "rich"),
-    *("safetensors", "tensorboard", "tokenizers", "transformers", "trl", "wandb"),
+    *("accelerate", "datasets", "gguf", "huggingface_hub", "jinja2", "matplotlib", "numpy", "peft", "ray"),
+    *("rich", "safetensors", "tensorboard", "tokenizers", "transformers", "trl", "wandb"),
 )
 PACKAGES = frozenset((*_ENGINE, *_BY_PIP))
 """Modules that are imported somewhere and may be missing."""

@@ -66,6 +66,19 @@ def handled() -> Iterator[None]:
         _number = 0
 
 
+@contextlib.contextmanager
+def kept() -> Iterator[None]:
+    """Put the handlers back afterwards that a library replaces within."""
+    before = {number: signal.getsignal(number) for number in NUMBERS}
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in before.items():
+                if handler is not None:
+                    signal.signal(number, handler)
+
+
 def check() -> None:
     """Raise `Interrupted` if a signal arrived that the last call may have swallowed."""
     if _number:

@@ -1,10 +1,12 @@
 """What a configuration will cost, from its numbers alone: completions, tokens and memory. Nothing is started."""
 
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from eggroll_llm.config.schema import EngineConfig
 from eggroll_llm.engine.memory import SIZE, ModelShape, Part, es_parts, kept_bytes, member_bytes
 from eggroll_llm.errors import ConfigError
 from eggroll_llm.models.files import read_config, tensor_shapes
@@ -50,13 +52,37 @@ def _memory_lines(prepared: "Prepared") -> list[str]:
         besides += f" and the activations of {config.grpo.micro_batch} completions of at most {longest} tokens"
     if on_cpu:
         lines = [f"memory: {part.size / GIB:.2f} GiB for {part.name}" for part in parts]
-        return [*lines, f"memory: {_sum(parts) / GIB:.2f} GiB for these together, besides {besides}"]
+        lines.append(f"memory: {_sum(parts) / GIB:.2f} GiB for these together, besides {besides}")
+        return lines + _engines_lines(prepared, parts)
     where = {"share": "of the GPU, in vLLM's share", "beside": "of the GPU, beside that share", "host": "of the host"}
     lines = [f"memory {where[part.place]}: {part.size / GIB:.2f} GiB for {part.name}" for part in parts]
     inside, beside = _sum(parts, "share"), _sum(parts, "beside")
     together = f"{inside / GIB:.2f} GiB in vLLM's share and {beside / GIB:.2f} GiB beside it, besides {besides}"
     lines.append(f"memory of the GPU: {together}; the key-value cache takes the rest of the share{_cache(prepared)}")
-    return lines
+    return lines + _engines_lines(prepared, parts)
+
+
+def _engines_lines(prepared: "Prepared", parts: Sequence[Part]) -> list[str]:
+    engine = prepared.config.engine
+    if (engines := engines_here(engine)) > 1:
+        total = _sum(parts) + (engines - 1) * _sum(_of_each_engine(prepared, parts))
+        return [f"memory: {total / GIB:.2f} GiB for {engines} engines on this machine"]
+    if engine.replicas != 1:
+        number = f"{engine.replicas} engines" if engine.replicas else "as many engines as there are GPUs"
+        return [f"memory: for each of {number}"]
+    return []
+
+
+def engines_here(engine: EngineConfig) -> int:
+    """Return how many engines are sure to share the memory of this machine."""
+    elsewhere = engine.ray_address or os.environ.get("RAY_ADDRESS")
+    return max(1, engine.replicas) if serves_on_cpu() and not elsewhere else 1
+
+
+def _of_each_engine(prepared: "Prepared", parts: Sequence[Part]) -> list[Part]:
+    """Return what every engine has for itself: with GRPO, the trainer has the rest."""
+    served = ("served weights", "key-value cache")
+    return [part for part in parts if prepared.config.method == "es" or part.name.startswith(served)]
 
 
 def _cache(prepared: "Prepared") -> str:
@@ -80,7 +106,8 @@ def check_memory(prepared: "Prepared") -> None:
     if not on_cpu:
         _check_gpu(prepared, _sum(parts, "share"), _sum(parts, "beside"))
         parts = [part for part in parts if part.place == "host"]
-    available, needed = available_memory(), _sum(parts)
+    engines, of_each = engines_here(prepared.config.engine), _sum(_of_each_engine(prepared, parts))
+    available, needed = available_memory(), _sum(parts) + (engines - 1) * of_each
     if available is None or needed <= available:
         return
     missing = needed - available
@@ -90,7 +117,11 @@ def check_memory(prepared: "Prepared") -> None:
             f"the run needs {needed / GIB:.2f} GiB of the host's memory ({listed}), and {available / GIB:.2f} GiB are "
             "available: set engine.offload_masters to false, or use a smaller model"
         )
-    remedy = _how_to_save(_knobs(prepared), missing)
+    knobs = [replace(knob, saved=engines * knob.saved) for knob in _knobs(prepared)]
+    if engines > 1:
+        listed = f"for each of {engines} engines: {listed}"
+        knobs.insert(0, _Knob(key="engine.replicas", value=engines, least=1, step=1, saved=of_each))
+    remedy = _how_to_save(knobs, missing)
     if prepared.config.method == "grpo":
         listed += "; and what passes over grpo.micro_batch completions take"
         if not prepared.config.grpo.lora_rank:

@@ -124,7 +124,7 @@ class Harness:
         """
         config, train, recorder, display = self.config, self.run.prepared.train, self.run.recorder, self.run.display
         self.wall_time += metrics["time/step"]
-        row: Metrics = {"step": self.step, "wall_time": self.wall_time, **metrics}
+        row: Metrics = {"step": self.step, "wall_time": self.wall_time, **metrics, **self.run.engine.metrics()}
         shown = in_order_of_interest(rollouts, self.step)
         display.step(
             row,

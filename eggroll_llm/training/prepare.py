@@ -175,6 +175,8 @@ def check_packages(config: RunConfig) -> None:
         installed.check(
             'method = "grpo"', "trl", "accelerate", "datasets", *(["peft"] if config.grpo.lora_rank else [])
         )
+    if config.engine.replicas > 1:
+        installed.check(f"engine.replicas = {config.engine.replicas}", "ray")
     if config.log.wandb:
         installed.check("log.wandb", "wandb")
     if config.log.tensorboard:

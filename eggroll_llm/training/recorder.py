@@ -62,7 +62,7 @@ class Recorder:
 
     def record_step(self, row: Metrics, completions: Sequence[Mapping[str, Any]]) -> None:
         """Record a step: its completions, then its metrics, which mark the step as complete."""
-        row["memory/peak_gib"] = peak_memory() / 2**30
+        row["memory/peak_gib"] = max(peak_memory() / 2**30, row.get("memory/peak_gib", 0.0))
         with self.saving():
             self.directory.append_completions(completions)
         row["time/save"], self._seconds = self._seconds, 0.0

@@ -115,7 +115,15 @@ def _train_from(step: int, checkpoint: Checkpoint | None, opened: _Opened) -> Ev
     prepared, run, display = opened.prepared, opened.directory, opened.display
     config, is_es = prepared.config, prepared.config.method == "es"
     display.working("starting the engine")
-    engine = start_engine(prepared.model_dir, config.engine, es=config.es if is_es else None, logprobs=not is_es)
+    engine = start_engine(
+        prepared.model_dir,
+        config.engine,
+        es=config.es if is_es else None,
+        logprobs=not is_es,
+        model=config.model,
+        logs=run.path / "engines",
+        say=display.message,
+    )
     settings = {key: value for key, value in flat(config).items() if applies(key, config)}
     trackers = Trackers(config.log, run.path, settings, display.message)
     try:

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from eggroll_llm.cli import doctor
-from eggroll_llm.cli.doctor import Check, check_hardware, check_packages, probe, verdict
+from eggroll_llm.cli.doctor import Check, check_hardware, check_packages, check_ray, probe, verdict
 from eggroll_llm.models import embedded
 from eggroll_llm.system import torch_companions
 from eggroll_llm.system.hardware import cxx_compiler
@@ -51,6 +51,16 @@ def test_little_memory_names_the_settings() -> None:
     assert "2.0 GiB" in memory.detail
     assert "engine.kv_cache_gib" in memory.remedy
     assert by_name(check_hardware(cpuinfo("avx2"), 16.0))["memory"].status == "ok"
+
+
+def test_ray_is_needed_for_several_engines_only() -> None:
+    assert check_ray(None, "").status == "ok"
+    assert check_ray({"version": "2.60.0", "nodes": 0}, "").detail == "2.60.0, for several engines on this machine"
+    there = {"version": "2.60.0", "nodes": 2, "cores": 16.0, "gpus": 8.0}
+    assert check_ray(there, "head:6379").detail == "2.60.0, head:6379 answers: 2 machines, 16 cores, 8 GPUs"
+    silent = check_ray("ConnectionError: no \x1b[2J", "head:6379")
+    assert (silent.status, silent.detail) == ("note", r"head:6379: ConnectionError: no \x1b[2J")
+    assert "unset RAY_ADDRESS" in silent.remedy
 
 
 def test_thread_limit_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -177,7 +187,7 @@ def test_cache(tmp_path: Path) -> None:
 
 
 def run_with(monkeypatch: pytest.MonkeyPatch, *facts: object) -> tuple[int, str]:
-    answers = iter(facts)
+    answers = iter([*facts, {"version": "2.60.0", "nodes": 0}])  # the last for Ray, where it is installed
     monkeypatch.setattr(doctor, "probe", lambda code: next(answers))
     monkeypatch.setattr(torch_companions, "find_broken", list)
     output = io.StringIO()

@@ -84,6 +84,7 @@ def scripted(script: Callable[[list[Any]], list[Any]]) -> tuple[VllmEngine, Scri
     engine.text_rules = Words()  # type: ignore[assignment]
     engine._calls, engine._version = count(), "base"
     engine._in_flight, engine._patience = IN_FLIGHT, 40
+    engine._no_requests()
     engine.watchdog = Watchdog(0)
     return engine, llm
 

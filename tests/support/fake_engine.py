@@ -10,7 +10,6 @@ import json
 import math
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from eggroll_llm.config.schema import CheckpointConfig, EvalConfig, LogConfig, RunConfig, SamplingConfig
-from eggroll_llm.engine.interface import Completion, Decoding, Request
+from eggroll_llm.engine.interface import Completion, Decoding, Engine, Request, UpdateTimes
 from eggroll_llm.engine.watchdog import Watchdog
 from eggroll_llm.es.estimate import UpdateSpec
 from eggroll_llm.es.masters import MasterWeights
@@ -33,7 +32,10 @@ from eggroll_llm.training.prepare import Prepared
 
 SHAPES = {"a.weight": (6, 4), "b.weight": (3, 6)}
 MEMBERS, PROMPTS = 8, 3
-TIMES = ("time", "throughput", "wall_time", "memory")
+AT_ONCE = 4
+"""Completions of a `poll`."""
+TIMES = ("time", "throughput", "wall_time", "memory", "engines", "wire")
+"""What two equal runs may differ in."""
 CONFIG = RunConfig(
     task="fake.py:TASK",
     seed=7,
@@ -52,16 +54,17 @@ class FakeEngine:
     def __init__(self, config: RunConfig, journal: Path) -> None:
         generator = torch.Generator().manual_seed(0)
         weights = {name: torch.randn(shape, generator=generator) for name, shape in SHAPES.items()}
-        self.masters = MasterWeights(weights, config.es, torch.float32)
+        self.masters, self.dtype = MasterWeights(weights, config.es, torch.float32), torch.float32
         self.journal = journal
         self.decodings: list[Decoding] = []
         self.seen: list[tuple[int, str]] = []
         """At each update: entries in the journal on disk, and the checksum of the weights that it starts from."""
         self.closed = False
+        self.submitted: list[tuple[int, Request]] = []
         self.watchdog = Watchdog(config.engine.timeout_seconds)
         self.on_generate: Callable[[Sequence[Request]], None] = lambda requests: None
 
-    def begin(self, noise: NoiseSpec, population: int, *, antithetic: bool) -> float:
+    def begin(self, noise: NoiseSpec, population: int, *, antithetic: bool = True) -> float:
         self.noise, self.population, self.antithetic = noise, population, antithetic
         return 0.5
 
@@ -82,6 +85,22 @@ class FakeEngine:
         """Last things first: nobody may count on the order."""
         yield from reversed(list(enumerate(self.generate(requests, decoding))))
 
+    def submit(self, requests: Mapping[int, Request], decoding: Decoding) -> None:
+        self.submitted += requests.items()
+        self.decoding = decoding
+
+    def poll(self) -> list[tuple[int, Completion]]:
+        """Answer some, the last first."""
+        now, self.submitted = self.submitted[-AT_ONCE:][::-1], self.submitted[:-AT_ONCE]
+        completions = self.generate([request for _, request in now], self.decoding)
+        return [(key, completion) for (key, _), completion in zip(now, completions, strict=True)]
+
+    def abort(self) -> None:
+        self.submitted.clear()
+
+    def metrics(self) -> dict[str, float]:
+        return {}
+
     def _answer(self, request: Request, a: torch.Tensor, b: torch.Tensor) -> Completion:
         x = torch.tensor(request.prompt_ids, dtype=torch.float32) / 10
         member = -1 if request.member is None else request.member
@@ -100,11 +119,11 @@ class FakeEngine:
         A_KOR, B_KIR = served_factors(self.noise, torch.tensor([pair]), name, *weight.shape, torch.float32, "cpu")
         return weight + sign * A_KOR[0] @ B_KIR[0].T
 
-    def update(self, spec: UpdateSpec) -> SimpleNamespace:
+    def update(self, spec: UpdateSpec) -> UpdateTimes:
         entries = read_journal(self.journal).entries
         assert entries[-1].fitness == spec.fitness_M
         self.seen.append((len(entries), self.checksum()))
-        return SimpleNamespace(report=self.masters.apply(spec), update=0.25, serve=0.125)
+        return UpdateTimes(report=self.masters.apply(spec), update=0.25, serve=0.125)
 
     def replay(self, specs: Sequence[UpdateSpec]) -> None:
         for spec in specs:
@@ -118,6 +137,9 @@ class FakeEngine:
 
     def load_state(self, state: Mapping[str, torch.Tensor]) -> None:
         self.masters.load_state(state)
+
+    def load_weights(self, weights: Mapping[str, torch.Tensor]) -> None:
+        self.masters.load_state({f"master/{name}": weight for name, weight in weights.items()})
 
     def export(self, directory: Path) -> None:
         directory.mkdir(parents=True, exist_ok=True)
@@ -200,7 +222,8 @@ class Bench:
     def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.folder, self.monkeypatch = folder, monkeypatch
         self.display = Recorder()
-        self.prepare_engine: Callable[[FakeEngine], None] = lambda engine: None
+        self.prepare_engine: Callable[[Any], None] = lambda engine: None
+        self.make_engine: Callable[[RunConfig, Path], Engine] = FakeEngine
 
     def train(self, name: str, on_existing: Any = "fail", *, task: Any = None, **changes: Any) -> session.Outcome:
         config = dataclasses.replace(CONFIG, **changes)
@@ -218,8 +241,8 @@ class Bench:
             held_out=problem_set(task, "test"),
         )
 
-        def start(*_: Any, **__: Any) -> FakeEngine:
-            self.engine = FakeEngine(config, self.folder / name / "journal.jsonl")
+        def start(*_: Any, **__: Any) -> Engine:
+            self.engine: Any = self.make_engine(config, self.folder / name / "journal.jsonl")
             self.prepare_engine(self.engine)
             return self.engine
 

@@ -104,6 +104,9 @@ class StubEngine:
         self.on_generate: Callable[[Decoding], None] = lambda decoding: None
         self.closed = False
 
+    def metrics(self) -> dict[str, float]:
+        return {}
+
     def load_weights(self, weights: Mapping[str, torch.Tensor]) -> None:
         self.model.load_state_dict(weights)
         self.loads += 1

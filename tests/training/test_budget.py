@@ -184,6 +184,20 @@ def test_each_setting_is_lowered_by_what_it_saves(
     assert refused(monkeypatch, prepared(model, **{table: changed}), available) != ""
 
 
+def test_engines_of_this_machine_are_counted(model: Path, needed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each has all of it; those of a cluster may be elsewhere."""
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    three = prepared(model, engine=EngineConfig(slots=5, kv_cache_gib=0.5, dtype="bfloat16", replicas=3))
+    assert refused(monkeypatch, three, 3 * needed) == ""
+    said = refused(monkeypatch, three, 3 * needed - 1)
+    assert "(for each of 3 engines: served weights (bfloat16) 0.00, " in said
+    assert "lower engine.replicas from 3 to 2, or engine.kv_cache_gib from 0.5 to 0.49" in said
+    assert f"memory: {3 * needed / GIB:.2f} GiB for 3 engines on this machine" in budget(three)
+    monkeypatch.setenv("RAY_ADDRESS", "head:6379")
+    assert refused(monkeypatch, three, needed) == ""
+    assert budget(three)[-1] == "memory: for each of 3 engines"
+
+
 def test_when_no_setting_alone_is_enough_all_are_named(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     said = refused(monkeypatch, prepared(model), 0)
     assert "0 GiB are available: 0.51 GiB too much, which none of these saves alone: engine.kv_cache_gib = 0.5 " in said

@@ -7,17 +7,15 @@ proof has a counterpart that must move the weights, so that it can fail.
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-import fake_engine
 import pytest
 import torch
 from fake_engine import CONFIG, MEMBERS, PROMPTS, SHAPES, Bench, FakeEngine, Near
 from torch import Tensor
 
 from eggroll_llm.config.schema import CheckpointConfig, EvalConfig
-from eggroll_llm.engine.interface import Completion, Decoding, Request
+from eggroll_llm.engine.interface import Completion, Decoding, Request, UpdateTimes
 from eggroll_llm.es.estimate import UpdateSpec
 from eggroll_llm.es.noise import NoiseSpec, served_factors_of
 from eggroll_llm.records.journal import read_journal
@@ -49,7 +47,7 @@ class Relabelled(FakeEngine):
     def _weight(self, name: str, member: int | None) -> Tensor:
         return super()._weight(name, None if member is None else self.order[member])
 
-    def update(self, spec: UpdateSpec) -> SimpleNamespace:
+    def update(self, spec: UpdateSpec) -> UpdateTimes:
         def factors_of(noise: NoiseSpec, pairs_K: Tensor, *rest: Any) -> dict[str, tuple[Tensor, Tensor]]:
             first_K = [self.order[pair * (2 if spec.antithetic else 1)] for pair in pairs_K.tolist()]
             who_K = torch.tensor([member // 2 if spec.antithetic else member for member in first_K])
@@ -57,7 +55,7 @@ class Relabelled(FakeEngine):
             factors = served_factors_of(noise, who_K, *rest)
             return {name: (A_KOR * sign_K[:, None, None], B_KIR) for name, (A_KOR, B_KIR) in factors.items()}
 
-        return SimpleNamespace(report=self.masters.apply(spec, factors_of), update=0.25, serve=0.125)
+        return UpdateTimes(report=self.masters.apply(spec, factors_of), update=0.25, serve=0.125)
 
 
 class Splitting(FakeEngine):
@@ -73,10 +71,9 @@ class Splitting(FakeEngine):
 def run(bench: Bench, name: str, way: tuple[Any, bool], task: Near | None = None, engine: type = FakeEngine) -> Weights:
     """The masters after a run of a few updates."""
     es = dataclasses.replace(CONFIG.es, fitness=way[0], antithetic=way[1])
-    with bench.monkeypatch.context() as patch:
-        patch.setattr(fake_engine, "FakeEngine", engine)
-        rest = {"eval": EvalConfig(every=0, problems=5), "checkpoint": CheckpointConfig(every=0, best=False)}
-        bench.train(name, task=task, es=es, steps=STEPS, **rest)
+    bench.make_engine = engine
+    rest = {"eval": EvalConfig(every=0, problems=5), "checkpoint": CheckpointConfig(every=0, best=False)}
+    bench.train(name, task=task, es=es, steps=STEPS, **rest)
     assert type(bench.engine) is engine
     return {key: tensor.clone() for key, tensor in bench.engine.masters.state().items()}
 

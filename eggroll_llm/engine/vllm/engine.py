@@ -76,6 +76,7 @@ class VllmEngine:
         self._calls = count()
         self._in_flight = 2 * config.max_sequences
         self._patience = self._in_flight * max_model_len
+        self._no_requests()
         self.watchdog = Watchdog(config.timeout_seconds)
         self._version = "base"
         args = engine_args(
@@ -104,6 +105,12 @@ class VllmEngine:
         if config.compile:  # which must not fall into the first step
             self.generate([Request(prompt_ids=(1, 2, 3))], Decoding(max_tokens=2))
 
+    def _no_requests(self) -> None:
+        self._open: dict[str, tuple[int, Callable[[RequestOutput], Any]]] = {}  # by vLLM's id, in order
+        self._waiting: dict[str, tuple[Request, Callable[[Request], SamplingParams]]] = {}  # not with vLLM yet
+        self._asked = 0  # since nothing was open
+        self._steps = 0  # since a request was answered
+
     def begin(self, noise: NoiseSpec, population: int, *, antithetic: bool = True) -> float:
         """Make the members of a step available; return the seconds that their noise took."""
         self._version = f"{noise.seed}-{noise.step}-{noise.sigma}-{next(self._calls)}"
@@ -130,15 +137,28 @@ class VllmEngine:
 
         Raises EngineError when the engine does not answer every request.
         """
-        for i, output in self._run(requests, self._sampling_params(decoding)):
-            yield i, self._completion(output, decoding)
+        self.submit(dict(enumerate(requests)), decoding)
+        yield from self._drain()
+
+    def submit(self, requests: Mapping[int, Request], decoding: Decoding) -> None:
+        """Take requests, by keys that are not in use; `poll` answers them."""
+        self._queue(requests, self._sampling_params(decoding), lambda output: self._completion(output, decoding))
+
+    def abort(self) -> None:
+        """Forget whatever was submitted and is not answered."""
+        if unanswered := list(self._open):
+            self._open.clear()
+            self._waiting.clear()
+            with self.watchdog:
+                self._llm.abort_request(unanswered)
 
     def next_token_logprobs(self, requests: Sequence[Request]) -> Tensor:
         """Return the log-probabilities [requests, vocabulary] of the token after each prompt, float32."""
         params = SamplingParams(temperature=0, max_tokens=1, logprobs=-1, detokenize=False)
-        outputs = dict(self._run(requests, lambda request: params))
-        first = [outputs[i].outputs[0].logprobs[0] for i in range(len(requests))]
-        return torch.tensor([[row[token_id].logprob for token_id in range(len(row))] for row in first])
+        self._queue(dict(enumerate(requests)), lambda request: params, lambda output: output.outputs[0].logprobs[0])
+        first = dict(self._drain())
+        rows = [first[i] for i in range(len(requests))]
+        return torch.tensor([[row[token_id].logprob for token_id in range(len(row))] for row in rows])
 
     def update(self, spec: UpdateSpec) -> UpdateTimes:
         """Fold a step's fitness into the weights and serve them. Raises NonFiniteUpdate with nothing changed."""
@@ -179,6 +199,10 @@ class VllmEngine:
         self._call("load_weights", dict(weights))
         self._forget_prefixes()
 
+    def metrics(self) -> dict[str, float]:
+        """Return nothing: the row of a step has it all."""
+        return {}
+
     def close(self) -> None:
         """Shut vLLM down and free its memory. Raises nothing: what it may follow is more important."""
         try:
@@ -214,46 +238,61 @@ class VllmEngine:
             if not self._llm.reset_prefix_cache():
                 raise RuntimeError("requests are still running")
 
-    def _run(
-        self, requests: Sequence[Request], params: Callable[[Request], SamplingParams]
-    ) -> Generator[tuple[int, RequestOutput]]:
-        """Yield (position, output), matched by id; what is unfinished when this is closed is aborted.
+    def _queue(
+        self,
+        requests: Mapping[int, Request],
+        params: Callable[[Request], SamplingParams],
+        read: Callable[[RequestOutput], Any],
+    ) -> None:
+        """Take requests, by key; `poll` returns what `read` makes of their outputs."""
+        if not self._open:
+            self._asked = self._steps = 0
+        self._asked += len(requests)
+        for key, request in requests.items():
+            request_id = f"{next(self._calls)}"
+            self._open[request_id] = key, read
+            self._waiting[request_id] = request, params
 
-        The first output of a request counts, and others, or of requests that are not among these, are left out.
+    def poll(self) -> list[tuple[int, Completion]]:
+        """Compute one step with what was submitted; return (key, completion) of what it finished.
+
+        The first output of a request counts, and others, or of requests that are not open, are left out.
         """
-        positions = {f"{next(self._calls)}": i for i in range(len(requests))}
-        pending = iter(positions.items())
-        unanswered = set(positions)
-        steps = 0  # since a request was answered
         try:
-            while unanswered:
-                with self._calling("sampling"):
-                    # vLLM looks through all that wait, at every step, when slots are short: so few wait at a time.
-                    unfinished = self._llm.get_num_unfinished_requests()
-                    for request_id, i in islice(pending, self._in_flight - unfinished):
-                        request = requests[i]
-                        prompt: Any = {"prompt_token_ids": list(request.prompt_ids)}
-                        adapter = self._adapter(request.member)
-                        self._llm.add_request(request_id, prompt, params(request), lora_request=adapter)
-                    # A step computes a token of those in flight at least, unless vLLM has lost them.
-                    steps += 1
-                    if steps > self._patience or not self._llm.has_unfinished_requests():
-                        raise EngineError(
-                            f"the inference engine left {len(unanswered)} of {len(positions)} requests unanswered"
-                        )
-                    outputs = self._llm.step()
-                for output in outputs:
-                    if output.finished and output.request_id in unanswered:
-                        unanswered.remove(output.request_id)
-                        steps = 0
-                        yield positions[output.request_id], output
+            with self._calling("sampling"):
+                # vLLM looks through all that wait, at every step, when slots are short: so few wait at a time.
+                unfinished = self._llm.get_num_unfinished_requests()
+                for request_id in list(islice(self._waiting, max(0, self._in_flight - unfinished))):
+                    request, params = self._waiting.pop(request_id)
+                    prompt: Any = {"prompt_token_ids": list(request.prompt_ids)}
+                    adapter = self._adapter(request.member)
+                    self._llm.add_request(request_id, prompt, params(request), lora_request=adapter)
+                # A step computes a token of those in flight at least, unless vLLM has lost them.
+                self._steps += 1
+                if self._steps > self._patience or not self._llm.has_unfinished_requests():
+                    raise EngineError(
+                        f"the inference engine left {len(self._open)} of {self._asked} requests unanswered"
+                    )
+                outputs = self._llm.step()
         except EngineError:
-            unanswered.clear()  # an engine that failed is asked for nothing more
+            self._open.clear()  # an engine that failed is asked for nothing more
+            self._waiting.clear()
             raise
+        answered: list[tuple[int, Any]] = []
+        for output in outputs:
+            if output.finished and output.request_id in self._open:
+                key, read = self._open.pop(output.request_id)
+                self._steps = 0
+                answered.append((key, read(output)))
+        return answered
+
+    def _drain(self) -> Generator[tuple[int, Any]]:
+        """Poll until nothing is open; what is unfinished when this is closed is aborted."""
+        try:
+            while self._open:
+                yield from self.poll()
         finally:
-            if unanswered:
-                with self.watchdog:
-                    self._llm.abort_request(list(unanswered))
+            self.abort()
 
     def _adapter(self, member: int | None) -> LoRARequest | None:
         """The name is part of the prefix cache's key, so it changes with the noise and the weights."""

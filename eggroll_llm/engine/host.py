@@ -1,0 +1,121 @@
+"""The loop around an engine in a process of its own: messages in, events out, whatever carries them."""
+
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from itertools import count
+from pathlib import Path
+
+from eggroll_llm.engine.interface import Request, SteppedEngine
+from eggroll_llm.engine.messages import (
+    Alive,
+    Broken,
+    Call,
+    Done,
+    Event,
+    Failure,
+    Forget,
+    Message,
+    Prompts,
+    Reply,
+    Started,
+    Stop,
+    Work,
+)
+from eggroll_llm.errors import EngineError
+from eggroll_llm.system.hardware import peak_memory
+
+Read = Callable[[bool], Message | None]
+"""Returns the next message: waits for one if the argument says so, else returns None when there is none."""
+
+
+def serve(build: Callable[[], SteppedEngine], hello: Callable[[], Started], read: Read, beat: float) -> Iterator[Event]:
+    """Build an engine and yield what it has to say, until `Stop` or a failure.
+
+    While it samples, at least one event comes every `beat` seconds, if the engine makes progress.
+    """
+    try:
+        engine = build()
+    except Exception as error:
+        yield Broken(Failure.of(error))
+        return
+    try:
+        yield hello()
+        yield from _Host(engine, beat).run(read)
+    except EngineError as error:
+        yield Broken(Failure.of(error))
+    finally:
+        engine.close()
+
+
+class _Host:
+    def __init__(self, engine: SteppedEngine, beat: float) -> None:
+        self._engine, self._beat = engine, beat
+        self._job: Prompts | None = None
+        self._keys = count()  # of the engine, never used again
+        self._requests: dict[int, int] = {}  # key -> request of the job
+
+    def run(self, read: Read) -> Iterator[Event]:
+        spoke = time.monotonic()
+        while True:
+            # Read between any two steps: work is added without waiting for the rest of the batch.
+            message = read(not self._requests)
+            while message is not None:
+                if isinstance(message, Stop):
+                    self._engine.abort()
+                    return
+                if isinstance(message, Call):
+                    yield self._answer(message)
+                    spoke = time.monotonic()
+                else:
+                    self._take(message)
+                message = read(False)
+            if self._requests:
+                if done := self._step():
+                    yield done
+                elif time.monotonic() < spoke + self._beat:
+                    continue
+                else:
+                    yield Alive()
+                spoke = time.monotonic()
+
+    def _answer(self, call: Call) -> Reply:
+        value, failure = None, None
+        try:
+            if call.method == "exported_files":
+                value = _exported_files(self._engine)
+            else:
+                value = getattr(self._engine, call.method)(*call.args, **call.keywords)
+        except Exception as error:
+            failure = Failure.of(error)
+        return Reply(call.id, value, failure, peak_memory())
+
+    def _take(self, message: Prompts | Work | Forget) -> None:
+        match message:
+            case Prompts():
+                self._job = message
+            case Work(items=items):
+                assert self._job is not None
+                prompts, requests = self._job.prompts, {}
+                for request, prompt, member, seed in items:
+                    key = next(self._keys)
+                    self._requests[key] = request
+                    requests[key] = Request(prompt_ids=prompts[prompt], member=member, seed=seed)
+                self._engine.submit(requests, self._job.decoding)
+            case Forget():
+                self._engine.abort()
+                self._requests.clear()
+
+    def _step(self) -> Done | None:
+        answered = self._engine.poll()
+        if not answered:
+            return None
+        assert self._job is not None
+        return Done.of(self._job.job, [(self._requests.pop(key), completion) for key, completion in answered])
+
+
+def _exported_files(engine: SteppedEngine) -> dict[str, bytes]:
+    """Return the files of the exported model, for a driver that does not share them."""
+    with tempfile.TemporaryDirectory() as folder:
+        engine.export(Path(folder) / "model")
+        return {path.name: path.read_bytes() for path in (Path(folder) / "model").iterdir()}
