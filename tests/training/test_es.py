@@ -340,7 +340,7 @@ def test_weights_that_are_not_finite_any_more_stop_the_run_and_are_not_kept(
     def spoil(self: FakeEngine, spec: UpdateSpec) -> SimpleNamespace:
         times = real(self, spec)
         if len(self.seen) == 2:
-            times.report = dataclasses.replace(times.report, finite=False)
+            times = dataclasses.replace(times, report=dataclasses.replace(times.report, finite=False))
         return times
 
     with monkeypatch.context() as patch:
