@@ -27,7 +27,7 @@ from fake_engine import (
 from safetensors.torch import load_file
 
 from eggroll_llm.config.schema import CheckpointConfig, EvalConfig, LogConfig, RewardConfig, SamplingConfig
-from eggroll_llm.engine.interface import Decoding, Request
+from eggroll_llm.engine.interface import Decoding, Request, UpdateTimes
 from eggroll_llm.errors import EngineError, TaskError, TrainingError
 from eggroll_llm.es.estimate import NonFiniteUpdate, UpdateSpec
 from eggroll_llm.records.answers import TASK, read_samples
@@ -337,7 +337,7 @@ def test_weights_that_are_not_finite_any_more_stop_the_run_and_are_not_kept(
     bench.train("whole", checkpoint=checkpoint)
     real = FakeEngine.update
 
-    def spoil(self: FakeEngine, spec: UpdateSpec) -> SimpleNamespace:
+    def spoil(self: FakeEngine, spec: UpdateSpec) -> UpdateTimes:
         times = real(self, spec)
         if len(self.seen) == 2:
             times = dataclasses.replace(times, report=dataclasses.replace(times.report, finite=False))
