@@ -1,5 +1,6 @@
 """Models for the tests: tiny random ones of each tested architecture, the real embedded one. Offline."""
 
+import gc
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported, and inherited by child processes
@@ -14,7 +15,7 @@ from eggroll_llm.system.hardware import serves_on_cpu
 if serves_on_cpu():
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported: kernels of a GPU run in its interpreter
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -102,6 +103,19 @@ def save_tiny_model(directory: Path, kind: str) -> None:
                 torch.nn.init.uniform_(parameter, 0.5, 1.5)
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def thawed_at_the_end() -> Iterator[None]:
+    yield
+    gc.unfreeze()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def frozen() -> None:
+    """Leave what is imported out of garbage collections, which were half of the time of a short run of GRPO."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
