@@ -131,7 +131,7 @@ def test_an_engine_that_fails_is_replaced_once(bench: Benches, one: Path) -> Non
 
 
 def test_without_a_replacement_the_run_ends_with_the_last_engine(bench: Benches) -> None:
-    said = r"step 1: 0 engines are left, engine.min_replicas = 1; the last loss: killed by signal 9\. .*go on with: "
+    said = r"step 1: 0 engines are left, engine.min_replicas = 1; the last loss: killed by signal 9\. .*resume with: "
     with pytest.raises(TrainingError, match=said):
         bench.run("run", 1, {0: Fault("sample")}, restarts=0)
     with pytest.raises(TrainingError, match=r"1 engines are left, engine.min_replicas = 2"):

@@ -149,7 +149,7 @@ def test_interrupted_anywhere_it_comes_to_the_same(
 
     def run(path: Path | None, breaks_after: int, **changes: Any) -> str:
         parrots.append(Parrot(breaks_after))
-        monkeypatch.setattr(evaluation, "start_engine", lambda *_: parrots[-1])
+        monkeypatch.setattr(evaluation, "start_engine", lambda *_, **__: parrots[-1])
         changed = dataclasses.replace(settings, **changes)
         results = evaluate_subject(changed, data, path)
         assert [(s.problem, s.sample) for s in results.samples] == [(p, s) for p in range(5) for s in range(4)]
@@ -184,7 +184,7 @@ def test_grades_are_those_of_todays_grader_and_gold(
     subject = Subject(name="it", model_dir=tiny_model("llama"), config=None)
     settings = settings_for(subject, [("task_options.data_dir", str(folder))], task="gsm8k", limit=4, shots=0)
     parrot = Parrot(breaks_after=99)
-    monkeypatch.setattr(evaluation, "start_engine", lambda *_: parrot)
+    monkeypatch.setattr(evaluation, "start_engine", lambda *_, **__: parrot)
     path = tmp_path / "samples.jsonl"
     answers = [s.scores["robust"].answer for s in evaluate_subject(settings, folder, path).samples]
     rows = [json.loads(line) for line in (folder / "test.jsonl").read_text().splitlines()]
@@ -207,7 +207,7 @@ def test_a_grader_that_always_fails_ends_it_with_its_traceback(
         "    def score(self, completion, problem): return problem['missing']\n"
     )
     subject = Subject(name="it", model_dir=tiny_model("llama"), config=None)
-    monkeypatch.setattr(evaluation, "start_engine", lambda *_: Parrot(breaks_after=99))
+    monkeypatch.setattr(evaluation, "start_engine", lambda *_, **__: Parrot(breaks_after=99))
     with pytest.raises(TaskError, match=r"score\(\) failed on all 2 completions; the first failure") as info:
         evaluate_subject(settings_for(subject, [], task="mine.py:Mine"), tmp_path)
     assert "KeyError: 'missing'" in str(info.value)
@@ -225,7 +225,7 @@ def test_a_grader_that_exits_costs_its_own_answers(
         "    def score(self, completion, problem): return 1.0 if problem['n'] != 1 else os._exit(7)\n"
     )
     subject = Subject(name="it", model_dir=tiny_model("llama"), config=None)
-    monkeypatch.setattr(evaluation, "start_engine", lambda *_: Parrot(breaks_after=99))
+    monkeypatch.setattr(evaluation, "start_engine", lambda *_, **__: Parrot(breaks_after=99))
     settings = settings_for(subject, [("reward.timeout_seconds", "30")], task="mine.py:Mine")
     assert settings.reward.timeout_seconds == 30
     path, said = tmp_path / "samples.jsonl", list[str]()

@@ -86,7 +86,7 @@ class Faulty(FakeEngine):
 
                 raise EngineError("out of memory")
             case "lie" if self.calls == self.fault.after:
-                next(iter(self.masters._masters.values()))[0, 0] += 0.125
+                next(iter(self.masters.state().values()))[0, 0] += 0.125  # masters come first
             case "miscalculate":
                 fold = self.masters._fold
 

@@ -273,7 +273,7 @@ def test_an_evaluation_asks_like_the_run_and_flags_go_before_it(
 ) -> None:
     """A task that asks with text gets what it would without a run. Only settings that are set are in the facts."""
     engine, model = Asked(), Path(config.model)
-    monkeypatch.setattr(evaluation, "start_engine", lambda *_: engine)
+    monkeypatch.setattr(evaluation, "start_engine", lambda *_, **__: engine)
     run = Subject(name="run", model_dir=model, config=dataclasses.replace(config, task=f"{folder}/words.py:Words"))
     base = Subject(name="base", model_dir=model, config=None)
     tokenizer = Prompter(model).tokenizer
@@ -300,7 +300,7 @@ def test_lm_evals_prompts_take_them_with_the_chat_template_alone(
     config: RunConfig, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine, model = Asked(), Path(config.model)
-    monkeypatch.setattr(evaluation, "start_engine", lambda *_: engine)
+    monkeypatch.setattr(evaluation, "start_engine", lambda *_, **__: engine)
     for split in ("train", "test"):
         (folder / f"{split}.jsonl").write_text(f'{{"question": "{split}?", "answer": "#### 2"}}\n')
     run = Subject(name="run", model_dir=model, config=config)

@@ -272,7 +272,7 @@ class Engine:
                     if not {swallow}: raise
             yield i, Completion(text="x" * (i % 3), token_ids=(1,), truncated=False, prompt_tokens=5)
     def close(self): pass
-evaluation.start_engine = lambda *_: Engine()
+evaluation.start_engine = lambda *_, **__: Engine()
 sys.exit(main())
 """
 TASK = """
@@ -351,7 +351,7 @@ def test_an_evaluation_ends_in_order_and_continues(
     assert len(samples.read_text().splitlines()) == 1 + 3
     assert not out.exists()
 
-    monkeypatch.setattr(evaluation, "start_engine", lambda *_: Answers())
+    monkeypatch.setattr(evaluation, "start_engine", lambda *_, **__: Answers())
     whole = tmp_path / "whole.json"
     assert main([*arguments, str(whole)]) == main([*arguments, str(out)]) == 0
     assert out.read_text() == whole.read_text()
