@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 import pytest
 from hypothesis import settings
 from kinds import KINDS
+from process_tree import ProcessTree
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -116,6 +117,14 @@ def frozen() -> None:
     """Leave what is imported out of garbage collections, which were half of the time of a short run of GRPO."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Iterator[ProcessTree]:
+    """Processes that a test starts, and theirs; what is left of them ends with the test."""
+    found = ProcessTree(tmp_path)
+    yield found
+    found.kill()
 
 
 @pytest.fixture(scope="session")

@@ -24,6 +24,7 @@ from eggroll_llm.bench.plain import Plain, about, memory_gib
 from eggroll_llm.bench.workload import Runner, Times, Workload, members_of
 from eggroll_llm.config.schema import EngineConfig
 from eggroll_llm.engine.interface import Decoding, Request
+from eggroll_llm.engine.memory import batch_tokens
 from eggroll_llm.engine.vllm.arguments import CPU_BLOCK
 from eggroll_llm.engine.vllm.engine import VllmEngine
 from eggroll_llm.engine.vllm.weights import forget_linear_weights, keep_linear_weights, repack
@@ -210,8 +211,9 @@ class SwapExtension:
 
 def in_process(job: dict[str, Any]) -> dict[str, Any]:
     """Return the arguments in which our engine differs from vLLM as it ships, so that its kin share them."""
-    block = {"block_size": CPU_BLOCK} if current_platform.is_cpu() else {}
-    return {"max_num_batched_tokens": max(4096, job["context"]), **block}
+    on_cpu = current_platform.is_cpu()
+    block = {"block_size": CPU_BLOCK} if on_cpu else {}
+    return {"max_num_batched_tokens": batch_tokens(job["context"], on_cpu=on_cpu), **block}
 
 
 def start(job: dict[str, Any]) -> Runner:

@@ -1,7 +1,7 @@
 """vLLM without anything of ours: as the environment configures it, in this process or in its own.
 
 Importing this sets no variable, so that vLLM runs as it ships: the engine in a process of its own, asynchronous
-scheduling, and the model runner of its choice. `bench.variants` sets ours first, and the engine is in this process.
+scheduling, and the model runner of its choice. `bench.ours` sets ours first, and the engine is in this process.
 """
 
 import time

@@ -12,10 +12,10 @@ from typing import Any
 
 from eggroll_llm.bench.plan import Variant
 from eggroll_llm.config.schema import EngineConfig, RunConfig
-from eggroll_llm.engine.memory import kept_bytes, member_bytes
+from eggroll_llm.engine.memory import ModelShape, kept_bytes, member_bytes
 from eggroll_llm.errors import ModelError
 from eggroll_llm.models.architectures import check_architecture
-from eggroll_llm.models.files import tensor_shapes
+from eggroll_llm.models.files import read_config, tensor_shapes
 from eggroll_llm.models.targets import trained_parameters
 from eggroll_llm.system.hardware import resolve_dtype, serves_on_cpu
 from eggroll_llm.system.jsonl import parse_json
@@ -179,10 +179,7 @@ def _write_tokenizer(model_dir: Path) -> None:
 
 def kv_cache_bytes(subject: Subject, sequences: int, context: int) -> int:
     """Return the key-value cache in which all sequences fit at their full length."""
-    config = parse_json((subject.model_dir / "config.json").read_bytes())
-    heads = config["num_attention_heads"]
-    head = config.get("head_dim") or config["hidden_size"] // heads
-    token = 2 * config["num_hidden_layers"] * (config.get("num_key_value_heads") or heads) * head
+    token = ModelShape.of(read_config(subject.model_dir), tensor_shapes(subject.model_dir)).cached
     block = CPU_BLOCK if serves_on_cpu() else GPU_BLOCK
     return (sequences + 1) * math.ceil(context / block) * block * token * _value_bytes(subject)
 

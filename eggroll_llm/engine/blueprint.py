@@ -23,9 +23,7 @@ class Blueprint:
     model_dir: Path
     """Its directory on the driver."""
     engine: EngineConfig
-    slots: int
-    rank: int
-    max_model_len: int
+    """With `slots` and `max_model_len` settled."""
     es: EsSettings | None = None
     """None: the engine has no masters, and its weights are those of the model or come from a trainer."""
     logprobs: bool = False
@@ -42,9 +40,9 @@ class Blueprint:
         return VllmEngine(
             directory,
             self.engine,
-            slots=self.slots,
-            rank=self.rank,
-            max_model_len=self.max_model_len,
+            slots=self.engine.slots,
+            rank=self.es.rank if self.es else 1,
+            max_model_len=self.engine.max_model_len,
             es=self.es,
             trainable=self.es is not None,
             logprobs=self.logprobs,

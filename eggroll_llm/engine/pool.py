@@ -21,6 +21,7 @@ from eggroll_llm.engine.interface import Completion, Decoding, Progress, Request
 from eggroll_llm.engine.links import Launcher, Replica, Rules
 from eggroll_llm.engine.messages import Call, Done, Forget, Prompts, Stop, Work
 from eggroll_llm.engine.roster import REPLAYED_AT_ONCE, Roster
+from eggroll_llm.engine.sampling import in_order
 from eggroll_llm.engine.shares import Shares
 from eggroll_llm.engine.watchdog import Watchdog
 from eggroll_llm.errors import EngineError
@@ -113,13 +114,7 @@ class EnginePool:
         self, requests: Sequence[Request], decoding: Decoding, on_progress: Progress | None = None
     ) -> list[Completion]:
         """Return the completion of each request, in their order. Raises EngineError when too few engines are left."""
-        completions: dict[int, Completion] = {}
-        with contextlib.closing(self.stream(requests, decoding)) as arriving:
-            for i, completion in arriving:
-                completions[i] = completion
-                if on_progress:
-                    on_progress(len(completions), len(requests))
-        return [completions[i] for i in range(len(requests))]
+        return in_order(self.stream(requests, decoding), len(requests), on_progress)
 
     def stream(self, requests: Sequence[Request], decoding: Decoding) -> Generator[tuple[int, Completion]]:
         """Yield (position of the request, completion) as they finish; closing it early leaves the pool usable."""

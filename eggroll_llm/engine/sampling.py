@@ -7,11 +7,12 @@ prefix through the engine's cache.
 Shapes: M member, P prompt, S sample.
 """
 
+import contextlib
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from eggroll_llm.engine.interface import Completion, Decoding, Progress, Request, Sampler
+from eggroll_llm.engine.interface import Completion, Decoding, Progress, Request, Sampler, Stream
 from eggroll_llm.errors import EngineError
 
 
@@ -26,6 +27,17 @@ class Rollout:
     sample: int
     """Which of the member's completions of that prompt, from 0."""
     completion: Completion
+
+
+def in_order(stream: Stream, requests: int, on_progress: Progress | None) -> list[Completion]:
+    """Return the completions of a stream by position, which is closed whatever happens."""
+    completions: dict[int, Completion] = {}
+    with contextlib.closing(stream):
+        for i, completion in stream:
+            completions[i] = completion
+            if on_progress:
+                on_progress(len(completions), requests)
+    return [completions[i] for i in range(requests)]
 
 
 def sample_population(

@@ -33,16 +33,7 @@ def start_engine(
     know it by. Engines in other processes print into files in `logs`, if given, and `say` gets a sentence when one is
     lost or joins. Raises UserError.
     """
-    blueprint = Blueprint(
-        model=model or str(model_dir),
-        model_dir=model_dir,
-        engine=config,
-        slots=config.slots,
-        rank=es.rank if es else 1,
-        max_model_len=config.max_model_len,
-        es=es,
-        logprobs=logprobs,
-    )
+    blueprint = Blueprint(model=model or str(model_dir), model_dir=model_dir, engine=config, es=es, logprobs=logprobs)
     if in_this_process(config):
         return blueprint.build()
     installed.check(f"engine.replicas = {config.replicas}", "ray")

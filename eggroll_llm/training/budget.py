@@ -58,7 +58,9 @@ def _memory_lines(prepared: "Prepared") -> list[str]:
     lines = [f"memory {where[part.place]}: {part.size / GIB:.2f} GiB for {part.name}" for part in parts]
     inside, beside = _sum(parts, "share"), _sum(parts, "beside")
     together = f"{inside / GIB:.2f} GiB in vLLM's share and {beside / GIB:.2f} GiB beside it, besides {besides}"
-    lines.append(f"memory of the GPU: {together}; the key-value cache takes the rest of the share{_cache(prepared)}")
+    lines.append(
+        f"memory of the GPU: {together}; the key-value cache takes the rest of the share{_cache(prepared, inside)}"
+    )
     return lines + _engines_lines(prepared, parts)
 
 
@@ -85,14 +87,14 @@ def _of_each_engine(prepared: "Prepared", parts: Sequence[Part]) -> list[Part]:
     return [part for part in parts if prepared.config.method == "es" or part.name.startswith(served)]
 
 
-def _cache(prepared: "Prepared") -> str:
-    """Return what the key-value cache of the GPU here will hold; empty where there is no GPU."""
+def _cache(prepared: "Prepared", inside: int) -> str:
+    """Return what the GPU here has left for the key-value cache beside `inside` bytes; empty where there is none."""
     import torch
 
     if not torch.cuda.is_available():
         return ""
     share = prepared.config.engine.gpu_memory_utilization * torch.cuda.mem_get_info()[1]
-    left = max(0.0, share - _sum(_parts(prepared), "share"))
+    left = max(0.0, share - inside)
     token = SIZE[prepared.config.engine.dtype] * _shape(prepared).cached
     return f", {left / GIB:.2f} GiB here" + (f": {left / token:,.0f} tokens" if token else "")
 

@@ -4,24 +4,15 @@ import dataclasses
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import pytest
 from fake_engine import CONFIG, rows
 from process_tree import ROOT, ProcessTree
 
 from eggroll_llm.config.recipe import to_toml
 
 CLI_RUN = ROOT / "tests" / "support" / "cli_run.py"
-
-
-@pytest.fixture
-def tree(tmp_path: Path) -> Iterator[ProcessTree]:
-    found = ProcessTree(tmp_path)
-    yield found
-    found.kill()
 
 
 def start(tree: ProcessTree, folder: Path, **options: Any) -> "subprocess.Popen[str]":

@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -48,13 +47,6 @@ es = { population = 64, sigma = 0.5 }
 name = "other"
 recipe = "folder/other.toml"
 """
-
-
-@pytest.fixture
-def tree(tmp_path: Path) -> Iterator[ProcessTree]:
-    found = ProcessTree(tmp_path)
-    yield found
-    found.kill()
 
 
 @pytest.fixture

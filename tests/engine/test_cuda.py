@@ -23,6 +23,18 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 SHAPES = [("a.weight", 384, 128), ("b.weight", 130, 257), ("c.weight", 384, 128)]
 
 
+def spec(step: int, learning_rate: float) -> UpdateSpec:
+    return UpdateSpec(
+        step=step,
+        noise_step=step,
+        seed=3,
+        rank=2,
+        sigma=1e-3,
+        learning_rate=learning_rate,
+        fitness_M=tuple(math.sin(m * m) for m in range(64)),
+    )
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("rank", [1, 3, 16])
 def test_noise_has_the_bits_that_a_cpu_makes(rank: int, dtype: torch.dtype) -> None:
@@ -41,7 +53,6 @@ def test_noise_has_the_bits_that_a_cpu_makes(rank: int, dtype: torch.dtype) -> N
 def test_updates_agree_with_those_of_a_cpu_and_repeat_to_the_bit(optimizer: str, compiled: bool) -> None:
     generator = torch.Generator().manual_seed(0)
     weights = {name: 0.05 * torch.randn(out, inside, generator=generator) for name, out, inside in SHAPES}
-    fitness_M = tuple(math.sin(m * m) for m in range(64))
 
     def trained(device: str) -> MasterWeights:
         settings = EsSettings(optimizer=optimizer)
@@ -49,17 +60,7 @@ def test_updates_agree_with_those_of_a_cpu_and_repeat_to_the_bit(optimizer: str,
         fold = fold_for(torch.device(device)) if compiled else fold_with_torch
         masters = MasterWeights(on_device, settings, torch.bfloat16, fold)
         for step in (1, 2):
-            masters.apply(
-                UpdateSpec(
-                    step=step,
-                    noise_step=step,
-                    seed=3,
-                    rank=2,
-                    sigma=1e-3,
-                    learning_rate=1e-3,
-                    fitness_M=fitness_M,
-                )
-            )
+            masters.apply(spec(step, learning_rate=1e-3))
         return masters
 
     before = torch.get_float32_matmul_precision()
@@ -120,17 +121,7 @@ def test_masters_have_the_same_bits_wherever_they_are_kept(kind: str, offload: b
         given = {name: weight.clone() for name, weight in weights.items()}
         masters = MasterWeights(given, settings, torch.bfloat16, device=torch.device("cuda"), offload=offload)
         for step in (1, 2, 3):
-            masters.apply(
-                UpdateSpec(
-                    step=step,
-                    noise_step=step,
-                    seed=3,
-                    rank=2,
-                    sigma=1e-3,
-                    learning_rate=1e-4,
-                    fitness_M=tuple(math.sin(m * m) for m in range(64)),
-                )
-            )
+            masters.apply(spec(step, learning_rate=1e-4))
         return masters
 
     usual, other = trained("float32", False), trained(kind, offload)

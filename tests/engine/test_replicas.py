@@ -5,7 +5,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +22,6 @@ pytestmark = [
 ]
 
 RUN = ROOT / "tests" / "support" / "ray_run.py"
-
-
-@pytest.fixture
-def tree(tmp_path: Path) -> Iterator[ProcessTree]:
-    found = ProcessTree(tmp_path)
-    yield found
-    found.kill()
 
 
 def start(tree: ProcessTree, folder: Path, how: str) -> "subprocess.Popen[str]":

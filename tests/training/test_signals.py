@@ -25,13 +25,6 @@ CLI_RUN = ROOT / "tests" / "support" / "cli_run.py"
 CHANGES = {"checkpoint": CheckpointConfig(every=2)}
 
 
-@pytest.fixture
-def tree(tmp_path: Path) -> Iterator[ProcessTree]:
-    found = ProcessTree(tmp_path)
-    yield found
-    found.kill()
-
-
 class Run:
     """A run in a process of its own."""
 

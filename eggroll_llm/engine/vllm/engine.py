@@ -23,6 +23,7 @@ from vllm.v1.engine.llm_engine import LLMEngine
 
 from eggroll_llm.config.schema import EngineConfig
 from eggroll_llm.engine.interface import Completion, Decoding, Progress, Request, UpdateTimes
+from eggroll_llm.engine.sampling import in_order
 from eggroll_llm.engine.vllm.arguments import VLLM_RANKS, engine_args, population_settings
 from eggroll_llm.engine.vllm.failures import call_error, start_error
 from eggroll_llm.engine.vllm.sampler import seed_argument
@@ -124,13 +125,7 @@ class VllmEngine:
         Raises EngineError when the engine does not answer every request. An exception from `on_progress`
         leaves the engine usable.
         """
-        completions: dict[int, Completion] = {}
-        with contextlib.closing(self.stream(requests, decoding)) as arriving:
-            for i, completion in arriving:
-                completions[i] = completion
-                if on_progress:
-                    on_progress(len(completions), len(requests))
-        return [completions[i] for i in range(len(requests))]
+        return in_order(self.stream(requests, decoding), len(requests), on_progress)
 
     def stream(self, requests: Sequence[Request], decoding: Decoding) -> Generator[tuple[int, Completion]]:
         """Yield (position of the request, completion) as they finish; closing it early leaves the engine usable.

@@ -81,7 +81,7 @@ class FactorBank:
         if torch.equal(pairs_K, torch.arange(first, first + len(pairs_K))):
             rows_K: Tensor | slice = slice(first, first + len(pairs_K))  # a view; an index makes a copy
         else:
-            rows_K = pairs_K.to(self.device)
+            rows_K = pairs_K
         return {name: (self._kept[name][0][rows_K], self._kept[name][1][rows_K]) for name, _, _ in shapes}
 
     @property
