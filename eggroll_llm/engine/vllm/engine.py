@@ -22,8 +22,9 @@ from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.llm_engine import LLMEngine
 
 from eggroll_llm.config.schema import EngineConfig
-from eggroll_llm.engine.interface import Completion, Decoding, Progress, Request, UpdateTimes
+from eggroll_llm.engine.interface import Completion, Decoding, Progress, Request, Scored, UpdateTimes
 from eggroll_llm.engine.sampling import in_order
+from eggroll_llm.engine.token_tree import trees_of
 from eggroll_llm.engine.vllm.arguments import VLLM_RANKS, engine_args, population_settings
 from eggroll_llm.engine.vllm.failures import call_error, start_error
 from eggroll_llm.engine.vllm.sampler import seed_argument
@@ -75,7 +76,7 @@ class VllmEngine:
         if config.threads:
             torch.set_num_threads(config.threads)
         self._calls = count()
-        self._in_flight = 2 * config.max_sequences
+        self._in_flight, self._context = 2 * config.max_sequences, max_model_len
         self._patience = self._in_flight * max_model_len
         self._no_requests()
         self.watchdog = Watchdog(config.timeout_seconds)
@@ -86,6 +87,7 @@ class VllmEngine:
         args = dataclasses.replace(args, enable_prefix_caching=prefix_caching, **(vllm_args or {}))
         if logprobs:  # those of the distribution that is sampled from
             args.logprobs_mode = "processed_logprobs"
+        self._batch_tokens = args.max_num_batched_tokens
         settings = dataclasses.asdict(es or EsSettings()) if trainable else None
         args.additional_config = population_settings(config, rank=rank, es=settings, stock=stock)
         set_num_threads = torch.set_num_threads
@@ -154,6 +156,20 @@ class VllmEngine:
         first = dict(self._drain())
         rows = [first[i] for i in range(len(requests))]
         return torch.tensor([[row[token_id].logprob for token_id in range(len(row))] for row in rows])
+
+    def score(
+        self, completions: Sequence[Scored], members: Sequence[int | None], temperature: float = 1.0
+    ) -> Tensor:
+        """Return the log-probabilities [members, tokens], float32, of the tokens of all completions, in order.
+
+        Raises ValueError for a completion that does not fit the context, ModelError for attention that is not known.
+        """
+        longest = max(len(prompt) + len(completion) for prompt, completion in completions)
+        if longest > self._context:
+            raise ValueError(f"a completion and its prompt have {longest} tokens, more than the context's {self._context}")
+        numbers = [-1 if member is None else member for member in members]
+        trees = trees_of(completions, self._batch_tokens)
+        return torch.cat([self._call("score", tree, numbers, temperature) for _, tree in trees], dim=1)
 
     def update(self, spec: UpdateSpec) -> UpdateTimes:
         """Fold a step's fitness into the weights and serve them. Raises NonFiniteUpdate with nothing changed."""

@@ -24,10 +24,12 @@ from vllm.platforms import current_platform
 from vllm.v1.worker.lora_model_runner_mixin import LoRAModelRunnerMixin
 
 from eggroll_llm.engine.interface import UpdateTimes
+from eggroll_llm.engine.token_tree import TokenTree
 from eggroll_llm.engine.vllm import norms
 from eggroll_llm.engine.vllm.arguments import POPULATION
 from eggroll_llm.engine.vllm.compiled import compile_model
 from eggroll_llm.engine.vllm.layers import Layer, find_layers
+from eggroll_llm.engine.vllm.scoring import Scorer
 from eggroll_llm.engine.vllm.slots import (
     FactorBank,
     GpuRowBuffers,
@@ -128,6 +130,7 @@ class Population:
             settings, fold = EsSettings(**es), fold_for(self.device)
             self.masters = MasterWeights(weights, settings, self.dtype, fold, device=self.device, offload=offload)
         if not stock:
+            self._max_tokens, self._scorer = runner.max_num_tokens, Scorer(model, runner.vllm_config)
             self._tokens = SlotOfTokens(runner.max_num_tokens, self.device)
             self._take_over(runner)
             if runs_triton(self.device):
@@ -169,6 +172,16 @@ class Population:
         self.bank.begin(noise, population // 2 if antithetic else population)
         self.slots.begin(antithetic=antithetic)
         return time.perf_counter() - start
+
+    def score(self, tree: TokenTree, members: list[int], temperature: float) -> Tensor:
+        """Return the log-probabilities [M, N] of a tree's targets under members of this step, -1 the base model."""
+        at_once = min(len(self.slots.member_in), self._max_tokens // len(tree))
+        logprobs = []
+        for start in range(0, len(members), at_once):
+            member_M = np.array(members[start : start + at_once])
+            self._tokens.write(self.slots.slots_of(member_M), np.full_like(member_M, len(tree)))
+            logprobs.append(self._scorer.logprobs(tree, len(member_M), temperature).cpu())
+        return torch.cat(logprobs)
 
     def update(self, spec: UpdateSpec) -> UpdateTimes:
         """Apply an update to the masters and serve the result."""
