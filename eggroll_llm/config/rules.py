@@ -151,6 +151,8 @@ class _Check:
                 "es.fitness",
                 "es.antithetic",
             )
+        if es.fitness_from == "probabilities":
+            self.of_groups("fitness from probabilities", "es.fitness_from")
         if es.optimizer == "momentum" and es.momentum == 0:
             self.fail(
                 "momentum 0 is plain SGD",
@@ -167,29 +169,34 @@ class _Check:
                 "es.schedule_end",
             )
 
-    def of_grpo(self) -> None:
-        grpo, sampling = self.config.grpo, self.config.sampling
+    def of_groups(self, who: str, because: str) -> None:
+        """What compares the completions of a problem with each other needs different ones, as they are drawn."""
+        sampling = self.config.sampling
         if sampling.samples_per_prompt < 2:
             self.fail(
-                "GRPO compares the completions of a problem with each other",
+                f"{who} compares the completions of a problem with each other",
                 "Set sampling.samples_per_prompt to 2 or more, such as 8",
                 "sampling.samples_per_prompt",
-                because="method",
+                because=because,
             )
         if sampling.temperature == 0:
             self.fail(
                 "greedy completions of a problem are all the same",
                 "Set sampling.temperature above 0, such as 1.0",
                 "sampling.temperature",
-                because="method",
+                because=because,
             )
         if sampling.top_p < 1:
             self.fail(
-                "the trainer computes probabilities over the whole vocabulary",
+                "probabilities are over the whole vocabulary",
                 "Set sampling.top_p to 1",
                 "sampling.top_p",
-                because="method",
+                because=because,
             )
+
+    def of_grpo(self) -> None:
+        grpo, sampling = self.config.grpo, self.config.sampling
+        self.of_groups("GRPO", "method")
         completions = sampling.prompts_per_step * sampling.samples_per_prompt
         if completions % grpo.micro_batch:
             fits = max(size for size in range(1, grpo.micro_batch) if completions % size == 0)

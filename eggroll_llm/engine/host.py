@@ -18,6 +18,8 @@ from eggroll_llm.engine.messages import (
     Message,
     Prompts,
     Reply,
+    Scores,
+    Scoring,
     Started,
     Stop,
     Work,
@@ -51,15 +53,16 @@ def serve(build: Callable[[], SteppedEngine], hello: Callable[[], Started], read
 class _Host:
     def __init__(self, engine: SteppedEngine, beat: float) -> None:
         self._engine, self._beat = engine, beat
-        self._job: Prompts | None = None
+        self._job: Prompts | Scoring | None = None
         self._keys = count()  # of the engine, never used again
         self._requests: dict[int, int] = {}  # key -> request of the job
+        self._judges: dict[int, int | None] = {}  # request of the job -> member that scores
 
     def run(self, read: Read) -> Iterator[Event]:
         spoke = time.monotonic()
         while True:
             # Read between any two steps: work is added without waiting for the rest of the batch.
-            message = read(not self._requests)
+            message = read(not (self._requests or self._judges))
             while message is not None:
                 if isinstance(message, Stop):
                     self._engine.abort()
@@ -70,6 +73,9 @@ class _Host:
                 else:
                     self._take(message)
                 message = read(False)
+            if self._judges:
+                yield self._score()
+                spoke = time.monotonic()
             if self._requests:
                 if done := self._step():
                     yield done
@@ -90,12 +96,14 @@ class _Host:
             failure = Failure.of(error)
         return Reply(call.id, value, failure, peak_memory())
 
-    def _take(self, message: Prompts | Work | Forget) -> None:
+    def _take(self, message: Prompts | Scoring | Work | Forget) -> None:
         match message:
-            case Prompts():
+            case Prompts() | Scoring():
                 self._job = message
+            case Work(items=items) if isinstance(self._job, Scoring):
+                self._judges |= {request: member for request, _, member, _ in items}
             case Work(items=items):
-                assert self._job is not None
+                assert isinstance(self._job, Prompts)
                 prompts, requests = self._job.prompts, {}
                 for request, prompt, member, seed in items:
                     key = next(self._keys)
@@ -105,6 +113,13 @@ class _Host:
             case Forget():
                 self._engine.abort()
                 self._requests.clear()
+                self._judges.clear()
+
+    def _score(self) -> Scores:
+        assert isinstance(self._job, Scoring)
+        judges, self._judges = self._judges, {}
+        logprobs = self._engine.score(self._job.completions, list(judges.values()), self._job.temperature)
+        return Scores.of(self._job.job, list(judges), logprobs)
 
     def _step(self) -> Done | None:
         answered = self._engine.poll()

@@ -114,9 +114,7 @@ class Engine(Sampler, Protocol):
         """Make members 0 ... population - 1 of a step available; return the seconds that their noise took."""
         ...
 
-    def score(
-        self, completions: Sequence[Scored], members: Sequence[int | None], temperature: float = 1.0
-    ) -> "Tensor":
+    def score(self, completions: Sequence[Scored], members: Sequence[int | None], temperature: float = 1.0) -> "Tensor":
         """Return the log-probabilities [members, tokens] that members give to the tokens of all completions, in order.
 
         They are those of a softmax of logits / temperature, float32 on the CPU. A member of None is the base model.

@@ -14,7 +14,19 @@ from itertools import count
 from typing import Any
 
 from eggroll_llm.engine.links import Launcher, Lost, Replica, Rules, Slot
-from eggroll_llm.engine.messages import Broken, Call, Done, Event, Failure, Message, Reply, Started, decode, encode
+from eggroll_llm.engine.messages import (
+    Broken,
+    Call,
+    Done,
+    Event,
+    Failure,
+    Message,
+    Reply,
+    Scores,
+    Started,
+    decode,
+    encode,
+)
 from eggroll_llm.engine.watchdog import LATER, LOOKS
 from eggroll_llm.errors import ConfigError, EngineError
 from eggroll_llm.es.estimate import UpdateSpec
@@ -67,7 +79,7 @@ class Roster:
         self.on_live: Callable[[Replica], None] = lambda replica: None
         self.on_lost: Callable[[Replica], int] = lambda replica: 0
         """Returns how many requests go to others."""
-        self.on_done: Callable[[Replica, Done], None] = lambda replica, done: None
+        self.on_done: Callable[[Replica, Done | Scores], None] = lambda replica, done: None
         self.has_work: Callable[[Replica], bool] = lambda replica: False
         self.lost = self.bytes_out = self.bytes_in = 0
         self._ids, self._numbers = count(), count(1)
@@ -237,7 +249,7 @@ class Roster:
                 self._admit(replica, event)
             case Reply():
                 self._take_reply(replica, event)
-            case Done():
+            case Done() | Scores():
                 self.on_done(replica, event)
             case Broken(failure=failure):
                 self._fails(replica, failure)

@@ -41,7 +41,7 @@ class Block:
     """How many positions a key is before the query, int32; negative where it is not on its path."""
 
     def mask(self, window: int | None) -> Tensor:
-        """Return what is seen, boolean [Q, U]; `window` is the most positions that a layer looks at, itself included."""
+        """Return what is seen, boolean [Q, U], by a layer that looks at `window` positions, its own included."""
         seen_QU = self.distance_QU >= 0
         return seen_QU if window is None else seen_QU & (self.distance_QU < window)
 

@@ -22,6 +22,10 @@ class EsSettings:
     """Rank of the perturbation of each weight matrix."""
     antithetic: bool = True
     """Whether members come in pairs that share their noise with opposite signs."""
+    fitness_from: Literal["rewards", "probabilities"] = "rewards"
+    """What a member is judged by: rewards of its own answers, or how probable it makes the weights' rewarded ones."""
+    weighting: Literal["ratio", "clipped", "token", "logprob", "probability"] = "ratio"
+    """With fitness_from "probabilities": what an answer counts whose probability a member has changed."""
     fitness: Literal["centered", "rank", "sign"] = "centered"
     """How rewards become fitness: centred per prompt and scaled, centred ranks, or signs of pair differences."""
     update_scale: Literal["rms", "literature"] = "rms"

@@ -1,7 +1,15 @@
-"""The ES loop: sample a population, score it, shape the rewards, record the fitness, fold it into the weights.
+"""The ES loop: find out what each member earns, shape it, record the fitness, fold it into the weights.
 
     rollouts_MPS    = member_m(prompt_p),   W_m = W + sign_m sigma E_k
     rewards_MP      = mean_s score(rollouts_MPS)
+
+or, with fitness_from = "probabilities" (`es.likelihood`), members answer nothing:
+
+    rollouts_PS     = W(prompt_p)
+    rewards_MP      = mean_s advantage(score(rollouts_PS)) p_m(rollouts_PS) / p(rollouts_PS)
+
+and then
+
     fitness_M       = shape(rewards_MP)
     journal         <- fitness_M                    on disk before the weights move
     W               <- W + learning_rate sum_k c_k E_k / ||c||
@@ -10,7 +18,7 @@ Departures from the paper are those of `es.fitness` and `es.estimate`. Everythin
 step), so a run continues from its journal as if it had never stopped. Updates are counted from 1; step 0 is the base
 model.
 
-Shapes: M member, K antithetic pair, P prompt, S sample.
+Shapes: M member, K antithetic pair, P prompt, S sample, N scored token.
 """
 
 import time
@@ -18,6 +26,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from eggroll_llm.engine.interface import UpdateTimes
@@ -25,6 +34,7 @@ from eggroll_llm.engine.sampling import Rollout, sample_population
 from eggroll_llm.errors import TaskError, TrainingError
 from eggroll_llm.es.estimate import NonFiniteUpdate, UpdateSpec, check_finite
 from eggroll_llm.es.fitness import Fitness, shape_fitness
+from eggroll_llm.es.likelihood import candidates, divergence, returns
 from eggroll_llm.es.plan import StepPlan
 from eggroll_llm.training.evaluation import Evaluation
 from eggroll_llm.training.harness import Harness
@@ -36,20 +46,32 @@ CHECKSUM_EVERY = 10  # steps between checksums of the weights in the journal
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class StepOutcome:
-    """The outcome of a step; times are in seconds."""
+class Judged:
+    """What the members of a step have earned; times are in seconds."""
 
-    plan: StepPlan
     rollouts: Sequence[ScoredRollout]
-    rewards_MP: Tensor
+    """The members' completions, or those of the weights that they are judged by."""
+    rewards: Tensor
+    """Rewards of those rollouts."""
     fitness: Fitness
-    failed: int
-    """Completions that the grader failed on."""
-    update: UpdateTimes
     noise_time: float
     sample_time: float
     reward_time: float
+    metrics: Metrics
+    """What else the row of the step says."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepOutcome:
+    """The outcome of a step."""
+
+    plan: StepPlan
+    judged: Judged
+    failed: int
+    """Completions that the grader failed on."""
+    update: UpdateTimes
     step_time: float
+    """Seconds."""
 
 
 class EsTrainer:
@@ -85,47 +107,91 @@ class EsTrainer:
 
     def _train_step(self) -> Evaluation | None:
         start = time.perf_counter()
-        es, harness = self.config.es, self.harness
+        harness = self.harness
         harness.step += 1
         plan, indices_P = plan_of(self.config, harness.step), harness.problems()
-        noise_time = self.engine.begin(plan.noise, es.population, antithetic=plan.antithetic)
-
-        sampling = time.perf_counter()
-        rollouts = self._sample(plan, indices_P)
-
-        scoring = time.perf_counter()
-        scored = harness.score(rollouts, indices_P)
-        rewards_MP = rewards_of(scored, len(indices_P), self.config.sampling.samples_per_prompt).mean(dim=2)
-        fitness = shape_fitness(rewards_MP, es.fitness, antithetic=plan.antithetic)
+        judge = self._by_rewards if self.config.es.fitness_from == "rewards" else self._by_probabilities
+        judged = judge(plan, indices_P)
+        fitness = judged.fitness
         _check_dropped(fitness, plan.step, self.scorer.first_dropped)
 
-        updating = time.perf_counter()
         update = UpdateSpec.of(plan, fitness.fitness_M.tolist())
         self._record(update, fitness.dropped)
         times = self._apply(update)
 
         outcome = StepOutcome(
             plan=plan,
-            rollouts=scored,
-            rewards_MP=rewards_MP,
-            fitness=fitness,
+            judged=judged,
             failed=self.scorer.failures,
             update=times,
-            noise_time=noise_time,
-            sample_time=scoring - sampling,
-            reward_time=updating - scoring,
             step_time=time.perf_counter() - start,
         )
-        evaluation = harness.end_step(metrics_of(outcome), scored, indices_P, tied=fitness.all_tied)
+        evaluation = harness.end_step(metrics_of(outcome), judged.rollouts, indices_P, tied=fitness.all_tied)
         if self.recorder.checkpoint_due(plan.step):
             self.save()
         return evaluation
 
-    def _sample(self, plan: StepPlan, indices_P: Sequence[int]) -> list[Rollout]:
+    def _by_rewards(self, plan: StepPlan, indices_P: Sequence[int]) -> Judged:
+        """Let every member answer the problems."""
+        es = self.config.es
+        noise_time = self.engine.begin(plan.noise, es.population, antithetic=plan.antithetic)
+        sampling = time.perf_counter()
+        rollouts = self._sample(plan, indices_P, range(es.population))
+        scoring = time.perf_counter()
+        scored = self.harness.score(rollouts, indices_P)
+        rewards_MP = rewards_of(scored, len(indices_P), self.config.sampling.samples_per_prompt).mean(dim=2)
+        return Judged(
+            rollouts=scored,
+            rewards=rewards_MP,
+            fitness=shape_fitness(rewards_MP, es.fitness, antithetic=plan.antithetic),
+            noise_time=noise_time,
+            sample_time=scoring - sampling,
+            reward_time=time.perf_counter() - scoring,
+            metrics={},
+        )
+
+    def _by_probabilities(self, plan: StepPlan, indices_P: Sequence[int]) -> Judged:
+        """Let the weights answer the problems, and ask every member how likely it finds the answers."""
+        es, samples = self.config.es, self.config.sampling.samples_per_prompt
+        sampling = time.perf_counter()
+        rollouts = self._sample(plan, indices_P, [None])
+        scoring = time.perf_counter()
+        scored = self.harness.score(rollouts, indices_P)
+        (rewards_PS,) = rewards_of(scored, len(indices_P), samples)
+        prompts_P = [self.train_set.prompts[index] for index in indices_P]
+        token_ids = [rollout.completion.token_ids for rollout in rollouts]
+        token_ids_PS = [token_ids[p * samples : (p + 1) * samples] for p in range(len(indices_P))]
+        drawn = candidates(prompts_P, token_ids_PS, rewards_PS)
+        judging = time.perf_counter()
+        noise_time, tokens, apart = 0.0, 0, 0.0
+        returns_MP = torch.zeros(es.population, len(indices_P))
+        if drawn.completions:
+            noise_time = self.engine.begin(plan.noise, es.population, antithetic=plan.antithetic)
+            base, *members = self.engine.score(
+                drawn.completions, [None, *range(es.population)], self.config.sampling.temperature
+            )
+            logprob_MN = torch.stack(members)
+            returns_MP = returns(drawn, logprob_MN, base, es.weighting, prompts=len(indices_P), samples=samples)
+            tokens, apart = logprob_MN.numel(), divergence(logprob_MN, base)
+        return Judged(
+            rollouts=scored,
+            rewards=rewards_PS,
+            fitness=shape_fitness(returns_MP, es.fitness, antithetic=plan.antithetic),
+            noise_time=noise_time,
+            sample_time=scoring - sampling,
+            reward_time=judging - scoring,
+            metrics={
+                "members/divergence": apart,
+                "tokens/scored": tokens,
+                "time/score": time.perf_counter() - judging - noise_time,
+            },
+        )
+
+    def _sample(self, plan: StepPlan, indices_P: Sequence[int], members: Sequence[int | None]) -> list[Rollout]:
         return sample_population(
             self.engine,
             [self.train_set.prompts[index] for index in indices_P],
-            range(self.config.es.population),
+            members,
             self.config.sampling.samples_per_prompt,
             self.harness.decoding,
             seed=plan.seed,
@@ -151,17 +217,18 @@ class EsTrainer:
 
 def metrics_of(outcome: StepOutcome) -> Metrics:
     """Return the row of metrics of a step."""
-    plan, fitness, update = outcome.plan, outcome.fitness, outcome.update
+    plan, judged, update = outcome.plan, outcome.judged, outcome.update
     return {
-        **reward_metrics(outcome.rollouts, outcome.rewards_MP),
-        "fitness/std": float(fitness.fitness_M.std(correction=0)),
-        "members/dropped": len(fitness.dropped),
+        **reward_metrics(judged.rollouts, judged.rewards),
+        "fitness/std": float(judged.fitness.fitness_M.std(correction=0)),
+        "members/dropped": len(judged.fitness.dropped),
         "rewards/failed": outcome.failed,
-        "prompts/tied": fitness.tied_prompts,
-        **sampling_metrics(outcome.rollouts, outcome.sample_time),
-        "time/noise": outcome.noise_time,
-        "time/sample": outcome.sample_time,
-        "time/reward": outcome.reward_time,
+        "prompts/tied": judged.fitness.tied_prompts,
+        **sampling_metrics(judged.rollouts, judged.sample_time),
+        **judged.metrics,
+        "time/noise": judged.noise_time,
+        "time/sample": judged.sample_time,
+        "time/reward": judged.reward_time,
         "time/update": update.update,
         "time/serve": update.serve,
         "time/step": outcome.step_time,

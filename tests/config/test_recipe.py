@@ -174,7 +174,7 @@ learning_rate = 1e-6
     [
         ({"grpo.learning_rate": "0"}, 'grpo.learning_rate = 0.0: must be above 0 with method "grpo". '
          'Set grpo.learning_rate to a positive number.'),
-        ({"sampling.top_p": "0.9"}, "sampling.top_p = 0.9: the trainer computes probabilities over the whole vocabulary. "
+        ({"sampling.top_p": "0.9"}, "sampling.top_p = 0.9: probabilities are over the whole vocabulary. "
          "Set sampling.top_p to 1."),
         ({"sampling.samples_per_prompt": "1"}, "sampling.samples_per_prompt = 1: GRPO compares the completions of a problem "
          "with each other. Set sampling.samples_per_prompt to 2 or more, such as 8."),

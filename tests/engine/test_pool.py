@@ -84,6 +84,22 @@ def test_a_killed_engine_changes_nothing(bench: Benches, one: Path, phase: str, 
     assert lost.endswith("a replacement is starting")
 
 
+PROBABILITIES: dict[str, Any] = {
+    "es": dataclasses.replace(CONFIG.es, fitness_from="probabilities"),
+    "sampling": dataclasses.replace(CONFIG.sampling, samples_per_prompt=4, temperature=1.0),
+}
+
+
+@pytest.mark.parametrize("faults", [{}, {1: Fault("score", 2)}], ids=["well", "one dies"])
+def test_members_that_judge_are_shared_out(bench: Benches, faults: dict[int, Fault]) -> None:
+    """Two engines come to the run of one, also when one dies while it scores."""
+    run = bench.run("two", 2, faults, changes=PROBABILITIES)
+    single = Bench(bench.folder, bench.monkeypatch)
+    single.train("one", **CHANGES | PROBABILITIES)
+    same_run(bench.folder / "one", run)
+    assert sum(row["engines/lost"] for row in rows(run)[1:]) == len(faults)
+
+
 def test_an_engine_that_dies_while_answers_are_scored_is_replaced(bench: Benches, one: Path) -> None:
     class Killing(Near):
         killed = False

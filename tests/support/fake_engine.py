@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from eggroll_llm.config.schema import CheckpointConfig, EvalConfig, LogConfig, RunConfig, SamplingConfig
-from eggroll_llm.engine.interface import Completion, Decoding, Engine, Request, UpdateTimes
+from eggroll_llm.engine.interface import Completion, Decoding, Engine, Request, Scored, UpdateTimes
 from eggroll_llm.engine.watchdog import Watchdog
 from eggroll_llm.es.estimate import UpdateSpec
 from eggroll_llm.es.masters import MasterWeights
@@ -101,12 +101,24 @@ class FakeEngine:
     def metrics(self) -> dict[str, float]:
         return {}
 
+    def score(
+        self, completions: Sequence[Scored], members: Sequence[int | None], temperature: float = 1.0
+    ) -> torch.Tensor:
+        """A member likes a token the less, the further its number is from the member's value."""
+        rows = []
+        for member in members:
+            a, b = (self._weight(name, member) for name in SHAPES)
+            values = [_value(prompt, a, b) for prompt, token_ids in completions for _ in token_ids]
+            rows.append(torch.tensor(values))
+        tokens = torch.tensor([token for _, token_ids in completions for token in token_ids])
+        return -(torch.stack(rows) - tokens).abs() / temperature
+
     def _answer(self, request: Request, a: torch.Tensor, b: torch.Tensor) -> Completion:
-        x = torch.tensor(request.prompt_ids, dtype=torch.float32) / 10
         member = -1 if request.member is None else request.member
+        drawn = (request.seed or 0) % 3 if self.decodings[-1].temperature else 0
         return Completion(
-            text=f"{member} {float((b @ (a @ x).tanh()).sum()):.9g}",
-            token_ids=(1, 2, 3),
+            text=f"{member} {_value(request.prompt_ids, a, b) + drawn:.9g}",
+            token_ids=(1, 2, 3 + drawn),
             truncated=False,
             prompt_tokens=len(request.prompt_ids),
         )
@@ -148,6 +160,11 @@ class FakeEngine:
     def close(self) -> None:
         self.watchdog.close()
         self.closed = True
+
+
+def _value(prompt: Sequence[int], a: torch.Tensor, b: torch.Tensor) -> float:
+    x = torch.tensor(prompt, dtype=torch.float32) / 10
+    return float((b @ (a @ x).tanh()).sum())
 
 
 class Near:

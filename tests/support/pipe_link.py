@@ -112,6 +112,10 @@ class Faulty(FakeEngine):
         self._meet("replay")
         super().replay(specs)
 
+    def score(self, *args: Any, **keywords: Any) -> Tensor:
+        self._meet("score")
+        return super().score(*args, **keywords)
+
     def checksum(self) -> str:
         self._meet("checksum")
         return super().checksum()

@@ -91,6 +91,39 @@ def test_two_halves_are_the_whole(bench: Bench, optimizer: Any, checkpoint_every
     assert f"resuming after step 3: {sources}" in bench.display.messages
 
 
+PROBABILITIES: dict[str, Any] = {
+    "es": dataclasses.replace(CONFIG.es, fitness_from="probabilities"),
+    "sampling": SamplingConfig(prompts_per_step=PROMPTS, samples_per_prompt=4, temperature=1.0, max_tokens=9),
+}
+
+
+def test_fitness_from_probabilities_learns_from_answers_of_the_weights(bench: Bench) -> None:
+    outcome = bench.train("run", steps=25, **PROBABILITIES)
+    assert outcome.last["eval/reward"] > outcome.first["eval/reward"] + 0.4
+    first = rows(bench.folder / "run")[1]
+    assert first["completions"] == PROMPTS * 4
+    assert 0 < first["tokens/scored"] <= MEMBERS * PROMPTS * 3 * 3  # of three tokens each, of which three differ
+    assert first["members/divergence"] > 0
+    assert {row.get("member") for row in rows(bench.folder / "run", "completions.jsonl")} == {None}
+
+
+def test_fitness_from_probabilities_resumes_and_replays_to_the_same_bits(bench: Bench) -> None:
+    changes = PROBABILITIES | {"eval": EvalConfig(every=3), "checkpoint": CheckpointConfig(every=2)}
+    bench.train("whole", steps=5, **changes)
+    bench.train("halves", steps=3, **changes)
+    bench.train("halves", "resume", steps=5, **changes)
+    same_run(bench.folder / "whole", bench.folder / "halves")
+
+
+def test_fitness_from_probabilities_without_differences_learns_nothing(bench: Bench) -> None:
+    bench.train("run", task=Constant(), **PROBABILITIES)
+    steps = rows(bench.folder / "run")[1:]
+    assert [row["fitness/std"] for row in steps] == [0] * 4
+    assert [row["prompts/tied"] for row in steps] == [PROMPTS] * 4
+    assert [row["tokens/scored"] for row in steps] == [0] * 4
+    assert any("nothing was learned" in message for message in bench.display.messages)
+
+
 def test_the_answers_of_every_evaluation_are_kept(bench: Bench) -> None:
     bench.train("run", steps=4, eval=EvalConfig(every=2, problems=5, max_tokens=7))
     folder = bench.folder / "run" / "evaluations"

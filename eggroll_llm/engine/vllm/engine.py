@@ -157,16 +157,16 @@ class VllmEngine:
         rows = [first[i] for i in range(len(requests))]
         return torch.tensor([[row[token_id].logprob for token_id in range(len(row))] for row in rows])
 
-    def score(
-        self, completions: Sequence[Scored], members: Sequence[int | None], temperature: float = 1.0
-    ) -> Tensor:
+    def score(self, completions: Sequence[Scored], members: Sequence[int | None], temperature: float = 1.0) -> Tensor:
         """Return the log-probabilities [members, tokens], float32, of the tokens of all completions, in order.
 
         Raises ValueError for a completion that does not fit the context, ModelError for attention that is not known.
         """
         longest = max(len(prompt) + len(completion) for prompt, completion in completions)
         if longest > self._context:
-            raise ValueError(f"a completion and its prompt have {longest} tokens, more than the context's {self._context}")
+            raise ValueError(
+                f"a completion and its prompt have {longest} tokens, more than the context's {self._context}"
+            )
         numbers = [-1 if member is None else member for member in members]
         trees = trees_of(completions, self._batch_tokens)
         return torch.cat([self._call("score", tree, numbers, temperature) for _, tree in trees], dim=1)

@@ -15,8 +15,8 @@ from functools import cache, partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 from vllm.config import VllmConfig
 from vllm.forward_context import set_forward_context
 from vllm.model_executor.layers.attention import Attention
@@ -116,8 +116,7 @@ class _TreeAttention:
         for name in ("alibi_slopes", "logits_soft_cap", "sinks"):
             if getattr(impl, name, None) not in (None, 0):
                 raise ModelError(
-                    f"this architecture's attention ({name}) cannot score completions: "
-                    'use es.fitness_from = "rewards"'
+                    f'this architecture\'s attention ({name}) cannot score completions: use es.fitness_from = "rewards"'
                 )
         self._scale, self._groups, self._members = float(impl.scale), impl.num_heads // impl.num_kv_heads, members
         self._blocks = blocks(layer.sliding_window, self._groups)
@@ -131,7 +130,7 @@ class _TreeAttention:
         query, output_MTHGD = (x.view(M, -1, H, G, x.shape[-1]) for x in (query, output))
         key, value = (x.view(M, -1, H, x.shape[-1]).transpose(1, 2) for x in (key, value))
         for block in self._blocks:
-            attended = F.scaled_dot_product_attention(
+            attended = scaled_dot_product_attention(
                 query[:, block.queries].permute(0, 2, 3, 1, 4).flatten(2, 3),
                 key[:, :, block.keys_U],
                 value[:, :, block.keys_U],
