@@ -98,6 +98,7 @@ class _Course:
 
     def __init__(self, config: RunConfig, rows: Sequence[Row]) -> None:
         self.config, self.es = config, config.method == "es"
+        self.members_answer = self.es and config.es.fitness_from == "rewards"
         self.steps = [row for row in rows if row["step"]]
         self.recent = self.steps[-RECENT:]
         self.evaluations = [row for row in rows if math.isfinite(number(row, "eval/accuracy"))]
@@ -114,7 +115,7 @@ class _Course:
         nothing = ended and count == steps > 0
         if not nothing and (count < TIED_IN_A_ROW or (in_a_row < TIED_IN_A_ROW and count < TIED_SHARE * steps)):
             return None
-        same = "all members" if self.es else "all answers to a problem"
+        same = "all members" if self.members_answer else "all answers to a problem"
         where = f"all {steps} steps" if count == steps else f"{count} of {steps} steps"
         text = f"nothing was learned in {where}, because {same} got the same reward"
         level = 1 + int(math.log(max(count / TIED_IN_A_ROW, 1), 4))
@@ -180,7 +181,7 @@ class _Course:
 
     def members_worse(self) -> Finding | None:
         """Members that solve far less than the weights they perturb."""
-        if not self.es or not self.recent:
+        if not self.members_answer or not self.recent:
             return None
         before = [row for row in self.evaluations if row["step"] < self.recent[0]["step"]][-1:]
         during = [row for row in self.evaluations if row["step"] >= self.recent[0]["step"]]
@@ -273,7 +274,7 @@ class _Course:
         if _share(without, "completions/truncated") > 2 * CUT_OFF:
             return f"raise sampling.max_tokens (now {sampling.max_tokens}): the answers were cut off"
         easier = "or choose problems that the model solves now and then"
-        if not self.es:
+        if not self.members_answer:
             return (
                 f"raise sampling.samples_per_prompt (now {sampling.samples_per_prompt}), sampling.prompts_per_step "
                 f"(now {sampling.prompts_per_step}) or sampling.temperature (now {sampling.temperature:g}), {easier}"

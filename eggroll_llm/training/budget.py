@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from eggroll_llm.config.schema import EngineConfig
+from eggroll_llm.config.schema import EngineConfig, RunConfig
 from eggroll_llm.engine.memory import SIZE, ModelShape, Part, es_parts, kept_bytes, member_bytes
 from eggroll_llm.errors import ConfigError
 from eggroll_llm.models.files import read_config, tensor_shapes
@@ -25,8 +25,9 @@ def budget(prepared: "Prepared") -> list[str]:
     config = prepared.config
     es, sampling = config.es, config.sampling
     answers = sampling.prompts_per_step * sampling.samples_per_prompt
-    members = f"{es.population} members x " if config.method == "es" else ""
-    completions = es.population * answers if config.method == "es" else answers
+    answering = members_that_answer(config)
+    members = f"{answering} members x " if answering > 1 else ""
+    completions = answering * answers
     prompt = sum(map(len, prepared.train.prompts)) / len(prepared.train.prompts)
     at_most = completions * sampling.max_tokens
     lines = [
@@ -35,6 +36,11 @@ def budget(prepared: "Prepared") -> list[str]:
         f"{sampling.samples_per_prompt} samples",
         f"per step: {completions * prompt:,.0f} prompt tokens ({prompt:.0f} each), at most {at_most:,} generated",
     ]
+    if config.method == "es" and answering == 1:
+        lines.append(
+            f"per step: {es.population} members score them, a pass of each over prompts and completions that generates "
+            "nothing"
+        )
     if config.steps:
         lines.append(f"in all: {config.steps} steps, {config.steps * completions:,} completions")
     if config.minutes:
@@ -42,6 +48,11 @@ def budget(prepared: "Prepared") -> list[str]:
 
     lines += _memory_lines(prepared)
     return lines
+
+
+def members_that_answer(config: RunConfig) -> int:
+    """Return how many models answer the problems of a step: the population, or the one that is trained."""
+    return config.es.population if config.method == "es" and config.es.fitness_from == "rewards" else 1
 
 
 def _memory_lines(prepared: "Prepared") -> list[str]:

@@ -70,6 +70,16 @@ def test_completions_and_tokens(model: Path) -> None:
     assert lines(model, steps=0, minutes=2.5)[3] == "in all: at most 2.5 minutes of training"
 
 
+def test_members_that_score_answers_generate_none(model: Path) -> None:
+    es = dataclasses.replace(ES, fitness_from="probabilities")
+    assert lines(model, es=es)[1:5] == [
+        "per step: 6 completions = 3 prompts x 2 samples",
+        "per step: 150 prompt tokens (25 each), at most 300 generated",
+        "per step: 6 members score them, a pass of each over prompts and completions that generates nothing",
+        "in all: 10 steps, 60 completions",
+    ]
+
+
 @pytest.mark.parametrize(("dtype", "size"), [("bfloat16", 2), ("float32", 4)])
 @pytest.mark.parametrize(("optimizer", "tensors"), [("sgd", 0), ("momentum", 1), ("adam", 2)])
 def test_memory(
@@ -346,6 +356,16 @@ def test_time_of_a_step_of_es(model: Path) -> None:
     update = 2 * 1000 * 3 * 4 / 1e5 + (4 + 4 + 2) * 1000 / 1e6  # three pairs of rank 4; masters and served weights
     found = step_seconds(prepared(model), SMALL, SLOW, length=1.0)
     assert found == pytest.approx(sampling + update) == pytest.approx(15.756)
+
+
+def test_time_of_a_step_whose_members_score(model: Path) -> None:
+    """Six answers of the weights, and a pass of each of six members over them and the prompts."""
+    sampling = ((10 + 3 * 15 + 300) * 4000 + 2 * (6 + 300) * 500) / 1e6 + 50 * 2 * 1500 / 1e6 + 50 * 0.1
+    scoring = 6 * ((10 + 3 * 15 + 300) * 4000 + 2 * 300 * 500) / 1e6 + 0.1
+    update = 2 * 1000 * 3 * 4 / 1e5 + (4 + 4 + 2) * 1000 / 1e6
+    es = dataclasses.replace(ES, fitness_from="probabilities")
+    found = step_seconds(prepared(model, es=es), SMALL, SLOW, length=1.0)
+    assert found == pytest.approx(sampling + scoring + update) == pytest.approx(17.546)
 
 
 def test_time_of_a_step_of_grpo(model: Path) -> None:
