@@ -18,6 +18,7 @@ _ADDED = {
     "es.masters": "float32",
     "es.fitness_from": "rewards",
     "es.weighting": "ratio",
+    "es.problems": "shared",
     "engine.quantization": "none",
 }
 """Settings that were added since, with their defaults: the hash of a run that does not use them stays what it was."""

@@ -151,6 +151,8 @@ class _Check:
                 "es.fitness",
                 "es.antithetic",
             )
+        if es.problems == "per_pair":
+            self.of_pairs()
         if es.fitness_from == "probabilities":
             self.of_groups("fitness from probabilities", "es.fitness_from")
         if es.optimizer == "momentum" and es.momentum == 0:
@@ -167,6 +169,31 @@ class _Check:
                 'Set es.schedule_end above 0, or es.sigma_schedule to "constant"',
                 "es.sigma_schedule",
                 "es.schedule_end",
+            )
+
+    def of_pairs(self) -> None:
+        """Problems of their own leave twins alone to compare."""
+        es = self.config.es
+        if not es.antithetic:
+            self.fail(
+                "there are no pairs",
+                'Set es.antithetic to true, or es.problems to "shared"',
+                "es.problems",
+                "es.antithetic",
+            )
+        if es.fitness == "rank":
+            self.fail(
+                "members with other problems have no common ranks",
+                'Set es.fitness to "centered" or "sign", or es.problems to "shared"',
+                "es.problems",
+                "es.fitness",
+            )
+        if es.fitness_from == "probabilities":
+            self.fail(
+                "members that only score answers share them all",
+                'Set es.problems to "shared", or es.fitness_from to "rewards"',
+                "es.problems",
+                "es.fitness_from",
             )
 
     def of_groups(self, who: str, because: str) -> None:

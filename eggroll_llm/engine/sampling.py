@@ -1,8 +1,8 @@
 """Members x prompts x samples -> rollouts, through one engine.
 
 Every member sees the same prompts (common random numbers) and, when sampling is not greedy, the same sampling seeds:
-members differ in nothing but their weights. Requests are member-major, so that the prompts of a member share their
-prefix through the engine's cache.
+members differ in nothing but their weights. Where pairs have prompts of their own, that holds for twins. Requests are
+member-major, so that the prompts of a member share their prefix through the engine's cache.
 
 Shapes: M member, P prompt, S sample.
 """
@@ -49,13 +49,16 @@ def sample_population(
     *,
     seed: int,
     step: int,
+    own: int = 0,
     on_progress: Progress | None = None,
 ) -> list[Rollout]:
     """Return MPS rollouts in member-major order: every member on every prompt, `samples` times.
 
+    With `own`, members 2k and 2k + 1 have so many prompts of their own, the next after those of pair k - 1.
     A member of None is the base model. Raises EngineError when the engine returns fewer completions, or more.
     """
-    places = [(m, p, s) for m in members_M for p in range(len(prompts_P)) for s in range(samples)]
+    prompts = range(len(prompts_P))
+    places = [(m, p, s) for m in members_M for p in _own(prompts, m, own) for s in range(samples)]
     requests = [Request(prompt_ids=prompts_P[p], member=m, seed=sampling_seed(seed, step, p, s)) for m, p, s in places]
     completions = engine.generate(requests, decoding, on_progress)
     if len(completions) != len(requests):
@@ -64,6 +67,10 @@ def sample_population(
         Rollout(member=m, prompt=p, sample=s, completion=completion)
         for (m, p, s), completion in zip(places, completions, strict=True)
     ]
+
+
+def _own(prompts: range, member: int | None, own: int) -> range:
+    return prompts if member is None or not own else prompts[member // 2 * own :][:own]
 
 
 def sampling_seed(seed: int, step: int, prompt: int, sample: int) -> int:

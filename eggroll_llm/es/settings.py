@@ -26,6 +26,8 @@ class EsSettings:
     """What a member is judged by: rewards of its own answers, or how probable it makes the weights' rewarded ones."""
     weighting: Literal["ratio", "clipped", "token", "logprob", "probability"] = "ratio"
     """With fitness_from "probabilities": what an answer counts whose probability a member has changed."""
+    problems: Literal["shared", "per_pair"] = "shared"
+    """Whether all members of a step have the same problems, or each pair sampling.prompts_per_step of its own."""
     fitness: Literal["centered", "rank", "sign"] = "centered"
     """How rewards become fitness: centred per prompt and scaled, centred ranks, or signs of pair differences."""
     update_scale: Literal["rms", "literature"] = "rms"

@@ -189,7 +189,8 @@ class _Course:
             return None
         reference = min(before + during, key=lambda row: number(row, "eval/accuracy"))
         expected, held_out = number(reference, "eval/accuracy"), _problems(reference)
-        problems = len(self.recent) * self.config.sampling.prompts_per_step
+        pairs = self.config.es.population // 2 if self.config.es.problems == "per_pair" else 1
+        problems = len(self.recent) * self.config.sampling.prompts_per_step * pairs
         reached = _share(self.recent, "reward/accuracy")
         if not (reached < expected / 2 and wilson(reached, problems)[1] < wilson(expected, held_out)[0]):
             return None

@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from eggroll_llm.config.schema import EngineConfig, RunConfig
+from eggroll_llm.config.schema import EngineConfig
 from eggroll_llm.engine.memory import SIZE, ModelShape, Part, es_parts, kept_bytes, member_bytes
 from eggroll_llm.errors import ConfigError
 from eggroll_llm.models.files import read_config, tensor_shapes
 from eggroll_llm.models.targets import trained_parameters
 from eggroll_llm.system.hardware import available_memory, serves_on_cpu
+from eggroll_llm.training.plan import members_that_answer, problems_per_step
 
 if TYPE_CHECKING:
     from eggroll_llm.training.prepare import Prepared
@@ -26,13 +27,14 @@ def budget(prepared: "Prepared") -> list[str]:
     es, sampling = config.es, config.sampling
     answers = sampling.prompts_per_step * sampling.samples_per_prompt
     answering = members_that_answer(config)
+    own = " of each pair" if problems_per_step(config) > sampling.prompts_per_step else ""
     members = f"{answering} members x " if answering > 1 else ""
     completions = answering * answers
     prompt = sum(map(len, prepared.train.prompts)) / len(prepared.train.prompts)
     at_most = completions * sampling.max_tokens
     lines = [
         f"problems: {len(prepared.train.problems)} for training, {len(prepared.held_out.problems)} held out",
-        f"per step: {completions} completions = {members}{sampling.prompts_per_step} prompts x "
+        f"per step: {completions} completions = {members}{sampling.prompts_per_step} prompts{own} x "
         f"{sampling.samples_per_prompt} samples",
         f"per step: {completions * prompt:,.0f} prompt tokens ({prompt:.0f} each), at most {at_most:,} generated",
     ]
@@ -48,11 +50,6 @@ def budget(prepared: "Prepared") -> list[str]:
 
     lines += _memory_lines(prepared)
     return lines
-
-
-def members_that_answer(config: RunConfig) -> int:
-    """Return how many models answer the problems of a step: the population, or the one that is trained."""
-    return config.es.population if config.method == "es" and config.es.fitness_from == "rewards" else 1
 
 
 def _memory_lines(prepared: "Prepared") -> list[str]:

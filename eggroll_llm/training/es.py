@@ -33,7 +33,7 @@ from eggroll_llm.engine.interface import UpdateTimes
 from eggroll_llm.engine.sampling import Rollout, sample_population
 from eggroll_llm.errors import TaskError, TrainingError
 from eggroll_llm.es.estimate import NonFiniteUpdate, UpdateSpec, check_finite
-from eggroll_llm.es.fitness import Fitness, shape_fitness
+from eggroll_llm.es.fitness import Fitness, shape_fitness, shape_twins
 from eggroll_llm.es.likelihood import candidates, divergence, returns
 from eggroll_llm.es.plan import StepPlan
 from eggroll_llm.training.evaluation import Evaluation
@@ -139,11 +139,16 @@ class EsTrainer:
         rollouts = self._sample(plan, indices_P, range(es.population))
         scoring = time.perf_counter()
         scored = self.harness.score(rollouts, indices_P)
-        rewards_MP = rewards_of(scored, len(indices_P), self.config.sampling.samples_per_prompt).mean(dim=2)
+        sampling_config = self.config.sampling
+        rewards_MP = rewards_of(scored, sampling_config.prompts_per_step, sampling_config.samples_per_prompt).mean(
+            dim=2
+        )
         return Judged(
             rollouts=scored,
             rewards=rewards_MP,
-            fitness=shape_fitness(rewards_MP, es.fitness, antithetic=plan.antithetic),
+            fitness=shape_twins(rewards_MP, es.fitness)
+            if es.problems == "per_pair"
+            else shape_fitness(rewards_MP, es.fitness, antithetic=plan.antithetic),
             noise_time=noise_time,
             sample_time=scoring - sampling,
             reward_time=time.perf_counter() - scoring,
@@ -196,6 +201,7 @@ class EsTrainer:
             self.harness.decoding,
             seed=plan.seed,
             step=plan.step,
+            own=self.config.sampling.prompts_per_step if self.config.es.problems == "per_pair" else 0,
             on_progress=self.harness.show_sampling,
         )
 

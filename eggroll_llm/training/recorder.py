@@ -183,10 +183,13 @@ def in_order_of_interest(rollouts: Sequence[ScoredRollout], step: int) -> list[S
         place = (rollout.sample if rollout.member is None else rollout.member, rollout.prompt)
         if place not in shown or (rollout.unusable and not shown[place].unusable):
             shown[place] = rollout
-    prompts = len({prompt for _, prompt in shown})
-    members = len(shown) // prompts
-    together = math.lcm(members, prompts)  # after so many the same pairs would come again
-    return [shown[(step + i + i // together) % members, i % prompts] for i in range(len(shown))]
+    members, prompts = (list(dict.fromkeys(place[i] for place in shown)) for i in (0, 1))
+    together = math.lcm(len(members), len(prompts))  # after so many the same pairs would come again
+    places = (
+        (members[(step + i + i // together) % len(members)], prompts[i % len(prompts)])
+        for i in range(len(members) * len(prompts))
+    )
+    return [shown[place] for place in places if place in shown]  # a pair's own problems are not the others'
 
 
 def to_record(shown: Sequence[ScoredRollout], rollouts: Sequence[ScoredRollout], count: int) -> list[ScoredRollout]:

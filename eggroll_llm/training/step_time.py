@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 from eggroll_llm.models.files import tensor_shapes
 from eggroll_llm.models.targets import trained_parameters
 from eggroll_llm.system.hardware import serves_on_cpu
-from eggroll_llm.training.budget import members_that_answer
+from eggroll_llm.training.plan import members_that_answer
 
 if TYPE_CHECKING:
     from eggroll_llm.training.prepare import Prepared

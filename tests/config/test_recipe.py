@@ -124,6 +124,15 @@ def test_files_that_are_no_recipe(recipe: Path) -> None:
         ({"es.noise_reuse": "0"}, "es.noise_reuse = 0: must be at least 1. Set es.noise_reuse to 1 or more."),
         ({"es.adam_beta2": "1"}, "es.adam_beta2 = 1.0: must be below 1. Set es.adam_beta2 to less than 1."),
         ({"es.schedule_end": "1.5"}, "es.schedule_end = 1.5: must be at most 1. Set es.schedule_end to 1 or less."),
+        ({"es.problems": "per_pair", "es.antithetic": "false"}, 'es.problems = "per_pair", es.antithetic = false: there are no '
+         'pairs. Set es.antithetic to true, or es.problems to "shared".'),
+        ({"es.problems": "per_pair", "es.fitness": "rank"}, 'es.problems = "per_pair", es.fitness = "rank": members with other '
+         'problems have no common ranks. Set es.fitness to "centered" or "sign", or es.problems to "shared".'),
+        ({"es.problems": "per_pair", "es.fitness_from": "probabilities"}, 'es.problems = "per_pair", es.fitness_from = '
+         '"probabilities": members that only score answers share them all. Set es.problems to "shared", or es.fitness_from to '
+         '"rewards".'),
+        ({"es.fitness_from": "probabilities"}, "sampling.samples_per_prompt = 1: fitness from probabilities compares the "
+         "completions of a problem with each other. Set sampling.samples_per_prompt to 2 or more, such as 8."),
         ({"es.fitness": "sign", "es.antithetic": "false"}, 'es.fitness = "sign", es.antithetic = false: the sign compares the '
          'two members of a pair. Set es.antithetic to true, or es.fitness to "rank".'),
         ({"es.optimizer": "momentum", "es.momentum": "0"}, 'es.optimizer = "momentum", es.momentum = 0.0: momentum 0 is plain '

@@ -47,6 +47,15 @@ def test_requests_are_member_major() -> None:
     assert engine.decoding is DECODING
 
 
+def test_pairs_may_have_prompts_of_their_own() -> None:
+    prompts = tuple((n,) for n in range(6))
+    rollouts = sample_population(Echo(), prompts, range(6), 1, DECODING, seed=3, step=4, own=2)
+    assert [(r.member, r.prompt) for r in rollouts] == [(m, p) for m in range(6) for p in (m // 2 * 2, m // 2 * 2 + 1)]
+    for rollout in rollouts:  # twins draw alike
+        seed = sampling_seed(3, 4, rollout.prompt, 0)
+        assert rollout.completion.text == f"{rollout.member} {prompts[rollout.prompt]} {seed}"
+
+
 def test_rollouts_are_member_major_and_know_their_member_prompt_and_sample() -> None:
     _, rollouts = sample(seed=3, step=4)
     places = [(rollout.member, rollout.prompt, rollout.sample) for rollout in rollouts]

@@ -124,6 +124,22 @@ def test_fitness_from_probabilities_without_differences_learns_nothing(bench: Be
     assert any("nothing was learned" in message for message in bench.display.messages)
 
 
+def test_pairs_with_problems_of_their_own_learn_and_resume(bench: Bench) -> None:
+    changes: dict[str, Any] = {"es": dataclasses.replace(CONFIG.es, problems="per_pair")}
+    changes["sampling"] = SamplingConfig(prompts_per_step=2, max_tokens=9)
+    outcome = bench.train("whole", steps=25, log=LogConfig(completions=100), **changes)
+    assert outcome.last["eval/reward"] > outcome.first["eval/reward"] + 0.4
+    recorded = [row for row in rows(bench.folder / "whole", "completions.jsonl") if row["step"] == 1]
+    problems_of = {m: {row["problem"] for row in recorded if row["member"] == m} for m in range(MEMBERS)}
+    assert all(len(problems) == 2 for problems in problems_of.values())
+    assert all(problems_of[2 * k] == problems_of[2 * k + 1] for k in range(MEMBERS // 2))
+    assert len(set.union(*problems_of.values())) == MEMBERS  # two for each of the pairs
+    bench.train("halves", steps=13, log=LogConfig(completions=100), **changes)
+    bench.train("halves", "resume", steps=25, log=LogConfig(completions=100), **changes)
+    journals = [(bench.folder / name / "journal.jsonl").read_text() for name in ("whole", "halves")]
+    assert journals[0] == journals[1]
+
+
 def test_the_answers_of_every_evaluation_are_kept(bench: Bench) -> None:
     bench.train("run", steps=4, eval=EvalConfig(every=2, problems=5, max_tokens=7))
     folder = bench.folder / "run" / "evaluations"
