@@ -11,7 +11,7 @@ without one, on CUDA most of its grid is empty.
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -175,12 +175,12 @@ class Population:
 
     def score(self, tree: TokenTree, members: list[int], temperature: float) -> Tensor:
         """Return the log-probabilities [M, N] of a tree's targets under members of this step, -1 the base model."""
-        at_once = min(len(self.slots.member_in), self._max_tokens // len(tree))
+        slots, at_once = len(self.slots.member_in), max(1, self._max_tokens // len(tree))
         logprobs = []
-        for start in range(0, len(members), at_once):
-            member_M = np.array(members[start : start + at_once])
+        for part in _parts(members, slots, at_once):
+            member_M = np.array(part)
             self._tokens.write(self.slots.slots_of(member_M), np.full_like(member_M, len(tree)))
-            logprobs.append(self._scorer.logprobs(tree, len(member_M), temperature).cpu())
+            logprobs.append(self._scorer.logprobs(tree, len(part), temperature).cpu())
         return torch.cat(logprobs)
 
     def update(self, spec: UpdateSpec) -> UpdateTimes:
@@ -261,6 +261,17 @@ class Population:
             compile_model(model)
         else:
             norms.install(model)
+
+
+def _parts(members: Sequence[int], slots: int, at_once: int) -> Iterator[list[int]]:
+    """Yield members in parts of `at_once` with no more of them than slots; the base model, -1, needs none."""
+    part: list[int] = []
+    for member in members:
+        if len(part) == at_once or (member >= 0 and sum(other >= 0 for other in part) == slots):
+            yield part
+            part = []
+        part.append(member)
+    yield part
 
 
 def _linear_with_term(layer: Layer, slot_T: Tensor, add_term: AddTerm) -> Callable[..., Tensor]:
