@@ -19,6 +19,7 @@ _ADDED = {
     "es.fitness_from": "rewards",
     "es.weighting": "ratio",
     "es.problems": "shared",
+    "es.skip_tied": False,
     "engine.quantization": "none",
 }
 """Settings that were added since, with their defaults: the hash of a run that does not use them stays what it was."""

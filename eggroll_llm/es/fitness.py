@@ -52,8 +52,8 @@ class Fitness:
     """float32 on CPU, 0 for dropped members."""
     dropped: tuple[int, ...]
     """Members with a reward that is not finite, and their twins, ascending."""
-    tied_prompts: int
-    """Prompts for which all kept members got the same reward."""
+    tied: tuple[int, ...]
+    """Prompts for which all kept members, or both twins, got the same reward."""
     all_tied: bool
     """Nothing to learn from: every fitness is 0."""
 
@@ -89,13 +89,13 @@ def shape_fitness(rewards_MP: Tensor, method: FitnessMethod, *, antithetic: bool
     return Fitness(
         fitness_M=fitness_M.to(torch.float32),
         dropped=tuple((~kept_M).nonzero().flatten().tolist()),
-        tied_prompts=int(tied_P.sum()),
+        tied=tuple(tied_P.nonzero().flatten().tolist()),
         all_tied=not bool(fitness_M.any()),
     )
 
 
 def shape_twins(rewards_MP: Tensor, method: FitnessMethod) -> Fitness:
-    """Shape the rewards of one step in which twins 2k and 2k + 1 had problems of their own, the P of their rows.
+    """Shape the rewards of one step in which twins 2k and 2k + 1 had problems of their own, kP to kP + P - 1.
 
     Raises ValueError when `rewards_MP` is not [members, prompts] of pairs, and for method "rank".
     """
@@ -116,7 +116,7 @@ def shape_twins(rewards_MP: Tensor, method: FitnessMethod) -> Fitness:
     return Fitness(
         fitness_M=torch.stack((difference_K, -difference_K), dim=1).flatten().to(torch.float32),
         dropped=tuple((~kept_K).repeat_interleave(2).nonzero().flatten().tolist()),
-        tied_prompts=int((apart_KP == 0).sum()),
+        tied=tuple((apart_KP == 0).flatten().nonzero().flatten().tolist()),
         all_tied=not bool(difference_K.any()),
     )
 

@@ -28,6 +28,8 @@ class EsSettings:
     """With fitness_from "probabilities": what an answer counts whose probability a member has changed."""
     problems: Literal["shared", "per_pair"] = "shared"
     """Whether all members of a step have the same problems, or each pair sampling.prompts_per_step of its own."""
+    skip_tied: bool = False
+    """Whether problems that taught nothing when they last came are passed over more often, and none for good."""
     fitness: Literal["centered", "rank", "sign"] = "centered"
     """How rewards become fitness: centred per prompt and scaled, centred ranks, or signs of pair differences."""
     update_scale: Literal["rms", "literature"] = "rms"

@@ -36,9 +36,10 @@ from eggroll_llm.es.estimate import NonFiniteUpdate, UpdateSpec, check_finite
 from eggroll_llm.es.fitness import Fitness, shape_fitness, shape_twins
 from eggroll_llm.es.likelihood import candidates, divergence, returns
 from eggroll_llm.es.plan import StepPlan
+from eggroll_llm.tasks.order import SkippingOrder
 from eggroll_llm.training.evaluation import Evaluation
 from eggroll_llm.training.harness import Harness
-from eggroll_llm.training.plan import journal_entry, plan_of
+from eggroll_llm.training.plan import journal_entry, plan_of, problems_per_step
 from eggroll_llm.training.recorder import Metrics, reward_metrics, sampling_metrics
 from eggroll_llm.training.scorer import ScoredRollout, rewards_of
 
@@ -82,6 +83,11 @@ class EsTrainer:
         run = harness.run
         self.harness, self.config, self.train_set = harness, harness.config, run.prepared.train
         self.engine, self.scorer, self.recorder = run.engine, run.scorer, run.recorder
+        self._order: SkippingOrder | None = None
+        if self.config.es.skip_tied:
+            self._order = SkippingOrder(len(self.train_set.problems), seed=self.config.seed)
+            for entry in run.recorder.journal.entries:
+                self._order.saw(self._order.take(problems_per_step(self.config)), entry.tied)
 
     def run(self) -> Evaluation | None:
         """Train to the limit and return the last evaluation; None when a resumed run had reached it already."""
@@ -109,16 +115,20 @@ class EsTrainer:
         start = time.perf_counter()
         harness = self.harness
         harness.step += 1
-        plan, indices_P = plan_of(self.config, harness.step), harness.problems()
+        plan = plan_of(self.config, harness.step)
+        indices_P = self._order.take(problems_per_step(self.config)) if self._order else harness.problems()
         judge = self._by_rewards if self.config.es.fitness_from == "rewards" else self._by_probabilities
         judged = judge(plan, indices_P)
         fitness = judged.fitness
         _check_dropped(fitness, plan.step, self.scorer.first_dropped)
 
         update = UpdateSpec.of(plan, fitness.fitness_M.tolist())
-        self._record(update, fitness.dropped)
+        self._record(update, fitness)
+        if self._order:
+            self._order.saw(indices_P, fitness.tied)
         times = self._apply(update)
 
+        metrics = {"problems/skipped": self._order.skipped} if self._order else {}
         outcome = StepOutcome(
             plan=plan,
             judged=judged,
@@ -126,7 +136,7 @@ class EsTrainer:
             update=times,
             step_time=time.perf_counter() - start,
         )
-        evaluation = harness.end_step(metrics_of(outcome), judged.rollouts, indices_P, tied=fitness.all_tied)
+        evaluation = harness.end_step(metrics_of(outcome) | metrics, judged.rollouts, indices_P, tied=fitness.all_tied)
         if self.recorder.checkpoint_due(plan.step):
             self.save()
         return evaluation
@@ -205,12 +215,13 @@ class EsTrainer:
             on_progress=self.harness.show_sampling,
         )
 
-    def _record(self, update: UpdateSpec, dropped: tuple[int, ...]) -> None:
+    def _record(self, update: UpdateSpec, fitness: Fitness) -> None:
         """Append an update to the journal, every `CHECKSUM_EVERY` steps with a checksum of the weights before it."""
         _check_update(update)
         checksum = self.engine.checksum() if (update.step - 1) % CHECKSUM_EVERY == 0 else ""
         with self.recorder.saving():
-            self.recorder.journal.append(journal_entry(update, dropped=dropped, checksum=checksum))
+            tied = fitness.tied if self._order else ()
+            self.recorder.journal.append(journal_entry(update, dropped=fitness.dropped, tied=tied, checksum=checksum))
 
     def _apply(self, update: UpdateSpec) -> UpdateTimes:
         times = self.engine.update(update)
@@ -229,7 +240,7 @@ def metrics_of(outcome: StepOutcome) -> Metrics:
         "fitness/std": float(judged.fitness.fitness_M.std(correction=0)),
         "members/dropped": len(judged.fitness.dropped),
         "rewards/failed": outcome.failed,
-        "prompts/tied": judged.fitness.tied_prompts,
+        "prompts/tied": len(judged.fitness.tied),
         **sampling_metrics(judged.rollouts, judged.sample_time),
         **judged.metrics,
         "time/noise": judged.noise_time,

@@ -24,7 +24,9 @@ def members_that_answer(config: RunConfig) -> int:
     return config.es.population if config.method == "es" and config.es.fitness_from == "rewards" else 1
 
 
-def journal_entry(update: UpdateSpec, *, dropped: tuple[int, ...], checksum: str) -> JournalEntry:
+def journal_entry(
+    update: UpdateSpec, *, dropped: tuple[int, ...], tied: tuple[int, ...] = (), checksum: str
+) -> JournalEntry:
     """Return what the journal records of an update."""
     return JournalEntry(
         step=update.step,
@@ -33,6 +35,7 @@ def journal_entry(update: UpdateSpec, *, dropped: tuple[int, ...], checksum: str
         sigma=update.sigma,
         learning_rate=update.learning_rate,
         dropped=dropped,
+        tied=tied,
         checksum=checksum,
     )
 

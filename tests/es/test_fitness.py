@@ -114,7 +114,7 @@ def test_members_without_pairs_may_be_permuted_freely():
 def test_all_tied_is_exactly_zero(method, value):
     result = shape_fitness(torch.full((6, 7), value, dtype=torch.float64), method)
     assert result.fitness_M.tolist() == [0.0] * 6
-    assert (result.dropped, result.tied_prompts, result.all_tied) == ((), 7, True)
+    assert (result.dropped, result.tied, result.all_tied) == ((), tuple(range(7)), True)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -126,7 +126,7 @@ def test_equal_averages_are_tied_although_sums_round(method):
     rewards_MP = torch.stack([shifts[k % 3] + 100 for k in range(6)])
     result = shape_fitness(rewards_MP, method)
     assert result.fitness_M.tolist() == [0.0] * 6
-    assert (result.tied_prompts, result.all_tied) == (0, True)
+    assert (result.tied, result.all_tied) == ((), True)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -135,7 +135,7 @@ def test_small_real_differences_are_not_tied(method):
     rewards_MP[0, 0] += 1e-6
     result = shape_fitness(rewards_MP, method)
     assert not result.all_tied
-    assert result.tied_prompts == 1
+    assert len(result.tied) == 1
     assert result.fitness_M[0] > 0 >= result.fitness_M[1]
 
 
@@ -164,7 +164,7 @@ def test_without_pairs_only_the_member_itself_is_dropped():
 def test_nothing_is_left_when_all_are_dropped(method):
     result = shape_fitness(torch.full((4, 2), math.nan), method)
     assert result.fitness_M.tolist() == [0.0] * 4
-    assert (result.dropped, result.tied_prompts, result.all_tied) == ((0, 1, 2, 3), 2, True)
+    assert (result.dropped, result.tied, result.all_tied) == ((0, 1, 2, 3), (0, 1), True)
 
 
 def test_result_is_float32_whatever_the_rewards_are():
@@ -198,7 +198,7 @@ def test_twins_are_compared_with_each_other_alone():
     found = twins(rewards_MP)
     size = math.sqrt(5 / 3)
     assert found.fitness_M.tolist() == pytest.approx([1 / size, -1 / size, -2 / size, 2 / size, 0, 0])
-    assert (found.tied_prompts, found.all_tied, found.dropped) == (2, False, ())
+    assert (found.tied, found.all_tied, found.dropped) == ((4, 5), False, ())
     assert twins(rewards_MP, "sign").fitness_M.tolist() == [1, -1, -1, 1, 0, 0]
 
 

@@ -140,6 +140,24 @@ def test_pairs_with_problems_of_their_own_learn_and_resume(bench: Bench) -> None
     assert journals[0] == journals[1]
 
 
+def test_problems_that_teach_nothing_are_passed_over_and_a_resumed_run_knows_them(bench: Bench) -> None:
+    class SomeTie(Near):
+        def reward(self, member: int, value: float, problem: Mapping[str, Any]) -> float:
+            return 0.25 if problem["x"][0] % 2 else super().reward(member, value, problem)
+
+    changes: dict[str, Any] = {"es": dataclasses.replace(CONFIG.es, skip_tied=True), "task": SomeTie()}
+    changes["log"] = LogConfig(completions=100)
+    bench.train("whole", steps=30, **changes)
+    bench.train("halves", steps=16, **changes)
+    bench.train("halves", "resume", steps=30, **changes)
+    same_run(bench.folder / "whole", bench.folder / "halves")
+    steps = rows(bench.folder / "whole")[1:]
+    assert sum(row["problems/skipped"] for row in steps[:3]) == 0  # ten problems, three a step
+    assert sum(row["problems/skipped"] for row in steps) > 10
+    tied = [row["prompts/tied"] for row in steps]
+    assert sum(tied[20:]) < sum(tied[:10])
+
+
 def test_the_answers_of_every_evaluation_are_kept(bench: Bench) -> None:
     bench.train("run", steps=4, eval=EvalConfig(every=2, problems=5, max_tokens=7))
     folder = bench.folder / "run" / "evaluations"
