@@ -18,6 +18,8 @@ _ADDED = {
     "es.masters": "float32",
     "es.fitness_from": "rewards",
     "es.weighting": "ratio",
+    "es.answer_reuse": 1,
+    "es.max_drift": 0.0,
     "es.problems": "shared",
     "es.skip_tied": False,
     "engine.quantization": "none",

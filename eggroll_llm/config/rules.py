@@ -155,6 +155,20 @@ class _Check:
             self.of_pairs()
         if es.fitness_from == "probabilities":
             self.of_groups("fitness from probabilities", "es.fitness_from")
+        elif es.answer_reuse > 1:
+            self.fail(
+                "the rewards of members' own answers say nothing of others",
+                'Set es.answer_reuse to 1, or es.fitness_from to "probabilities"',
+                "es.answer_reuse",
+                "es.fitness_from",
+            )
+        if es.answer_reuse > 1 and es.skip_tied:
+            self.fail(
+                "which problems come next would depend on when answers are drawn anew",
+                "Set es.answer_reuse to 1, or es.skip_tied to false",
+                "es.answer_reuse",
+                "es.skip_tied",
+            )
         if es.optimizer == "momentum" and es.momentum == 0:
             self.fail(
                 "momentum 0 is plain SGD",

@@ -94,7 +94,7 @@ def returns(
 ) -> Tensor:
     """Return R_mp [M, P], float64, from log-probabilities of the candidates' tokens under members and weights."""
     log_ratio_MN = (logprob_MN.to(torch.float64) - base_N.to(torch.float64)).clamp(-LOG_LIMIT, LOG_LIMIT)
-    length_J = torch.tensor([len(token_ids) for _, token_ids in candidates.completions])
+    length_J = torch.tensor([len(token_ids) for _, token_ids in candidates.completions], dtype=torch.int64)
     of_N = torch.repeat_interleave(torch.arange(len(length_J)), length_J)
 
     def per_completion(value_MN: Tensor) -> Tensor:
@@ -117,10 +117,10 @@ def returns(
 def divergence(logprob_MN: Tensor, base_N: Tensor) -> float:
     """Return the mean divergence per token of members from the weights, in nats: mean of p_m/p - 1 - log(p_m/p).
 
-    An estimate of KL(p || p_m) from samples of p (Schulman's k3), never negative.
+    An estimate of KL(p || p_m) from samples of p (Schulman's k3), never negative; 0 without tokens.
     """
     log_ratio_MN = (logprob_MN.to(torch.float64) - base_N.to(torch.float64)).clamp(-LOG_LIMIT, LOG_LIMIT)
-    return float((log_ratio_MN.expm1() - log_ratio_MN).mean())
+    return float((log_ratio_MN.expm1() - log_ratio_MN).mean()) if log_ratio_MN.numel() else 0.0
 
 
 def _clipped(ratio: Tensor, advantage: Tensor) -> Tensor:

@@ -26,6 +26,10 @@ class EsSettings:
     """What a member is judged by: rewards of its own answers, or how probable it makes the weights' rewarded ones."""
     weighting: Literal["ratio", "clipped", "token", "logprob", "probability"] = "ratio"
     """With fitness_from "probabilities": what an answer counts whose probability a member has changed."""
+    answer_reuse: Annotated[int, Ge(1)] = 1
+    """Number of steps that learn from the same answers, with fitness_from "probabilities"."""
+    max_drift: Annotated[float, Ge(0)] = 0.0
+    """Divergence of the weights from those that answered, in nats a token, beyond which they answer anew; 0: none."""
     problems: Literal["shared", "per_pair"] = "shared"
     """Whether all members of a step have the same problems, or each pair sampling.prompts_per_step of its own."""
     skip_tied: bool = False

@@ -21,6 +21,7 @@ model.
 Shapes: M member, K antithetic pair, P prompt, S sample, N scored token.
 """
 
+import dataclasses
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -36,6 +37,7 @@ from eggroll_llm.es.estimate import NonFiniteUpdate, UpdateSpec, check_finite
 from eggroll_llm.es.fitness import Fitness, shape_fitness, shape_twins
 from eggroll_llm.es.likelihood import candidates, divergence, returns
 from eggroll_llm.es.plan import StepPlan
+from eggroll_llm.records.drawn import Drawn
 from eggroll_llm.tasks.order import SkippingOrder
 from eggroll_llm.training.evaluation import Evaluation
 from eggroll_llm.training.harness import Harness
@@ -43,23 +45,28 @@ from eggroll_llm.training.plan import journal_entry, plan_of, problems_per_step
 from eggroll_llm.training.recorder import Metrics, reward_metrics, sampling_metrics
 from eggroll_llm.training.scorer import ScoredRollout, rewards_of
 
+NOTHING_SAMPLED = {
+    "completions": 0,
+    "tokens/prompt": 0,
+    "tokens/generated": 0,
+    "throughput/tokens_per_second": 0.0,
+    "throughput/generated_per_second": 0.0,
+    "time/sample": 0.0,
+    "time/reward": 0.0,
+}
+"""What the row says of a step that learns from answers of an earlier one."""
 CHECKSUM_EVERY = 10  # steps between checksums of the weights in the journal
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Judged:
-    """What the members of a step have earned; times are in seconds."""
+    """What the members of a step have earned."""
 
     rollouts: Sequence[ScoredRollout]
-    """The members' completions, or those of the weights that they are judged by."""
-    rewards: Tensor
-    """Rewards of those rollouts."""
+    """What was sampled for it."""
     fitness: Fitness
-    noise_time: float
-    sample_time: float
-    reward_time: float
     metrics: Metrics
-    """What else the row of the step says."""
+    """What the row of the step says of sampling and rewards."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -83,6 +90,7 @@ class EsTrainer:
         run = harness.run
         self.harness, self.config, self.train_set = harness, harness.config, run.prepared.train
         self.engine, self.scorer, self.recorder = run.engine, run.scorer, run.recorder
+        self._drawn = run.recorder.kept_answers()
         self._order: SkippingOrder | None = None
         if self.config.es.skip_tied:
             self._order = SkippingOrder(len(self.train_set.problems), seed=self.config.seed)
@@ -143,64 +151,86 @@ class EsTrainer:
 
     def _by_rewards(self, plan: StepPlan, indices_P: Sequence[int]) -> Judged:
         """Let every member answer the problems."""
-        es = self.config.es
+        es, sampling = self.config.es, self.config.sampling
         noise_time = self.engine.begin(plan.noise, es.population, antithetic=plan.antithetic)
-        sampling = time.perf_counter()
-        rollouts = self._sample(plan, indices_P, range(es.population))
-        scoring = time.perf_counter()
-        scored = self.harness.score(rollouts, indices_P)
-        sampling_config = self.config.sampling
-        rewards_MP = rewards_of(scored, sampling_config.prompts_per_step, sampling_config.samples_per_prompt).mean(
-            dim=2
-        )
-        return Judged(
-            rollouts=scored,
-            rewards=rewards_MP,
-            fitness=shape_twins(rewards_MP, es.fitness)
-            if es.problems == "per_pair"
-            else shape_fitness(rewards_MP, es.fitness, antithetic=plan.antithetic),
-            noise_time=noise_time,
-            sample_time=scoring - sampling,
-            reward_time=time.perf_counter() - scoring,
-            metrics={},
-        )
+        scored, metrics = self._rollouts(plan, indices_P, range(es.population))
+        rewards_MP = rewards_of(scored, sampling.prompts_per_step, sampling.samples_per_prompt).mean(dim=2)
+        if es.problems == "per_pair":
+            fitness = shape_twins(rewards_MP, es.fitness)
+        else:
+            fitness = shape_fitness(rewards_MP, es.fitness, antithetic=plan.antithetic)
+        metrics |= {**reward_metrics(scored, rewards_MP), "time/noise": noise_time}
+        return Judged(rollouts=scored, fitness=fitness, metrics=metrics)
 
     def _by_probabilities(self, plan: StepPlan, indices_P: Sequence[int]) -> Judged:
-        """Let the weights answer the problems, and ask every member how likely it finds the answers."""
+        """Let the weights answer the problems, unless they have, and ask every member how probable the answers are."""
         es, samples = self.config.es, self.config.sampling.samples_per_prompt
-        sampling = time.perf_counter()
-        rollouts = self._sample(plan, indices_P, [None])
-        scoring = time.perf_counter()
-        scored = self.harness.score(rollouts, indices_P)
+        if (kept := self._drawn) and kept.step < plan.step < kept.step + es.answer_reuse:
+            fitness, logprob_N, metrics = self._ask(plan, kept, torch.tensor(kept.logprobs))
+            if not es.max_drift or metrics["weights/drift"] <= es.max_drift:
+                return Judged(rollouts=[], fitness=fitness, metrics=kept.metrics | metrics)
+        scored, metrics = self._rollouts(plan, indices_P, [None])
         (rewards_PS,) = rewards_of(scored, len(indices_P), samples)
-        prompts_P = [self.train_set.prompts[index] for index in indices_P]
-        token_ids = [rollout.completion.token_ids for rollout in rollouts]
-        token_ids_PS = [token_ids[p * samples : (p + 1) * samples] for p in range(len(indices_P))]
-        drawn = candidates(prompts_P, token_ids_PS, rewards_PS)
-        judging = time.perf_counter()
-        noise_time, tokens, apart = 0.0, 0, 0.0
-        returns_MP = torch.zeros(es.population, len(indices_P))
-        if drawn.completions:
-            noise_time = self.engine.begin(plan.noise, es.population, antithetic=plan.antithetic)
-            base, *members = self.engine.score(
-                drawn.completions, [None, *range(es.population)], self.config.sampling.temperature
-            )
-            logprob_MN = torch.stack(members)
-            returns_MP = returns(drawn, logprob_MN, base, es.weighting, prompts=len(indices_P), samples=samples)
-            tokens, apart = logprob_MN.numel(), divergence(logprob_MN, base)
-        return Judged(
-            rollouts=scored,
-            rewards=rewards_PS,
-            fitness=shape_fitness(returns_MP, es.fitness, antithetic=plan.antithetic),
-            noise_time=noise_time,
-            sample_time=scoring - sampling,
-            reward_time=judging - scoring,
-            metrics={
-                "members/divergence": apart,
-                "tokens/scored": tokens,
-                "time/score": time.perf_counter() - judging - noise_time,
-            },
+        metrics |= reward_metrics(scored, rewards_PS)
+        token_ids = [rollout.completion.token_ids for rollout in scored]
+        drawn = Drawn(
+            step=plan.step,
+            indices=tuple(indices_P),
+            token_ids=tuple(tuple(token_ids[p : p + samples]) for p in range(0, len(token_ids), samples)),
+            rewards=tuple(map(tuple, rewards_PS.tolist())),
+            logprobs=(),
+            metrics={},
         )
+        fitness, logprob_N, asked = self._ask(plan, drawn)
+        if es.answer_reuse > 1:
+            said = {key: metrics[key] for key in ("reward/mean", "reward/accuracy", "completions/truncated")}
+            self._drawn = dataclasses.replace(drawn, logprobs=tuple(logprob_N.tolist()), metrics=said | NOTHING_SAMPLED)
+            self.recorder.keep_answers(self._drawn)
+        return Judged(rollouts=scored, fitness=fitness, metrics=metrics | asked)
+
+    def _ask(self, plan: StepPlan, drawn: Drawn, before_N: Tensor | None = None) -> tuple[Fitness, Tensor, Metrics]:
+        """Return members' fitness, log-probabilities of the answers under the weights now, and what the row says of it.
+
+        `before_N` are those under the weights that drew the answers, unless they are the same.
+        """
+        start = time.perf_counter()
+        es, samples = self.config.es, self.config.sampling.samples_per_prompt
+        prompts_P = [self.train_set.prompts[index] for index in drawn.indices]
+        answers = candidates(prompts_P, drawn.token_ids, torch.tensor(drawn.rewards, dtype=torch.float64))
+        noise_time = 0.0
+        logprob_MN, now_N = torch.zeros(es.population, 0), torch.zeros(0)
+        if answers.completions:
+            noise_time = self.engine.begin(plan.noise, es.population, antithetic=plan.antithetic)
+            judges = [None, *range(es.population)]
+            logprobs = self.engine.score(answers.completions, judges, self.config.sampling.temperature)
+            logprob_MN, now_N = logprobs[1:], logprobs[0]
+        before_N = now_N if before_N is None else before_N
+        returns_MP = returns(answers, logprob_MN, before_N, es.weighting, prompts=len(prompts_P), samples=samples)
+        fitness = shape_fitness(returns_MP, es.fitness, antithetic=plan.antithetic)
+        metrics: Metrics = {
+            "members/divergence": divergence(logprob_MN, now_N),
+            "tokens/scored": logprob_MN.numel(),
+            "time/noise": noise_time,
+            "time/score": time.perf_counter() - start - noise_time,
+        }
+        if es.answer_reuse > 1:
+            metrics["weights/drift"] = divergence(now_N[None], before_N)
+        return fitness, now_N, metrics
+
+    def _rollouts(
+        self, plan: StepPlan, indices_P: Sequence[int], members: Sequence[int | None]
+    ) -> tuple[list[ScoredRollout], Metrics]:
+        """Let members answer the problems and score the answers; return them, and what the row says of it."""
+        start = time.perf_counter()
+        rollouts = self._sample(plan, indices_P, members)
+        sampled = time.perf_counter()
+        scored = self.harness.score(rollouts, indices_P)
+        metrics = {
+            **sampling_metrics(scored, sampled - start),
+            "time/sample": sampled - start,
+            "time/reward": time.perf_counter() - sampled,
+        }
+        return scored, metrics
 
     def _sample(self, plan: StepPlan, indices_P: Sequence[int], members: Sequence[int | None]) -> list[Rollout]:
         return sample_population(
@@ -236,16 +266,11 @@ def metrics_of(outcome: StepOutcome) -> Metrics:
     """Return the row of metrics of a step."""
     plan, judged, update = outcome.plan, outcome.judged, outcome.update
     return {
-        **reward_metrics(judged.rollouts, judged.rewards),
+        **judged.metrics,
         "fitness/std": float(judged.fitness.fitness_M.std(correction=0)),
         "members/dropped": len(judged.fitness.dropped),
         "rewards/failed": outcome.failed,
         "prompts/tied": len(judged.fitness.tied),
-        **sampling_metrics(judged.rollouts, judged.sample_time),
-        **judged.metrics,
-        "time/noise": judged.noise_time,
-        "time/sample": judged.sample_time,
-        "time/reward": judged.reward_time,
         "time/update": update.update,
         "time/serve": update.serve,
         "time/step": outcome.step_time,

@@ -131,6 +131,8 @@ def test_files_that_are_no_recipe(recipe: Path) -> None:
         ({"es.problems": "per_pair", "es.fitness_from": "probabilities"}, 'es.problems = "per_pair", es.fitness_from = '
          '"probabilities": members that only score answers share them all. Set es.problems to "shared", or es.fitness_from to '
          '"rewards".'),
+        ({"es.answer_reuse": "2"}, 'es.answer_reuse = 2, es.fitness_from = "rewards": the rewards of members\' own answers say '
+         'nothing of others. Set es.answer_reuse to 1, or es.fitness_from to "probabilities".'),
         ({"es.fitness_from": "probabilities"}, "sampling.samples_per_prompt = 1: fitness from probabilities compares the "
          "completions of a problem with each other. Set sampling.samples_per_prompt to 2 or more, such as 8."),
         ({"es.fitness": "sign", "es.antithetic": "false"}, 'es.fitness = "sign", es.antithetic = false: the sign compares the '

@@ -104,14 +104,16 @@ class FakeEngine:
     def score(
         self, completions: Sequence[Scored], members: Sequence[int | None], temperature: float = 1.0
     ) -> torch.Tensor:
-        """A member likes a token the less, the further its number is from the member's value."""
+        """A token is the less probable, the further its number is from a member's value."""
         rows = []
         for member in members:
             a, b = (self._weight(name, member) for name in SHAPES)
-            values = [_value(prompt, a, b) for prompt, token_ids in completions for _ in token_ids]
-            rows.append(torch.tensor(values))
-        tokens = torch.tensor([token for _, token_ids in completions for token in token_ids])
-        return -(torch.stack(rows) - tokens).abs() / temperature
+            logprobs = [
+                (-(_value(prompt, a, b) - torch.arange(10.0)).square() / temperature).log_softmax(0)[list(token_ids)]
+                for prompt, token_ids in completions
+            ]
+            rows.append(torch.cat(logprobs))
+        return torch.stack(rows)
 
     def _answer(self, request: Request, a: torch.Tensor, b: torch.Tensor) -> Completion:
         member = -1 if request.member is None else request.member

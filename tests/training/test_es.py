@@ -115,6 +115,30 @@ def test_fitness_from_probabilities_resumes_and_replays_to_the_same_bits(bench: 
     same_run(bench.folder / "whole", bench.folder / "halves")
 
 
+@pytest.mark.parametrize("stop", [3, 4, 5])
+def test_several_steps_learn_from_the_same_answers_also_when_interrupted(bench: Bench, stop: int) -> None:
+    changes = PROBABILITIES | {
+        "es": dataclasses.replace(PROBABILITIES["es"], answer_reuse=3),
+        "eval": EvalConfig(every=0),
+    }
+    bench.train("whole", steps=8, **changes)
+    bench.train("halves", steps=stop, **changes)
+    bench.train("halves", "resume", steps=8, **changes)
+    journals = [(bench.folder / name / "journal.jsonl").read_text() for name in ("whole", "halves")]
+    assert journals[0] == journals[1]
+    steps = rows(bench.folder / "whole")[1:]
+    assert [row["completions"] for row in steps] == [12, 0, 0, 12, 0, 0, 12, 0]
+    assert [row["weights/drift"] > 0 for row in steps] == [False, True, True, False, True, True, False, True]
+    assert steps[1]["reward/mean"] == steps[0]["reward/mean"] != steps[3]["reward/mean"]
+    assert {row["step"] for row in rows(bench.folder / "whole", "completions.jsonl")} == {1, 4, 7}
+
+
+def test_weights_that_have_drifted_too_far_answer_anew(bench: Bench) -> None:
+    es = dataclasses.replace(PROBABILITIES["es"], answer_reuse=10, max_drift=1e-12)
+    bench.train("run", **PROBABILITIES | {"es": es})
+    assert [row["completions"] for row in rows(bench.folder / "run")[1:]] == [12] * 4
+
+
 def test_fitness_from_probabilities_without_differences_learns_nothing(bench: Bench) -> None:
     bench.train("run", task=Constant(), **PROBABILITIES)
     steps = rows(bench.folder / "run")[1:]
