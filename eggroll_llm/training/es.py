@@ -94,7 +94,7 @@ class EsTrainer:
         rollouts = self._sample(plan, indices_P)
 
         scoring = time.perf_counter()
-        scored = harness.score(rollouts, indices_P)
+        scored = harness.score(rollouts)
         rewards_MP = rewards_of(scored, len(indices_P), self.config.sampling.samples_per_prompt).mean(dim=2)
         fitness = shape_fitness(rewards_MP, es.fitness, antithetic=plan.antithetic)
         _check_dropped(fitness, plan.step, self.scorer.first_dropped)
@@ -131,6 +131,7 @@ class EsTrainer:
             seed=plan.seed,
             step=plan.step,
             on_progress=self.harness.show_sampling,
+            on_rollout=self.harness.scoring(indices_P),
         )
 
     def _record(self, update: UpdateSpec, dropped: tuple[int, ...]) -> None:
