@@ -40,12 +40,16 @@ class ChatConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RewardConfig:
-    """Limits of a user's own score, which runs in its own process; built-in graders need none."""
+    """Processes and limits of a user's own score; built-in graders need none."""
 
+    workers: Annotated[int, Ge(1), Le(1024)] = 1
+    """Processes that score completions side by side, while others are sampled; each imports the user's file."""
+    batch_size: Annotated[int, Ge(1)] = 32
+    """Completions in one call of score_batch, for a task that has it."""
     timeout_seconds: Annotated[float, Gt(0), Le(86_400)] = 10.0
-    """Seconds that scoring one completion may take; then the process is killed and the completion scores 0."""
+    """Seconds that a call of score or score_batch may take; then the process is killed and the completion scores 0."""
     memory_gib: Annotated[float, Gt(0)] = 4.0
-    """Memory limit of the process in GiB, imports and data included; each process it starts may use as much."""
+    """Memory limit of each process in GiB, imports and data included; each process it starts may use as much."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -199,7 +203,7 @@ class RunConfig:
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     """How completions are sampled in training."""
     reward: RewardConfig = field(default_factory=RewardConfig)
-    """Limits of a user's own score."""
+    """Processes and limits of a user's own score."""
     es: EsSettings = field(default_factory=EsSettings)
     """The evolution strategy, of method "es"."""
     grpo: GrpoConfig = field(default_factory=GrpoConfig)

@@ -53,6 +53,7 @@ NOTHING_SAMPLED = {
     "throughput/generated_per_second": 0.0,
     "time/sample": 0.0,
     "time/reward": 0.0,
+    "rewards/failed": 0,
 }
 """What the row says of a step that learns from answers of an earlier one."""
 CHECKSUM_EVERY = 10  # steps between checksums of the weights in the journal
@@ -75,8 +76,6 @@ class StepOutcome:
 
     plan: StepPlan
     judged: Judged
-    failed: int
-    """Completions that the grader failed on."""
     update: UpdateTimes
     step_time: float
     """Seconds."""
@@ -140,7 +139,6 @@ class EsTrainer:
         outcome = StepOutcome(
             plan=plan,
             judged=judged,
-            failed=self.scorer.failures,
             update=times,
             step_time=time.perf_counter() - start,
         )
@@ -224,11 +222,12 @@ class EsTrainer:
         start = time.perf_counter()
         rollouts = self._sample(plan, indices_P, members)
         sampled = time.perf_counter()
-        scored = self.harness.score(rollouts, indices_P)
+        scored = self.harness.score(rollouts)
         metrics = {
             **sampling_metrics(scored, sampled - start),
             "time/sample": sampled - start,
             "time/reward": time.perf_counter() - sampled,
+            "rewards/failed": self.scorer.failures,
         }
         return scored, metrics
 
@@ -243,6 +242,7 @@ class EsTrainer:
             step=plan.step,
             own=self.config.sampling.prompts_per_step if self.config.es.problems == "per_pair" else 0,
             on_progress=self.harness.show_sampling,
+            on_rollout=self.harness.scoring(indices_P),
         )
 
     def _record(self, update: UpdateSpec, fitness: Fitness) -> None:
@@ -269,7 +269,6 @@ def metrics_of(outcome: StepOutcome) -> Metrics:
         **judged.metrics,
         "fitness/std": float(judged.fitness.fitness_M.std(correction=0)),
         "members/dropped": len(judged.fitness.dropped),
-        "rewards/failed": outcome.failed,
         "prompts/tied": len(judged.fitness.tied),
         "time/update": update.update,
         "time/serve": update.serve,
