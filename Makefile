@@ -4,6 +4,8 @@
 
 BIN := .venv/bin
 RECIPE := recipes/countdown_smollm2.toml
+# Most tests use one core; two engines would disturb each other's look at a GPU's free memory.
+PROCESSES := $(if $(shell command -v nvidia-smi),1,2)
 
 .DEFAULT_GOAL := help
 .PHONY: help install install-demo demo compare test nightly check bench docs audit clean
@@ -26,7 +28,7 @@ compare: install  ## ES next to GRPO: two tasks by the clock, one by completions
 	$(BIN)/eggroll-llm sweep recipes/sweeps/compare_two_numbers_tokens.toml
 
 test: install  ## all tests, the ones with the real model and vLLM included
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses=$(PROCESSES) --dist=loadfile
 
 nightly: install  ## runs killed at every change of the disk, the graders fuzzed, properties tried often: some minutes, not part of `make test`
 	$(BIN)/pytest -s -m "soak or fuzz"

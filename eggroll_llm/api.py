@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from eggroll_llm.config import recipe
 from eggroll_llm.config.schema import RunConfig
 from eggroll_llm.config.toml import format_value
+from eggroll_llm.system import installed
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -33,6 +34,7 @@ def load_recipe(path: Path | str, settings: Mapping[str, Any] | None = None) -> 
 
     `settings` override the recipe's, by dotted name: `{"steps": 20, "es.sigma": 1e-3}`. Raises ConfigError.
     """
+    installed.check("load_recipe", *installed.ENGINE)
     from eggroll_llm.training.prepare import with_absolute_paths
 
     return with_absolute_paths(recipe.load_recipe(path, _flags(settings)), Path(path).resolve().parent)
@@ -52,6 +54,7 @@ def train(
     the row of metrics of each finished step, and of step 0, the evaluation of the base model; what it raises ends the
     run, which can be resumed. Progress goes to the terminal or to `display`. Raises UserError.
     """
+    installed.check("train", *installed.ENGINE)
     from eggroll_llm.training import session
 
     with _shown(display) as shown:
@@ -78,6 +81,7 @@ def evaluate(
     is evaluated on its own task unless another is named. `settings` are those of the tables [task_options], [engine]
     and [reward], by dotted name. `limit` takes that many problems, 0 all. Raises UserError.
     """
+    installed.check("evaluate", *installed.ENGINE)
     from eval.evaluation import evaluate_subject, settings_for
     from eval.subject import find_subject
     from eval.summary import summarize

@@ -38,11 +38,20 @@ _NUMBER_FIRST = re.compile(r"[^A-Za-z0-9]*[0-9]")
 _SENTENCE_END = re.compile(r"[0-9%)*$}][.;!]\s")
 _CONTINUED = re.compile(
     r"(?i)(?:[\s$*)\]}]|\\[)\]]|\\text\s?\{)*(?:or\b|and\s\D{0,12}[0-9]"
-    r"|hundred|thousand|million|billion|trillion|dozen|[\^/×+-]\s?[0-9]|\.[0-9])"
+    r"|hundred|thousand|[a-z]{1,6}illion|dozen|(?:[\^/×÷·*+-]|\\(?:times|cdot|div)(?![a-z]))\s?[0-9]|\.[0-9])"
+    r"|(?<=\})[0-9]"
+)
+# In front of a box: a digit or a sign that belongs to its number, or an operator after another number.
+_DASH = r"\-\u2010-\u2015\u2212"
+_CHANGED = re.compile(
+    rf"(?:[0-9]\$?|(?<![A-Za-z])[+{_DASH}]\$?|\\(?:pm|sqrt|neg)"
+    rf"|[0-9][ \t$]{{0,3}}(?:[+*/^×÷·{_DASH}]|\\(?:times|cdot|div))[ \t$]{{0,3}}"
+    rf"|=[ \t$]{{0,3}}[{_DASH}][ \t$]{{0,3}})\Z"
 )
 _ALTERNATIVE = re.compile(r"[0-9][^0-9\n]{0,20}\b(?:or|and)\b[\s$*\\(\[{]*$")
 _BULLET = re.compile(r"[ \t]*[-+*\u2022\u2023\u2043\u2010-\u2015\u2212\u25aa\u25cf\u25e6\u00b7][ \t\u00a0]+(?=\S)")
 _LISTED = re.compile(rf"\n{_BULLET.pattern}")
+_NEXT_BULLET = re.compile(rf"[^\n]*\n\s*{_BULLET.pattern}")
 _MATH = re.compile(r"\s*(?:\$\$|\\\[)\s*")
 # Between two boxes, or two tags, that offer one number each: then the last is no correction of the first.
 _BETWEEN_BOXES = re.compile(r"\}[\s$,/]*\Z")
@@ -113,6 +122,8 @@ def _box(text: str, start: int, begin: int, end: int) -> _Span:
     brace = _closing_brace(text, begin, end)
     if brace < 0:
         raise RefusedError("unclosed")
+    if _CHANGED.search(text, max(0, start - 16), start):
+        raise RefusedError("not_plain")
     return _Span(_enclosed(text, start, begin, brace, brace + 1, end), complete=True)
 
 
@@ -195,7 +206,7 @@ def _without_bullet(text: str, position: int, end: int, span: _Span) -> _Span:
     """Return the span without the bullet of a list that has no other numbers."""
     if not _BULLET.match(span.text):
         return span
-    another = _BULLET.match(text, text.find("\n", position, end) + 1 or end, end)
+    another = _NEXT_BULLET.match(text, position, end)
     if another and re.search("[0-9]", _until_newline(text, another.end(), end).text):
         raise RefusedError("several_numbers")
     return _Span(_BULLET.sub("", span.text, count=1), span.complete)

@@ -21,13 +21,17 @@ _CURRENCY = "$€£¥₹₩¢"
 _INVISIBLE = dict.fromkeys([0xFEFF, *range(0x200B, 0x2010), *range(0x202A, 0x202F), *range(0x2060, 0x2065)], " ")
 # Hyphens, dashes and minus signs: in front of a number each is a sign. Other characters like them are refused there.
 _DASHES = "\u02d7\u2010\u2011\u2012\u2013\u2014\u2015\u207b\u2212\u2796\ufe58\ufe63\uff0d"
-_DASH_NAME = re.compile("MINUS|HYPHEN|DASH|HORIZONTAL|PROLONGED")
+_DASH_NAME = re.compile(
+    "MINUS|HYPHEN|DASH|HORIZONTAL|PROLONGED|OVERLINE|LOW LINE|BOX DRAWINGS|MONOGRAM|PARAGRAPHOS|SUSPENSION"
+)
+_NO_DASH_NAME = re.compile("ARROW|THEREFORE|VARIATION SELECTOR|MODIFIER FITZPATRICK")
 _CHARACTERS = str.maketrans(_INVISIBLE | dict.fromkeys(map(ord, _DASHES), "-") | {0xD7: "*", 0xF7: "/", 0xFF0B: "+"})
 _UNIT = "(?:[cdkm]?m|[cdkm]?(?:meter|metre)s?|centi(?:meter|metre)s?|feet|foot|inch(?:es)?|yards?|miles?|ft|in|yd|mi)"
 _MARKUP: list[tuple[re.Pattern[str], str]] = [
     (re.compile(pattern), replacement)
     for pattern, replacement in [
         (r"<<[^<>]{0,200}=[^<>]{0,200}>>", ""),
+        (r"(?i)<(?:del|strike|sub)>(?=[^<]{0,20}[0-9])", "~"),
         (r"<{1,2}([^<>=A-Za-z]{0,20}[0-9][^<>=]{0,60})>{1,2}", r" \1 "),  # a placeholder of the prompt, copied
         (
             r"(?<=[A-Za-wz])[\s}$]{0,3}(?:\^\s?\{?\s?-?[1-4](?![0-9])\s?\}?|\*\*[23]\b|[²³]"
@@ -76,6 +80,7 @@ _CONCLUSION = re.compile(
     r"|(?:this|that|which) (?:means|makes|gives|leaves|rounds))\b"
     r"|\A,?\s(?:as|which|after|when|where|given)\b(?=[^=]*=)"
 )
+_TAKEN_BACK = re.compile(r"(?i),?\s(?:which|that)\s(?:is|was)\s(?:not|wrong|incorrect|false)\b")
 _BRACKETS = re.compile(r"\([^()]*\)|\[[^\[\]]*\]")
 _ENUMERATION = re.compile(r"(?i)[,;]\s|\b(?:and|or)\b")
 
@@ -85,36 +90,45 @@ def _one_of(words: str) -> str:
 
 
 _DIGIT_WORDS = "one two three four five six seven eight nine ten eleven twelve"
-_NUMBER_WORD = rf"(?:{_one_of(_DIGIT_WORDS)}|\b(?:thir|four|fif|six|seven|eigh|nine)teen\b|\b[a-z]{{3,6}}ty\b)"
+_NUMBER_WORD = (
+    rf"(?:{_one_of(_DIGIT_WORDS)}|\b(?:thir|four|fif|six|seven|eigh|nine)teen\b"
+    r"|\b(?:twen|thir|four?|fif|six|seven|eigh|nine)ty\b)"
+)
 _SCALE_WORD = re.compile(
-    r"(?i)\b(?:hundred|thousand|million|billion|trillion|lakh|crore|dozen)s?\b|"
+    r"(?i)\b(?:hundred|thousand|[a-z]{1,9}illion|mill|mio|mrd|lakh|crore|dozen)s?\b|"
     + _one_of("halves thirds fourths fifths sixths eighths tenths hundredths thousandths squared cubed factorial")
     + r"|\b(?:doubled|tripled|halved|below\s(?:zero|freezing))\b"
     + r"|\band\s+(?:an?|one|two|three)[\s-]+(?:half|third|quarter|fourth|fifth|eighth|tenth)"
 )
-_SCALE_LETTER = re.compile(r"\s?(?:[kKMBT]|bn|mn|mil)\b(?!\.)")
-_SCALE_LETTER_OF_MONEY = re.compile(r"\s?(?:mm|MM)\b|[mb]\b")
+_SCALE_LETTER = re.compile(r"\s?(?:[kKMBT]|MM|[bt]n|ml?n|trn|[bm]il|thou|grand|k(?:USD|EUR|GBP))\b(?!\.\s?[A-Za-z])")
+_SCALE_LETTER_OF_MONEY = re.compile(r"\s?(?:mm|[mb])\b")
 _NUMBER_GOES_ON = re.compile(rf"(?i)[\s,]*(?:and\s+)?(?:{_NUMBER_WORD}|{_SCALE}|{_one_of('half dozen')})")
-_CHANGED_AFTER = re.compile(r"-\s*$|\s*(?:[\^×÷·⋅±√!<>≈~&]|/(?!\s?[A-Za-z])|\+|[xX][0-9A-Fa-f]{2})")
+_CHANGED_AFTER = re.compile(
+    rf"(?i:\s*(?:divided|multiplied|π|pi\b|{_NUMBER_WORD}\s*(?:[.,;!]|$)"
+    rf"|(?:times|over|plus|minus|mod|point|(?:more|less|fewer)\s+than)\s+{_NUMBER_WORD}))"
+    r"|-\s*$|\s*(?:[\^×÷·⋅±√!<>≈~&]|/(?!\s?[A-Za-z])|\+|[xX][0-9A-Fa-f]{2})"
+)
 _CHANGED_BEFORE = re.compile(
-    r"(?i)(?:[\^/·⋅±√!&]|"
-    + _one_of("half third quarter twice double triple thrice root square cube log")
-    + r"(?:\s+of)?(?:\s+the)?)\s*$"
+    r"(?i)(?:[\^/·⋅±√!&⌊⌈]|[a-z]\(|"
+    + _one_of("half thirds? quarters? fifths? twice double triple quadruple thrice root square cube log ln sqrt exp")
+    + r"\(?(?:\s+of)?(?:\s+the)?|(?:\b(?:reciprocal|inverse|opposite|negative|per\s?cent)|%)\s+of(?:\s+the)?"
+    + rf"|(?:{_NUMBER_WORD}|{_SCALE}|{_one_of('dozen')})"
+    r"(?:-|\s+(?:and|times|plus|minus|less|over|short\s+of|(?:divided|multiplied)\s+by))?)\s*$"
 )
 _HEDGE = re.compile(
     "(?i)"
     + _one_of("or not never neither nor cannot maybe perhaps possibly probably likely approx approximately roughly")
-    + r"|n't\b|n\u2019t\b"
+    + r"|\b(?:wrong|incorrect)\b|n't\b|n\u2019t\b"
 )
 _HEDGE_BEFORE = re.compile(
     "(?i)"
     + _one_of("about around nearly almost circa either both between")
+    + r"|\b(?:(?:any|every)thing|except|besides|but|near|approaching"
+    + r"|(?:could|might|may)\s+be|close\s+to|far\s+from|short\s+of|ca?\.)\s*$"
     + r"|\b(?:at least|at most|up to|(?:more|less|fewer|greater|other) than)\b"
     + r"|\b(?:over|under|below|above)\s*$|[<>≈~≤≥≠\u223c≃≅]"
 )
-_HEDGE_AFTER = re.compile(
-    r"(?i)\s*\?|ish\b|\bgive or take\b|" + _one_of("wrong incorrect plus minus") + rf"|\band\s+{_NUMBER_WORD}"
-)
+_HEDGE_AFTER = re.compile(r"(?i)\s*\?|ish\b|\bgive or take\b|" + _one_of("plus minus") + rf"|\band\s+{_NUMBER_WORD}")
 _MINUS_WORD = re.compile(r"(?i)\b(?:negative|minus)[\s:\"']*$")
 _CODE = "(?:USD?|Rs|INR|EUR|GBP|CAD|AUD)"
 _CURRENCY_CODE = re.compile(rf"(?:^|[^A-Za-z]){_CODE}$")
@@ -193,7 +207,9 @@ def _split_reason(text: str) -> tuple[str, str]:
 
 
 def _check_conclusion(rest: str, number: str) -> None:
-    """Refuse a number from which the rest goes on to conclude another."""
+    """Refuse a number that the rest takes back, or from which it goes on to conclude another."""
+    if _TAKEN_BACK.match(rest):
+        raise RefusedError("hedged")
     conclusion = _CONCLUSION.search(rest)
     if conclusion is None:
         return
@@ -243,6 +259,7 @@ def _check_surroundings(before: str, after: str) -> None:
     )
     # Digits that are not ASCII, fractions like ½, superscripts: int() and float() understand some of them.
     foreign = any(unicodedata.numeric(c, None) is not None for c in before + after if not c.isascii())
+    foreign = foreign or bool(unicodedata.combining(after[:1] or " "))  # struck through
     if changed or foreign:
         raise RefusedError("not_plain")
 
@@ -268,4 +285,6 @@ def _sign(before: str) -> str:
 def _is_other_dash(character: str) -> bool:
     if not character or character.isascii():
         return False
-    return unicodedata.category(character) == "Pd" or bool(_DASH_NAME.search(unicodedata.name(character, "")))
+    name = unicodedata.name(character, "")
+    symbol = unicodedata.category(character) in ("Pd", "Pc", "Sm", "Sk", "Mn", "Me")
+    return bool(_DASH_NAME.search(name)) or (symbol and not _NO_DASH_NAME.search(name))

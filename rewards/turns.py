@@ -11,9 +11,8 @@ its tag. Everything before a closing tag without an opening one is thought too.
 import re
 from collections import deque
 
-THOUGHT = re.compile(r"<(/?)think(?:ing)?>|\[(/?)THINK\]")
+THOUGHT = re.compile(r"(?i)<(/?)(?:seed:)?(?:think(?:ing)?|thought)>|\[(/?)think\]|\u25c1(/?)think\u25b7")
 """Tags that begin or end a thought."""
-_CLOSING = re.compile(r"</think(?:ing)?>|\[/THINK\]")
 _BAR = "[|\uff5c]"
 TURN_END = re.compile(
     rf"</s>|<eos>|<end_of_turn>|<{_BAR}(?:im_end|eot_id|eom_id|eot|end|end_of_turn|end_of_text|endoftext"
@@ -46,21 +45,26 @@ _TOKEN_CUES = (
     "User>",
 )
 _BEFORE_CUE = {"INST]": "["}
-_ROLES = ("Human", "User", "Assistant", "HUMAN", "USER", "ASSISTANT", "human", "user", "assistant", "system", "model")
+_ROLES = (
+    *("Human", "User", "Assistant", "System", "HUMAN", "USER", "ASSISTANT", "SYSTEM"),
+    *("human", "user", "assistant", "system", "model", "Student", "Teacher", "Tutor", "Bot", "AI"),
+)
 _TOPICS = (
     *("Question", "Problem", "Exercise", "Instruction", "Example", "QUESTION", "PROBLEM", "EXERCISE"),
-    *("question", "problem", "exercise", "Q"),
+    *("question", "problem", "exercise", "Q", "Task", "Prompt", "Input", "Query", "Puzzle", "Challenge"),
 )
 # What may stand between the beginning of its line and the cue.
 _LINE_START = re.compile(
-    r"[ \t]*(?P<heading>(?:\#{1,6}|\*\*|[>=_~-]+)?)[ \t>*#]*(?i:(?:now|here|let)[^\n]{0,24}\s)?"
+    r"[ \t]*(?P<heading>(?:\#{1,6}|\*\*|\[|[>=_~-]+)?)[ \t>*#]*(?i:(?:now|here|let)[^\n]{0,24}\s)?"
     r"(?i:(?:the\s)?(?:next|another|a?\s?new|follow[ -]?up|similar|second)\s)?"
 )
 _SENTENCE_END = re.compile(r"[0-9.!?)}\]$*`>][ \t*]{0,3}\Z")
 _ANSWER_END = re.compile(r"[0-9.!?)}\]$*>%]\Z")
 _REACH = 60
-_COLON = re.compile(r"[ \t]?#?(?:[0-9]{1,4})?[ \t*_]{0,4}(?:[:\uff1a]|\.(?!\w))")
-_ALONE = re.compile(r"[ \t]?#?(?P<number>[0-9]{1,4})?[ \t*_:#]{0,6}(?=\r?\n|\Z)")
+_NUMBER = r"[ \t]?#?(?P<number>[0-9]{1,4}|(?i:one|two|three|four|five|six|seven|eight|nine|ten)\b)?"
+_COLON = re.compile(rf"{_NUMBER}[ \t*_]{{0,4}}(?:[:\uff1a\]]|\.(?!\w))")
+_SPOKEN = re.compile(rf"{_NUMBER}[ \t*_]{{0,4}}[:\uff1a>\]]")
+_ALONE = re.compile(rf"{_NUMBER}[ \t*_:#>\]]{{0,6}}(?=\r?\n|\Z)")
 
 
 def visible(text: str, *, thought_open: bool = False) -> str:
@@ -68,12 +72,12 @@ def visible(text: str, *, thought_open: bool = False) -> str:
 
     `thought_open` says that the prompt ended in a thought.
     """
-    if not thought_open and "think" not in text and "THINK" not in text:
+    if not thought_open and not THOUGHT.search(text):
         return text
     pieces: list[str] = []
     start, hidden = 0, thought_open
     for tag in THOUGHT.finditer(text):
-        if tag[1] or tag[2]:
+        if any(tag.groups()):
             if not hidden:  # the prompt has opened it
                 pieces.clear()
             start, hidden = tag.end(), False
@@ -86,7 +90,7 @@ def visible(text: str, *, thought_open: bool = False) -> str:
 
 def closes_thought(text: str) -> bool:
     """Return whether a thought ends in the text."""
-    return bool(_CLOSING.search(text))
+    return any(any(tag.groups()) for tag in THOUGHT.finditer(text))
 
 
 def ends_in_thought(prompt: str) -> bool:
@@ -95,7 +99,7 @@ def ends_in_thought(prompt: str) -> bool:
     The tag must stand where a line or a turn begins: one in the middle of a sentence is only mentioned.
     """
     tags = deque(THOUGHT.finditer(prompt), maxlen=1)
-    if not tags or tags[0][1] or tags[0][2]:
+    if not tags or any(tags[0].groups()):
         return False
     last = tags[0]
     before = prompt[max(0, last.start() - _REACH) : last.start()].rstrip(" \t")
@@ -129,9 +133,8 @@ def _turn_at(text: str, position: int, cue: str) -> int | None:
     if cue in _ROLES:
         if alone:
             return position if line or _ANSWER_END.search(text, window, position) else None
-        colon = text.startswith((":", "**:", "\uff1a"), after)
-        spoken = line or (not cue.islower() and _SENTENCE_END.search(text, window, position))
-        return position if colon and spoken else None
+        speaks = line or (not cue.islower() and _SENTENCE_END.search(text, window, position))
+        return position if speaks and _SPOKEN.match(text, after) else None
     if cue == "Question" and text.startswith((":", "\uff1a"), after):
         return position
     numbered = line and alone and (alone["number"] or line["heading"])

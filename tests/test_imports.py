@@ -3,9 +3,9 @@
 import ast
 import graphlib
 import os
+import resource
 import subprocess
 import sys
-import time
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -182,13 +182,14 @@ def test_importing_loads_nothing_heavy(module: str) -> None:
 
 
 def test_help_answers_at_once() -> None:
-    """Best of three, as other work on the machine can only make it slower."""
+    """In seconds of a processor, the best of three: other work on the machine can only make it slower."""
     environment = os.environ | {"PYTHONDONTWRITEBYTECODE": ""}
     seconds = []
     for _ in range(3):
-        start = time.perf_counter()
+        start = resource.getrusage(resource.RUSAGE_CHILDREN)
         command = [sys.executable, "-m", "eggroll_llm", "--help"]
         result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, check=True)
-        seconds.append(time.perf_counter() - start)
+        end = resource.getrusage(resource.RUSAGE_CHILDREN)
+        seconds.append(end.ru_utime + end.ru_stime - start.ru_utime - start.ru_stime)
         assert "train" in result.stdout
     assert min(seconds) < 0.5

@@ -19,7 +19,7 @@ from eggroll_llm.system.invocation import NAME, command, find_own_packages_first
 from eggroll_llm.system.terminal import inert
 from eggroll_llm.system.versions import package_versions
 
-ENGINE = ("torch", "vllm")
+ENGINE = installed.ENGINE
 PLOTS = ("jinja2", "matplotlib", "numpy")
 EXIT_MISTAKE = 2
 ERROR_CHARACTERS = 4000  # of a line

@@ -106,7 +106,7 @@ def train_and_report(
     display.table(_outcome_table(outcome))
     _report(run_path, display)
     display.message(f"model: {outcome.final} (loads in transformers and vLLM)")
-    if longer := _twice_as_long(config):
+    if longer := _twice_as_long(config, outcome.steps):
         display.message(f"continue: {command('resume', run_path, *longer)}")
     display.message(f"test: {command('eval', run_path)}")
     for finding in outcome.findings:  # last, and status 0: the files are whole, and scripts go by them
@@ -114,11 +114,11 @@ def train_and_report(
     return 0
 
 
-def _twice_as_long(config: RunConfig) -> list[str]:
+def _twice_as_long(config: RunConfig, reached: int) -> list[str]:
     """Return the flags that continue a run beyond its limits; none where a schedule fixes its number of steps."""
     if config.steps and is_scheduled(config):
         return []
-    steps = ["--steps", f"{2 * config.steps}"] if config.steps else []
+    steps = ["--steps", f"{2 * max(config.steps, reached)}"] if config.steps else []
     return steps + (["--minutes", f"{2 * config.minutes:g}"] if config.minutes else [])
 
 

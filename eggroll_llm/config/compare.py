@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import shlex
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -78,9 +79,10 @@ def check_resume(saved: RunConfig, now: RunConfig, *, saved_in: str) -> None:
         return
     old, new = flat(saved), flat(now)
     shown = "; ".join(f"{key} was {_shown(old, key)} and is now {_shown(new, key)}" for key in keys)
+    final = shlex.quote(str(Path(saved_in).parent / "final"))
     raise ConfigError(
         f"{saved_in}: cannot resume with changed settings: {shown}. Restore them, or start a new run from the weights "
-        f"of this one with --model {Path(saved_in).parent / 'final'}. Settings that may change: {MAY_CHANGE}."
+        f"of this one with --model {final}. Settings that may change: {MAY_CHANGE}."
     )
 
 

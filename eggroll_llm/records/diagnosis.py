@@ -268,13 +268,15 @@ class _Course:
     def _more_signal(self, tied: Sequence[bool]) -> str:
         sampling = self.config.sampling
         without = [row for row, one in zip(self.steps, tied, strict=True) if one][-RECENT:]
+        easier = "or choose problems that the model solves now and then"
         if _share(without, "reward/accuracy") >= ALL_RIGHT:
             return "every answer was right: choose harder problems"
         if self.sigma_size() or self.members_worse():
-            return f"lower es.sigma (now {self.config.es.sigma:g}), with which members solve nothing"
+            hopeless = self.base and not number(self.base, "eval/accuracy")
+            smaller = f"lower es.sigma (now {self.config.es.sigma:g}), with which members solve nothing"
+            return f"{smaller}, {easier}" if hopeless else smaller
         if _share(without, "completions/truncated") > 2 * CUT_OFF:
             return f"raise sampling.max_tokens (now {sampling.max_tokens}): the answers were cut off"
-        easier = "or choose problems that the model solves now and then"
         if not self.members_answer:
             return (
                 f"raise sampling.samples_per_prompt (now {sampling.samples_per_prompt}), sampling.prompts_per_step "

@@ -16,12 +16,13 @@ from pathlib import Path
 from eggroll_llm.errors import InstallError
 from eggroll_llm.system.invocation import NAME, ROOT, command, python_command
 
-_ENGINE = ("torch", "vllm")
+ENGINE = ("torch", "vllm")
+"""What everything that samples needs."""
 _BY_PIP = (
     *("accelerate", "datasets", "gguf", "huggingface_hub", "jinja2", "matplotlib", "numpy", "peft", "ray"),
     *("rich", "safetensors", "tensorboard", "tokenizers", "transformers", "trl", "wandb"),
 )
-PACKAGES = frozenset((*_ENGINE, *_BY_PIP))
+PACKAGES = frozenset((*ENGINE, *_BY_PIP))
 """Modules that are imported somewhere and may be missing."""
 
 
@@ -49,7 +50,7 @@ def import_failure(error: ImportError) -> str:
 
 def remedy(*names: str) -> str:
     """Return a sentence with the command that installs these modules into the environment that runs this."""
-    if set(names) & set(_ENGINE):
+    if set(names) & set(ENGINE):
         return f"{_in_clone()}: {install_command(*(['grpo'] if 'trl' in names else []))}"
     return f"Run: {python_command('-m', 'pip', 'install', *map(_requirement, names))}"
 

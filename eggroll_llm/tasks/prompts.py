@@ -136,7 +136,7 @@ class Prompter:
         if bos_by_text:
             bos = self.tokenizer.bos_token or self.tokenizer.eos_token
             special = bos is None or not text.startswith(bos)
-        return tuple(self.tokenizer(text, add_special_tokens=special)["input_ids"])
+        return tuple(self.tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
 
 
 def questions_of(prompts: Sequence[Prompt]) -> list[str]:

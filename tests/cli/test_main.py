@@ -521,6 +521,16 @@ def test_a_run_ends_with_its_table_and_how_to_go_on(
     assert f"test: {invocation.command('eval', path)}" in lines
 
 
+def test_the_command_that_continues_a_run_goes_beyond_where_it_is(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also after `resume RUN --steps N` with fewer steps than the run has."""
+    path = tmp_path / "run"
+    monkeypatch.setattr(session, "train", lambda *_: dataclasses.replace(finished(path), steps=40))
+    assert main(["train", str(recipe), "--run-dir", str(path)]) == 0
+    assert f"continue: {invocation.command('resume', path, '--steps', '80')}\n" in capsys.readouterr().out
+
+
 def test_the_last_lines_of_a_run_that_failed_do_not_look_like_success(
     recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

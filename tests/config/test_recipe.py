@@ -315,10 +315,11 @@ def test_resume_with_other_settings_shows_each_difference() -> None:
     other = dataclasses.replace(config(sigma=0.5), steps=99, task_options={"n": 3})
     assert frozen_hash(saved) != frozen_hash(other)
     with pytest.raises(ConfigError) as info:
-        check_resume(saved, other, saved_in="runs/x/config.toml")
+        check_resume(saved, other, saved_in="runs/it's x/config.toml")
     assert str(info.value) == (
-        "runs/x/config.toml: cannot resume with changed settings: es.sigma was 0.01 and is now 0.5; task_options.n was not set "
-        "and is now 3. Restore them, or start a new run from the weights of this one with --model runs/x/final. "
+        "runs/it's x/config.toml: cannot resume with changed settings: es.sigma was 0.01 and is now 0.5; task_options.n was not set "
+        "and is now 3. Restore them, or start a new run from the weights of this one with "
+        """--model 'runs/it'"'"'s x/final'. """
         "Settings that may change: steps, minutes, eval.every, grpo.gradient_checkpointing, [log], [checkpoint], [reward], [engine] "
         "except dtype and quantization."
     )

@@ -105,6 +105,9 @@ def test_the_remedy_of_tied_rewards_depends_on_why_they_tie() -> None:
     huge = dataclasses.replace(ES, es=dataclasses.replace(ES.es, sigma=1e3))
     assert remedy(huge).startswith("lower es.sigma (now 1000)")
     assert remedy(huge, completions__truncated=1.0).startswith("lower es.sigma (now 1000)")
+    assert remedy(huge).endswith("with which members solve nothing")
+    hopeless = found([BASE | evaluated(0.0), *(step(n, fitness__std=0.0) for n in range(1, 6))], huge)["no signal"]
+    assert hopeless.remedy.endswith("or choose problems that the model solves now and then")  # it solves none itself
 
 
 def test_answers_that_are_cut_off() -> None:

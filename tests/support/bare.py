@@ -57,8 +57,15 @@ class Bare:
 
     def run(self, *arguments: object, cwd: Path, **environment: str) -> "subprocess.CompletedProcess[str]":
         """Run `python -m eggroll_llm` with the arguments."""
+        return self._run("-m", "eggroll_llm", *map(str, arguments), cwd=cwd, **environment)
+
+    def python_code(self, code: str, *, cwd: Path) -> "subprocess.CompletedProcess[str]":
+        """Run `python -c` with the code."""
+        return self._run("-c", code, cwd=cwd)
+
+    def _run(self, *arguments: str, cwd: Path, **environment: str) -> "subprocess.CompletedProcess[str]":
         return subprocess.run(
-            [self.python, "-m", "eggroll_llm", *map(str, arguments)],
+            [self.python, *arguments],
             cwd=cwd, capture_output=True, text=True, check=False,
             env={key: value for key, value in os.environ.items() if key != "VIRTUAL_ENV"}
             | {"PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"} | environment,

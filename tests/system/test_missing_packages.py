@@ -48,6 +48,20 @@ def test_without_torch_a_command_says_what_installs_it(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("call", ["load_recipe('{recipe}')", "train(None, 'run')", "evaluate('run')"])
+def test_without_torch_a_function_says_what_installs_it(bare: Bare, tmp_path: Path, call: str) -> None:
+    function = call.partition("(")[0]
+    code = (
+        f"import eggroll_llm, eggroll_llm.errors as errors\n"
+        f"try: eggroll_llm.{call.format(recipe=RECIPE)}\n"
+        f"except errors.InstallError as error: print(error)"
+    )
+    said = bare.python_code(code, cwd=tmp_path)
+    assert (said.returncode, said.stderr) == (0, "")
+    assert said.stdout.startswith(f"{function} needs torch and vllm, not installed here. Run: make -C ")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_what_needs_no_engine_works_without(bare: Bare, tmp_path: Path) -> None:
     for words in (["--version"], ["--help"], ["train", "--settings"]):
         assert bare.run(*words, cwd=tmp_path).returncode == 0

@@ -95,7 +95,7 @@ def test_a_forked_child_of_a_score_answers_nothing(task: UserTask, how: str) -> 
 
 
 def test_a_forked_child_of_an_import_answers_nothing(tmp_path: Path) -> None:
-    fork = "import os, sys\nif sys.argv == ['-c'] and (pid := os.fork()): os.waitpid(pid, 0)\n"
+    fork = f"import os\nif os.getpid() != {os.getpid()} and (pid := os.fork()): os.waitpid(pid, 0)\n"
     (tmp_path / "mine.py").write_text(fork + TASK)
     task: Any = load_task("mine.py:Mine", {}, base_dir=tmp_path)
     assert rewards(verdicts(task, *"abcd")) == [0, 1, 2, 3, 1, 2, 3]

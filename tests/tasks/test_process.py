@@ -334,7 +334,7 @@ def test_the_main_process_can_be_interrupted_and_takes_it_along(
             assert gone(child)
 
 
-THERE = "import os, random, sys\nTHERE = sys.argv == ['-c']\nONCE = 1\n"
+THERE = f"import os, random\nTHERE = os.getpid() != {os.getpid()}\nONCE = 1\n"
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import logging
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -116,6 +117,15 @@ def test_a_prompt_that_does_not_fit_is_refused(limit: int, model_limit: int, sai
     assert str(info.value).startswith("1 of 1 prompts is too long, first train-0 with 500 tokens; ")
     assert str(info.value).endswith(said)
     assert "the longest prompt has 500 tokens and completions up to 12, together 512" in str(info.value)
+
+
+def test_only_we_say_that_a_prompt_is_long(prompter: Prompter, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers would promise "indexing errors" first."""
+    said: list[str] = []
+    logger = logging.getLogger("transformers.tokenization_utils_base")
+    monkeypatch.setattr(logger, "warning", lambda text, *_: said.append(text))
+    assert len(prompter.encode("a " * 600)) > 512
+    assert said == []
 
 
 def test_the_hash_of_problems_is_of_their_content_and_order() -> None:
