@@ -373,6 +373,7 @@ sys.addaudithook(_audit)  # cannot be removed again, so it is added once
 def test_no_file_is_written_while_sampling(served: Served) -> None:
     global _opened
     served.engine.begin(served.noise(), POPULATION)
+    served.engine.generate([Request(prompt_ids=PROMPTS[0], member=m) for m in range(POPULATION)], GREEDY)  # may compile
     try:
         _opened = []
         sample_population(served.engine, PROMPTS, range(POPULATION), 1, GREEDY, seed=0, step=1)
