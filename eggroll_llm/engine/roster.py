@@ -80,6 +80,7 @@ class Roster:
         self._complete = False
         self._changes = 0  # of the weights, so far
         self._checksums: dict[int, str] = {}  # after so many changes, of engines that count
+        self._repeated: set[int] = set()  # calls that bring an engine up to the present
         self._active: Call | None = None  # of all engines, under way
         self._awaited = -1  # the call whose replies are collected
         self._replies: dict[Replica, Reply] = {}
@@ -274,6 +275,7 @@ class Roster:
             self.lose(replica, problem)
             return
         for call in self.past.calls(self._ids):
+            self._repeated.add(call.id)
             self.post(replica, call)
         if self._active:
             self.post(replica, self._active)
@@ -300,7 +302,8 @@ class Roster:
             return
         if awaited:
             self._replies[replica] = reply
-        if not replica.live and method in ("replay", "load_state", "load_weights"):
+        if reply.id in self._repeated:
+            self._repeated.remove(reply.id)
             self.replay_seconds += reply.seconds
         if method == "checksum":
             if replica.live:
