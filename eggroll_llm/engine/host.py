@@ -1,10 +1,8 @@
 """The loop around an engine in a process of its own: messages in, events out, whatever carries them."""
 
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from itertools import count
-from pathlib import Path
 
 from eggroll_llm.engine.interface import Request, SteppedEngine
 from eggroll_llm.engine.messages import (
@@ -24,6 +22,7 @@ from eggroll_llm.engine.messages import (
     Stop,
     Work,
 )
+from eggroll_llm.engine.parcels import Parcels
 from eggroll_llm.errors import EngineError
 from eggroll_llm.system.hardware import peak_memory
 
@@ -41,18 +40,20 @@ def serve(build: Callable[[], SteppedEngine], hello: Callable[[], Started], read
     except Exception as error:
         yield Broken(Failure.of(error))
         return
+    host = _Host(engine, beat)
     try:
         yield hello()
-        yield from _Host(engine, beat).run(read)
+        yield from host.run(read)
     except EngineError as error:
         yield Broken(Failure.of(error))
     finally:
+        host.parcels.discard_export()
         engine.close()
 
 
 class _Host:
     def __init__(self, engine: SteppedEngine, beat: float) -> None:
-        self._engine, self._beat = engine, beat
+        self._engine, self.parcels, self._beat = engine, Parcels(engine), beat
         self._job: Prompts | Scoring | None = None
         self._keys = count()  # of the engine, never used again
         self._requests: dict[int, int] = {}  # key -> request of the job
@@ -86,15 +87,13 @@ class _Host:
                 spoke = time.monotonic()
 
     def _answer(self, call: Call) -> Reply:
-        value, failure = None, None
+        value, failure, start = None, None, time.perf_counter()
         try:
-            if call.method == "exported_files":
-                value = _exported_files(self._engine)
-            else:
-                value = getattr(self._engine, call.method)(*call.args, **call.keywords)
+            called = self.parcels if hasattr(Parcels, call.method) else self._engine
+            value = getattr(called, call.method)(*call.args, **call.keywords)
         except Exception as error:
             failure = Failure.of(error)
-        return Reply(call.id, value, failure, peak_memory())
+        return Reply(call.id, value, failure, peak_memory(), time.perf_counter() - start)
 
     def _take(self, message: Prompts | Scoring | Work | Forget) -> None:
         match message:
@@ -127,10 +126,3 @@ class _Host:
             return None
         assert self._job is not None
         return Done.of(self._job.job, [(self._requests.pop(key), completion) for key, completion in answered])
-
-
-def _exported_files(engine: SteppedEngine) -> dict[str, bytes]:
-    """Return the files of the exported model, for a driver that does not share them."""
-    with tempfile.TemporaryDirectory() as folder:
-        engine.export(Path(folder) / "model")
-        return {path.name: path.read_bytes() for path in (Path(folder) / "model").iterdir()}

@@ -130,6 +130,8 @@ class Reply:
     failure: Failure | None
     peak: int
     """The most memory that the process has had resident, in bytes."""
+    seconds: float
+    """Spent in the call."""
 
 
 @dataclass(frozen=True, slots=True)

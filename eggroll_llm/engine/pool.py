@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from eggroll_llm.engine.interface import Completion, Decoding, Progress, Request, Scored, UpdateTimes
 from eggroll_llm.engine.links import Launcher, Replica, Rules
 from eggroll_llm.engine.messages import Call, Done, Forget, Prompts, Scores, Scoring, Stop, Work
-from eggroll_llm.engine.roster import REPLAYED_AT_ONCE, Roster
+from eggroll_llm.engine.roster import REPLAYED_AT_ONCE, EngineLostError, Roster
 from eggroll_llm.engine.sampling import in_order
 from eggroll_llm.engine.shares import Shares
 from eggroll_llm.engine.watchdog import Watchdog
@@ -104,7 +104,7 @@ class EnginePool:
 
     def begin(self, noise: NoiseSpec, population: int, *, antithetic: bool = True) -> float:
         """Make the members of a step available everywhere; return the seconds that their noise took the slowest."""
-        self._roster.add(self._launcher.spare())
+        self._roster.add(self._launcher.spare() - self._roster.given_up)
         seconds = self._roster.call("begin", noise, population, antithetic=antithetic)
         self._roster.past.begin = Call(-1, "begin", (noise, population), {"antithetic": antithetic})
         return max(seconds.values())
@@ -175,7 +175,7 @@ class EnginePool:
 
     def state(self) -> Mapping[str, "Tensor"]:
         """Return masters and optimizer state of one engine."""
-        state: Mapping[str, Tensor] = self._ask_one("state")
+        state: Mapping[str, Tensor] = self._with_one(self._fetch_state)
         if len(self._roster.past.updates) > REPLAY_AT_MOST:
             self._roster.past.loaded(Call(-1, "load_state", (state,)))
         return state
@@ -190,26 +190,29 @@ class EnginePool:
 
     def export(self, directory: Path) -> None:
         """Write the served model as a Hugging Face directory, by an engine that sees it if there is one."""
-        if any(self._is_near(replica) for replica in self._roster.live):
-            self._ask_one("export", directory)
-            return
-        files: Mapping[str, bytes] = self._ask_one("exported_files")
-        directory.mkdir(parents=True, exist_ok=True)
-        for name, content in files.items():
-            (directory / name).write_bytes(content)
+
+        def export(replica: Replica) -> None:
+            if self._is_near(replica):
+                self._roster.ask(replica, "export", directory)
+            else:
+                self._fetch_export(replica, directory)
+
+        self._with_one(export)
 
     def metrics(self) -> dict[str, float]:
-        """Return the number of engines, and since the last call how many were lost, how idle they were, and bytes."""
+        """Return the number of engines, and what happened since the last call: losses, idleness, replays, bytes."""
         roster = self._roster
         row = {
             "engines": len(roster.live),
             "engines/lost": roster.lost,
             "engines/idle": self._idle_seconds / self._sampling_seconds if self._sampling_seconds else 0.0,
+            "time/replay": roster.replay_seconds,
             "wire/out": roster.bytes_out,
             "wire/in": roster.bytes_in,
             "memory/peak_gib": max((replica.peak for replica in roster.replicas), default=0) / 2**30,
         }
         roster.lost = roster.bytes_out = roster.bytes_in = 0
+        roster.replay_seconds = 0.0
         self._sampling_seconds = self._idle_seconds = 0.0
         return row
 
@@ -263,14 +266,27 @@ class EnginePool:
     def _is_near(self, replica: Replica) -> bool:
         return replica.started is not None and replica.started.node == self._launcher.node
 
-    def _ask_one(self, method: str, *args: object) -> Any:
-        """Call a method of one engine, one that sees our files first; of another when it is lost meanwhile."""
+    def _fetch_state(self, replica: Replica) -> dict[str, "Tensor"]:
+        names: list[str] = self._roster.ask(replica, "pack_state")
+        return {name: self._roster.ask(replica, "take", name) for name in names}
+
+    def _fetch_export(self, replica: Replica, directory: Path) -> None:
+        files: Mapping[str, int] = self._roster.ask(replica, "pack_export")
+        directory.mkdir(parents=True, exist_ok=True)
+        for name, size in files.items():
+            with (directory / name).open("wb") as file:
+                while file.tell() < size:
+                    file.write(self._roster.ask(replica, "read", name, file.tell()))
+        self._roster.ask(replica, "discard_export")
+
+    def _with_one(self, ask: Callable[[Replica], T]) -> T:
+        """Ask one engine, one that sees our files first; another when it is lost meanwhile."""
         while True:
             while not self._roster.live:
                 self._roster.round()
             first = sorted(self._roster.live, key=lambda replica: not self._is_near(replica))[0]
-            with contextlib.suppress(LookupError):
-                return self._roster.ask(first, method, *args)
+            with contextlib.suppress(EngineLostError):
+                return ask(first)
 
     def _agreed(self, said: Mapping[Replica, T]) -> T:
         """Return what most engines say, and lose the others. Raises EngineError without a majority."""
@@ -285,5 +301,5 @@ class EnginePool:
                 "versions, or one engine"
             )
         for replica in (replica for same in wrong for replica in same):
-            self._roster.deviates(replica, right[0])
+            self._roster.deviates(replica, right)
         return said[right[0]]

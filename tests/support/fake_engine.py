@@ -134,9 +134,10 @@ class FakeEngine:
         return weight + sign * A_KOR[0] @ B_KIR[0].T
 
     def update(self, spec: UpdateSpec) -> UpdateTimes:
-        entries = read_journal(self.journal).entries
-        assert entries[-1].fitness == spec.fitness_M
-        self.seen.append((len(entries), self.checksum()))
+        if self.journal.parent.is_dir():  # else it is on another machine
+            entries = read_journal(self.journal).entries
+            assert entries[-1].fitness == spec.fitness_M
+            self.seen.append((len(entries), self.checksum()))
         return UpdateTimes(report=self.masters.apply(spec), update=0.25, serve=0.125)
 
     def replay(self, specs: Sequence[UpdateSpec]) -> None:
