@@ -131,6 +131,8 @@ class Population:
             self.masters = MasterWeights(weights, settings, self.dtype, fold, device=self.device, offload=offload)
         if not stock:
             self._scorer = Scorer(model, runner.vllm_config)
+            if es is not None and settings.fitness_from == "probabilities":
+                self._scorer.check()
             self._tokens = SlotOfTokens(runner.max_num_tokens, self.device)
             self._take_over(runner)
             if runs_triton(self.device):
