@@ -162,6 +162,20 @@ class _Check:
                 "es.answer_reuse",
                 "es.fitness_from",
             )
+        elif es.weighting != "ratio":
+            self.fail(
+                "rewards need no weighting",
+                'Leave es.weighting out, or set es.fitness_from to "probabilities"',
+                "es.weighting",
+                "es.fitness_from",
+            )
+        if es.max_drift and es.answer_reuse == 1:
+            self.fail(
+                "answers are drawn anew at every step anyway",
+                "Set es.answer_reuse above 1, or es.max_drift to 0",
+                "es.max_drift",
+                "es.answer_reuse",
+            )
         if es.answer_reuse > 1 and es.skip_tied:
             self.fail(
                 "which problems come next would depend on when answers are drawn anew",

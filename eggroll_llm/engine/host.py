@@ -33,7 +33,7 @@ Read = Callable[[bool], Message | None]
 def serve(build: Callable[[], SteppedEngine], hello: Callable[[], Started], read: Read, beat: float) -> Iterator[Event]:
     """Build an engine and yield what it has to say, until `Stop` or a failure.
 
-    While it samples, at least one event comes every `beat` seconds, if the engine makes progress.
+    While it samples or scores, at least one event comes every `beat` seconds, if the engine makes progress.
     """
     try:
         engine = build()
@@ -75,7 +75,7 @@ class _Host:
                     self._take(message)
                 message = read(False)
             if self._judges:
-                yield self._score()
+                yield from self._score(spoke)
                 spoke = time.monotonic()
             if self._requests:
                 if done := self._step():
@@ -114,11 +114,19 @@ class _Host:
                 self._requests.clear()
                 self._judges.clear()
 
-    def _score(self) -> Scores:
+    def _score(self, spoke: float) -> Iterator[Event]:
         assert isinstance(self._job, Scoring)
         judges, self._judges = self._judges, {}
-        logprobs = self._engine.score(self._job.completions, list(judges.values()), self._job.temperature)
-        return Scores.of(self._job.job, list(judges), logprobs)
+        passes = self._engine.scoring(self._job.completions, list(judges.values()), self._job.temperature)
+        while True:
+            try:
+                next(passes)
+            except StopIteration as end:
+                yield Scores.of(self._job.job, list(judges), end.value)
+                return
+            if time.monotonic() >= spoke + self._beat:
+                yield Alive()
+                spoke = time.monotonic()
 
     def _step(self) -> Done | None:
         answered = self._engine.poll()

@@ -157,6 +157,12 @@ class Engine(Sampler, Protocol):
 class SteppedEngine(Engine, Protocol):
     """An engine that computes one step per call, so that it takes new requests while others are being answered."""
 
+    def scoring(
+        self, completions: Sequence[Scored], members: Sequence[int | None], temperature: float = 1.0
+    ) -> Generator[None, None, "Tensor"]:
+        """Score, yielding after each pass, none of which takes much longer than a step; return what `score` does."""
+        ...
+
     def submit(self, requests: Mapping[int, Request], decoding: Decoding) -> None:
         """Take requests, by keys that are not in use; `poll` answers them."""
         ...

@@ -53,7 +53,7 @@ class Fitness:
     dropped: tuple[int, ...]
     """Members with a reward that is not finite, and their twins, ascending."""
     tied: tuple[int, ...]
-    """Prompts for which all kept members, or both twins, got the same reward."""
+    """Prompts for which all kept members, or both kept twins, got the same reward."""
     all_tied: bool
     """Nothing to learn from: every fitness is 0."""
 
@@ -116,7 +116,7 @@ def shape_twins(rewards_MP: Tensor, method: FitnessMethod) -> Fitness:
     return Fitness(
         fitness_M=torch.stack((difference_K, -difference_K), dim=1).flatten().to(torch.float32),
         dropped=tuple((~kept_K).repeat_interleave(2).nonzero().flatten().tolist()),
-        tied=tuple((apart_KP == 0).flatten().nonzero().flatten().tolist()),
+        tied=tuple(((apart_KP == 0) & kept_K[:, None]).flatten().nonzero().flatten().tolist()),
         all_tied=not bool(difference_K.any()),
     )
 

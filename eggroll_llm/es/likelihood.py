@@ -6,7 +6,8 @@
 
 With w = p_m / p the return is the importance-weighted one: an unbiased estimate, up to the mean that it is centred by,
 of what member m would earn above W. Its differences between twins go into the update as rewards do. To first order in
-sigma every w below has the same direction, that of the policy gradient of GRPO in the span of the population; they
+sigma "ratio", "clipped" and "logprob" are the same: the policy gradient, in the span of the population. "token" divides
+a completion's part of it by its length, as GRPO as published does; "probability" multiplies it by p. Beyond that they
 differ in what a completion counts whose probability has changed much:
 
     "ratio"          p_m / p of the completion: unbiased, and its variance grows exponentially with length
@@ -32,7 +33,8 @@ Weighting = Literal["ratio", "clipped", "token", "logprob", "probability"]
 
 CLIP = 0.2
 LOG_LIMIT = 20.0
-"""Largest log-ratio that is taken at its value: e^20 decides any step."""
+"""Largest log-ratio of a token that is taken at its value, and of a completion before it becomes a ratio: e^20 decides
+any step."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,10 +103,11 @@ def returns(
         return torch.zeros(len(value_MN), len(length_J), dtype=torch.float64).index_add_(1, of_N, value_MN)
 
     advantage_J = candidates.advantage_J
-    log_ratio_MJ = per_completion(log_ratio_MN).clamp(-LOG_LIMIT, LOG_LIMIT)
+    log_ratio_MJ = per_completion(log_ratio_MN)
+    ratio_MJ = log_ratio_MJ.clamp(-LOG_LIMIT, LOG_LIMIT).exp()
     gain: dict[str, Callable[[], Tensor]] = {
-        "ratio": lambda: log_ratio_MJ.exp() * advantage_J,
-        "clipped": lambda: _clipped(log_ratio_MJ.exp(), advantage_J),
+        "ratio": lambda: ratio_MJ * advantage_J,
+        "clipped": lambda: _clipped(ratio_MJ, advantage_J),
         "token": lambda: per_completion(_clipped(log_ratio_MN.exp(), advantage_J[of_N])) / length_J,
         "logprob": lambda: log_ratio_MJ * advantage_J,
         "probability": lambda: per_completion(logprob_MN.to(torch.float64)).exp() * advantage_J / candidates.count_J,

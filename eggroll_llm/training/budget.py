@@ -38,13 +38,18 @@ def budget(prepared: "Prepared") -> list[str]:
         f"{sampling.samples_per_prompt} samples",
         f"per step: {completions * prompt:,.0f} prompt tokens ({prompt:.0f} each), at most {at_most:,} generated",
     ]
+    drawings, least = config.steps, ""
     if config.method == "es" and answering == 1:
+        again = ""
+        if es.answer_reuse > 1:
+            again = f", the same completions for up to {es.answer_reuse} steps"
+            drawings, least = -(-config.steps // es.answer_reuse), "at least "
         lines.append(
             f"per step: {es.population} members score them, a pass of each over prompts and completions that generates "
-            "nothing"
+            f"nothing{again}"
         )
     if config.steps:
-        lines.append(f"in all: {config.steps} steps, {config.steps * completions:,} completions")
+        lines.append(f"in all: {config.steps} steps, {least}{drawings * completions:,} completions")
     if config.minutes:
         lines.append(f"in all: at most {config.minutes:g} minutes of training")
 

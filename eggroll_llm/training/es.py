@@ -127,7 +127,7 @@ class EsTrainer:
         judge = self._by_rewards if self.config.es.fitness_from == "rewards" else self._by_probabilities
         judged = judge(plan, indices_P)
         fitness = judged.fitness
-        _check_dropped(fitness, plan.step, self.scorer.first_dropped)
+        _check_dropped(fitness, plan.step, self.scorer.first_dropped, self.config.es.fitness_from)
 
         update = UpdateSpec.of(plan, fitness.fitness_M.tolist())
         self._record(update, fitness)
@@ -163,7 +163,8 @@ class EsTrainer:
     def _by_probabilities(self, plan: StepPlan, indices_P: Sequence[int]) -> Judged:
         """Let the weights answer the problems, unless they have, and ask every member how probable the answers are."""
         es, samples = self.config.es, self.config.sampling.samples_per_prompt
-        if (kept := self._drawn) and kept.step < plan.step < kept.step + es.answer_reuse:
+        kept = self._drawn
+        if kept and kept.logprobs and kept.step < plan.step < kept.step + es.answer_reuse:
             fitness, logprob_N, metrics = self._ask(plan, kept, torch.tensor(kept.logprobs))
             if not es.max_drift or metrics["weights/drift"] <= es.max_drift:
                 return Judged(rollouts=[], fitness=fitness, metrics=kept.metrics | metrics)
@@ -289,9 +290,14 @@ def _check_update(update: UpdateSpec) -> None:
         raise TrainingError(f"{error}: start a new run with a lower es.learning_rate or a larger es.sigma") from error
 
 
-def _check_dropped(fitness: Fitness, step: int, first: str) -> None:
+def _check_dropped(fitness: Fitness, step: int, first: str, fitness_from: str) -> None:
     members = len(fitness.fitness_M)
     if 2 * len(fitness.dropped) > members:
+        if fitness_from == "probabilities":  # rewards that are not finite count nowhere
+            raise TrainingError(
+                f"step {step}: {len(fitness.dropped)} of {members} members were dropped for a NaN or infinite "
+                "log-probability of an answer: start a new run with a lower es.sigma or es.learning_rate"
+            )
         raise TaskError(
             f"step {step}: {len(fitness.dropped)} of {members} members were dropped for a NaN or infinite reward: "
             f"make score() return finite rewards; the first: {first}"

@@ -171,7 +171,7 @@ def model_sizes(prepared: "Prepared") -> Model:
 
 
 def step_seconds(prepared: "Prepared", model: Model, machine: Machine, *, length: float) -> float:
-    """Return the time of a step whose answers have that share of the length limit."""
+    """Return the mean time of a step whose answers have that share of the length limit."""
     config, es = prepared.config, prepared.config.es
     sampling = config.sampling
     drawn = sampled(
@@ -185,7 +185,7 @@ def step_seconds(prepared: "Prepared", model: Model, machine: Machine, *, length
     size = _SIZE[config.engine.dtype]
     if config.method == "es":
         if es.fitness_from == "probabilities":
-            seconds += _scoring_seconds(drawn, model, machine, es.population)
+            seconds = seconds / es.answer_reuse + _scoring_seconds(drawn, model, machine, es.population)
         directions = es.population // 2 if es.antithetic else es.population
         moments = {"sgd": 0, "momentum": 1, "adam": 2}[es.optimizer]
         operations = 2 * model.linear * directions * es.rank

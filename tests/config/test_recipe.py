@@ -133,6 +133,10 @@ def test_files_that_are_no_recipe(recipe: Path) -> None:
          '"rewards".'),
         ({"es.answer_reuse": "2"}, 'es.answer_reuse = 2, es.fitness_from = "rewards": the rewards of members\' own answers say '
          'nothing of others. Set es.answer_reuse to 1, or es.fitness_from to "probabilities".'),
+        ({"es.weighting": "token"}, 'es.weighting = "token", es.fitness_from = "rewards": rewards need no weighting. Leave '
+         'es.weighting out, or set es.fitness_from to "probabilities".'),
+        ({"es.max_drift": "0.1"}, "es.max_drift = 0.1, es.answer_reuse = 1: answers are drawn anew at every step anyway. "
+         "Set es.answer_reuse above 1, or es.max_drift to 0."),
         ({"es.fitness_from": "probabilities"}, "sampling.samples_per_prompt = 1: fitness from probabilities compares the "
          "completions of a problem with each other. Set sampling.samples_per_prompt to 2 or more, such as 8."),
         ({"es.fitness": "sign", "es.antithetic": "false"}, 'es.fitness = "sign", es.antithetic = false: the sign compares the '

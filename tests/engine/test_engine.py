@@ -198,6 +198,8 @@ def test_scores_are_those_of_the_dense_model(served: Served) -> None:
             right = dense_scores(served.model_dir, completions, added)
             assert (row - right).abs().max() < tolerance
     assert all((found[a] - found[b]).abs().max() > served.case.apart for a in range(7) for b in range(a))
+    # Four members have slots, and the base model needs none.
+    assert len(list(engine.scoring(completions, members))) == 2
     engine._batch_tokens = 45
     assert torch.allclose(engine.score(completions, members), found, atol=tolerance)
     assert torch.equal(served_logprobs(engine, [0, None]), before)

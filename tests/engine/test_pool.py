@@ -3,7 +3,7 @@
 import dataclasses
 import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +12,13 @@ import torch
 from fake_engine import CONFIG, SHAPES, Bench, FakeEngine, Near, rows, same_run
 from pipe_link import NODE, SLOW, Fault, Plan, pool
 from safetensors.torch import load_file
+from torch import Tensor
 
 from eggroll_llm.config.schema import CheckpointConfig
 from eggroll_llm.engine import parcels
 from eggroll_llm.engine.host import serve
 from eggroll_llm.engine.interface import Decoding, Request
-from eggroll_llm.engine.messages import Call, Started, Work, decode, encode
+from eggroll_llm.engine.messages import Alive, Call, Scores, Scoring, Started, Stop, Work, decode, encode
 from eggroll_llm.engine.pool import EnginePool
 from eggroll_llm.errors import ConfigError, EngineError, TrainingError
 from eggroll_llm.es.noise import NoiseSpec
@@ -101,6 +102,18 @@ def test_members_that_judge_are_shared_out(bench: Benches, faults: dict[int, Fau
     single.train("one", **CHANGES | PROBABILITIES)
     same_run(bench.folder / "one", run)
     assert sum(row["engines/lost"] for row in rows(run)[1:]) == len(faults)
+
+
+def test_an_engine_that_scores_for_long_says_that_it_goes_on() -> None:
+    class Thorough(FakeEngine):
+        def scoring(self, *args: Any, **keywords: Any) -> Generator[None, None, Tensor]:
+            yield from (None, None)
+            return (yield from super().scoring(*args, **keywords))
+
+    messages = iter([Scoring(1, (((1, 2, 3, 4), (5, 6)),), 1.0), Work(1, ((0, 0, None, None),)), None, Stop()])
+    hello = Started("host", "node", 1, "device", {})
+    events = list(serve(lambda: Thorough(CONFIG, Path()), lambda: hello, lambda block: next(messages), 0.0))
+    assert [type(event) for event in events] == [Started, Alive, Alive, Alive, Scores]
 
 
 def test_an_engine_that_dies_while_answers_are_scored_is_replaced(bench: Benches, one: Path) -> None:

@@ -202,6 +202,11 @@ def test_twins_are_compared_with_each_other_alone():
     assert twins(rewards_MP, "sign").fitness_M.tolist() == [1, -1, -1, 1, 0, 0]
 
 
+def test_problems_of_dropped_twins_are_not_tied():
+    found = twins([[math.nan, 1.0], [0.0, 0.0], [1.0, 2.0], [1.0, 0.0]])
+    assert (found.tied, found.dropped) == ((2,), (0, 1))
+
+
 def test_what_twins_have_in_common_does_not_count():
     """Another constant for each problem of each pair, or a common scale, changes nothing."""
     other = REWARDS_MP + torch.arange(30.0).view(6, 1, 5).expand(6, 2, 5).reshape(12, 5)

@@ -102,6 +102,15 @@ def test_long_completions_neither_overflow_nor_make_nan(weighting: Weighting) ->
     assert returns(found, logprob_MN, base_N, weighting, prompts=1, samples=2).isfinite().all()
 
 
+def test_the_logarithm_of_a_long_completion_s_ratio_stays_linear() -> None:
+    """Members that make it e^30 and e^60 times less probable are as far apart as e^0 and e^30."""
+    found = of_one_prompt([1, 1], [1.0, 0.0], lengths=[300, 1])
+    base_N = torch.full((301,), -2.0)
+    logprob_MN = base_N - torch.tensor([[0.0], [0.1], [0.2]]) * (torch.arange(301) < 300)
+    value = returns(found, logprob_MN, base_N, "logprob", prompts=1, samples=2).flatten()
+    assert value.tolist() == pytest.approx([0, -30 / 4, -60 / 4], rel=1e-4)
+
+
 def test_a_clipped_ratio_gains_nothing_beyond_its_range() -> None:
     """PPO's pessimistic objective: a good completion counts 1.2 at most, a bad one at least 0.8 and without bound."""
     found = of_one_prompt([1, 1], [1.0, -1.0])  # advantages 1 and -1

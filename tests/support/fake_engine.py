@@ -115,6 +115,12 @@ class FakeEngine:
             rows.append(torch.cat(logprobs))
         return torch.stack(rows)
 
+    def scoring(self, *args: Any, **keywords: Any) -> Generator[None, None, torch.Tensor]:
+        """In one pass."""
+        scores = self.score(*args, **keywords)
+        yield
+        return scores
+
     def _answer(self, request: Request, a: torch.Tensor, b: torch.Tensor) -> Completion:
         member = -1 if request.member is None else request.member
         drawn = (request.seed or 0) % 3 if self.decodings[-1].temperature else 0

@@ -78,6 +78,9 @@ def test_members_that_score_answers_generate_none(model: Path) -> None:
         "per step: 6 members score them, a pass of each over prompts and completions that generates nothing",
         "in all: 10 steps, 60 completions",
     ]
+    again = lines(model, es=dataclasses.replace(es, answer_reuse=3))
+    assert again[3].endswith("that generates nothing, the same completions for up to 3 steps")
+    assert again[4] == "in all: 10 steps, at least 24 completions"
 
 
 @pytest.mark.parametrize(("dtype", "size"), [("bfloat16", 2), ("float32", 4)])
@@ -366,6 +369,9 @@ def test_time_of_a_step_whose_members_score(model: Path) -> None:
     es = dataclasses.replace(ES, fitness_from="probabilities")
     found = step_seconds(prepared(model, es=es), SMALL, SLOW, length=1.0)
     assert found == pytest.approx(sampling + scoring + update) == pytest.approx(17.546)
+    es = dataclasses.replace(es, answer_reuse=2)  # sampling in every second step
+    found = step_seconds(prepared(model, es=es), SMALL, SLOW, length=1.0)
+    assert found == pytest.approx(sampling / 2 + scoring + update)
 
 
 def test_time_of_a_step_of_grpo(model: Path) -> None:

@@ -139,6 +139,22 @@ def test_weights_that_have_drifted_too_far_answer_anew(bench: Bench) -> None:
     assert [row["completions"] for row in rows(bench.folder / "run")[1:]] == [12] * 4
 
 
+def test_answers_that_teach_nothing_are_not_used_again(bench: Bench) -> None:
+    es = dataclasses.replace(PROBABILITIES["es"], answer_reuse=3)
+    bench.train("run", task=Constant(), **PROBABILITIES | {"es": es})
+    assert [row["completions"] for row in rows(bench.folder / "run")[1:]] == [12] * 4
+
+
+def test_members_without_finite_probabilities_end_the_run(bench: Bench) -> None:
+    class Overflowing(FakeEngine):
+        def score(self, *args: Any, **keywords: Any) -> torch.Tensor:
+            return super().score(*args, **keywords) * torch.nan
+
+    bench.make_engine = Overflowing
+    with pytest.raises(TrainingError, match=rf"{MEMBERS} of {MEMBERS} members .* log-probability .* lower es\.sigma"):
+        bench.train("run", **PROBABILITIES)
+
+
 def test_fitness_from_probabilities_without_differences_learns_nothing(bench: Bench) -> None:
     bench.train("run", task=Constant(), **PROBABILITIES)
     steps = rows(bench.folder / "run")[1:]

@@ -75,7 +75,7 @@ class VllmEngine:
         self.model_dir, self.dtype = model_dir, getattr(torch, resolve_dtype(config.dtype))
         if config.threads:
             torch.set_num_threads(config.threads)
-        self._calls = count()
+        self._calls, self._slots = count(), slots
         self._in_flight, self._context = 2 * config.max_sequences, max_model_len
         self._patience = self._in_flight * max_model_len
         self._no_requests()
@@ -162,14 +162,31 @@ class VllmEngine:
 
         Raises ValueError for a completion that does not fit the context, ModelError for attention that is not known.
         """
+        passes = self.scoring(completions, members, temperature)
+        while True:
+            try:
+                next(passes)
+            except StopIteration as end:
+                return end.value
+
+    def scoring(
+        self, completions: Sequence[Scored], members: Sequence[int | None], temperature: float = 1.0
+    ) -> Generator[None, None, Tensor]:
+        """Yield after each forward pass, of no more tokens than a step of `poll` has; return what `score` does."""
         longest = max(len(prompt) + len(completion) for prompt, completion in completions)
         if longest > self._context:
             raise ValueError(
                 f"a completion and its prompt have {longest} tokens, more than the context's {self._context}"
             )
         numbers = [-1 if member is None else member for member in members]
-        trees = trees_of(completions, self._batch_tokens)
-        return torch.cat([self._call("score", tree, numbers, temperature) for _, tree in trees], dim=1)
+        columns = []
+        for _, tree in trees_of(completions, self._batch_tokens):
+            rows = []
+            for part in _parts(numbers, self._slots, max(1, self._batch_tokens // len(tree))):
+                rows.append(self._call("score", tree, part, temperature))
+                yield
+            columns.append(torch.cat(rows))
+        return torch.cat(columns, dim=1)
 
     def update(self, spec: UpdateSpec) -> UpdateTimes:
         """Fold a step's fitness into the weights and serve them. Raises NonFiniteUpdate with nothing changed."""
@@ -353,6 +370,17 @@ class VllmEngine:
                 for token_id, at in zip(sample.token_ids, sample.logprobs or (), strict=decoding.logprobs)
             ),
         )
+
+
+def _parts(members: Sequence[int], slots: int, at_once: int) -> Iterator[list[int]]:
+    """Yield members in parts of `at_once` with no more of them than slots; the base model, -1, needs none."""
+    part: list[int] = []
+    for member in members:
+        if len(part) == at_once or (member >= 0 and sum(other >= 0 for other in part) == slots):
+            yield part
+            part = []
+        part.append(member)
+    yield part
 
 
 def _check_shapes(model_dir: Path, served: Mapping[str, tuple[int, int]]) -> None:

@@ -20,6 +20,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from vllm.config import VllmConfig
 from vllm.forward_context import set_forward_context
 from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+from vllm.v1.attention.backend import AttentionType
 
 from eggroll_llm.engine.token_tree import TokenTree
 from eggroll_llm.errors import ModelError
@@ -32,17 +34,29 @@ class Scorer:
     """Scores with the weights, the slots and the tokens' slots as they are when it is called."""
 
     def __init__(self, model: Any, vllm_config: VllmConfig) -> None:
-        """Take a loaded model. Raises ModelError, at the first call, when its attention is of a kind not known here."""
+        """Take a loaded model."""
         self._model, self._vllm_config = model, vllm_config
-        self._layers = {
+        self._layers: dict[str, Any] = {
             name: layer
             for name, layer in vllm_config.compilation_config.static_forward_context.items()
-            if isinstance(layer, Attention)
+            if isinstance(layer, AttentionLayerBase)
         }
+
+    def check(self) -> None:
+        """Raise ModelError when the model's attention is of a kind that `_TreeAttention` does not compute."""
+        for layer in self._layers.values():
+            if kind := _unknown(layer):
+                raise ModelError(
+                    f'this architecture\'s attention ({kind}) cannot score completions: use es.fitness_from = "rewards"'
+                )
 
     @torch.inference_mode()
     def logprobs(self, tree: TokenTree, members: int, temperature: float) -> Tensor:
-        """Return float32 log-probabilities [M, N] of the tree's targets, of `members` copies of the tree in a row."""
+        """Return float32 log-probabilities [M, N] of the tree's targets, of `members` copies of the tree in a row.
+
+        Raises ModelError as `check` does.
+        """
+        self.check()
         device = next(self._model.parameters()).device
         blocks = cache(partial(_blocks_on, tree, device))
         layers = {name: _TreeAttention(layer, blocks, members) for name, layer in self._layers.items()}
@@ -108,16 +122,23 @@ def _blocks_on(tree: TokenTree, device: torch.device, window: int | None, groups
     ]
 
 
+def _unknown(layer: Any) -> str:
+    """Return what an attention layer does beyond causal attention within a window; empty when nothing."""
+    if type(layer) is not Attention or layer.attn_type != AttentionType.DECODER:
+        return type(layer).__name__
+    beyond = {
+        "keys of another layer": layer.kv_sharing_target_layer_name,
+        "quantized queries": layer.query_quant,
+        **{name: getattr(layer.impl, name, None) for name in ("alibi_slopes", "logits_soft_cap", "sinks")},
+    }
+    return next((what for what, value in beyond.items() if isinstance(value, Tensor) or value), "")
+
+
 class _TreeAttention:
     """Stands in for the implementation of an attention layer: copies of a tree attend, each within itself."""
 
     def __init__(self, layer: Any, blocks: Callable[[int | None, int], list[_Block]], members: int) -> None:
         impl = layer.impl
-        for name in ("alibi_slopes", "logits_soft_cap", "sinks"):
-            if getattr(impl, name, None) not in (None, 0):
-                raise ModelError(
-                    f'this architecture\'s attention ({name}) cannot score completions: use es.fitness_from = "rewards"'
-                )
         self._scale, self._groups, self._members = float(impl.scale), impl.num_heads // impl.num_kv_heads, members
         self._blocks = blocks(layer.sliding_window, self._groups)
 

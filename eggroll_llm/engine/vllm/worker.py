@@ -11,7 +11,7 @@ without one, on CUDA most of its grid is empty.
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -130,7 +130,9 @@ class Population:
             settings, fold = EsSettings(**es), fold_for(self.device)
             self.masters = MasterWeights(weights, settings, self.dtype, fold, device=self.device, offload=offload)
         if not stock:
-            self._max_tokens, self._scorer = runner.max_num_tokens, Scorer(model, runner.vllm_config)
+            self._scorer = Scorer(model, runner.vllm_config)
+            if es is not None and settings.fitness_from == "probabilities":
+                self._scorer.check()
             self._tokens = SlotOfTokens(runner.max_num_tokens, self.device)
             self._take_over(runner)
             if runs_triton(self.device):
@@ -174,14 +176,13 @@ class Population:
         return time.perf_counter() - start
 
     def score(self, tree: TokenTree, members: list[int], temperature: float) -> Tensor:
-        """Return the log-probabilities [M, N] of a tree's targets under members of this step, -1 the base model."""
-        slots, at_once = len(self.slots.member_in), max(1, self._max_tokens // len(tree))
-        logprobs = []
-        for part in _parts(members, slots, at_once):
-            member_M = np.array(part)
-            self._tokens.write(self.slots.slots_of(member_M), np.full_like(member_M, len(tree)))
-            logprobs.append(self._scorer.logprobs(tree, len(part), temperature).cpu())
-        return torch.cat(logprobs)
+        """Return the log-probabilities [M, N] of a tree's targets under members of this step, -1 the base model.
+
+        It is one pass: there must be a slot for each of the others.
+        """
+        member_M = np.array(members)
+        self._tokens.write(self.slots.slots_of(member_M), np.full_like(member_M, len(tree)))
+        return self._scorer.logprobs(tree, len(members), temperature).cpu()
 
     def update(self, spec: UpdateSpec) -> UpdateTimes:
         """Apply an update to the masters and serve the result."""
@@ -261,17 +262,6 @@ class Population:
             compile_model(model)
         else:
             norms.install(model)
-
-
-def _parts(members: Sequence[int], slots: int, at_once: int) -> Iterator[list[int]]:
-    """Yield members in parts of `at_once` with no more of them than slots; the base model, -1, needs none."""
-    part: list[int] = []
-    for member in members:
-        if len(part) == at_once or (member >= 0 and sum(other >= 0 for other in part) == slots):
-            yield part
-            part = []
-        part.append(member)
-    yield part
 
 
 def _linear_with_term(layer: Layer, slot_T: Tensor, add_term: AddTerm) -> Callable[..., Tensor]:
