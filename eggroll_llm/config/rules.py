@@ -87,6 +87,8 @@ class _Check:
                 "engine.min_replicas",
                 "engine.replicas",
             )
+        if config.engine.tensor_parallel > 1:
+            self.of_tensor_parallel()
         self.of_chat()
         if config.method == "es":
             self.of_es()
@@ -117,6 +119,13 @@ class _Check:
                     key,
                     "steps",
                 )
+
+    def of_tensor_parallel(self) -> None:
+        key = "engine.tensor_parallel"
+        if self.config.method == "grpo":
+            self.fail("a trainer's weights can only be served by one device", f"Set {key} to 1", key, because="method")
+        if self.config.engine.compile:
+            self.fail("torch.compile does not reach the ranks", "Set engine.compile to false", "engine.compile", key)
 
     def of_chat(self) -> None:
         chat = self.config.chat

@@ -111,7 +111,7 @@ class EngineConfig:
     max_model_len: Annotated[int, Ge(0)] = 0
     """Context length, prompt and completion together, in tokens; 0 derives it from the task."""
     kv_cache_gib: Annotated[float, Gt(0)] = 1.0
-    """Memory of the key-value cache in GiB."""
+    """Memory of the key-value cache in GiB, on each device of an engine."""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     """Number format of the served weights; "auto" is bfloat16, but float32 on a CPU without bfloat16 instructions."""
     quantization: Literal["none", "fp8"] = "none"
@@ -131,7 +131,9 @@ class EngineConfig:
     threads: Annotated[int, Ge(0)] = 0
     """CPU threads of an engine; 0 shares all cores among them. Without a C++ compiler an update's bits depend on it."""
     replicas: Annotated[int, Ge(0), Le(4096)] = 1
-    """Engines; more than 1 by Ray (extra "ray"). 0: one for each GPU of the machine or Ray cluster, on a CPU one."""
+    """Engines; more than 1 by Ray (extra "ray"). 0: as many as GPUs of machine or Ray cluster allow, on a CPU one."""
+    tensor_parallel: Annotated[int, Ge(1), Le(64)] = 1
+    """Devices of an engine, each with a part of the weights, masters and noise: for a model too large for one."""
     min_replicas: Annotated[int, Ge(1)] = 1
     """Engines that a run goes on with; fewer for longer than timeout_seconds end it."""
     restart: Annotated[int, Ge(0)] = 3

@@ -70,11 +70,12 @@ def start_pool(blueprint: Blueprint, logs: Path | None, say: Callable[[str], Non
 
 
 class Cluster:
-    """The connection to Ray, and how many engines there is room for. An engine has a GPU, or some cores."""
+    """The connection to Ray, and how many engines there is room for. An engine has one or more GPUs, or some cores."""
 
     def __init__(self, config: EngineConfig) -> None:
         """Connect, or start a cluster on this machine. Raises ConfigError when there is no room for the engines."""
         self.on_cpu, self.counted = serves_on_cpu(), config.replicas == 0
+        self.gpus_each = config.tensor_parallel
         self._ours = not ray.is_initialized()
         if self._ours:
             address = config.ray_address or os.environ.get("RAY_ADDRESS", "")
@@ -82,7 +83,7 @@ class Cluster:
         try:
             self.cpus = int(ray.cluster_resources().get("CPU", 0))
             self.gpus = int(ray.cluster_resources().get("GPU", 0))
-            self.engines = config.replicas or (1 if self.on_cpu else self.gpus)
+            self.engines = config.replicas or (1 if self.on_cpu else self.gpus // self.gpus_each)
             self.cpus_each = config.threads or (max(1, self.cpus // max(1, self.engines)) if self.on_cpu else 0)
             self._check(config)
         except BaseException:
@@ -90,9 +91,11 @@ class Cluster:
             raise
 
     def _check(self, config: EngineConfig) -> None:
-        there = self.cpus // max(1, self.cpus_each) if self.on_cpu else self.gpus
+        there = self.cpus // max(1, self.cpus_each) if self.on_cpu else self.gpus // self.gpus_each
         if not 0 < self.engines <= there:
             what = f"{self.cpus} cores for engines of {self.cpus_each} threads" if self.on_cpu else f"{self.gpus} GPUs"
+            if not self.on_cpu and self.gpus_each > 1:
+                what += f" for engines of engine.tensor_parallel = {self.gpus_each}"
             raise ConfigError(
                 f"engine.replicas = {config.replicas}: Ray has {what}, enough for {there} engines: lower it, or join "
                 "machines to the cluster"
@@ -101,14 +104,14 @@ class Cluster:
     @property
     def resources(self) -> dict[str, float]:
         """Return what Ray is to set aside for an engine."""
-        return {"num_cpus": self.cpus_each} if self.on_cpu else {"num_cpus": 1, "num_gpus": 1}
+        return {"num_cpus": self.cpus_each} if self.on_cpu else {"num_cpus": 1, "num_gpus": self.gpus_each}
 
     def spare(self, avoided: Collection[str]) -> int:
         """Return how many engines more there is room for, where their number is left to the machines."""
         if not self.counted or self.on_cpu:
             return 0
         of_avoided = sum(node["Resources"].get("GPU", 0) for node in ray.nodes() if node["NodeID"] in avoided)
-        return max(0, int(ray.available_resources().get("GPU", 0) - of_avoided))
+        return max(0, int(ray.available_resources().get("GPU", 0) - of_avoided) // self.gpus_each)
 
     def close(self) -> None:
         """Leave Ray, which ends the cluster if it was started here."""

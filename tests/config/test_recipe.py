@@ -161,6 +161,8 @@ def test_files_that_are_no_recipe(recipe: Path) -> None:
          "Set engine.max_model_len to more than sampling.max_tokens, or to 0 (from the task)."),
         ({"checkpoint.keep": "0"}, "checkpoint.keep = 0: must be at least 1. Set checkpoint.keep to 1 or more."),
         ({"model": ""}, 'model = "": is not a name. Name a model.'),
+        ({"engine.compile": "true", "engine.tensor_parallel": "2"}, "engine.compile = true, engine.tensor_parallel = 2: "
+         "torch.compile does not reach the ranks. Set engine.compile to false."),
     ],
 )  # fmt: skip
 def test_settings_that_make_no_sense(recipe: Path, flags: dict[str, str], message: str) -> None:
@@ -197,6 +199,8 @@ learning_rate = 1e-6
          "Set sampling.temperature above 0, such as 1.0."),
         ({"grpo.micro_batch": "24"}, "grpo.micro_batch = 24, sampling.prompts_per_step = 8, sampling.samples_per_prompt = 8: does "
          "not divide the 64 completions of a step. Set grpo.micro_batch to 16, or to another divisor."),
+        ({"engine.tensor_parallel": "2"}, "engine.tensor_parallel = 2: a trainer's weights can only be served by one device. "
+         "Set engine.tensor_parallel to 1."),
         ({"grpo.epsilon": "0"}, "grpo.epsilon = 0.0: must be above 0. Set grpo.epsilon to a positive number."),
         ({"grpo.learning_rate_schedule": "cosine", "steps": "0", "minutes": "1"}, 'grpo.learning_rate_schedule = "cosine", '
          'steps = 0: a schedule needs to know the last step. Set steps above 0, or grpo.learning_rate_schedule to "constant".'),
@@ -304,7 +308,7 @@ def test_keys_that_may_change_on_resume() -> None:
         "steps", "minutes", "eval.every", "grpo.gradient_checkpointing", "checkpoint.every", "checkpoint.keep", "checkpoint.best", "log.samples", "log.completions",
         "log.tensorboard", "log.wandb", "engine.slots", "engine.max_sequences", "engine.max_model_len",
         "engine.kv_cache_gib", "engine.offload_masters", "engine.enforce_eager", "engine.compile", "engine.gpu_memory_utilization",
-        "engine.timeout_seconds", "engine.threads", "engine.replicas", "engine.min_replicas", "engine.restart",
+        "engine.timeout_seconds", "engine.threads", "engine.replicas", "engine.tensor_parallel", "engine.min_replicas",
         "engine.ray_address", "engine.allow_untested_architecture", "reward.workers", "reward.batch_size",
         "reward.timeout_seconds", "reward.memory_gib",
     }  # fmt: skip

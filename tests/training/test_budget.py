@@ -254,6 +254,28 @@ def test_served_weights_and_masters_by_format(model: Path, masters: Any, quantiz
     assert found["masters"] == per_weight * WEIGHTS
 
 
+def test_devices_of_an_engine_share_what_it_takes(model: Path, gpu: dict[str, int]) -> None:
+    """Half of every weight and its master, and of B or A of every factor; two heads of k and v, so copies from 4 on."""
+
+    def parts(ranks: int, *, on_cpu: bool = False) -> dict[str, int]:
+        shape = ModelShape.of(read_config(model), tensor_shapes(model))
+        engine = EngineConfig(slots=5, dtype="bfloat16", tensor_parallel=ranks)
+        return {part.name.split(" (")[0]: part.size for part in es_parts(shape, ES, engine, on_cpu=on_cpu)}
+
+    one, two, four = parts(1), parts(2), parts(4)
+    assert two["masters"] == one["masters"] // 2
+    copies = 2 * 2 * 64 * 128 // 4  # of k and v in two layers, a quarter more of each
+    assert four["masters"] == one["masters"] // 4 + 4 * copies
+    rows = 2 * (128 + 2 * 64 + 128 + 2 * 256 + 128), 2 * (3 * 128 + 128 + 2 * 128 + 256)  # of all A, of all B
+    whole_A, whole_B = 2 * 2 * 128, 2 * (3 * 128 + 2 * 128)  # of o and down, of all else
+    assert one["slots"] == 5 * 2 * ES.rank * sum(rows)
+    assert two["slots"] == 5 * 2 * ES.rank * (sum(rows) + whole_A + whole_B) // 2
+    assert two["a checkpoint"] == one["a checkpoint"]
+    assert parts(2, on_cpu=True)["masters"] == parts(1, on_cpu=True)["masters"]  # both halves are in one memory
+    lines = budget(prepared(model, engine=EngineConfig(slots=5, dtype="bfloat16", tensor_parallel=2)))
+    assert lines[-1] == "memory of the GPU: of each of 2 that an engine has"
+
+
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     """A GPU of one GiB that is not there; what is free of it may be changed."""

@@ -79,7 +79,10 @@ class Scorer:
         order = row_N.argsort()
         rows = max(1, LOGITS_AT_ONCE // self._vllm_config.model_config.get_vocab_size())
         for start in range(0, len(hidden_RD), rows):
-            logits_RV = self._model.compute_logits(hidden_RD[start : start + rows]).float()
+            logits = self._model.compute_logits(hidden_RD[start : start + rows])
+            if logits is None:  # on a rank but the first, whose logits are gathered there
+                continue
+            logits_RV = logits.float()
             if temperature != 1:
                 logits_RV /= temperature
             first, last = torch.searchsorted(row_N[order], torch.tensor([start, start + rows], device=row_N.device))
