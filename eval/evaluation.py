@@ -23,7 +23,6 @@ from eggroll_llm.errors import ConfigError
 from eggroll_llm.es.settings import EsSettings
 from eggroll_llm.models.files import context_limit, model_identity
 from eggroll_llm.records.answers import Sample, SampleFile
-from eggroll_llm.system import signals
 from eggroll_llm.system.hardware import resolve_dtype, serves_on_cpu
 from eggroll_llm.system.jsonl import to_json
 from eggroll_llm.system.versions import package_versions
@@ -89,7 +88,7 @@ class Changeable:
     engine: EngineConfig = field(default_factory=EngineConfig)
     """The engine."""
     reward: RewardConfig = field(default_factory=RewardConfig)
-    """Limits of a user's own score."""
+    """Processes and limits of a user's own score."""
 
 
 def settings_for(
@@ -198,7 +197,6 @@ def evaluate_subject(
         samples: dict[tuple[int, int], Sample] = file.samples if file else {}
 
         def keep(sample: Sample) -> None:
-            signals.check()
             if file:
                 file.append(sample)
             else:
@@ -272,7 +270,8 @@ def _chat(settings: Settings, questions: Questions) -> ChatConfig:
 
 def _grade_again(file: SampleFile, problems: ProblemSet, graders: Mapping[str, Grader]) -> None:
     """Graders and gold answers may have been corrected since the completions were sampled."""
-    again = [grade_again(sample, problems, graders) for sample in file.samples.values()]
+    graded = {(s.problem, s.sample): s for s in grade_again(file.samples.values(), problems, graders)}
+    again = [graded[key] for key in file.samples]
     if [to_json(asdict(sample)) for sample in again] != [to_json(asdict(sample)) for sample in file.samples.values()]:
         file.replace(again)
 

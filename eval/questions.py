@@ -82,7 +82,7 @@ def task_questions(
     test = task.problems("test")
     problems = test[: limit or None]
     scorer = Scorer(task, limits)
-    own: dict[str, Grader] = {TASK: scorer.grade}
+    own: dict[str, Grader] = {TASK: scorer}
     return Questions(
         task=name if ":" not in name else Path(name.rpartition(":")[0]).name + ":" + name.rpartition(":")[2],
         version="",

@@ -1,11 +1,14 @@
 """How the speed of a step grows with the number of engines, simulated.
 
     python scripts/simulate_engines.py [--engines N ...]
+    python scripts/simulate_engines.py --update              # from how many engines on is the update a tenth of a step?
+    python scripts/simulate_engines.py --copies              # what would copies of the last requests gain?
 
 Requests are shared out by the product's own rule (`engine.shares`). An engine decodes up to `SEQUENCES` requests at
 once, each forward pass as long as its batch makes it; answers have lognormal lengths, cut at the limit. What every
 engine does for the whole population (noise, update) and what the driver does (scoring, after sampling) is added.
-Prints a Markdown table of efficiencies: tokens per second and engine, in units of one engine alone.
+Prints a Markdown table of efficiencies: tokens per second and engine, in units of one engine alone. With
+`--scored-meanwhile` scoring takes no time of its own, as if it were done while engines sample.
 """
 
 import argparse
@@ -44,6 +47,8 @@ class Costs:
     """The rest of an update."""
     score: float
     """A completion."""
+    exchange: float = 0.0
+    """Of the weights that each engine of a machine has updated, when an update is split among them."""
 
 
 CASES = {
@@ -62,6 +67,26 @@ CASES = {
 }  # fmt: skip
 
 
+def on_an_h100(billions: float, decode: float, decode_each: float, exchange: float) -> Costs:
+    """Return assumed costs for a model with fused kernels; what depends on its size is in proportion to it."""
+    return Costs(
+        prompts=16, tokens=512, limit=1024, spread=0.6, decode=decode, decode_each=decode_each,
+        prefill=0.004 * billions / 7, pair=0.0003 * billions / 7, update=0.04 * billions / 7, score=60e-6,
+        exchange=exchange,
+    )  # fmt: skip
+
+
+SIZES = {
+    "0.5B": on_an_h100(0.5, decode=0.003, decode_each=6e-6, exchange=0.007),
+    "1.5B": on_an_h100(1.5, decode=0.004, decode_each=10e-6, exchange=0.02),
+    "7B": on_an_h100(7, decode=0.008, decode_each=20e-6, exchange=0.1),
+}
+MEMBERS = 64
+"""For each engine."""
+NODE = 8
+"""Engines of a machine, among which an update can be split."""
+
+
 class Engine:
     """Requests that are decoded and that wait, and how far decoding has come."""
 
@@ -69,6 +94,10 @@ class Engine:
         self.decoded = 0  # tokens, since the start
         self.running: list[tuple[int, int]] = []  # where it ends, request
         self.waiting: deque[int] = deque()
+
+    def requests(self) -> list[int]:
+        """Return those that are not answered yet."""
+        return [*self.waiting, *(request for _, request in self.running)]
 
     def next_answers(self, lengths: list[int], costs: Costs) -> tuple[float, list[int]]:
         """Decode until a request ends; return the seconds that took, and the requests that ended."""
@@ -86,50 +115,105 @@ class Engine:
         return seconds, ended
 
 
-def sampling_seconds(engines: int, lengths: list[int], costs: Costs) -> float:
-    """Return the time until the last answer is there."""
-    prompts = costs.prompts
-    groups = [range(i, i + prompts) for i in range(0, len(lengths), prompts)]
+def sampling_seconds(
+    engines: int, lengths: list[int], costs: Costs, *, slow: float = 1.0, copies: bool = False
+) -> float:
+    """Return the time until the last answer is there.
+
+    The first engine takes `slow` times as long as the others. `copies`: an engine that runs out of work gets, once,
+    what the engine with the most of it has left; the first answer counts.
+    """
+    groups = [range(i, i + costs.prompts) for i in range(0, len(lengths), costs.prompts)]
     shares: Shares[int] = Shares(groups, int(AHEAD * SEQUENCES))
     all_engines = [Engine() for _ in range(engines)]
-    for i, engine in enumerate(all_engines):
-        engine.waiting += shares.take(i, engines)
-    events = [(0.0, i) for i, engine in enumerate(all_engines) if engine.waiting]
-    now = 0.0
-    while events:
-        now, i = heapq.heappop(events)
+    unanswered, copied, now = set(range(len(lengths))), set[int](), 0.0
+    events: list[tuple[float, int, list[int]]] = [(0.0, i, []) for i in range(engines)]
+    while unanswered:
+        now, i, ended = heapq.heappop(events)
         engine = all_engines[i]
-        if not engine.waiting and not engine.running:
-            continue
-        seconds, ended = engine.next_answers(lengths, costs)
         for request in ended:
             shares.answered(i, request)
+        unanswered.difference_update(ended)
         engine.waiting += shares.take(i, engines)
-        heapq.heappush(events, (now + seconds, i))
+        if copies and not engine.requests():
+            most = max(all_engines, key=lambda other: len(other.requests()))
+            left = [request for request in most.requests() if request in unanswered - copied]
+            copied.update(left)
+            engine.waiting += left
+        if engine.requests():
+            seconds, ended = engine.next_answers(lengths, costs)
+            heapq.heappush(events, (now + seconds * (slow if i == 0 else 1.0), i, ended))
     return now + ROUND_TRIP
 
 
-def tokens_per_second(engines: int, members: int, costs: Costs) -> float:
+def draw_lengths(completions: int, costs: Costs, seed: int = 0) -> list[int]:
+    """Return how many tokens each answer has."""
+    draw, middle = random.Random(seed), math.log(costs.tokens) - costs.spread**2 / 2
+    return [max(1, min(costs.limit, int(draw.lognormvariate(middle, costs.spread)))) for _ in range(completions)]
+
+
+def update_seconds(engines: int, members: int, costs: Costs, split: bool = False) -> float:
+    """Return what noise and update take."""
+    if split and engines > 1:
+        return (members // 2 * costs.pair + costs.update) / min(NODE, engines) + costs.exchange
+    return members // 2 * costs.pair + costs.update
+
+
+def tokens_per_second(engines: int, members: int, costs: Costs, scored_meanwhile: bool) -> float:
     """Return the speed of a whole step."""
-    draw, middle = random.Random(0), math.log(costs.tokens) - costs.spread**2 / 2
-    lengths = [
-        max(1, min(costs.limit, int(draw.lognormvariate(middle, costs.spread)))) for _ in range(members * costs.prompts)
-    ]
-    rest = members // 2 * costs.pair + costs.update + len(lengths) * costs.score
+    lengths = draw_lengths(members * costs.prompts, costs)
+    rest = update_seconds(engines, members, costs) + (0.0 if scored_meanwhile else len(lengths) * costs.score)
     return sum(lengths) / (sampling_seconds(engines, lengths, costs) + rest)
+
+
+def print_update() -> None:
+    """Print the update's share of a step, whole and split within a machine, and from where on it is a tenth."""
+    print("| model | update | 8 | 64 | 512 | a tenth of a step from |")
+    print("|---|---|---|---|---|---|")
+    for name, costs in SIZES.items():
+        lengths = draw_lengths(MEMBERS * costs.prompts, costs)
+        sampling = sampling_seconds(
+            1, lengths, costs
+        )  # of an engine with its own members: about the same beside others
+        for split in (False, True):
+            seconds = {n: update_seconds(n, MEMBERS * n, costs, split) for n in range(1, 8193)}
+            shares = {n: each / (sampling + each) for n, each in seconds.items()}
+            first = next((str(n) for n, share in shares.items() if share > 0.1), "more than 8192")
+            how = f"split among {NODE}" if split else "by each engine"
+            print(f"| {name} | {how} |", *(f"{shares[n]:.1%} |" for n in (8, 64, 512)), f"{first} engines |")
+
+
+def print_copies() -> None:
+    """Print what copies of the last requests gain in sampling."""
+    print("| model | engines | one is slower by | time saved by copies |")
+    print("|---|---|---|---|")
+    for name, costs in SIZES.items():
+        for engines in (8, 64):
+            lengths = draw_lengths(MEMBERS * engines * costs.prompts, costs)
+            for slow in (1.0, 1.5, 3.0):
+                plain, copied = (sampling_seconds(engines, lengths, costs, slow=slow, copies=c) for c in (False, True))
+                print(f"| {name} | {engines} | {slow:g} | {1 - copied / plain:.1%} |", flush=True)
 
 
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--engines", type=int, nargs="+", default=[8, 64, 512])
-    engines = parser.parse_args().engines
+    parser.add_argument("--scored-meanwhile", action="store_true")
+    parser.add_argument("--update", action="store_true")
+    parser.add_argument("--copies", action="store_true")
+    given = parser.parse_args()
+    if given.update or given.copies:
+        return print_update() if given.update else print_copies()
+    engines = given.engines
     print("| costs | members |", " | ".join(map(str, engines)), "|")
     print("|---|---|" + "---|" * len(engines))
     for name, costs in CASES.items():
         for each, in_all in ((64, 0), (0, 4096)):
-            alone = tokens_per_second(1, each or in_all, costs)
-            found = [tokens_per_second(n, each * n or in_all, costs) / n / alone for n in engines]
+            alone = tokens_per_second(1, each or in_all, costs, given.scored_meanwhile)
+            found = [
+                tokens_per_second(n, each * n or in_all, costs, given.scored_meanwhile) / n / alone for n in engines
+            ]
             members = f"{each} for each engine" if each else f"{in_all} in all"
             print(f"| {name} | {members} |", " | ".join(f"{share:.2f}" for share in found), "|", flush=True)
 

@@ -17,7 +17,7 @@ if serves_on_cpu():
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from hypothesis import settings
@@ -77,7 +77,7 @@ def tiny_tokenizer() -> "PreTrainedTokenizerFast":
     )
 
 
-def save_tiny_model(directory: Path, kind: str) -> None:
+def save_tiny_model(directory: Path, kind: str, **changes: Any) -> None:
     """A random bfloat16 model of the kind, with all in it that sets its architecture apart."""
     import torch
     import transformers
@@ -85,7 +85,7 @@ def save_tiny_model(directory: Path, kind: str) -> None:
     tokenizer = tiny_tokenizer()
     name, particular = KINDS[kind]
     config = getattr(transformers, name)(
-        **{"tie_word_embeddings": False, **SHAPE, **particular},
+        **{"tie_word_embeddings": False, **SHAPE, **particular, **changes},
         vocab_size=len(tokenizer),
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
@@ -129,15 +129,15 @@ def tree(tmp_path: Path) -> Iterator[ProcessTree]:
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """`tiny_model(kind)`, one of KINDS -> Hugging Face directory, made once a session. Read only."""
+    """`tiny_model(kind, **config)`, one of KINDS -> Hugging Face directory, made once a session. Read only."""
     made: dict[str, Path] = {}
 
-    def get(kind: str) -> Path:
-        if kind not in made:
-            directory = tmp_path_factory.mktemp(f"tiny-{kind}")
-            save_tiny_model(directory, kind)
-            made[kind] = directory
-        return made[kind]
+    def get(kind: str, **changes: Any) -> Path:
+        name = f"{kind} {changes}"
+        if name not in made:
+            made[name] = tmp_path_factory.mktemp(f"tiny-{kind}")
+            save_tiny_model(made[name], kind, **changes)
+        return made[name]
 
     return get
 

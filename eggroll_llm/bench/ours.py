@@ -25,6 +25,7 @@ from eggroll_llm.bench.workload import Runner, Times, Workload, members_of
 from eggroll_llm.config.schema import EngineConfig
 from eggroll_llm.engine.interface import Decoding, Request
 from eggroll_llm.engine.memory import batch_tokens
+from eggroll_llm.engine.token_tree import TokenTree
 from eggroll_llm.engine.vllm.arguments import CPU_BLOCK
 from eggroll_llm.engine.vllm.engine import VllmEngine
 from eggroll_llm.engine.vllm.weights import forget_linear_weights, keep_linear_weights, repack
@@ -87,6 +88,19 @@ class Population:
             )
         )
         return Times(sample=sample, noise=noise, update=times.update, serve=times.serve)
+
+    def score(self, work: Workload) -> float | None:
+        """Score the second half of prompts, as many under all members together as the workload has.
+
+        Every token counts that passes the model: of a prefix that prompts share, those of one.
+        """
+        if self.job["kind"] == "stock":  # vLLM's adapters are placed by its scheduler
+            return None
+        population, asked = self.job["population"], max(1, len(work.prompts) // self.job["population"])
+        halves = [(tuple(p[: len(p) // 2]), tuple(p[len(p) // 2 :])) for p in work.prompts[:asked]]
+        start = time.perf_counter()
+        self._engine.score(halves, range(population))
+        return population * len(TokenTree(halves)) / (time.perf_counter() - start)
 
     def memory_gib(self) -> float:
         """Return the memory of this process."""

@@ -57,6 +57,10 @@ class Plain:
             self._llm.step()
         return time.perf_counter() - start
 
+    def score(self, work: Workload) -> float | None:
+        """Return nothing: there are no members."""
+        return None
+
     def memory_gib(self) -> float:
         """Return the memory of the process that the model is in."""
         (memory,) = self._llm.collective_rpc("bench_memory_gib")

@@ -15,7 +15,14 @@ Round = dict[str, dict[str, Any]]
 """The answers of one round by variant name."""
 REFERENCES = ("plain", "shipped")
 """Kinds that the others are compared with."""
-_PHASES = ("generated_per_second", "prefill_seconds", "decode_tokens_per_second", "decode_step_seconds")
+_PHASES = (
+    "generated_per_second",
+    "prefill_seconds",
+    "prefill_tokens_per_second",
+    "decode_tokens_per_second",
+    "decode_step_seconds",
+    "scored_tokens_per_second",
+)
 _PARTS_OF_STEP = ("noise_seconds", "update_seconds", "serve_seconds", "rest_of_step")
 
 
@@ -65,6 +72,12 @@ def _rows(waves: Sequence[Measured], subject: Subject, size: Size) -> list[dict[
             for to in variants
             if to.kind in REFERENCES
         }
+        scored = [
+            answer["scored_tokens_per_second"] / plain
+            for answers in rounds
+            if (answer := answers.get(variant.name, {})).get("scored_tokens_per_second")
+            and (plain := answers.get(EAGER.name, {}).get("prefill_tokens_per_second"))
+        ]
         memory = own[-1]["memory_gib"]
         predicted = population_bytes(subject, variant) / GIB if variant.kind == "population" else None
         table.append(
@@ -79,6 +92,7 @@ def _rows(waves: Sequence[Measured], subject: Subject, size: Size) -> list[dict[
                 "tokens_per_second": speed[variant.name],
                 "tokens_per_second_range": _range(speeds[variant.name]),
                 **{key: _median_or_none([answer.get(key) for answer in own]) for key in (*_PHASES, *_PARTS_OF_STEP)},
+                "scored_to_prefill": [statistics.median(scored), *_range(scored)] if scored else None,
                 "ratio_to": {name: [statistics.median(values), *_range(values)] for name, values in ratios.items()},
                 "memory_gib": memory,
                 "memory_over_plain_gib": memory - plain_memory[-1] if plain_memory else None,
@@ -110,11 +124,12 @@ def show(table: Sequence[dict[str, Any]], size: Size, console: Console) -> None:
             f"{size.num_prompts} at a time, {_how_sampled(size)}, on {part[0].get('device', 'cpu')}",
             caption=f"Medians of {min(row['rounds'] for row in part)} rounds or more (least-most). tokens/s: prompt "
             "and new tokens. prefill: seconds to the first token of all prompts. step: milliseconds of a forward pass "
-            "that decodes a token of each. of ...: tokens/s, as a fraction in the same round. noise + update + serve: "
-            "milliseconds of a training step, and their share of it. GiB: in use (GPU: peak), then what it is more "
-            "than plain eager, measured / predicted. start: seconds. vLLM: how it runs.",
+            "that decodes a token of each. scored/s: tokens of completions and prompts that members score, and as a "
+            "fraction of plain eager's prompt tokens/s in prefill. of ...: tokens/s, as a fraction in the same round. "
+            "noise + update + serve: milliseconds of a training step, and their share of it. GiB: in use (GPU: peak), "
+            "then what it is more than plain eager, measured / predicted. start: seconds. vLLM: how it runs.",
         )
-        for column in ("variant", "tokens/s", "new/s", "prefill", "decode/s", "step"):
+        for column in ("variant", "tokens/s", "new/s", "prefill", "decode/s", "step", "scored/s"):
             view.add_column(column, justify="left" if column == "variant" else "right")
         for name in references:
             view.add_column(f"of {name}", justify="right")
@@ -141,6 +156,7 @@ def _cells(row: dict[str, Any], references: Sequence[str]) -> list[str]:
         _number(row["prefill_seconds"], ".2f"),
         _number(row["decode_tokens_per_second"], ",.0f"),
         "" if step is None else f"{1e3 * step:.2f}",
+        _scored(row),
         *("{:.2f} ({:.2f}-{:.2f})".format(*row["ratio_to"][name]) for name in references),
         _rest_of_step(row),
         f"{row['memory_gib']:.2f}",
@@ -148,6 +164,11 @@ def _cells(row: dict[str, Any], references: Sequence[str]) -> list[str]:
         _number(row.get("start_seconds"), ".0f"),
         _how_it_runs(row),
     ]
+
+
+def _scored(row: dict[str, Any]) -> str:
+    text = _number(row["scored_tokens_per_second"], ",.0f")
+    return f"{text} ({row['scored_to_prefill'][0]:.2f})" if row["scored_to_prefill"] else text
 
 
 def _how_it_runs(row: dict[str, Any]) -> str:

@@ -37,7 +37,8 @@ def start(job: dict[str, Any]) -> Runner:
 def measure(runner: Runner, work: Workload, repeat: int, *, phased: bool) -> dict[str, Any]:
     """Answer the workload once and return seconds, rates and memory.
 
-    `phased` answers it again with one token each. That is the prefill, and all beyond it is decoding.
+    `phased` answers it again with one token each. That is the prefill, and all beyond it is decoding. Then members
+    score.
     """
     times = runner.run(work, 2 * repeat)
     prompt, new = sum(map(len, work.prompts)), sum(work.new_tokens)
@@ -52,7 +53,9 @@ def measure(runner: Runner, work: Workload, repeat: int, *, phased: bool) -> dic
     if phased:
         prefill = runner.run(work.first_token(), 2 * repeat + 1).sample
         decode, steps = times.sample - prefill, max(work.new_tokens) - 1
-        answer |= {"prefill_seconds": prefill}
+        answer |= {"prefill_seconds": prefill, "prefill_tokens_per_second": prompt / prefill}
+        if (scored := runner.score(work)) is not None:
+            answer |= {"scored_tokens_per_second": scored}
         if steps and decode > 0:  # which noise can turn around where there is next to nothing to decode
             answer |= {
                 "decode_tokens_per_second": (new - len(work.prompts)) / decode,

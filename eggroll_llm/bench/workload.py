@@ -39,6 +39,10 @@ class Runner(Protocol):
         """Answer all prompts; `repeat` counts from 0 and stands for a step of training."""
         ...
 
+    def score(self, work: Workload) -> float | None:
+        """Return the tokens a second in which members score completions; None where there are no members to do so."""
+        ...
+
     def memory_gib(self) -> float:
         """Return the most memory of the GPU in use so far; on a CPU what is resident now."""
         ...

@@ -158,10 +158,14 @@ class ConsoleDisplay(AbstractContextManager["ConsoleDisplay"]):
         """Show one line for the step and a few of its completions."""
         left = "" if seconds_left is None else f"  left {duration(seconds_left)}"
         said = f"  {note}" if note else ""
+        if row["completions"]:
+            work = f"{row['throughput/tokens_per_second']:,.0f} tokens/s"
+        else:  # the answers are those of an earlier step
+            work = f"{row['tokens/scored']:,} tokens scored"
         with self._surviving():
             self.console.print(
                 f"step {row['step']:>4}  reward {row['reward/mean']:.3f}  accuracy {row['reward/accuracy']:.3f}  "
-                f"{row['throughput/tokens_per_second']:,.0f} tokens/s  {row['time/step']:.1f} s{left}{said}"
+                f"{work}  {row['time/step']:.1f} s{left}{said}"
             )
             for sample in samples:
                 self.console.print(self._sample(sample))

@@ -14,7 +14,17 @@ from eggroll_llm.errors import ConfigError
 from eggroll_llm.es.settings import EsSettings
 
 _MAY_CHANGE = ("steps", "minutes", "eval.every", "grpo.gradient_checkpointing")
-_ADDED = {"chat.system": "", "es.masters": "float32", "engine.quantization": "none"}
+_ADDED = {
+    "chat.system": "",
+    "es.masters": "float32",
+    "es.fitness_from": "rewards",
+    "es.weighting": "ratio",
+    "es.answer_reuse": 1,
+    "es.max_drift": 0.0,
+    "es.problems": "shared",
+    "es.skip_tied": False,
+    "engine.quantization": "none",
+}
 """Settings that were added since, with their defaults: the hash of a run that does not use them stays what it was."""
 MAY_CHANGE = f"{', '.join(_MAY_CHANGE)}, [log], [checkpoint], [reward], [engine] except dtype and quantization"
 """What `may_change` allows, in words; steps only without a schedule."""

@@ -30,6 +30,9 @@ _WORDS_ELSEWHERE = (
     ("bf16 fp16 torchdtype precision", "engine.dtype"),
     ("lorar r", "grpo.lora_rank es.rank"),
     ("kl klcoef klcoeff", "grpo.beta"),
+    ("ppoepochs updateepochs", "es.answer_reuse grpo.num_iterations"),
+    ("targetkl maxkl", "es.max_drift"),
+    ("filtergroups dynamicsampling", "es.skip_tied"),
     ("cliprange cliprangelow clipratio", "grpo.epsilon"),
     ("resume resumefromcheckpoint overwrite force", "on-existing"),
     # Commands.

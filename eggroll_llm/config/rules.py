@@ -87,6 +87,8 @@ class _Check:
                 "engine.min_replicas",
                 "engine.replicas",
             )
+        if config.engine.tensor_parallel > 1:
+            self.of_tensor_parallel()
         self.of_chat()
         if config.method == "es":
             self.of_es()
@@ -117,6 +119,13 @@ class _Check:
                     key,
                     "steps",
                 )
+
+    def of_tensor_parallel(self) -> None:
+        key = "engine.tensor_parallel"
+        if self.config.method == "grpo":
+            self.fail("a trainer's weights can only be served by one device", f"Set {key} to 1", key, because="method")
+        if self.config.engine.compile:
+            self.fail("torch.compile does not reach the ranks", "Set engine.compile to false", "engine.compile", key)
 
     def of_chat(self) -> None:
         chat = self.config.chat
@@ -151,6 +160,38 @@ class _Check:
                 "es.fitness",
                 "es.antithetic",
             )
+        if es.problems == "per_pair":
+            self.of_pairs()
+        if es.fitness_from == "probabilities":
+            self.of_groups("fitness from probabilities", "es.fitness_from")
+        elif es.answer_reuse > 1:
+            self.fail(
+                "the rewards of members' own answers say nothing of others",
+                'Set es.answer_reuse to 1, or es.fitness_from to "probabilities"',
+                "es.answer_reuse",
+                "es.fitness_from",
+            )
+        elif es.weighting != "ratio":
+            self.fail(
+                "rewards need no weighting",
+                'Leave es.weighting out, or set es.fitness_from to "probabilities"',
+                "es.weighting",
+                "es.fitness_from",
+            )
+        if es.max_drift and es.answer_reuse == 1:
+            self.fail(
+                "answers are drawn anew at every step anyway",
+                "Set es.answer_reuse above 1, or es.max_drift to 0",
+                "es.max_drift",
+                "es.answer_reuse",
+            )
+        if es.answer_reuse > 1 and es.skip_tied:
+            self.fail(
+                "which problems come next would depend on when answers are drawn anew",
+                "Set es.answer_reuse to 1, or es.skip_tied to false",
+                "es.answer_reuse",
+                "es.skip_tied",
+            )
         if es.optimizer == "momentum" and es.momentum == 0:
             self.fail(
                 "momentum 0 is plain SGD",
@@ -167,29 +208,59 @@ class _Check:
                 "es.schedule_end",
             )
 
-    def of_grpo(self) -> None:
-        grpo, sampling = self.config.grpo, self.config.sampling
+    def of_pairs(self) -> None:
+        """Problems of their own leave twins alone to compare."""
+        es = self.config.es
+        if not es.antithetic:
+            self.fail(
+                "there are no pairs",
+                'Set es.antithetic to true, or es.problems to "shared"',
+                "es.problems",
+                "es.antithetic",
+            )
+        if es.fitness == "rank":
+            self.fail(
+                "members with other problems have no common ranks",
+                'Set es.fitness to "centered" or "sign", or es.problems to "shared"',
+                "es.problems",
+                "es.fitness",
+            )
+        if es.fitness_from == "probabilities":
+            self.fail(
+                "members that only score answers share them all",
+                'Set es.problems to "shared", or es.fitness_from to "rewards"',
+                "es.problems",
+                "es.fitness_from",
+            )
+
+    def of_groups(self, who: str, because: str) -> None:
+        """What compares the completions of a problem with each other needs different ones, as they are drawn."""
+        sampling = self.config.sampling
         if sampling.samples_per_prompt < 2:
             self.fail(
-                "GRPO compares the completions of a problem with each other",
+                f"{who} compares the completions of a problem with each other",
                 "Set sampling.samples_per_prompt to 2 or more, such as 8",
                 "sampling.samples_per_prompt",
-                because="method",
+                because=because,
             )
         if sampling.temperature == 0:
             self.fail(
                 "greedy completions of a problem are all the same",
                 "Set sampling.temperature above 0, such as 1.0",
                 "sampling.temperature",
-                because="method",
+                because=because,
             )
         if sampling.top_p < 1:
             self.fail(
-                "the trainer computes probabilities over the whole vocabulary",
+                "probabilities are over the whole vocabulary",
                 "Set sampling.top_p to 1",
                 "sampling.top_p",
-                because="method",
+                because=because,
             )
+
+    def of_grpo(self) -> None:
+        grpo, sampling = self.config.grpo, self.config.sampling
+        self.of_groups("GRPO", "method")
         completions = sampling.prompts_per_step * sampling.samples_per_prompt
         if completions % grpo.micro_batch:
             fits = max(size for size in range(1, grpo.micro_batch) if completions % size == 0)

@@ -40,12 +40,16 @@ class ChatConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RewardConfig:
-    """Limits of a user's own score, which runs in its own process; built-in graders need none."""
+    """Processes and limits of a user's own score; built-in graders need none."""
 
+    workers: Annotated[int, Ge(1), Le(1024)] = 1
+    """Processes that score completions side by side, while others are sampled; each imports the user's file."""
+    batch_size: Annotated[int, Ge(1)] = 32
+    """Completions in one call of score_batch, for a task that has it."""
     timeout_seconds: Annotated[float, Gt(0), Le(86_400)] = 10.0
-    """Seconds that scoring one completion may take; then the process is killed and the completion scores 0."""
+    """Seconds that a call of score or score_batch may take; then the process is killed and the completion scores 0."""
     memory_gib: Annotated[float, Gt(0)] = 4.0
-    """Memory limit of the process in GiB, imports and data included; each process it starts may use as much."""
+    """Memory limit of each process in GiB, imports and data included; each process it starts may use as much."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -107,7 +111,7 @@ class EngineConfig:
     max_model_len: Annotated[int, Ge(0)] = 0
     """Context length, prompt and completion together, in tokens; 0 derives it from the task."""
     kv_cache_gib: Annotated[float, Gt(0)] = 1.0
-    """Memory of the key-value cache in GiB."""
+    """Memory of the key-value cache in GiB, on each device of an engine."""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     """Number format of the served weights; "auto" is bfloat16, but float32 on a CPU without bfloat16 instructions."""
     quantization: Literal["none", "fp8"] = "none"
@@ -127,7 +131,9 @@ class EngineConfig:
     threads: Annotated[int, Ge(0)] = 0
     """CPU threads of an engine; 0 shares all cores among them. Without a C++ compiler an update's bits depend on it."""
     replicas: Annotated[int, Ge(0), Le(4096)] = 1
-    """Engines; more than 1 by Ray (extra "ray"). 0: one for each GPU of the machine or Ray cluster, on a CPU one."""
+    """Engines; more than 1 by Ray (extra "ray"). 0: as many as GPUs of machine or Ray cluster allow, on a CPU one."""
+    tensor_parallel: Annotated[int, Ge(1), Le(64)] = 1
+    """Devices of an engine, each with a part of the weights, masters and noise: for a model too large for one."""
     min_replicas: Annotated[int, Ge(1)] = 1
     """Engines that a run goes on with; fewer for longer than timeout_seconds end it."""
     restart: Annotated[int, Ge(0)] = 3
@@ -199,7 +205,7 @@ class RunConfig:
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     """How completions are sampled in training."""
     reward: RewardConfig = field(default_factory=RewardConfig)
-    """Limits of a user's own score."""
+    """Processes and limits of a user's own score."""
     es: EsSettings = field(default_factory=EsSettings)
     """The evolution strategy, of method "es"."""
     grpo: GrpoConfig = field(default_factory=GrpoConfig)

@@ -77,6 +77,8 @@ class UpdateTimes:
     """Packing the served weights, and forgetting the prefix cache."""
 
 
+Scored = tuple[tuple[int, ...], tuple[int, ...]]
+"""A prompt and a completion of it, in tokens, neither of them empty."""
 Stream = Generator[tuple[int, Completion], None, None]
 Progress = Callable[[int, int], None]
 """Called with the number of finished and of all completions."""
@@ -110,6 +112,13 @@ class Engine(Sampler, Protocol):
 
     def begin(self, noise: "NoiseSpec", population: int, *, antithetic: bool = True) -> float:
         """Make members 0 ... population - 1 of a step available; return the seconds that their noise took."""
+        ...
+
+    def score(self, completions: Sequence[Scored], members: Sequence[int | None], temperature: float = 1.0) -> "Tensor":
+        """Return the log-probabilities [members, tokens] that members give to the tokens of all completions, in order.
+
+        They are those of a softmax of logits / temperature, float32 on the CPU. A member of None is the base model.
+        """
         ...
 
     def update(self, spec: "UpdateSpec") -> UpdateTimes:
@@ -147,6 +156,12 @@ class Engine(Sampler, Protocol):
 
 class SteppedEngine(Engine, Protocol):
     """An engine that computes one step per call, so that it takes new requests while others are being answered."""
+
+    def scoring(
+        self, completions: Sequence[Scored], members: Sequence[int | None], temperature: float = 1.0
+    ) -> Generator[None, None, "Tensor"]:
+        """Score, yielding after each pass, none of which takes much longer than a step; return what `score` does."""
+        ...
 
     def submit(self, requests: Mapping[int, Request], decoding: Decoding) -> None:
         """Take requests, by keys that are not in use; `poll` answers them."""

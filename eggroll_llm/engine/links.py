@@ -44,6 +44,10 @@ class Launcher(Protocol):
         """Return how many engines more there is room for, where their number is left to the machines; else 0."""
         ...
 
+    def avoid(self, node: str) -> None:
+        """Start no engine on a machine (`Started.node`) any more, and count no room there."""
+        ...
+
     def close(self) -> None:
         """End what is needed for starting engines. Raises nothing."""
         ...
@@ -70,8 +74,6 @@ class Slot:
 
     number: int
     restarts: int = 0
-    deviated: bool = False
-    """One of its engines has had other weights than the rest."""
     given_up: bool = False
 
 

@@ -4,12 +4,14 @@
             beside it optimizer state and the buffers of an update, which come after vLLM has measured what is left
     host    checkpoints while they are written, and what is offloaded; on a CPU everything
 
+With engine.tensor_parallel a GPU's is that of each device of an engine, and a host's that of all of them.
+
 Activations are an estimate: the widest layer at the most tokens of a batch, and the logits of all sequences.
 """
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from eggroll_llm.config.schema import EngineConfig
@@ -49,6 +51,8 @@ class ModelShape:
     intermediate: int
     cached: int
     """Values in the key-value cache of a token."""
+    heads: int = 1
+    """Attention heads with keys and values of their own."""
 
     @classmethod
     def of(cls, config: Mapping[str, Any], tensors: Mapping[str, tuple[int, ...]]) -> "ModelShape":
@@ -66,7 +70,29 @@ class ModelShape:
             hidden=number("hidden_size"),
             intermediate=number("intermediate_size"),
             cached=2 * number("num_hidden_layers") * heads * head_size(config),
+            heads=heads,
         )
+
+    def on_each(self, ranks: int) -> "ModelShape":
+        """Return what each of the devices of an engine has: columns of o and down, rows of all else."""
+
+        def part(name: str, out: int, inside: int) -> Shape:
+            layer = name.split(".")[-2]
+            if layer in ("o_proj", "down_proj"):
+                return name, out, inside // ranks
+            return name, out // (self._heads_cut(ranks) if layer in ("k_proj", "v_proj") else ranks), inside
+
+        here = replace(self, trained=[part(*shape) for shape in self.trained])
+        return replace(
+            here,
+            weights=here.linear + (self.weights - self.linear) // ranks,
+            intermediate=self.intermediate // ranks,
+            cached=self.cached // self._heads_cut(ranks),
+        )
+
+    def _heads_cut(self, ranks: int) -> int:
+        """Return among how many the heads of k and v are shared; the others have copies."""
+        return max(1, min(ranks, self.heads))
 
     @property
     def linear(self) -> int:
@@ -76,13 +102,14 @@ class ModelShape:
 
 def es_parts(model: ModelShape, es: EsSettings, engine: EngineConfig, *, on_cpu: bool) -> list[Part]:
     """Return what a run takes, settings settled; on a GPU without the key-value cache, which takes the rest."""
-    size = SIZE[engine.dtype]
+    size, whole, ranks = SIZE[engine.dtype], model, engine.tensor_parallel
+    model = whole.on_each(ranks)
     split, offloaded = es.masters == "split", engine.offload_masters and not on_cpu
     member = member_bytes(model.trained, es.rank, size)
     directions = es.population // 2 if es.antithetic else es.population
     quantised = engine.quantization == "fp8"
     # Packed for its matrix product, a CPU's copy of the head is one more.
-    served = size * (model.weights + (model.vocabulary * model.hidden if on_cpu else 0))
+    served = size * (model.weights + (model.vocabulary * model.hidden // ranks if on_cpu else 0))
     if quantised:  # a byte each and a float32 scale a row
         served += (1 - size) * model.linear + 4 * sum(out for _, out, _ in model.trained)
     # Split masters are in what is served, but for what is packed or quantised.
@@ -103,8 +130,10 @@ def es_parts(model: ModelShape, es: EsSettings, engine: EngineConfig, *, on_cpu:
         ),
         Part(name="noise of a step", size=kept_bytes(member, directions) if on_cpu else 0, place="host"),
         Part(name="an update", size=update_bytes(model, es, engine, on_cpu=on_cpu), place="beside"),
-        Part(name="a checkpoint", size=checkpoint_bytes(model, es, engine, on_cpu=on_cpu), place="host"),
     ]
+    if ranks > 1:
+        parts = [replace(part, size=part.size * (ranks if on_cpu or part.place == "host" else 1)) for part in parts]
+    parts.append(Part(name="a checkpoint", size=checkpoint_bytes(whole, es, engine, on_cpu=on_cpu), place="host"))
     return [part for part in parts if part.size]
 
 
@@ -132,10 +161,11 @@ def update_bytes(model: ModelShape, es: EsSettings, engine: EngineConfig, *, on_
 
 def checkpoint_bytes(model: ModelShape, es: EsSettings, engine: EngineConfig, *, on_cpu: bool) -> int:
     """Return what writing a checkpoint takes besides what is in the host's memory anyway."""
-    in_host = on_cpu or engine.offload_masters
+    here = engine.tensor_parallel == 1  # else masters are in parts, in other processes
+    in_host = here and (on_cpu or engine.offload_masters)
     masters = 4 if es.masters == "split" or not in_host else 0
     moments = 0 if in_host else 4 * MOMENTS[es.optimizer]
-    served = 0 if on_cpu and (es.masters == "split" or engine.dtype == "float32") else SIZE[engine.dtype]
+    served = 0 if here and on_cpu and (es.masters == "split" or engine.dtype == "float32") else SIZE[engine.dtype]
     return (masters + moments + served) * model.linear
 
 

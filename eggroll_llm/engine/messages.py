@@ -10,13 +10,16 @@ Frames are pickles. Both ends are processes of one user, started by one driver, 
 
 import dataclasses
 import pickle
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from eggroll_llm import errors
-from eggroll_llm.engine.interface import Completion, Decoding
+from eggroll_llm.engine.interface import Completion, Decoding, Scored
 from eggroll_llm.es.estimate import NonFiniteUpdate
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _COMPLETION = tuple(field.name for field in dataclasses.fields(Completion))
 
@@ -41,12 +44,21 @@ class Prompts:
 
 
 @dataclass(frozen=True, slots=True)
+class Scoring:
+    """The completions of a job that asks for their probabilities, sent once to each engine that works on it."""
+
+    job: int
+    completions: tuple[Scored, ...]
+    temperature: float
+
+
+@dataclass(frozen=True, slots=True)
 class Work:
-    """Requests to answer; `Done` brings the completions."""
+    """Requests to answer; `Done` brings the completions, or `Scores` what members make of those of the job."""
 
     job: int
     items: tuple[tuple[int, int, int | None, int | None], ...]
-    """Request, prompt, member and sampling seed of each."""
+    """Request, prompt, member and sampling seed of each; of a member that scores, prompt and seed say nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +71,7 @@ class Stop:
     """End."""
 
 
-Message = Call | Prompts | Work | Forget | Stop
+Message = Call | Prompts | Scoring | Work | Forget | Stop
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +130,8 @@ class Reply:
     failure: Failure | None
     peak: int
     """The most memory that the process has had resident, in bytes."""
+    seconds: float
+    """Spent in the call."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,6 +153,29 @@ class Done:
 
 
 @dataclass(frozen=True, slots=True)
+class Scores:
+    """Log-probabilities of a job's completions, by request, which is a member."""
+
+    job: int
+    requests: tuple[int, ...]
+    logprobs: bytes
+    """Float32, in the order of the tokens, one request after the other."""
+
+    @classmethod
+    def of(cls, job: int, requests: Sequence[int], logprobs: "Tensor") -> "Scores":
+        """Return rows [requests, tokens] as they are sent."""
+        return cls(job, tuple(requests), logprobs.numpy().tobytes())
+
+    @property
+    def answers(self) -> list[tuple[int, "Tensor"]]:
+        """Return (request, log-probabilities) of each."""
+        import torch
+
+        rows = torch.frombuffer(bytearray(self.logprobs), dtype=torch.float32).view(len(self.requests), -1)
+        return list(zip(self.requests, rows, strict=True))
+
+
+@dataclass(frozen=True, slots=True)
 class Alive:
     """Work goes on, and nothing is finished yet."""
 
@@ -150,7 +187,7 @@ class Broken:
     failure: Failure
 
 
-Event = Started | Reply | Done | Alive | Broken
+Event = Started | Reply | Done | Scores | Alive | Broken
 
 
 def encode(record: Message | Event) -> bytes:

@@ -2,6 +2,7 @@
 
     begin, update      to all: noise and weights are regenerated from a few numbers
     generate, stream   shared out by `Shares`; what a lost engine has not answered goes to the others
+    score              likewise, by members
     state, export      from one
 
 Every engine folds every update, so that nothing has to be sent but fitness. They must compute the same bits: what they
@@ -14,13 +15,14 @@ import dataclasses
 import logging
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from eggroll_llm.engine.interface import Completion, Decoding, Progress, Request, UpdateTimes
+from eggroll_llm.engine.interface import Completion, Decoding, Progress, Request, Scored, UpdateTimes
 from eggroll_llm.engine.links import Launcher, Replica, Rules
-from eggroll_llm.engine.messages import Call, Done, Forget, Prompts, Stop, Work
-from eggroll_llm.engine.roster import REPLAYED_AT_ONCE, Roster
+from eggroll_llm.engine.messages import Call, Done, Forget, Prompts, Scores, Scoring, Stop, Work
+from eggroll_llm.engine.roster import REPLAYED_AT_ONCE, EngineLostError, Roster
 from eggroll_llm.engine.sampling import in_order
 from eggroll_llm.engine.shares import Shares
 from eggroll_llm.engine.watchdog import Watchdog
@@ -41,24 +43,21 @@ REPLAY_AT_MOST = 100
 CLOSE_SECONDS = 5.0
 
 T = TypeVar("T")
+Item = tuple[int, int, int | None, int | None]
+"""Request, prompt, member and sampling seed."""
 
 
 class _Job:
     """Requests under way."""
 
-    def __init__(self, number: int, requests: Sequence[Request], decoding: Decoding, capacity: int) -> None:
-        self.number = number
-        prompt_of = {prompt: i for i, prompt in enumerate(dict.fromkeys(request.prompt_ids for request in requests))}
-        self.prompts = Prompts(number, tuple(prompt_of), decoding)
-        seeded = decoding.temperature > 0
-        self.items = [
-            (i, prompt_of[request.prompt_ids], request.member, request.seed if seeded else None)
-            for i, request in enumerate(requests)
-        ]
-        self.shares: Shares[Replica] = Shares(_groups(requests), capacity)
+    def __init__(
+        self, about: Prompts | Scoring, items: Sequence[Item], groups: Sequence[Sequence[int]], capacity: int
+    ) -> None:
+        self.about, self.items = about, items
+        self.shares: Shares[Replica] = Shares(groups, capacity)
         self.knows: set[Replica] = set()
-        """Those that have the prompts."""
-        self.arrived: list[tuple[int, Completion]] = []
+        """Those that have been told what it is about."""
+        self.arrived: list[tuple[int, Any]] = []
 
 
 def _groups(requests: Sequence[Request]) -> list[list[int]]:
@@ -92,7 +91,7 @@ class EnginePool:
         self._launcher, self._rules = launcher, rules
         self._capacity = max(1, int(AHEAD * max_sequences))
         self._job: _Job | None = None
-        self._jobs = 0
+        self._jobs = count(1)
         self._sampling_seconds = self._idle_seconds = 0.0  # of all engines together
         self._roster = Roster(launcher, rules, say)
         self._roster.on_live, self._roster.on_lost = self._feed, self._take_back
@@ -105,7 +104,7 @@ class EnginePool:
 
     def begin(self, noise: NoiseSpec, population: int, *, antithetic: bool = True) -> float:
         """Make the members of a step available everywhere; return the seconds that their noise took the slowest."""
-        self._roster.add(self._launcher.spare())
+        self._roster.add(self._launcher.spare() - self._roster.given_up)
         seconds = self._roster.call("begin", noise, population, antithetic=antithetic)
         self._roster.past.begin = Call(-1, "begin", (noise, population), {"antithetic": antithetic})
         return max(seconds.values())
@@ -118,8 +117,27 @@ class EnginePool:
 
     def stream(self, requests: Sequence[Request], decoding: Decoding) -> Generator[tuple[int, Completion]]:
         """Yield (position of the request, completion) as they finish; closing it early leaves the pool usable."""
-        self._jobs += 1
-        self._job = job = _Job(self._jobs, requests, decoding, self._capacity)
+        prompt_of = {prompt: i for i, prompt in enumerate(dict.fromkeys(request.prompt_ids for request in requests))}
+        seeded = decoding.temperature > 0
+        items = [
+            (i, prompt_of[request.prompt_ids], request.member, request.seed if seeded else None)
+            for i, request in enumerate(requests)
+        ]
+        about = Prompts(next(self._jobs), tuple(prompt_of), decoding)
+        yield from self._answers(_Job(about, items, _groups(requests), self._capacity))
+
+    def score(self, completions: Sequence[Scored], members: Sequence[int | None], temperature: float = 1.0) -> "Tensor":
+        """Return the log-probabilities [members, tokens] of completions; the members are shared out."""
+        import torch
+
+        about = Scoring(next(self._jobs), tuple(completions), temperature)
+        items = [(i, 0, member, None) for i, member in enumerate(members)]
+        rows = dict(self._answers(_Job(about, items, [[i] for i in range(len(members))], self._capacity)))
+        return torch.stack([rows[i] for i in range(len(members))])
+
+    def _answers(self, job: _Job) -> Generator[tuple[int, Any]]:
+        """Share a job out and yield (request, answer) as they come."""
+        self._job = job
         self._roster.begin_work()
         try:
             for replica in self._roster.live:
@@ -157,7 +175,7 @@ class EnginePool:
 
     def state(self) -> Mapping[str, "Tensor"]:
         """Return masters and optimizer state of one engine."""
-        state: Mapping[str, Tensor] = self._ask_one("state")
+        state: Mapping[str, Tensor] = self._with_one(self._fetch_state)
         if len(self._roster.past.updates) > REPLAY_AT_MOST:
             self._roster.past.loaded(Call(-1, "load_state", (state,)))
         return state
@@ -172,26 +190,29 @@ class EnginePool:
 
     def export(self, directory: Path) -> None:
         """Write the served model as a Hugging Face directory, by an engine that sees it if there is one."""
-        if any(self._is_near(replica) for replica in self._roster.live):
-            self._ask_one("export", directory)
-            return
-        files: Mapping[str, bytes] = self._ask_one("exported_files")
-        directory.mkdir(parents=True, exist_ok=True)
-        for name, content in files.items():
-            (directory / name).write_bytes(content)
+
+        def export(replica: Replica) -> None:
+            if self._is_near(replica):
+                self._roster.ask(replica, "export", directory)
+            else:
+                self._fetch_export(replica, directory)
+
+        self._with_one(export)
 
     def metrics(self) -> dict[str, float]:
-        """Return the number of engines, and since the last call how many were lost, how idle they were, and bytes."""
+        """Return the number of engines, and what happened since the last call: losses, idleness, replays, bytes."""
         roster = self._roster
         row = {
             "engines": len(roster.live),
             "engines/lost": roster.lost,
             "engines/idle": self._idle_seconds / self._sampling_seconds if self._sampling_seconds else 0.0,
+            "time/replay": roster.replay_seconds,
             "wire/out": roster.bytes_out,
             "wire/in": roster.bytes_in,
             "memory/peak_gib": max((replica.peak for replica in roster.replicas), default=0) / 2**30,
         }
         roster.lost = roster.bytes_out = roster.bytes_in = 0
+        roster.replay_seconds = 0.0
         self._sampling_seconds = self._idle_seconds = 0.0
         return row
 
@@ -212,8 +233,8 @@ class EnginePool:
             return
         if replica not in job.knows:
             job.knows.add(replica)
-            self._roster.post(replica, job.prompts)
-        self._roster.post(replica, Work(job.number, tuple(job.items[request] for request in taken)))
+            self._roster.post(replica, job.about)
+        self._roster.post(replica, Work(job.about.job, tuple(job.items[request] for request in taken)))
 
     def _take_back(self, lost: Replica) -> int:
         """Give the work of a lost engine to the others."""
@@ -223,11 +244,11 @@ class EnginePool:
             self._feed(replica)
         return count
 
-    def _receive(self, replica: Replica, done: Done) -> None:
+    def _receive(self, replica: Replica, done: Done | Scores) -> None:
         job = self._job
-        if job is None or done.job != job.number:
+        if job is None or done.job != job.about.job:
             return  # what was closed before it was answered
-        job.arrived += [(i, completion) for i, completion in done.answers if job.shares.answered(replica, i)]
+        job.arrived += [(i, answer) for i, answer in done.answers if job.shares.answered(replica, i)]
         self._feed(replica)
 
     def _is_working(self, replica: Replica) -> bool:
@@ -245,14 +266,27 @@ class EnginePool:
     def _is_near(self, replica: Replica) -> bool:
         return replica.started is not None and replica.started.node == self._launcher.node
 
-    def _ask_one(self, method: str, *args: object) -> Any:
-        """Call a method of one engine, one that sees our files first; of another when it is lost meanwhile."""
+    def _fetch_state(self, replica: Replica) -> dict[str, "Tensor"]:
+        names: list[str] = self._roster.ask(replica, "pack_state")
+        return {name: self._roster.ask(replica, "take", name) for name in names}
+
+    def _fetch_export(self, replica: Replica, directory: Path) -> None:
+        files: Mapping[str, int] = self._roster.ask(replica, "pack_export")
+        directory.mkdir(parents=True, exist_ok=True)
+        for name, size in files.items():
+            with (directory / name).open("wb") as file:
+                while file.tell() < size:
+                    file.write(self._roster.ask(replica, "read", name, file.tell()))
+        self._roster.ask(replica, "discard_export")
+
+    def _with_one(self, ask: Callable[[Replica], T]) -> T:
+        """Ask one engine, one that sees our files first; another when it is lost meanwhile."""
         while True:
             while not self._roster.live:
                 self._roster.round()
             first = sorted(self._roster.live, key=lambda replica: not self._is_near(replica))[0]
-            with contextlib.suppress(LookupError):
-                return self._roster.ask(first, method, *args)
+            with contextlib.suppress(EngineLostError):
+                return ask(first)
 
     def _agreed(self, said: Mapping[Replica, T]) -> T:
         """Return what most engines say, and lose the others. Raises EngineError without a majority."""
@@ -267,5 +301,5 @@ class EnginePool:
                 "versions, or one engine"
             )
         for replica in (replica for same in wrong for replica in same):
-            self._roster.deviates(replica, right[0])
+            self._roster.deviates(replica, right)
         return said[right[0]]

@@ -10,7 +10,7 @@ import dataclasses
 import os
 import platform
 import queue
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,11 +70,12 @@ def start_pool(blueprint: Blueprint, logs: Path | None, say: Callable[[str], Non
 
 
 class Cluster:
-    """The connection to Ray, and how many engines there is room for. An engine has a GPU, or some cores."""
+    """The connection to Ray, and how many engines there is room for. An engine has one or more GPUs, or some cores."""
 
     def __init__(self, config: EngineConfig) -> None:
         """Connect, or start a cluster on this machine. Raises ConfigError when there is no room for the engines."""
         self.on_cpu, self.counted = serves_on_cpu(), config.replicas == 0
+        self.gpus_each = config.tensor_parallel
         self._ours = not ray.is_initialized()
         if self._ours:
             address = config.ray_address or os.environ.get("RAY_ADDRESS", "")
@@ -82,7 +83,7 @@ class Cluster:
         try:
             self.cpus = int(ray.cluster_resources().get("CPU", 0))
             self.gpus = int(ray.cluster_resources().get("GPU", 0))
-            self.engines = config.replicas or (1 if self.on_cpu else self.gpus)
+            self.engines = config.replicas or (1 if self.on_cpu else self.gpus // self.gpus_each)
             self.cpus_each = config.threads or (max(1, self.cpus // max(1, self.engines)) if self.on_cpu else 0)
             self._check(config)
         except BaseException:
@@ -90,9 +91,11 @@ class Cluster:
             raise
 
     def _check(self, config: EngineConfig) -> None:
-        there = self.cpus // max(1, self.cpus_each) if self.on_cpu else self.gpus
+        there = self.cpus // max(1, self.cpus_each) if self.on_cpu else self.gpus // self.gpus_each
         if not 0 < self.engines <= there:
             what = f"{self.cpus} cores for engines of {self.cpus_each} threads" if self.on_cpu else f"{self.gpus} GPUs"
+            if not self.on_cpu and self.gpus_each > 1:
+                what += f" for engines of engine.tensor_parallel = {self.gpus_each}"
             raise ConfigError(
                 f"engine.replicas = {config.replicas}: Ray has {what}, enough for {there} engines: lower it, or join "
                 "machines to the cluster"
@@ -101,13 +104,14 @@ class Cluster:
     @property
     def resources(self) -> dict[str, float]:
         """Return what Ray is to set aside for an engine."""
-        return {"num_cpus": self.cpus_each} if self.on_cpu else {"num_cpus": 1, "num_gpus": 1}
+        return {"num_cpus": self.cpus_each} if self.on_cpu else {"num_cpus": 1, "num_gpus": self.gpus_each}
 
-    def spare(self) -> int:
+    def spare(self, avoided: Collection[str]) -> int:
         """Return how many engines more there is room for, where their number is left to the machines."""
         if not self.counted or self.on_cpu:
             return 0
-        return int(ray.available_resources().get("GPU", 0))
+        of_avoided = sum(node["Resources"].get("GPU", 0) for node in ray.nodes() if node["NodeID"] in avoided)
+        return max(0, int(ray.available_resources().get("GPU", 0) - of_avoided) // self.gpus_each)
 
     def close(self) -> None:
         """Leave Ray, which ends the cluster if it was started here."""
@@ -157,23 +161,31 @@ class RayLauncher:
         self._cluster, self._build, self._logs, self._beat = cluster, build, logs, beat
         self.node: str = ray.get_runtime_context().get_node_id()
         self._large: tuple[bytes, Any] | None = None
+        self._avoided: set[str] = set()
 
     def start(self, number: int) -> RayLink:
         """Start the actor of an engine."""
         log = self._logs / f"{number:02}.log" if self._logs else None
         environment = {"OMP_NUM_THREADS": str(self._cluster.cpus_each)} if self._cluster.on_cpu else {}
         options = {**self._cluster.resources, "max_restarts": 0, "runtime_env": {"env_vars": environment}}
+        if self._avoided:
+            options["label_selector"] = {"ray.io/node-id": f"!in({','.join(sorted(self._avoided))})"}
         return RayLink(EngineActor.options(**options).remote(self._build, log, self._beat), self._put, log)
 
     def wait(self, links: Sequence[Link], timeout: float) -> list[tuple[Link, bytes | Lost]]:
         """Return what came first, and whatever else is there."""
         of_events = {link.events: link for link in links if isinstance(link, RayLink)}
-        ready, _ = ray.wait(list(of_events), num_returns=1, timeout=timeout, fetch_local=False)
+        # What is large is fetched meanwhile: of a machine that is cut off, `get` would wait for it without end.
+        ready, _ = ray.wait(list(of_events), num_returns=1, timeout=timeout, fetch_local=True)
         return [(of_events[events], _next(events, of_events[events])) for events in ready]
 
     def spare(self) -> int:
         """Return how many engines more there is room for."""
-        return self._cluster.spare()
+        return self._cluster.spare(self._avoided)
+
+    def avoid(self, node: str) -> None:
+        """Start no engine on a machine any more."""
+        self._avoided.add(node)
 
     def close(self) -> None:
         """Leave Ray."""

@@ -9,18 +9,34 @@ engine that counts, both taken at the same place in that order.
 import dataclasses
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import count
 from typing import Any
 
 from eggroll_llm.engine.links import Launcher, Lost, Replica, Rules, Slot
-from eggroll_llm.engine.messages import Broken, Call, Done, Event, Failure, Message, Reply, Started, decode, encode
+from eggroll_llm.engine.messages import (
+    Broken,
+    Call,
+    Done,
+    Event,
+    Failure,
+    Message,
+    Reply,
+    Scores,
+    Started,
+    decode,
+    encode,
+)
 from eggroll_llm.engine.watchdog import LATER, LOOKS
 from eggroll_llm.errors import ConfigError, EngineError
 from eggroll_llm.es.estimate import UpdateSpec
 
 TICK = 0.5  # seconds at most that are waited at a time
 REPLAYED_AT_ONCE = 10  # updates in one call, which has to end within the time limit
+
+
+class EngineLostError(Exception):
+    """The engine that was asked has been lost before it answered."""
 
 
 class Past:
@@ -67,16 +83,23 @@ class Roster:
         self.on_live: Callable[[Replica], None] = lambda replica: None
         self.on_lost: Callable[[Replica], int] = lambda replica: 0
         """Returns how many requests go to others."""
-        self.on_done: Callable[[Replica, Done], None] = lambda replica, done: None
+        self.on_done: Callable[[Replica, Done | Scores], None] = lambda replica, done: None
         self.has_work: Callable[[Replica], bool] = lambda replica: False
         self.lost = self.bytes_out = self.bytes_in = 0
+        self.replay_seconds = 0.0
+        """Spent by engines that joined, on what the others had had."""
         self._ids, self._numbers = count(), count(1)
         self._complete = False
         self._changes = 0  # of the weights, so far
         self._checksums: dict[int, str] = {}  # after so many changes, of engines that count
+        self._repeated: set[int] = set()  # calls that bring an engine up to the present
         self._active: Call | None = None  # of all engines, under way
         self._awaited = -1  # the call whose replies are collected
         self._replies: dict[Replica, Reply] = {}
+        self.given_up = 0
+        """Places where an engine deviates, on machines that are not left out."""
+        self._deviated: set[str] = set()  # hosts on which an engine has had other weights than the others
+        self._left_out: dict[str, str] = {}  # hosts on which one has had them again -> why
         self._failed_once = False  # an engine, in the active call or job
         self._looked, self._short = time.monotonic(), 0
 
@@ -148,7 +171,7 @@ class Roster:
         return {replica: reply.value for replica, reply in replies.items() if not reply.failure}
 
     def ask(self, replica: Replica, method: str, *args: Any) -> Any:
-        """Call a method of one engine and return what it returned. Raises LookupError when it is lost meanwhile."""
+        """Call a method of one engine and return what it returned. Raises EngineLostError when it is lost meanwhile."""
         self._awaited, self._replies = next(self._ids), {}
         self.begin_work()
         self.post(replica, Call(self._awaited, method, args))
@@ -158,7 +181,7 @@ class Roster:
                     raise reply.failure.raised(str(replica))
                 return reply.value
             self.round()
-        raise LookupError(str(replica))
+        raise EngineLostError(str(replica))
 
     def _counted(self) -> dict[Replica, Reply]:
         """Return the replies of engines that count; where there is none, those of others."""
@@ -169,17 +192,28 @@ class Roster:
         """Forget failures of what was done before: two in the same call or job end it."""
         self._failed_once = False
 
-    def deviates(self, replica: Replica, others: Replica) -> None:
-        """Lose an engine that has other weights than the others; for good when its replacement has them, too."""
+    def deviates(self, replica: Replica, right: Sequence[Replica]) -> None:
+        """Lose an engine that has other weights than those that are right.
+
+        The second time on a machine it is not replaced, and the machine is left out if engines on others are right.
+        """
         assert replica.started
-        assert others.started
-        slot, here, there = replica.slot, replica.started, others.started
-        slot.given_up, slot.deviated = slot.deviated, True
-        self.lose(
-            replica,
+        here = replica.started
+        others = [other.started for other in right if other.started]
+        there = next((other for other in others if other.host != here.host), others[0])
+        why = (
             f"{here.host} ({here.device}) computes other bits than {there.host} ({there.device}): use equal processors "
-            "and versions, or leave it out",
+            "and versions, or leave it out"
         )
+        if here.host in self._deviated:
+            replica.slot.given_up = True
+            if there.host == here.host:
+                self.given_up += 1
+            else:
+                self._left_out[here.host] = why
+                self.launcher.avoid(here.node)
+        self._deviated.add(here.host)
+        self.lose(replica, why)
 
     def lose(self, replica: Replica, why: str, failure: Failure | None = None) -> None:
         """Leave an engine out from now on, and start another in its place if that is allowed.
@@ -195,7 +229,7 @@ class Roster:
         again = slot.restarts < self.rules.restarts and not slot.given_up
         waiting = self.on_lost(replica)
         work = f"; {waiting} completions go to others" if waiting else ""
-        limit = "it computes other bits again" if slot.given_up else f"engine.restart = {self.rules.restarts}"
+        limit = "the second time on its machine" if slot.given_up else f"engine.restart = {self.rules.restarts}"
         end = "a replacement is starting" if again else f"it is not replaced ({limit})"
         self.say(f"{replica} lost ({why}){work}; {end}")
         if again:
@@ -237,7 +271,7 @@ class Roster:
                 self._admit(replica, event)
             case Reply():
                 self._take_reply(replica, event)
-            case Done():
+            case Done() | Scores():
                 self.on_done(replica, event)
             case Broken(failure=failure):
                 self._fails(replica, failure)
@@ -245,13 +279,15 @@ class Roster:
     def _admit(self, replica: Replica, started: Started) -> None:
         """Check what an engine runs on, and send it all that it needs to join."""
         others = [other.started for other in self.replicas if other.started and other is not replica]
-        if others and (problem := _mismatch(started, others[0])):
+        problem = self._left_out.get(started.host) or (_mismatch(started, others[0]) if others else "")
+        if problem:
             if not self._complete:
                 raise ConfigError(problem)
             replica.slot.given_up = True
             self.lose(replica, problem)
             return
         for call in self.past.calls(self._ids):
+            self._repeated.add(call.id)
             self.post(replica, call)
         if self._active:
             self.post(replica, self._active)
@@ -278,6 +314,9 @@ class Roster:
             return
         if awaited:
             self._replies[replica] = reply
+        if reply.id in self._repeated:
+            self._repeated.remove(reply.id)
+            self.replay_seconds += reply.seconds
         if method == "checksum":
             if replica.live:
                 self._checksums.setdefault(changes, reply.value)
@@ -300,7 +339,7 @@ class Roster:
             elif self._checksums[changes] == checksum:
                 self._joins(replica)
             else:
-                self.deviates(replica, self.live[0] if self.live else replica)
+                self.deviates(replica, self.live or [replica])
 
     def _joins(self, replica: Replica) -> None:
         replica.live, replica.checksum = True, None
@@ -326,7 +365,8 @@ class Roster:
             replica.silent = replica.silent + 1 if busy else 0
             # Engines that start at the same time on the same machine wait for each other.
             if replica.silent > (LOOKS + LATER) * (1 if replica.started else len(self.replicas)):
-                self.lose(replica, f"no progress for engine.timeout_seconds = {limit:g} seconds")
+                what = "no progress for" if replica.started else "not started after"
+                self.lose(replica, f"{what} engine.timeout_seconds = {limit:g} seconds")
         self._short = self._short + 1 if self._complete and len(self.live) < self.rules.least else 0
         if self._short > LOOKS:
             raise EngineError(

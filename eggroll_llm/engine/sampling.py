@@ -1,15 +1,15 @@
 """Members x prompts x samples -> rollouts, through one engine.
 
 Every member sees the same prompts (common random numbers) and, when sampling is not greedy, the same sampling seeds:
-members differ in nothing but their weights. Requests are member-major, so that the prompts of a member share their
-prefix through the engine's cache.
+members differ in nothing but their weights. Where pairs have prompts of their own, that holds for twins. Requests are
+member-major, so that the prompts of a member share their prefix through the engine's cache.
 
 Shapes: M member, P prompt, S sample.
 """
 
 import contextlib
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from eggroll_llm.engine.interface import Completion, Decoding, Progress, Request, Sampler, Stream
@@ -27,6 +27,9 @@ class Rollout:
     sample: int
     """Which of the member's completions of that prompt, from 0."""
     completion: Completion
+
+
+OnRollout = Callable[[int, Rollout], None]
 
 
 def in_order(stream: Stream, requests: int, on_progress: Progress | None) -> list[Completion]:
@@ -49,21 +52,35 @@ def sample_population(
     *,
     seed: int,
     step: int,
+    own: int = 0,
     on_progress: Progress | None = None,
+    on_rollout: OnRollout | None = None,
 ) -> list[Rollout]:
     """Return MPS rollouts in member-major order: every member on every prompt, `samples` times.
 
-    A member of None is the base model. Raises EngineError when the engine returns fewer completions, or more.
+    With `own`, members 2k and 2k + 1 have so many prompts of their own, the next after those of pair k - 1.
+    A member of None is the base model. `on_rollout` gets each with its position in what is returned, as it arrives.
+    Raises EngineError when the engine returns fewer completions.
     """
-    places = [(m, p, s) for m in members_M for p in range(len(prompts_P)) for s in range(samples)]
+    prompts = range(len(prompts_P))
+    places = [(m, p, s) for m in members_M for p in _own(prompts, m, own) for s in range(samples)]
     requests = [Request(prompt_ids=prompts_P[p], member=m, seed=sampling_seed(seed, step, p, s)) for m, p, s in places]
-    completions = engine.generate(requests, decoding, on_progress)
-    if len(completions) != len(requests):
-        raise EngineError(f"the inference engine returned {len(completions)} completions for {len(requests)} requests")
-    return [
-        Rollout(member=m, prompt=p, sample=s, completion=completion)
-        for (m, p, s), completion in zip(places, completions, strict=True)
-    ]
+    rollouts: dict[int, Rollout] = {}
+    with contextlib.closing(engine.stream(requests, decoding)) as stream:
+        for i, completion in stream:
+            m, p, s = places[i]
+            rollouts[i] = Rollout(member=m, prompt=p, sample=s, completion=completion)
+            if on_rollout:
+                on_rollout(i, rollouts[i])
+            if on_progress:
+                on_progress(len(rollouts), len(requests))
+    if len(rollouts) != len(requests):
+        raise EngineError(f"the inference engine returned {len(rollouts)} completions for {len(requests)} requests")
+    return [rollouts[i] for i in range(len(requests))]
+
+
+def _own(prompts: range, member: int | None, own: int) -> range:
+    return prompts if member is None or not own else prompts[member // 2 * own :][:own]
 
 
 def sampling_seed(seed: int, step: int, prompt: int, sample: int) -> int:

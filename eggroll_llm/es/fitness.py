@@ -17,6 +17,12 @@ Because every kept member saw every prompt, the prompts' means and the common de
 Departure from the literature: one standard deviation for all prompts instead of one per prompt, so a
 prompt that one lucky member solved weighs less than one that half of the population solved.
 
+Where every pair has problems of its own, members of different pairs cannot be compared, but twins can, so that
+
+    centered    d_k = mean_p R_2k,p - R_2k+1,p over its root mean square,    fitness of the twins = d_k, -d_k
+
+and "sign" is as above. Rewards need no baseline then: what a problem earns whatever the weights cancels between twins.
+
 A member with a reward that is not finite is dropped, and its antithetic twin with it: both get fitness 0, and
 no statistic sees them.
 
@@ -46,8 +52,8 @@ class Fitness:
     """float32 on CPU, 0 for dropped members."""
     dropped: tuple[int, ...]
     """Members with a reward that is not finite, and their twins, ascending."""
-    tied_prompts: int
-    """Prompts for which all kept members got the same reward."""
+    tied: tuple[int, ...]
+    """Prompts for which all kept members, or both kept twins, got the same reward."""
     all_tied: bool
     """Nothing to learn from: every fitness is 0."""
 
@@ -83,8 +89,35 @@ def shape_fitness(rewards_MP: Tensor, method: FitnessMethod, *, antithetic: bool
     return Fitness(
         fitness_M=fitness_M.to(torch.float32),
         dropped=tuple((~kept_M).nonzero().flatten().tolist()),
-        tied_prompts=int(tied_P.sum()),
+        tied=tuple(tied_P.nonzero().flatten().tolist()),
         all_tied=not bool(fitness_M.any()),
+    )
+
+
+def shape_twins(rewards_MP: Tensor, method: FitnessMethod) -> Fitness:
+    """Shape the rewards of one step in which twins 2k and 2k + 1 had problems of their own, kP to kP + P - 1.
+
+    Raises ValueError when `rewards_MP` is not [members, prompts] of pairs, and for method "rank".
+    """
+    if method not in ("centered", "sign"):
+        raise ValueError(f"fitness = {method!r}: members with problems of their own have no common ranks")
+    if rewards_MP.ndim != 2 or not rewards_MP.numel() or len(rewards_MP) % 2:
+        raise ValueError(f"rewards of shape {tuple(rewards_MP.shape)}: must be [members, prompts], members even")
+    rewards_KTP = rewards_MP.detach().to(device="cpu", dtype=torch.float64).unflatten(0, (-1, 2))
+    kept_K = rewards_KTP.isfinite().all(dim=2).all(dim=1)
+    apart_KP = torch.where(kept_K[:, None], rewards_KTP[:, 0] - rewards_KTP[:, 1], 0.0)
+    largest = apart_KP.abs().max()
+    difference_K = apart_KP.mean(dim=1) / largest.clamp(min=torch.finfo(torch.float64).tiny)
+    difference_K = torch.where(difference_K.abs() <= TIE_TOLERANCE, 0.0, difference_K)
+    if method == "sign":
+        difference_K = difference_K.sign()
+    elif difference_K.any():
+        difference_K /= difference_K[kept_K].square().mean().sqrt()
+    return Fitness(
+        fitness_M=torch.stack((difference_K, -difference_K), dim=1).flatten().to(torch.float32),
+        dropped=tuple((~kept_K).repeat_interleave(2).nonzero().flatten().tolist()),
+        tied=tuple(((apart_KP == 0) & kept_K[:, None]).flatten().nonzero().flatten().tolist()),
+        all_tied=not bool(difference_K.any()),
     )
 
 

@@ -5,7 +5,7 @@ served weights. How and where masters are kept between updates is a matter of `s
 """
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Protocol
 
 import torch
@@ -173,15 +173,16 @@ class MasterWeights:
             room.copy_(weight)
         served.written(name)
 
-    def state(self) -> dict[str, Tensor]:
-        """Return masters and optimizer state as "master/<name>" and "optimizer/<name>/<key>".
+    def state(self, names: Collection[str] | None = None) -> dict[str, Tensor]:
+        """Return masters and optimizer state, or those of some names, as "master/<name>" and "optimizer/<name>/<key>".
 
         What is kept is not copied; masters that are split are put together in the host's memory.
         """
-        state = {f"master/{name}": self._storage.whole(name) for name in self._shapes}
-        for name, moments in self._moments.items():
+        names = self._shapes if names is None else names
+        state = {f"master/{name}": self._storage.whole(name) for name in names}
+        for name in names:
             for key in STATE_KEYS[self.settings.optimizer]:
-                if (value := moments.get(key)) is not None:
+                if (value := self._moments[name].get(key)) is not None:
                     state[f"optimizer/{name}/{key}"] = value
         return state
 
@@ -208,13 +209,17 @@ class MasterWeights:
             self._keep(name, {k: value.to(_device_of(k, self._device), copy=True) for k, value in values.items()})
 
     def checksum(self) -> str:
-        """Return 16 hexadecimal digits that identify the served bits: a BLAKE2b in order of names."""
-        digest = hashlib.blake2b(digest_size=8)
-        for name in sorted(self._shapes):
-            served = self.served(name)
-            digest.update(f"{name} {served.dtype} {tuple(served.shape)}\n".encode())
-            digest.update(served.cpu().view(torch.uint8).numpy().data)
-        return digest.hexdigest()
+        """Return the checksum of the weights as the engine serves them."""
+        return checksum_of((name, self.served(name)) for name in sorted(self._shapes))
+
+
+def checksum_of(weights: Iterable[tuple[str, Tensor]]) -> str:
+    """Return 16 hexadecimal digits that identify the bits of weights in order of names: a BLAKE2b."""
+    digest = hashlib.blake2b(digest_size=8)
+    for name, weight in weights:
+        digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}\n".encode())
+        digest.update(weight.cpu().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def _device_of(key: str, device: torch.device) -> torch.device:

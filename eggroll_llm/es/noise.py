@@ -65,6 +65,13 @@ KEPT_BYTES = 512 << 20  # factors of a step that an engine keeps, rather than ma
 
 Shape = tuple[str, int, int]
 
+Offset = tuple[int, int]
+"""Rows of a stream [O + I, R] where the rows of A and of B begin that are wanted: (0, O) where all are.
+
+A device that has some rows or columns of a parameter makes the same part of its factors, and no more."""
+Size = tuple[int, int, int, int]
+"""Out features, in features and offset."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class NoiseSpec:
@@ -184,37 +191,43 @@ def _tiles(parameters: int, pairs: int, blocks: int, tile: int) -> Iterator[tupl
                 yield slice(n, n + step_N), slice(k, k + step_K), slice(v, min(v + step_V, blocks))
 
 
+def block_ranges(size: Size, rank: int) -> list[range]:
+    """Return the blocks of a stream that hold A and B: one range where B follows A, else two."""
+    out, inside, at_A, at_B = size
+    rows = [(at_A, at_B + inside)] if at_B == at_A + out else [(at_A, at_A + out), (at_B, at_B + inside)]
+    return [range(first * rank // 4, -(-end * rank // 4)) for first, end in rows]
+
+
 def _factors(
-    noise: NoiseSpec,
-    pairs_K: Tensor,
-    names: Sequence[str],
-    sizes: tuple[int, int],
-    scale: float,
-    dtype: torch.dtype,
+    noise: NoiseSpec, pairs_K: Tensor, names: Sequence[str], size: Size, scale: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """Return scale * A [N, K, O, R] and B [N, K, I, R] of parameters of one shape, rounded to `dtype`."""
-    device, pairs = pairs_K.device, len(pairs_K)
-    size_A, size_B = (size * noise.rank for size in sizes)
+    """Return scale * A [N, K, O, R] and B [N, K, I, R] of parameters of one size, rounded to `dtype`."""
+    device, pairs, (out, inside, *offset) = pairs_K.device, len(pairs_K), size
     ids_N = torch.tensor([parameter_id(name) for name in names], dtype=torch.int64, device=device)
-    A_NKV = torch.empty((len(names), pairs, size_A), dtype=dtype, device=device)
-    B_NKV = torch.empty((len(names), pairs, size_B), dtype=dtype, device=device)
+    factors_NKV = [
+        torch.empty((len(names), pairs, rows * noise.rank), dtype=dtype, device=device) for rows in (out, inside)
+    ]
     tile = TILE_BLOCKS_GPU if device.type != "cpu" else TILE_BLOCKS_PER_CPU_THREAD * torch.get_num_threads()
-    for n, k, v in _tiles(len(names), pairs, -(-(size_A + size_B) // 4), tile):
-        values = _normals(noise, pairs_K[k], ids_N[n], v.start, v.stop - v.start)
-        start, stop = 4 * v.start, 4 * v.stop
-        if start < size_A:
-            A_NKV[n, k, start:stop] = values[..., : max(0, size_A - start)].mul_(scale)
-        if stop > size_A:
-            skip = max(0, size_A - start)
-            B_NKV[n, k, start + skip - size_A : stop - size_A] = values[..., skip : size_A + size_B - start]
-    return A_NKV.unflatten(2, (sizes[0], noise.rank)), B_NKV.unflatten(2, (sizes[1], noise.rank))
+    for blocks in block_ranges(size, noise.rank):
+        for n, k, v in _tiles(len(names), pairs, len(blocks), tile):
+            first = blocks.start + v.start
+            values = _normals(noise, pairs_K[k], ids_N[n], first, v.stop - v.start)
+            for to_NKV, row, factor in zip(factors_NKV, offset, (scale, 1.0), strict=True):
+                begin = row * noise.rank
+                start, stop = max(begin, 4 * first), min(begin + to_NKV.shape[2], 4 * (blocks.start + v.stop))
+                if start < stop:
+                    part = values[..., start - 4 * first : stop - 4 * first]
+                    to_NKV[n, k, start - begin : stop - begin] = part if factor == 1.0 else part.mul_(factor)
+    A_NKV, B_NKV = factors_NKV
+    return A_NKV.unflatten(2, (out, noise.rank)), B_NKV.unflatten(2, (inside, noise.rank))
 
 
 def normal_factors(
     noise: NoiseSpec, pairs_K: Tensor, name: str, out_features: int, in_features: int
 ) -> tuple[Tensor, Tensor]:
     """Return the normals A_KOR and B_KIR, float32 and unscaled, on the device of `pairs_K` (int64)."""
-    A_NKOR, B_NKIR = _factors(noise, pairs_K, [name], (out_features, in_features), 1.0, torch.float32)
+    size = (out_features, in_features, 0, out_features)
+    A_NKOR, B_NKIR = _factors(noise, pairs_K, [name], size, 1.0, torch.float32)
     return A_NKOR[0], B_NKIR[0]
 
 
@@ -235,24 +248,30 @@ def served_factors(
 
 
 def served_factors_of(
-    noise: NoiseSpec, pairs_K: Tensor, shapes: Sequence[Shape], dtype: torch.dtype, device: torch.device | str
+    noise: NoiseSpec,
+    pairs_K: Tensor,
+    shapes: Sequence[Shape],
+    dtype: torch.dtype,
+    device: torch.device | str,
+    offsets: Sequence[Offset] = (),
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """Return `served_factors` of many parameters (name, out features, in features) by name, in one pass.
 
-    The values are those of the calls one at a time, but parameters of equal shape are computed together:
-    several times faster for small ones.
+    With `offsets`, one for each, out and in features are those of a part, and so are the rows of A and B. The values
+    are those of the calls one at a time, but parameters of equal size are computed together: several times faster for
+    small ones.
     """
     pairs_K = pairs_K.to(device=device, dtype=torch.int64)
     factors: dict[str, tuple[Tensor, Tensor]] = {}
-    for sizes, names in names_by_size(shapes).items():
-        A_NKOR, B_NKIR = _factors(noise, pairs_K, names, sizes, noise.sigma / math.sqrt(noise.rank), dtype)
+    for size, names in names_by_size(shapes, offsets).items():
+        A_NKOR, B_NKIR = _factors(noise, pairs_K, names, size, noise.sigma / math.sqrt(noise.rank), dtype)
         factors |= {name: (A_NKOR[n], B_NKIR[n]) for n, name in enumerate(names)}
     return factors
 
 
-def names_by_size(shapes: Sequence[Shape]) -> dict[tuple[int, int], list[str]]:
-    """Group the names of parameters by (out features, in features)."""
-    names_of: dict[tuple[int, int], list[str]] = {}
-    for name, out_features, in_features in shapes:
-        names_of.setdefault((out_features, in_features), []).append(name)
+def names_by_size(shapes: Sequence[Shape], offsets: Sequence[Offset] = ()) -> dict[Size, list[str]]:
+    """Group the names of parameters by out features, in features and offset, none meaning all rows."""
+    names_of: dict[Size, list[str]] = {}
+    for i, (name, out, inside) in enumerate(shapes):
+        names_of.setdefault((out, inside, *(offsets[i] if offsets else (0, out))), []).append(name)
     return names_of

@@ -55,3 +55,19 @@ def update_report(before: Sequence[Tensor], after: Sequence[Tensor], served_dtyp
         changed=float(changed.mean(dtype=torch.float64)),
         finite=math.isfinite(rms),
     )
+
+
+def united(reports: Sequence[UpdateReport]) -> UpdateReport:
+    """Return one report of an update from those of equally large parts of the weights."""
+    if len(reports) == 1:
+        return reports[0]
+
+    def mean(values: Iterable[float]) -> float:
+        return math.fsum(values) / len(reports)
+
+    return UpdateReport(
+        rms=math.sqrt(mean(report.rms**2 for report in reports)),
+        weights_rms=math.sqrt(mean(report.weights_rms**2 for report in reports)),
+        changed=mean(report.changed for report in reports),
+        finite=all(report.finite for report in reports),
+    )

@@ -72,31 +72,55 @@ void write(T* to, const float* from, int64_t size, int64_t rank, float scale) {
     }
 }
 
-template <typename T>
-void factors(T* rows, int64_t width, const int64_t* at_A, const int64_t* at_B, const int64_t* pairs,
-             const uint32_t* ids, int64_t number_of_pairs, int64_t parameters, int64_t out, int64_t in, int64_t rank,
-             float scale, uint32_t step, Key key, const Tables& tables) {
-    const int64_t blocks = ((out + in) * rank + 3) / 4, padded = (blocks + LANES - 1) / LANES * LANES;
+struct Noise {
+    uint32_t step;
+    Key key;
+    const Tables& tables;
+};
+
+// Values [first, end) of a stream, with those around them in the same vectors of blocks
+struct Range {
+    int64_t block, blocks, skipped;
+    Range(int64_t first, int64_t end)
+        : block(first / 4), blocks(((end + 3) / 4 - block + LANES - 1) / LANES * LANES), skipped(first % 4) {}
+};
+
+void normals(float* to, Range range, uint32_t pair, uint32_t id, const Noise& noise) {
     Words lane;
     for (int64_t j = 0; j < LANES; ++j) lane[j] = j;
+    for (int64_t block = 0; block < range.blocks; block += LANES) {
+        Words w[4] = {Words{} + noise.step, Words{} + pair, Words{} + id,
+                      lane + static_cast<uint32_t>(range.block + block)};
+        philox(w, noise.key);
+        Floats value[4];
+        box_muller(w[0], w[1], noise.tables, value[0], value[1]);
+        box_muller(w[2], w[3], noise.tables, value[2], value[3]);
+        for (int64_t j = 0; j < LANES; ++j)
+            for (int64_t i = 0; i < 4; ++i) to[4 * (block + j) + i] = value[i][j];
+    }
+}
+
+// A are `out` rows of the stream from row first_A on, B `in` rows from first_B: next to each other unless they are parts
+template <typename T>
+void factors(T* rows, int64_t width, const int64_t* at_A, const int64_t* at_B, const int64_t* pairs,
+             const uint32_t* ids, int64_t number_of_pairs, int64_t parameters, int64_t out, int64_t in,
+             int64_t first_A, int64_t first_B, int64_t rank, float scale, const Noise& noise) {
+    const bool adjacent = first_B == first_A + out;
+    const Range range_A(first_A * rank, adjacent ? (first_B + in) * rank : (first_A + out) * rank);
+    const Range range_B(first_B * rank, (first_B + in) * rank);
+    const int64_t begin_A = range_A.skipped;
+    const int64_t begin_B = adjacent ? begin_A + out * rank : 4 * range_A.blocks + range_B.skipped;
 #pragma omp parallel
     {
-        std::vector<float> stream(4 * padded);
+        std::vector<float> stream(4 * (range_A.blocks + (adjacent ? 0 : range_B.blocks)));
 #pragma omp for schedule(static)
         for (int64_t item = 0; item < parameters * number_of_pairs; ++item) {
             const int64_t k = item % number_of_pairs, n = item / number_of_pairs;
-            for (int64_t block = 0; block < padded; block += LANES) {
-                Words w[4] = {Words{} + step, Words{} + static_cast<uint32_t>(pairs[k]), Words{} + ids[n],
-                              lane + static_cast<uint32_t>(block)};
-                philox(w, key);
-                Floats value[4];
-                box_muller(w[0], w[1], tables, value[0], value[1]);
-                box_muller(w[2], w[3], tables, value[2], value[3]);
-                for (int64_t j = 0; j < LANES; ++j)
-                    for (int64_t i = 0; i < 4; ++i) stream[4 * (block + j) + i] = value[i][j];
-            }
-            write(rows + k * width + at_A[n], stream.data(), out, rank, scale);
-            write(rows + k * width + at_B[n], stream.data() + out * rank, in, rank, 1.0f);
+            const uint32_t pair = static_cast<uint32_t>(pairs[k]);
+            normals(stream.data(), range_A, pair, ids[n], noise);
+            if (!adjacent) normals(stream.data() + 4 * range_A.blocks, range_B, pair, ids[n], noise);
+            write(rows + k * width + at_A[n], stream.data() + begin_A, out, rank, scale);
+            write(rows + k * width + at_B[n], stream.data() + begin_B, in, rank, 1.0f);
         }
     }
 }
@@ -104,15 +128,16 @@ void factors(T* rows, int64_t width, const int64_t* at_A, const int64_t* at_B, c
 }  // namespace
 
 #define EXPORT(suffix, T)                                                                                             \
-    extern "C" void eggroll_factors_##suffix(T* rows, int64_t width, const int64_t* at_A, const int64_t* at_B,        \
-                                             const int64_t* pairs, const uint32_t* ids, int64_t number_of_pairs,      \
-                                             int64_t parameters, int64_t out, int64_t in, int64_t rank, float scale,  \
-                                             uint32_t step, uint64_t seed, const float* tables) {                     \
+    extern "C" void eggroll_factors_##suffix(                                                                         \
+        T* rows, int64_t width, const int64_t* at_A, const int64_t* at_B, const int64_t* pairs, const uint32_t* ids,  \
+        int64_t number_of_pairs, int64_t parameters, int64_t out, int64_t in, int64_t first_A, int64_t first_B,       \
+        int64_t rank, float scale, uint32_t step, uint64_t seed, const float* tables) {                               \
         Tables t;                                                                                                     \
         static_assert(sizeof t == 19 * sizeof(float), "eight, five, five and one, as Python hands them over");        \
         std::memcpy(&t, tables, sizeof t);                                                                            \
-        const Key key{static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32)};                                \
-        factors(rows, width, at_A, at_B, pairs, ids, number_of_pairs, parameters, out, in, rank, scale, step, key, t); \
+        const Noise noise{step, {static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32)}, t};                 \
+        factors(rows, width, at_A, at_B, pairs, ids, number_of_pairs, parameters, out, in, first_A, first_B, rank,    \
+                scale, noise);                                                                                        \
     }
 
 EXPORT(float32, float)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from eggroll_llm.es import noise as definition
-from eggroll_llm.es.noise import NoiseSpec, Shape, names_by_size, parameter_id
+from eggroll_llm.es.noise import NoiseSpec, Offset, Shape, Size, names_by_size, parameter_id
 from eggroll_llm.kernels import build
 from eggroll_llm.kernels.binding import CPU, by_dtype, check_array, check_format
 
@@ -31,6 +31,8 @@ class RowLayout:
 
     shapes: tuple[Shape, ...]
     rank: int
+    offsets: tuple[Offset, ...] = ()
+    """Which part of its stream each parameter is, where it is not all."""
 
     @property
     def a_width(self) -> int:
@@ -82,7 +84,7 @@ def fill(rows_KV: Tensor, noise: NoiseSpec, pairs_K: Tensor, layout: RowLayout) 
         fill_native(library, rows_KV, noise, pairs_K, layout)
         return
     check_rows(rows_KV, noise, pairs_K, layout)
-    made = definition.served_factors_of(noise, pairs_K, layout.shapes, rows_KV.dtype, "cpu")
+    made = definition.served_factors_of(noise, pairs_K, layout.shapes, rows_KV.dtype, "cpu", layout.offsets)
     for name, (A_KOR, B_KIR) in layout.factors(rows_KV).items():
         A_KOR.copy_(made[name][0])
         B_KIR.copy_(made[name][1])
@@ -106,9 +108,7 @@ def place(
 
 
 @cache
-def _on_gpu(
-    layout: RowLayout, device: torch.device
-) -> tuple[dict[tuple[int, int], tuple[Tensor, Tensor, Tensor]], Tensor]:
+def _on_gpu(layout: RowLayout, device: torch.device) -> tuple[dict[Size, tuple[Tensor, Tensor, Tensor]], Tensor]:
     """Return noise ids and starts of A and B of the parameters of each size, and the tables."""
     starts = layout.starts()
     sizes = {
@@ -117,7 +117,7 @@ def _on_gpu(
             torch.tensor([starts[name][0] for name in names], device=device),
             torch.tensor([starts[name][1] for name in names], device=device),
         )
-        for size, names in names_by_size(layout.shapes).items()
+        for size, names in names_by_size(layout.shapes, layout.offsets).items()
     }
     return sizes, torch.tensor(TABLES, dtype=torch.float32, device=device)
 
@@ -136,7 +136,7 @@ def fill_native(library: ctypes.CDLL, rows_KV: Tensor, noise: NoiseSpec, pairs_K
     check_rows(rows_KV, noise, pairs_K, layout)
     pairs_K = pairs_K.to(device="cpu", dtype=torch.int64).contiguous()
     starts, function = layout.starts(), _functions(library)[rows_KV.dtype]
-    for (out, inside), names in names_by_size(layout.shapes).items():
+    for size, names in names_by_size(layout.shapes, layout.offsets).items():
         function(
             rows_KV.data_ptr(),
             layout.width,
@@ -146,8 +146,7 @@ def fill_native(library: ctypes.CDLL, rows_KV: Tensor, noise: NoiseSpec, pairs_K
             (ctypes.c_uint32 * len(names))(*map(parameter_id, names)),
             len(pairs_K),
             len(names),
-            out,
-            inside,
+            *size,
             noise.rank,
             noise.sigma / math.sqrt(noise.rank),
             noise.step,
@@ -157,19 +156,24 @@ def fill_native(library: ctypes.CDLL, rows_KV: Tensor, noise: NoiseSpec, pairs_K
 
 
 def served_factors_of(
-    noise: NoiseSpec, pairs_K: Tensor, shapes: Sequence[Shape], dtype: torch.dtype, device: torch.device | str
+    noise: NoiseSpec,
+    pairs_K: Tensor,
+    shapes: Sequence[Shape],
+    dtype: torch.dtype,
+    device: torch.device | str,
+    offsets: Sequence[Offset] = (),
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """Return A_KOR and B_KIR by name like `noise.served_factors_of`, as views of rows."""
     device = torch.device(device)
     if device.type == "cpu" and build.library() is None:
-        return definition.served_factors_of(noise, pairs_K, shapes, dtype, device)
-    layout = RowLayout(tuple(shapes), noise.rank)
+        return definition.served_factors_of(noise, pairs_K, shapes, dtype, device, offsets)
+    layout = RowLayout(tuple(shapes), noise.rank, tuple(offsets))
     return layout.factors(served_rows(noise, pairs_K, layout, dtype, device))
 
 
 @cache
 def _functions(library: ctypes.CDLL) -> dict[torch.dtype, Callable[..., None]]:
     number, pointer = ctypes.c_int64, ctypes.c_void_p
-    rows_and_sizes = (pointer, number, *[pointer] * 4, *[number] * 5)
+    rows_and_sizes = (pointer, number, *[pointer] * 4, *[number] * 7)
     noise = (ctypes.c_float, ctypes.c_uint32, ctypes.c_uint64, pointer)
     return by_dtype(library, "factors", (*rows_and_sizes, *noise))

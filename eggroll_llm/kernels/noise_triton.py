@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from eggroll_llm.es.noise import NoiseSpec
+from eggroll_llm.es.noise import NoiseSpec, Size, block_ranges
 from eggroll_llm.kernels.rounding import rounded
 
 BLOCKS = 512
@@ -44,15 +44,16 @@ def _box_muller(radius_word, angle_word, table):
 
 # One variant for the usual sizes and any number of pairs, so that none is compiled in the middle of a step.
 @triton.jit(
-    do_not_specialize=["pairs", "scale", "step", "seed"],
+    do_not_specialize=["pairs", "scale", "step", "seed", "first_block", "first_A", "first_B"],
     do_not_specialize_on_alignment=["row_K", "negative_K", "pair_K", "id_N", "at_A_N", "at_B_N"],
 )
 def _place(
     rows_SV, width, row_K, negative_K, pair_K, id_N, at_A_N, at_B_N, pairs, scale, step, seed, table, out, inside,
-    R: tl.constexpr, BLOCKS: tl.constexpr,
+    first_block, first_A, first_B, R: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
     k, n = tl.program_id(0) % pairs, tl.program_id(0) // pairs
-    block = tl.program_id(1) * BLOCKS + tl.arange(0, BLOCKS)
+    first_block += tl.program_id(1) * BLOCKS
+    block = first_block + tl.arange(0, BLOCKS)
     zero = tl.zeros([BLOCKS], tl.uint32)
     w0, w1, w2, w3 = tl.philox(
         seed, zero + step.to(tl.uint32), zero + tl.load(pair_K + k).to(tl.uint32),
@@ -61,36 +62,36 @@ def _place(
     v0, v1 = _box_muller(w0, w1, table)
     v2, v3 = _box_muller(w2, w3, table)
     value = tl.interleave(tl.interleave(v0, v2), tl.interleave(v1, v3))
-    v = tl.program_id(1) * BLOCKS * 4 + tl.arange(0, 4 * BLOCKS)
+    v = first_block * 4 + tl.arange(0, 4 * BLOCKS)
     row = rows_SV + tl.load(row_K + k) * width
-    in_A = v < out * R
+    a, b = v - first_A, v - first_B
     sign = tl.where(tl.load(negative_K + k) != 0, -1.0, 1.0)
-    to_A = tl.load(at_A_N + n) + (v % R) * out + v // R
-    tl.store(row + to_A, rounded(value * scale * sign, rows_SV.dtype.element_ty), mask=in_A)
-    v -= out * R
-    to_B = tl.load(at_B_N + n) + (v % R) * inside + v // R
-    tl.store(row + to_B, rounded(value, rows_SV.dtype.element_ty), mask=~in_A & (v < inside * R))
+    to_A = tl.load(at_A_N + n) + (a % R) * out + a // R
+    tl.store(row + to_A, rounded(value * scale * sign, rows_SV.dtype.element_ty), mask=(a >= 0) & (a < out * R))
+    to_B = tl.load(at_B_N + n) + (b % R) * inside + b // R
+    tl.store(row + to_B, rounded(value, rows_SV.dtype.element_ty), mask=(b >= 0) & (b < inside * R))
 
 
 def place_triton(
     rows_SV: Tensor,
     where_3K: Tensor,
     noise: NoiseSpec,
-    sizes: Mapping[tuple[int, int], tuple[Tensor, Tensor, Tensor]],
+    sizes: Mapping[Size, tuple[Tensor, Tensor, Tensor]],
     tables: Tensor,
 ) -> None:
     """Compute `noise.place` of checked arguments: row, pair and whether A is negated, int64 [3, K].
 
-    `sizes` are, by (out features, in features), the parameters' noise ids and where their A and B begin in a row,
-    int64 [N]; `tables` are the digits of the definition, float32.
+    `sizes` are, by size, the parameters' noise ids and where their A and B begin in a row, int64 [N]; `tables` are the
+    digits of the definition, float32.
     """
     if rows_SV.is_cuda:  # without waiting for the GPU
         where_3K = where_3K.pin_memory().to(rows_SV.device, non_blocking=True)
     (row, pair, negative), pairs = where_3K, where_3K.shape[1]
-    for (out, inside), (ids, at_A, at_B) in sizes.items():
-        blocks = triton.cdiv((out + inside) * noise.rank, 4)
-        _place[len(ids) * pairs, triton.cdiv(blocks, BLOCKS)](
-            rows_SV, rows_SV.stride(0), row, negative, pair, ids, at_A, at_B, pairs,
-            noise.sigma / math.sqrt(noise.rank), noise.step, noise.seed, tables,
-            out, inside, noise.rank, BLOCKS, enable_fp_fusion=False,
-        )  # fmt: skip
+    for size, (ids, at_A, at_B) in sizes.items():
+        out, inside, first_A, first_B = size
+        for blocks in block_ranges(size, noise.rank):
+            _place[len(ids) * pairs, triton.cdiv(len(blocks), BLOCKS)](
+                rows_SV, rows_SV.stride(0), row, negative, pair, ids, at_A, at_B, pairs,
+                noise.sigma / math.sqrt(noise.rank), noise.step, noise.seed, tables, out, inside,
+                blocks.start, first_A * noise.rank, first_B * noise.rank, noise.rank, BLOCKS, enable_fp_fusion=False,
+            )  # fmt: skip

@@ -30,6 +30,11 @@ TESTED = (
     *BY_TRANSFORMERS,  # layers without rotary embedding; norms behind the layers and over all heads
 )
 
+NOT_CUT = ("Phi3ForCausalLM", *BY_TRANSFORMERS)
+"""What tensor parallelism does not serve: a rank has rows here and there of a parameter, or the layers are others."""
+PADDED_VOCABULARY = 64
+"""vLLM pads a vocabulary to a multiple of this."""
+
 CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 """What vLLM's attention on a CPU computes."""
 
@@ -95,6 +100,38 @@ def check_method(name: str, method: str, where: Path) -> None:
             f'method = "grpo": {where} has architecture {name}, which vLLM patches in the process of the trainer: '
             f'set method = "es", or use a model of one of {others}'
         )
+
+
+def check_tensor_parallel(config: Mapping[str, Any], ranks: int, where: Path) -> None:
+    """Raise ConfigError where the layers of the config.json at `where` cannot be cut for so many devices."""
+    name, key = architecture(config), f"engine.tensor_parallel = {ranks}"
+    if ranks > 1 and name in NOT_CUT:
+        others = ", ".join(each for each in TESTED if each not in NOT_CUT)
+        raise ConfigError(
+            f"{key}: {where} has architecture {name}, whose layers cannot be cut here: set it to 1, or use a model of "
+            f"one of {others}"
+        )
+    heads = _number(config, "num_attention_heads")
+    shared = _number(config, "num_key_value_heads") or heads
+    inside, vocabulary = _number(config, "intermediate_size"), _number(config, "vocab_size")
+
+    def fits(ranks: int) -> bool:
+        rows = -(-vocabulary // PADDED_VOCABULARY) * PADDED_VOCABULARY
+        cut = not any(size % ranks for size in (heads, inside, rows))
+        return cut and (shared % ranks == 0 or ranks % max(1, shared) == 0)
+
+    if not fits(ranks):
+        fitting = max(number for number in range(1, ranks) if fits(number))
+        raise ConfigError(
+            f"{key}: {where} has {heads} attention heads, {shared} of them with keys and values of their own, "
+            f"{inside} intermediate features and {vocabulary} tokens, which so many devices cannot share equally: set "
+            f"it to {fitting}"
+        )
+
+
+def _number(config: Mapping[str, Any], key: str) -> int:
+    value = config.get(key)
+    return value if type(value) is int else 0
 
 
 def check_tested(name: str, where: Path, *, allow_untested: bool) -> None:

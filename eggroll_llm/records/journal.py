@@ -59,12 +59,15 @@ class JournalEntry:
     """Learning rate at this step."""
     dropped: tuple[int, ...] = ()
     """Members left out because a reward was not finite."""
+    tied: tuple[int, ...] = ()
+    """Problems of the step, by position, that taught nothing; only where that decides which come next."""
     checksum: str = ""
     """Checksum of the weights before this update; empty when none was taken."""
 
 
 _HEADER_KEYS = set(JournalHeader.__dataclass_fields__)
 _ENTRY_KEYS = set(JournalEntry.__dataclass_fields__)
+_LISTS = {"fitness", "dropped", "tied"}
 _TOO_LARGE = 2.0**128  # for float32
 
 
@@ -137,7 +140,10 @@ class Journal(AbstractContextManager["Journal"]):
         for value in entry.fitness:
             if not math.isfinite(value) or struct.unpack("f", struct.pack("f", value))[0] != value:
                 raise ValueError(f"fitness {value!r} is not a finite float32")
-        self._write(asdict(entry))
+        fields = asdict(entry)
+        if not entry.tied:
+            del fields["tied"]
+        self._write(fields)
 
     def truncate_after(self, step: int) -> None:
         """Forget the updates after `step`: for a run that goes back to it."""
@@ -262,7 +268,7 @@ def _parse_entry(path: Path, number: int, fields: dict[str, Any], *, expected_st
         raise JournalError(
             f"{path}:{number}: step {step} where step {expected_step} belongs: {problem}. {_remedy(number)}"
         )
-    return JournalEntry(**{**fields, "fitness": tuple(fields["fitness"]), "dropped": tuple(fields["dropped"])})
+    return JournalEntry(**fields | {key: tuple(fields[key]) for key in fields.keys() & _LISTS})
 
 
 def _remedy(number: int) -> str:
@@ -277,13 +283,13 @@ def _remedy(number: int) -> str:
 
 def _is_update(fields: dict[str, Any]) -> bool:
     """Return whether the fields and their types are those of an entry; a correct CRC does not prove that."""
-    entry = {"checksum": ""} | fields
-    if entry.keys() != _ENTRY_KEYS or not isinstance(entry["fitness"], list) or not isinstance(entry["dropped"], list):
+    entry = {"checksum": "", "tied": []} | fields
+    if entry.keys() != _ENTRY_KEYS or not all(isinstance(entry[key], list) for key in _LISTS):
         return False
     numbers = [entry["sigma"], entry["learning_rate"], *entry["fitness"]]
     return (
         all(type(number) in (int, float) and abs(number) < _TOO_LARGE for number in numbers)
-        and all(type(count) is int for count in (entry["step"], entry["noise_step"], *entry["dropped"]))
+        and all(type(count) is int for count in (entry["step"], entry["noise_step"], *entry["dropped"], *entry["tied"]))
         and isinstance(entry["checksum"], str)
     )
 

@@ -1,6 +1,7 @@
 """The directory of a run: who may use it, where things are, and the append-only logs.
 
     config.toml  environment.json  metrics.jsonl  completions.jsonl  journal.jsonl  evaluations/  checkpoints/  final/
+    drawn.json, where several steps learn from the same answers
 
 One process at a time holds a run. A directory counts as a run when it has our lock file, or both config.toml
 and journal.jsonl; nothing else is ever deleted.
@@ -60,6 +61,7 @@ class RunDir(AbstractContextManager["RunDir"]):
         self.metrics = path / "metrics.jsonl"
         self.completions = path / "completions.jsonl"
         self.journal = path / "journal.jsonl"
+        self.drawn = path / "drawn.json"
         self.evaluations = path / "evaluations"
         self.checkpoints = path / "checkpoints"
         self.final = path / "final"

@@ -11,7 +11,7 @@ from eggroll_llm.config.toml import Sourced
 from eggroll_llm.errors import TaskError
 from eggroll_llm.tasks.countdown import CountdownOptions, load_countdown
 from eggroll_llm.tasks.gsm8k import Gsm8kOptions, load_gsm8k
-from eggroll_llm.tasks.sandbox.process import UserProcess
+from eggroll_llm.tasks.sandbox.pool import ScorePool
 from eggroll_llm.tasks.task import Task, check_golds
 from eggroll_llm.tasks.user import load_user_task
 
@@ -31,7 +31,7 @@ def load_task(name: str, options: Mapping[str, Any], *, base_dir: Path, limits: 
         name: "countdown", "gsm8k", or "path/to/file.py:NAME".
         options: those of a recipe know their file and lines.
         base_dir: folder that paths are relative to, the recipe's.
-        limits: of the process in which a user's task grades its gold answers.
+        limits: of the processes in which a user's task grades its gold answers.
 
     Raises:
         ConfigError: an unknown option, or one of the wrong type.
@@ -49,8 +49,8 @@ def load_task(name: str, options: Mapping[str, Any], *, base_dir: Path, limits: 
         task = load_gsm8k(_parse(Gsm8kOptions, sourced), base_dir, place)
     elif ":" in name:
         task = user_task = load_user_task(name, options, base_dir, place)
-        with UserProcess(user_task, limits or RewardConfig()) as process:
-            check_golds(task, lambda golds: process.judge(golds, voted=False))
+        with ScorePool(user_task, limits or RewardConfig()) as pool:
+            check_golds(task, lambda golds: pool.judge(golds, voted=False))
         return task
     else:
         nearest = difflib.get_close_matches(name, ["countdown", "gsm8k"], n=1)

@@ -11,11 +11,12 @@ _CALLS = {
     "problems": ("split",),
     "prompt": ("problem",),
     "score": ("completion", "problem"),
+    "score_batch": ("completions", "problems"),
     "gold": ("problem",),
     "answer": ("completion",),
 }
 """Methods of a task and what each is called with."""
-_OPTIONAL = ("gold", "answer")
+_OPTIONAL = ("gold", "answer", "score_batch")
 NEEDED = "A task needs problems(split), prompt(problem), score(completion, problem)"
 _PAGE = "See docs/your_own_reward.md"
 
@@ -24,7 +25,7 @@ def check_calls(inner: Any, where: str) -> None:
     """Raise TaskError when a method of the user's object is missing, or does not take what it will be called with."""
     for name, arguments in _CALLS.items():
         if not hasattr(inner, name):
-            if name in _OPTIONAL:
+            if name in _OPTIONAL or (name == "score" and hasattr(inner, "score_batch")):
                 continue
             raise TaskError(f"{where} has no method {name}. {NEEDED}.")
         method = getattr(inner, name)
@@ -76,7 +77,7 @@ def _check_call(method: Any, name: str, arguments: tuple[str, ...], where: str) 
         raise TaskError(f"{where}: {name} yields, and is called as {call}. Return its value.")
     if (signature := _signature(method)) is None:
         return
-    options = dict.fromkeys(optional_arguments(method), False) if name == "score" else {}
+    options = dict.fromkeys(optional_arguments(method), False) if name.startswith("score") else {}
     fault = ""
     try:
         signature.bind(*arguments, **options)

@@ -106,11 +106,21 @@ class Verdict:
     """Whether the grader ran out of memory: its process may still hold too much."""
 
 
-def judge(task: Task, answer: Answer, *, voted: bool, catch: type[BaseException] = Exception) -> Verdict:
-    """Return the task's verdict on an answer; exceptions other than `catch` propagate."""
+def judge(
+    task: Task,
+    answer: Answer,
+    *,
+    voted: bool,
+    catch: type[BaseException] = Exception,
+    scored: Callable[[], Score] | None = None,
+) -> Verdict:
+    """Return the task's verdict on an answer; exceptions other than `catch` propagate.
+
+    `scored` is called in the place of the task's score.
+    """
     score, failure, out_of_memory, vote = None, "", False, None
     try:
-        given: Any = task.score(answer.text, answer.problem, **answer.options)
+        given: Any = scored() if scored else task.score(answer.text, answer.problem, **answer.options)
         score = Score(reward=float(given.reward), correct=bool(given.correct), detail=str(given.detail))
     except catch as error:
         failure, out_of_memory = short_traceback(error), isinstance(error, MemoryError)

@@ -11,9 +11,10 @@ The file is imported, so it can do anything; name only files that you trust. `TA
 function that takes the task options and returns such an object. `stop`, `notes`, `gold` and `answer(completion)`
 (what majority votes count) are optional, and so are `truncated` (the length limit cut the completion off) and
 `thought_open` (the prompt ended in a thought) in `score`, which may return a number (correct from 1 on) or a
-`rewards.Score`; anything else is a failure, like an exception. In a run, `score` and `answer` are called in a
-separate process (`sandbox.process`), which imports again what was read here, from the file and the modules next to it
-(`modules`).
+`rewards.Score`; anything else is a failure, like an exception. `score_batch(completions, problems)`, instead of `score`
+or beside it, returns a list of those; its `truncated` and `thought_open` are lists, too. In a run, `score` and `answer`
+are called in processes of their own (`sandbox.pool`), which import again what was read here, from the file and the
+modules next to it (`modules`).
 """
 
 import contextlib
@@ -28,7 +29,7 @@ from eggroll_llm.config.toml import is_unicode
 from eggroll_llm.errors import TaskError
 from eggroll_llm.tasks.modules import Modules, find_modules, is_hidden, load_module, source_hash
 from eggroll_llm.tasks.signatures import check_calls, check_factory, optional_arguments
-from eggroll_llm.tasks.task import Message, Place, Problem, Split, no_place, problem_text, short_traceback
+from eggroll_llm.tasks.task import Answer, Message, Place, Problem, Split, no_place, problem_text, short_traceback
 from rewards import Score
 
 
@@ -55,6 +56,8 @@ class UserTask:
     notes: tuple[str, ...]
     takes: frozenset[str]
     """Which of the optional arguments, `truncated` and `thought_open`, the user's score has."""
+    batch_takes: frozenset[str] | None
+    """Which of them the user's score_batch has; None when there is no such method."""
 
     @property
     def file_hash(self) -> str:
@@ -81,9 +84,30 @@ class UserTask:
 
     def score(self, completion: str, problem: Problem, *, truncated: bool = False, thought_open: bool = False) -> Score:
         """Return the user's score; its exceptions propagate. Raises TypeError when it is not a score."""
+        if not hasattr(self.inner, "score"):
+            answer = Answer(text=completion, problem=problem, truncated=truncated, thought_open=thought_open)
+            return as_score(self.score_batch([answer])[0])
         given = {"truncated": truncated, "thought_open": thought_open}
         options = {name: value for name, value in given.items() if name in self.takes}
         return as_score(self.inner.score(completion, problem, **options))
+
+    def score_batch(self, answers: Sequence[Answer]) -> list[object]:
+        """Return what the user's score_batch returns; its exceptions propagate.
+
+        Raises WrongCountError when that is not a sequence of as many values.
+        """
+        options = {name: [getattr(answer, name) for answer in answers] for name in self.batch_takes or ()}
+        texts, problems = [answer.text for answer in answers], [answer.problem for answer in answers]
+        given: Any = self.inner.score_batch(texts, problems, **options)
+        try:
+            values = list(given)
+        except TypeError:
+            raise WrongCountError(f"score_batch() returned {given!r:.80}; return a list of scores") from None
+        if len(values) != len(answers):
+            raise WrongCountError(
+                f"score_batch() returned {len(values)} scores for {len(answers)} completions; return one for each"
+            )
+        return values
 
     def answer(self, completion: str, *, truncated: bool = False, thought_open: bool = False) -> str | None:
         """Return the user's answer, if there is such a method."""
@@ -102,6 +126,10 @@ class UserTask:
         if gold is None or isinstance(gold, str):
             return gold
         raise TaskError(f"{self.path}: {what} is {gold!r:.80}. Return the text of an answer, or None.")
+
+
+class WrongCountError(Exception):
+    """A batch has another number of scores than of completions."""
 
 
 def as_score(value: object) -> Score:
@@ -159,7 +187,8 @@ def load_user_task(
         test=test,
         stop=_texts(inner, "stop", path),
         notes=_texts(inner, "notes", path),
-        takes=optional_arguments(inner.score),
+        takes=optional_arguments(inner.score) if hasattr(inner, "score") else frozenset(),
+        batch_takes=optional_arguments(inner.score_batch) if hasattr(inner, "score_batch") else None,
     )
 
 

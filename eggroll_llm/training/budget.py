@@ -12,6 +12,7 @@ from eggroll_llm.errors import ConfigError
 from eggroll_llm.models.files import read_config, tensor_shapes
 from eggroll_llm.models.targets import trained_parameters
 from eggroll_llm.system.hardware import available_memory, serves_on_cpu
+from eggroll_llm.training.plan import members_that_answer, problems_per_step
 
 if TYPE_CHECKING:
     from eggroll_llm.training.prepare import Prepared
@@ -25,18 +26,30 @@ def budget(prepared: "Prepared") -> list[str]:
     config = prepared.config
     es, sampling = config.es, config.sampling
     answers = sampling.prompts_per_step * sampling.samples_per_prompt
-    members = f"{es.population} members x " if config.method == "es" else ""
-    completions = es.population * answers if config.method == "es" else answers
+    answering = members_that_answer(config)
+    own = " of each pair" if problems_per_step(config) > sampling.prompts_per_step else ""
+    members = f"{answering} members x " if answering > 1 else ""
+    completions = answering * answers
     prompt = sum(map(len, prepared.train.prompts)) / len(prepared.train.prompts)
     at_most = completions * sampling.max_tokens
     lines = [
         f"problems: {len(prepared.train.problems)} for training, {len(prepared.held_out.problems)} held out",
-        f"per step: {completions} completions = {members}{sampling.prompts_per_step} prompts x "
+        f"per step: {completions} completions = {members}{sampling.prompts_per_step} prompts{own} x "
         f"{sampling.samples_per_prompt} samples",
         f"per step: {completions * prompt:,.0f} prompt tokens ({prompt:.0f} each), at most {at_most:,} generated",
     ]
+    drawings, least = config.steps, ""
+    if config.method == "es" and answering == 1:
+        again = ""
+        if es.answer_reuse > 1:
+            again = f", the same completions for up to {es.answer_reuse} steps"
+            drawings, least = -(-config.steps // es.answer_reuse), "at least "
+        lines.append(
+            f"per step: {es.population} members score them, a pass of each over prompts and completions that generates "
+            f"nothing{again}"
+        )
     if config.steps:
-        lines.append(f"in all: {config.steps} steps, {config.steps * completions:,} completions")
+        lines.append(f"in all: {config.steps} steps, {least}{drawings * completions:,} completions")
     if config.minutes:
         lines.append(f"in all: at most {config.minutes:g} minutes of training")
 
@@ -66,13 +79,16 @@ def _memory_lines(prepared: "Prepared") -> list[str]:
 
 def _engines_lines(prepared: "Prepared", parts: Sequence[Part]) -> list[str]:
     engine = prepared.config.engine
+    lines = []
+    if engine.tensor_parallel > 1 and not serves_on_cpu():
+        lines.append(f"memory of the GPU: of each of {engine.tensor_parallel} that an engine has")
     if (engines := engines_here(engine)) > 1:
         total = _sum(parts) + (engines - 1) * _sum(_of_each_engine(prepared, parts))
-        return [f"memory: {total / GIB:.2f} GiB for {engines} engines on this machine"]
-    if engine.replicas != 1:
-        number = f"{engine.replicas} engines" if engine.replicas else "as many engines as there are GPUs"
-        return [f"memory: for each of {number}"]
-    return []
+        lines.append(f"memory: {total / GIB:.2f} GiB for {engines} engines on this machine")
+    elif engine.replicas != 1:
+        number = f"{engine.replicas} engines" if engine.replicas else "as many engines as the GPUs allow"
+        lines.append(f"memory: for each of {number}")
+    return lines
 
 
 def engines_here(engine: EngineConfig) -> int:
@@ -95,7 +111,8 @@ def _cache(prepared: "Prepared", inside: int) -> str:
         return ""
     share = prepared.config.engine.gpu_memory_utilization * torch.cuda.mem_get_info()[1]
     left = max(0.0, share - inside)
-    token = SIZE[prepared.config.engine.dtype] * _shape(prepared).cached
+    engine = prepared.config.engine
+    token = SIZE[engine.dtype] * _shape(prepared).on_each(engine.tensor_parallel).cached
     return f", {left / GIB:.2f} GiB here" + (f": {left / token:,.0f} tokens" if token else "")
 
 
@@ -198,12 +215,15 @@ class _Knob:
 def _knobs(prepared: "Prepared") -> list[_Knob]:
     config = prepared.config
     es, grpo, engine = config.es, config.grpo, config.engine
-    knobs = [_Knob(key="engine.kv_cache_gib", value=engine.kv_cache_gib, least=0.05, step=0.01, saved=GIB // 100)]
+    ranks = engine.tensor_parallel
+    knobs = [
+        _Knob(key="engine.kv_cache_gib", value=engine.kv_cache_gib, least=0.05, step=0.01, saved=ranks * GIB // 100)
+    ]
     if config.method == "es":
-        member = member_bytes(trained_parameters(prepared.model_dir), es.rank, SIZE[engine.dtype])
+        member = ranks * member_bytes(_shape(prepared).on_each(ranks).trained, es.rank, SIZE[engine.dtype])
         knobs.append(_Knob(key="engine.slots", value=engine.slots, least=1, step=1, saved=member))
         each = 2 if es.antithetic else 1
-        if kept_bytes(member, es.population // each):
+        if kept_bytes(member // ranks, es.population // each):
             knobs.append(_Knob(key="es.population", value=es.population, least=2, step=each, saved=member))
     elif grpo.beta and not grpo.lora_rank:
         copy = next(part.size for part in _grpo_parts(prepared) if part.name == BASE_COPY)
@@ -235,7 +255,8 @@ def _parts(prepared: "Prepared") -> list[Part]:
         else _grpo_parts(prepared)
     )
     if on_cpu:  # on a GPU it is what is left of vLLM's share
-        parts.append(Part(name="key-value cache", size=int(config.engine.kv_cache_gib * GIB), place="share"))
+        cache = config.engine.tensor_parallel * int(config.engine.kv_cache_gib * GIB)
+        parts.append(Part(name="key-value cache", size=cache, place="share"))
     return parts
 
 

@@ -1,7 +1,15 @@
-"""The ES loop: sample a population, score it, shape the rewards, record the fitness, fold it into the weights.
+"""The ES loop: find out what each member earns, shape it, record the fitness, fold it into the weights.
 
     rollouts_MPS    = member_m(prompt_p),   W_m = W + sign_m sigma E_k
     rewards_MP      = mean_s score(rollouts_MPS)
+
+or, with fitness_from = "probabilities" (`es.likelihood`), members answer nothing:
+
+    rollouts_PS     = W(prompt_p)
+    rewards_MP      = mean_s advantage(score(rollouts_PS)) p_m(rollouts_PS) / p(rollouts_PS)
+
+and then
+
     fitness_M       = shape(rewards_MP)
     journal         <- fitness_M                    on disk before the weights move
     W               <- W + learning_rate sum_k c_k E_k / ||c||
@@ -10,46 +18,67 @@ Departures from the paper are those of `es.fitness` and `es.estimate`. Everythin
 step), so a run continues from its journal as if it had never stopped. Updates are counted from 1; step 0 is the base
 model.
 
-Shapes: M member, K antithetic pair, P prompt, S sample.
+Shapes: M member, K antithetic pair, P prompt, S sample, N scored token.
 """
 
+import dataclasses
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from eggroll_llm.engine.interface import UpdateTimes
 from eggroll_llm.engine.sampling import Rollout, sample_population
 from eggroll_llm.errors import TaskError, TrainingError
 from eggroll_llm.es.estimate import NonFiniteUpdate, UpdateSpec, check_finite
-from eggroll_llm.es.fitness import Fitness, shape_fitness
+from eggroll_llm.es.fitness import Fitness, shape_fitness, shape_twins
+from eggroll_llm.es.likelihood import candidates, divergence, returns
 from eggroll_llm.es.plan import StepPlan
+from eggroll_llm.records.drawn import Drawn
+from eggroll_llm.tasks.order import SkippingOrder
 from eggroll_llm.training.evaluation import Evaluation
 from eggroll_llm.training.harness import Harness
-from eggroll_llm.training.plan import journal_entry, plan_of
+from eggroll_llm.training.plan import journal_entry, plan_of, problems_per_step
 from eggroll_llm.training.recorder import Metrics, reward_metrics, sampling_metrics
 from eggroll_llm.training.scorer import ScoredRollout, rewards_of
 
+NOTHING_SAMPLED = {
+    "completions": 0,
+    "tokens/prompt": 0,
+    "tokens/generated": 0,
+    "throughput/tokens_per_second": 0.0,
+    "throughput/generated_per_second": 0.0,
+    "time/sample": 0.0,
+    "time/reward": 0.0,
+    "rewards/failed": 0,
+}
+"""What the row says of a step that learns from answers of an earlier one."""
 CHECKSUM_EVERY = 10  # steps between checksums of the weights in the journal
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Judged:
+    """What the members of a step have earned."""
+
+    rollouts: Sequence[ScoredRollout]
+    """What was sampled for it."""
+    fitness: Fitness
+    metrics: Metrics
+    """What the row of the step says of sampling and rewards."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class StepOutcome:
-    """The outcome of a step; times are in seconds."""
+    """The outcome of a step."""
 
     plan: StepPlan
-    rollouts: Sequence[ScoredRollout]
-    rewards_MP: Tensor
-    fitness: Fitness
-    failed: int
-    """Completions that the grader failed on."""
+    judged: Judged
     update: UpdateTimes
-    noise_time: float
-    sample_time: float
-    reward_time: float
     step_time: float
+    """Seconds."""
 
 
 class EsTrainer:
@@ -60,6 +89,12 @@ class EsTrainer:
         run = harness.run
         self.harness, self.config, self.train_set = harness, harness.config, run.prepared.train
         self.engine, self.scorer, self.recorder = run.engine, run.scorer, run.recorder
+        self._drawn = run.recorder.kept_answers()
+        self._order: SkippingOrder | None = None
+        if self.config.es.skip_tied:
+            self._order = SkippingOrder(len(self.train_set.problems), seed=self.config.seed)
+            for entry in run.recorder.journal.entries:
+                self._order.saw(self._order.take(problems_per_step(self.config)), entry.tied)
 
     def run(self) -> Evaluation | None:
         """Train to the limit and return the last evaluation; None when a resumed run had reached it already."""
@@ -85,60 +120,139 @@ class EsTrainer:
 
     def _train_step(self) -> Evaluation | None:
         start = time.perf_counter()
-        es, harness = self.config.es, self.harness
+        harness = self.harness
         harness.step += 1
-        plan, indices_P = plan_of(self.config, harness.step), harness.problems()
-        noise_time = self.engine.begin(plan.noise, es.population, antithetic=plan.antithetic)
+        plan = plan_of(self.config, harness.step)
+        indices_P = self._order.take(problems_per_step(self.config)) if self._order else harness.problems()
+        judge = self._by_rewards if self.config.es.fitness_from == "rewards" else self._by_probabilities
+        judged = judge(plan, indices_P)
+        fitness = judged.fitness
+        _check_dropped(fitness, plan.step, self.scorer.first_dropped, self.config.es.fitness_from)
 
-        sampling = time.perf_counter()
-        rollouts = self._sample(plan, indices_P)
-
-        scoring = time.perf_counter()
-        scored = harness.score(rollouts, indices_P)
-        rewards_MP = rewards_of(scored, len(indices_P), self.config.sampling.samples_per_prompt).mean(dim=2)
-        fitness = shape_fitness(rewards_MP, es.fitness, antithetic=plan.antithetic)
-        _check_dropped(fitness, plan.step, self.scorer.first_dropped)
-
-        updating = time.perf_counter()
         update = UpdateSpec.of(plan, fitness.fitness_M.tolist())
-        self._record(update, fitness.dropped)
+        self._record(update, fitness)
+        if self._order:
+            self._order.saw(indices_P, fitness.tied)
         times = self._apply(update)
 
+        metrics = {"problems/skipped": self._order.skipped} if self._order else {}
         outcome = StepOutcome(
             plan=plan,
-            rollouts=scored,
-            rewards_MP=rewards_MP,
-            fitness=fitness,
-            failed=self.scorer.failures,
+            judged=judged,
             update=times,
-            noise_time=noise_time,
-            sample_time=scoring - sampling,
-            reward_time=updating - scoring,
             step_time=time.perf_counter() - start,
         )
-        evaluation = harness.end_step(metrics_of(outcome), scored, indices_P, tied=fitness.all_tied)
+        evaluation = harness.end_step(metrics_of(outcome) | metrics, judged.rollouts, indices_P, tied=fitness.all_tied)
         if self.recorder.checkpoint_due(plan.step):
             self.save()
         return evaluation
 
-    def _sample(self, plan: StepPlan, indices_P: Sequence[int]) -> list[Rollout]:
+    def _by_rewards(self, plan: StepPlan, indices_P: Sequence[int]) -> Judged:
+        """Let every member answer the problems."""
+        es, sampling = self.config.es, self.config.sampling
+        noise_time = self.engine.begin(plan.noise, es.population, antithetic=plan.antithetic)
+        scored, metrics = self._rollouts(plan, indices_P, range(es.population))
+        rewards_MP = rewards_of(scored, sampling.prompts_per_step, sampling.samples_per_prompt).mean(dim=2)
+        if es.problems == "per_pair":
+            fitness = shape_twins(rewards_MP, es.fitness)
+        else:
+            fitness = shape_fitness(rewards_MP, es.fitness, antithetic=plan.antithetic)
+        metrics |= {**reward_metrics(scored, rewards_MP), "time/noise": noise_time}
+        return Judged(rollouts=scored, fitness=fitness, metrics=metrics)
+
+    def _by_probabilities(self, plan: StepPlan, indices_P: Sequence[int]) -> Judged:
+        """Let the weights answer the problems, unless they have, and ask every member how probable the answers are."""
+        es, samples = self.config.es, self.config.sampling.samples_per_prompt
+        kept = self._drawn
+        if kept and kept.logprobs and kept.step < plan.step < kept.step + es.answer_reuse:
+            fitness, logprob_N, metrics = self._ask(plan, kept, torch.tensor(kept.logprobs))
+            if not es.max_drift or metrics["weights/drift"] <= es.max_drift:
+                return Judged(rollouts=[], fitness=fitness, metrics=kept.metrics | metrics)
+        scored, metrics = self._rollouts(plan, indices_P, [None])
+        (rewards_PS,) = rewards_of(scored, len(indices_P), samples)
+        metrics |= reward_metrics(scored, rewards_PS)
+        token_ids = [rollout.completion.token_ids for rollout in scored]
+        drawn = Drawn(
+            step=plan.step,
+            indices=tuple(indices_P),
+            token_ids=tuple(tuple(token_ids[p : p + samples]) for p in range(0, len(token_ids), samples)),
+            rewards=tuple(map(tuple, rewards_PS.tolist())),
+            logprobs=(),
+            metrics={},
+        )
+        fitness, logprob_N, asked = self._ask(plan, drawn)
+        if es.answer_reuse > 1:
+            said = {key: metrics[key] for key in ("reward/mean", "reward/accuracy", "completions/truncated")}
+            self._drawn = dataclasses.replace(drawn, logprobs=tuple(logprob_N.tolist()), metrics=said | NOTHING_SAMPLED)
+            self.recorder.keep_answers(self._drawn)
+        return Judged(rollouts=scored, fitness=fitness, metrics=metrics | asked)
+
+    def _ask(self, plan: StepPlan, drawn: Drawn, before_N: Tensor | None = None) -> tuple[Fitness, Tensor, Metrics]:
+        """Return members' fitness, log-probabilities of the answers under the weights now, and what the row says of it.
+
+        `before_N` are those under the weights that drew the answers, unless they are the same.
+        """
+        start = time.perf_counter()
+        es, samples = self.config.es, self.config.sampling.samples_per_prompt
+        prompts_P = [self.train_set.prompts[index] for index in drawn.indices]
+        answers = candidates(prompts_P, drawn.token_ids, torch.tensor(drawn.rewards, dtype=torch.float64))
+        noise_time = 0.0
+        logprob_MN, now_N = torch.zeros(es.population, 0), torch.zeros(0)
+        if answers.completions:
+            noise_time = self.engine.begin(plan.noise, es.population, antithetic=plan.antithetic)
+            judges = [None, *range(es.population)]
+            logprobs = self.engine.score(answers.completions, judges, self.config.sampling.temperature)
+            logprob_MN, now_N = logprobs[1:], logprobs[0]
+        before_N = now_N if before_N is None else before_N
+        returns_MP = returns(answers, logprob_MN, before_N, es.weighting, prompts=len(prompts_P), samples=samples)
+        fitness = shape_fitness(returns_MP, es.fitness, antithetic=plan.antithetic)
+        metrics: Metrics = {
+            "members/divergence": divergence(logprob_MN, now_N),
+            "tokens/scored": logprob_MN.numel(),
+            "time/noise": noise_time,
+            "time/score": time.perf_counter() - start - noise_time,
+        }
+        if es.answer_reuse > 1:
+            metrics["weights/drift"] = divergence(now_N[None], before_N)
+        return fitness, now_N, metrics
+
+    def _rollouts(
+        self, plan: StepPlan, indices_P: Sequence[int], members: Sequence[int | None]
+    ) -> tuple[list[ScoredRollout], Metrics]:
+        """Let members answer the problems and score the answers; return them, and what the row says of it."""
+        start = time.perf_counter()
+        rollouts = self._sample(plan, indices_P, members)
+        sampled = time.perf_counter()
+        scored = self.harness.score(rollouts)
+        metrics = {
+            **sampling_metrics(scored, sampled - start),
+            "time/sample": sampled - start,
+            "time/reward": time.perf_counter() - sampled,
+            "rewards/failed": self.scorer.failures,
+        }
+        return scored, metrics
+
+    def _sample(self, plan: StepPlan, indices_P: Sequence[int], members: Sequence[int | None]) -> list[Rollout]:
         return sample_population(
             self.engine,
             [self.train_set.prompts[index] for index in indices_P],
-            range(self.config.es.population),
+            members,
             self.config.sampling.samples_per_prompt,
             self.harness.decoding,
             seed=plan.seed,
             step=plan.step,
+            own=self.config.sampling.prompts_per_step if self.config.es.problems == "per_pair" else 0,
             on_progress=self.harness.show_sampling,
+            on_rollout=self.harness.scoring(indices_P),
         )
 
-    def _record(self, update: UpdateSpec, dropped: tuple[int, ...]) -> None:
+    def _record(self, update: UpdateSpec, fitness: Fitness) -> None:
         """Append an update to the journal, every `CHECKSUM_EVERY` steps with a checksum of the weights before it."""
         _check_update(update)
         checksum = self.engine.checksum() if (update.step - 1) % CHECKSUM_EVERY == 0 else ""
         with self.recorder.saving():
-            self.recorder.journal.append(journal_entry(update, dropped=dropped, checksum=checksum))
+            tied = fitness.tied if self._order else ()
+            self.recorder.journal.append(journal_entry(update, dropped=fitness.dropped, tied=tied, checksum=checksum))
 
     def _apply(self, update: UpdateSpec) -> UpdateTimes:
         times = self.engine.update(update)
@@ -151,17 +265,12 @@ class EsTrainer:
 
 def metrics_of(outcome: StepOutcome) -> Metrics:
     """Return the row of metrics of a step."""
-    plan, fitness, update = outcome.plan, outcome.fitness, outcome.update
+    plan, judged, update = outcome.plan, outcome.judged, outcome.update
     return {
-        **reward_metrics(outcome.rollouts, outcome.rewards_MP),
-        "fitness/std": float(fitness.fitness_M.std(correction=0)),
-        "members/dropped": len(fitness.dropped),
-        "rewards/failed": outcome.failed,
-        "prompts/tied": fitness.tied_prompts,
-        **sampling_metrics(outcome.rollouts, outcome.sample_time),
-        "time/noise": outcome.noise_time,
-        "time/sample": outcome.sample_time,
-        "time/reward": outcome.reward_time,
+        **judged.metrics,
+        "fitness/std": float(judged.fitness.fitness_M.std(correction=0)),
+        "members/dropped": len(judged.fitness.dropped),
+        "prompts/tied": len(judged.fitness.tied),
         "time/update": update.update,
         "time/serve": update.serve,
         "time/step": outcome.step_time,
@@ -181,9 +290,14 @@ def _check_update(update: UpdateSpec) -> None:
         raise TrainingError(f"{error}: start a new run with a lower es.learning_rate or a larger es.sigma") from error
 
 
-def _check_dropped(fitness: Fitness, step: int, first: str) -> None:
+def _check_dropped(fitness: Fitness, step: int, first: str, fitness_from: str) -> None:
     members = len(fitness.fitness_M)
     if 2 * len(fitness.dropped) > members:
+        if fitness_from == "probabilities":  # rewards that are not finite count nowhere
+            raise TrainingError(
+                f"step {step}: {len(fitness.dropped)} of {members} members were dropped for a NaN or infinite "
+                "log-probability of an answer: start a new run with a lower es.sigma or es.learning_rate"
+            )
         raise TaskError(
             f"step {step}: {len(fitness.dropped)} of {members} members were dropped for a NaN or infinite reward: "
             f"make score() return finite rewards; the first: {first}"

@@ -10,18 +10,19 @@ import contextlib
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from eggroll_llm.engine.interface import Completion, Decoding, Progress, Request, Sampler
 from eggroll_llm.engine.sampling import sampling_seed
 from eggroll_llm.records.answers import TASK, Graded, Sample
+from eggroll_llm.system import signals
 from eggroll_llm.tasks.prompts import ProblemSet
 from eggroll_llm.tasks.task import Problem
-from eggroll_llm.training.scorer import Scorer, answered
+from eggroll_llm.training.scorer import Scorer, answered, graded
 
-Grader = Callable[[Completion, Problem], Graded]
-"""Total: any completion has a grade."""
+Grader = Callable[[Completion, Problem], Graded] | Scorer
+"""Total: any completion has a grade. One that takes its time is a `Scorer`, which grades while others are sampled."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -115,7 +116,7 @@ def evaluate(
         if on_progress:
             on_progress(len(samples), len(problems.problems))
 
-    answer(engine, problems, {TASK: scorer.grade}, decoding, keep)
+    answer(engine, problems, {TASK: scorer}, decoding, keep)
     samples.sort(key=lambda sample: sample.problem)
     return Evaluation(samples=tuple(samples), seconds=time.perf_counter() - start)
 
@@ -133,37 +134,94 @@ def answer(
 ) -> None:
     """Answer every problem `samples` times with the base model, without the (problem, sample) that are `done`.
 
-    `on_sample` gets each graded answer as soon as it arrives, in no particular order.
+    `on_sample` gets each answer when it is graded, in no particular order; after an exception, too, what was graded.
     """
+    grading = _Grading(graders)
     wanted = [(p, s) for p in range(len(problems.problems)) for s in range(samples) if (p, s) not in done]
     requests = [Request(prompt_ids=problems.prompts[p], seed=sampling_seed(seed, 0, p, s)) for p, s in wanted]
-    with contextlib.closing(engine.stream(requests, decoding)) as arriving:
-        for i, completion in arriving:
-            p, s = wanted[i]
-            completion, problem = answered(problems, p, completion)
-            on_sample(
-                Sample(
-                    problem=p,
-                    sample=s,
-                    id=problem.get("id", p),
-                    doc=problem,
-                    prompt_hash=problems.hashes[p],
-                    completion=completion.text,
-                    tokens=len(completion.token_ids),
-                    truncated=completion.truncated,
-                    scores=_grades(completion, problem, graders),
-                )
-            )
+    try:
+        with contextlib.closing(engine.stream(requests, decoding)) as arriving:
+            for i, completion in arriving:
+                signals.check()  # which the engine may have swallowed
+                p, s = wanted[i]
+                grading.put(i, _sample(problems, p, s, completion), answered(problems, p, completion)[0])
+                for sample in grading.ready():
+                    on_sample(sample)
+        for sample in grading.rest():
+            on_sample(sample)
+    except BaseException:
+        for sample in grading.ready():  # what was graded while the engine computed
+            on_sample(sample)
+        raise
 
 
-def grade_again(sample: Sample, problems: ProblemSet, graders: Mapping[str, Grader]) -> Sample:
-    """Return the sample graded again, with the current graders and the current problem."""
-    text = Completion(text=sample.completion, token_ids=(), truncated=sample.truncated, prompt_tokens=0)
-    completion, problem = answered(problems, sample.problem, text)
-    return dataclasses.replace(
-        sample, id=problem.get("id", sample.problem), doc=problem, scores=_grades(completion, problem, graders)
+def _sample(problems: ProblemSet, problem: int, sample: int, completion: Completion) -> Sample:
+    """Return a sample without grades."""
+    doc = problems.problems[problem]
+    return Sample(
+        problem=problem,
+        sample=sample,
+        id=doc.get("id", problem),
+        doc=doc,
+        prompt_hash=problems.hashes[problem],
+        completion=completion.text,
+        tokens=len(completion.token_ids),
+        truncated=completion.truncated,
+        scores={},
     )
 
 
-def _grades(completion: Completion, problem: Problem, graders: Mapping[str, Grader]) -> dict[str, Graded]:
-    return {name: grade(completion, problem) for name, grade in graders.items()}
+def grade_again(samples: Iterable[Sample], problems: ProblemSet, graders: Mapping[str, Grader]) -> list[Sample]:
+    """Return the samples graded again, with the current graders and the current problems, in no particular order."""
+    grading = _Grading(graders)
+    for i, sample in enumerate(samples):
+        text = Completion(text=sample.completion, token_ids=(), truncated=sample.truncated, prompt_tokens=0)
+        completion, problem = answered(problems, sample.problem, text)
+        sample = dataclasses.replace(sample, id=problem.get("id", sample.problem), doc=problem)
+        grading.put(i, sample, completion)
+    return list(grading.rest())
+
+
+class _Grading:
+    """Answers under several graders, each complete with the last of its grades."""
+
+    def __init__(self, graders: Mapping[str, Grader]) -> None:
+        self._names = list(graders)
+        self._functions = {name: grader for name, grader in graders.items() if not isinstance(grader, Scorer)}
+        self._scorings = {n: grader.begin(voted=True) for n, grader in graders.items() if isinstance(grader, Scorer)}
+        self._open: dict[int, tuple[Sample, dict[str, Graded]]] = {}
+        self._complete: list[Sample] = []
+
+    def put(self, number: int, sample: Sample, completion: Completion) -> None:
+        """Have an answer graded; numbers as those of `Scoring.put`."""
+        grades = {name: grade(completion, sample.doc) for name, grade in self._functions.items()}
+        self._open[number] = sample, grades
+        for scoring in self._scorings.values():
+            scoring.put(number, completion, sample.doc)
+        self._add(number, {})
+
+    def ready(self) -> list[Sample]:
+        """Return the answers that have become complete, without waiting for any."""
+        for name, scoring in self._scorings.items():
+            for number, verdict in scoring.ready():
+                self._add(number, {name: graded(verdict)})
+        return self._take()
+
+    def rest(self) -> Iterator[Sample]:
+        """Yield all others; no more is put."""
+        for name, scoring in self._scorings.items():
+            for number, verdict in scoring.rest():
+                self._add(number, {name: graded(verdict)})
+                yield from self._take()
+        yield from self._take()
+
+    def _take(self) -> list[Sample]:
+        complete, self._complete = self._complete, []
+        return complete
+
+    def _add(self, number: int, more: Mapping[str, Graded]) -> None:
+        sample, grades = self._open[number]
+        grades |= more
+        if len(grades) == len(self._names):
+            del self._open[number]
+            self._complete.append(dataclasses.replace(sample, scores={name: grades[name] for name in self._names}))

@@ -30,6 +30,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from eggroll_llm.engine.sampling import OnRollout
 from eggroll_llm.errors import ModelError, TaskError, TrainingError
 from eggroll_llm.models.export import export_model
 from eggroll_llm.models.files import tensor_shapes
@@ -62,7 +63,7 @@ class GrpoTrainer:
         self.harness, self.config, self.checkpoint = harness, config, checkpoint
         self.engine, self.scorer, self.recorder = run.engine, run.scorer, run.recorder
         self.model_dir = run.prepared.model_dir
-        self.rollouts = grpo_trl.Rollouts(run.engine, config, harness.decoding, harness.show_sampling)
+        self.rollouts = grpo_trl.Rollouts(run.engine, config, harness.decoding, harness.show_sampling, self._scoring)
         model, tokenizer = grpo_trl.load_model(self.model_dir)
         self.trl = grpo_trl.EngineGrpoTrainer(
             config,
@@ -117,13 +118,18 @@ class GrpoTrainer:
         self.harness.step = self.rollouts.step = step
         self.rollouts.sampling_seconds = self.rollouts.sync_seconds = 0.0
 
+    def _scoring(self) -> OnRollout:
+        return self.harness.scoring(self.harness.problems())
+
     def _reward(self, prompts: Sequence[str], completion_ids: Sequence[Sequence[int]], **_: Any) -> list[float | None]:
         """Score the engine's answers, each up to a stop string; None gives a completion no advantage."""
         start = time.perf_counter()
         rollouts = self.rollouts.last
         assert [list(rollout.completion.token_ids) for rollout in rollouts] == [list(ids) for ids in completion_ids]
-        indices_P = [int(prompt) for prompt in prompts[:: self.config.sampling.samples_per_prompt]]
-        self._scored = self.harness.score(rollouts, indices_P)
+        assert [
+            int(prompt) for prompt in prompts[:: self.config.sampling.samples_per_prompt]
+        ] == self.harness.problems()
+        self._scored = self.harness.score(rollouts)
         rewards = [r.score.reward if math.isfinite(r.score.reward) else None for r in self._scored]
         if 2 * rewards.count(None) > len(rewards):
             raise TaskError(

@@ -28,7 +28,7 @@ import torch
 import eggroll_llm.engine.vllm  # noqa: F401  # TRL imports vLLM, whose environment this sets
 from eggroll_llm.config.schema import RunConfig
 from eggroll_llm.engine.interface import Decoding, Engine, Progress
-from eggroll_llm.engine.sampling import Rollout, sample_population, sampling_seed
+from eggroll_llm.engine.sampling import OnRollout, Rollout, sample_population, sampling_seed
 from eggroll_llm.errors import TrainingError
 from eggroll_llm.es.plan import schedule
 from eggroll_llm.es.weight_change import UpdateReport, sampled_rows, update_report
@@ -65,9 +65,15 @@ class Rollouts:
     """Takes the place of TRL's `VLLMGeneration`."""
 
     def __init__(
-        self, engine: Engine, config: RunConfig, decoding: Decoding, on_progress: Progress | None = None
+        self,
+        engine: Engine,
+        config: RunConfig,
+        decoding: Decoding,
+        on_progress: Progress,
+        on_begin: Callable[[], OnRollout],
     ) -> None:
-        self._engine, self._config = engine, config
+        """`on_begin` is called before a step is sampled, and what it returns with each rollout."""
+        self._engine, self._config, self._on_begin = engine, config, on_begin
         self._decoding, self._on_progress = dataclasses.replace(decoding, logprobs=True), on_progress
         self.model: Any = None
         """The model in training, set by its trainer."""
@@ -118,6 +124,7 @@ class Rollouts:
             seed=self._config.seed,
             step=self.step,
             on_progress=self._on_progress,
+            on_rollout=self._on_begin(),
         )
         # TRL shuffles completions before it cuts them into micro batches; vLLM's draws have moved the generator.
         torch.manual_seed(sampling_seed(self._config.seed, self.step, len(prompts), 0))

@@ -13,16 +13,17 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from eggroll_llm.engine.interface import Decoding, Engine
-from eggroll_llm.engine.sampling import Rollout
+from eggroll_llm.engine.sampling import OnRollout, Rollout
 from eggroll_llm.records.diagnosis import diagnose, news
 from eggroll_llm.system import signals
 from eggroll_llm.tasks.order import problems_of_step
 from eggroll_llm.tasks.prompts import set_hash
 from eggroll_llm.training.evaluation import Evaluation, evaluate
 from eggroll_llm.training.limits import Course, Limits
+from eggroll_llm.training.plan import problems_per_step
 from eggroll_llm.training.prepare import Prepared
 from eggroll_llm.training.recorder import Metrics, Recorder, completion_row, in_order_of_interest, to_record
-from eggroll_llm.training.scorer import ScoredRollout, Scorer
+from eggroll_llm.training.scorer import ScoredRollout, Scorer, Scoring, answered, score_of
 
 TIED = "rewards tied, nothing learned"
 
@@ -82,6 +83,7 @@ class Harness:
         """How completions are sampled in training."""
         self.greedy = Decoding(max_tokens=config.eval.max_tokens or config.sampling.max_tokens, stop=stop)
         """How they are in an evaluation."""
+        self._scoring: Scoring | None = None  # of the current step
         self._said: dict[str, int] = {}  # kinds of findings that were shown, with their level
         self._show_course()
 
@@ -92,21 +94,42 @@ class Harness:
 
     def problems(self) -> list[int]:
         """Return the indices of the problems of the current step."""
-        count, per_step = len(self.run.prepared.train.problems), self.config.sampling.prompts_per_step
+        count, per_step = len(self.run.prepared.train.problems), problems_per_step(self.config)
         return problems_of_step(count, per_step, seed=self.config.seed, step=self.step)
 
     def show_sampling(self, done: int, total: int) -> None:
         """Show how far the sampling of the current step is."""
         self._show_progress(self.limits.label(self.step), done, total)
 
-    def score(self, rollouts: Sequence[Rollout], indices_P: Sequence[int]) -> list[ScoredRollout]:
-        """Score the current step. Raises TaskError when it is the first and the grader fails on all of it."""
-        scorer = self.run.scorer
+    def scoring(self, indices_P: Sequence[int]) -> OnRollout:
+        """Return what takes each rollout of the current step as it arrives, so that it is scored meanwhile.
+
+        `indices_P` are the problems that the step's prompts put.
+        """
+        scorer, train = self.run.scorer, self.run.prepared.train
         scorer.start_counting()
-        scored = scorer.score_rollouts(rollouts, self.run.prepared.train, indices_P)
+        self._scoring = scoring = scorer.begin()
+
+        def put(number: int, rollout: Rollout) -> None:
+            scoring.put(number, *answered(train, indices_P[rollout.prompt], rollout.completion))
+
+        return put
+
+    def score(self, rollouts: Sequence[Rollout]) -> list[ScoredRollout]:
+        """Return all rollouts that `scoring` has taken, in their order, with their scores.
+
+        Raises TaskError when this is the first step and the grader fails on all of it.
+        """
+        assert self._scoring is not None
+        verdicts, self._scoring = dict(self._scoring.rest()), None
         if self.step == 1:
-            scorer.check(of=" of the first step")
-        return scored
+            self.run.scorer.check(of=" of the first step")
+        return [
+            ScoredRollout(
+                member=r.member, prompt=r.prompt, sample=r.sample, completion=r.completion, score=score_of(verdicts[i])
+            )
+            for i, r in enumerate(rollouts)
+        ]
 
     def start(self) -> Evaluation:
         """Evaluate the base model, as step 0."""

@@ -13,7 +13,20 @@ def plan_of(config: RunConfig, step: int) -> StepPlan:
     return plan_step(config.es, seed=config.seed, step=step, steps=config.steps)
 
 
-def journal_entry(update: UpdateSpec, *, dropped: tuple[int, ...], checksum: str) -> JournalEntry:
+def problems_per_step(config: RunConfig) -> int:
+    """Return how many problems all members of a step have together."""
+    own = config.method == "es" and config.es.problems == "per_pair"
+    return config.sampling.prompts_per_step * (config.es.population // 2 if own else 1)
+
+
+def members_that_answer(config: RunConfig) -> int:
+    """Return how many models answer the problems of a step: the population, or the one that is trained."""
+    return config.es.population if config.method == "es" and config.es.fitness_from == "rewards" else 1
+
+
+def journal_entry(
+    update: UpdateSpec, *, dropped: tuple[int, ...], tied: tuple[int, ...] = (), checksum: str
+) -> JournalEntry:
     """Return what the journal records of an update."""
     return JournalEntry(
         step=update.step,
@@ -22,6 +35,7 @@ def journal_entry(update: UpdateSpec, *, dropped: tuple[int, ...], checksum: str
         sigma=update.sigma,
         learning_rate=update.learning_rate,
         dropped=dropped,
+        tied=tied,
         checksum=checksum,
     )
 

@@ -11,8 +11,8 @@ from eggroll_llm.config.compare import frozen_hash
 from eggroll_llm.config.schema import RunConfig
 from eggroll_llm.errors import ConfigError, TaskError
 from eggroll_llm.models import embedded
-from eggroll_llm.models.architectures import check_method, check_tested
-from eggroll_llm.models.files import architecture_of, context_limit
+from eggroll_llm.models.architectures import check_method, check_tensor_parallel, check_tested
+from eggroll_llm.models.files import architecture_of, context_limit, read_config
 from eggroll_llm.models.resolve import model_identity, resolve_model
 from eggroll_llm.models.targets import check_rank
 from eggroll_llm.records.journal import JournalHeader
@@ -96,6 +96,7 @@ def prepare(config: RunConfig, recipe_dir: Path) -> Prepared:
     architecture = architecture_of(model_dir)
     check_tested(architecture, model_dir, allow_untested=config.engine.allow_untested_architecture)
     check_method(architecture, config.method, model_dir)
+    check_tensor_parallel(read_config(model_dir), config.engine.tensor_parallel, model_dir)
     if config.method == "es":
         check_rank(model_dir, "es.rank", config.es.rank)
     else:

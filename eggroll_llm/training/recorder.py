@@ -13,6 +13,7 @@ from eggroll_llm.config.schema import RunConfig
 from eggroll_llm.errors import SamplesError
 from eggroll_llm.models.card import Trained, write_card
 from eggroll_llm.records.checkpoint import checkpoint_path, is_valid, list_checkpoints, prune, save_checkpoint
+from eggroll_llm.records.drawn import Drawn, read_drawn, write_drawn
 from eggroll_llm.records.journal import Journal
 from eggroll_llm.records.run_dir import RunDir
 from eggroll_llm.records.weights import best_step, write_provenance
@@ -83,6 +84,15 @@ class Recorder:
         """Write the graded answers of an evaluation."""
         with self.saving():
             self.directory.write_evaluation(step, settings, evaluation.samples)
+
+    def keep_answers(self, drawn: Drawn) -> None:
+        """Write the answers that later steps learn from, too."""
+        with self.saving():
+            write_drawn(self.directory.drawn, drawn)
+
+    def kept_answers(self) -> Drawn | None:
+        """Return the answers that an earlier process kept; None when there are none."""
+        return read_drawn(self.directory.drawn)
 
     def against_base(self, evaluation: Evaluation) -> Metrics:
         """Compare with the base model's answers, problem by problem; {} where they are missing or of other problems."""
@@ -183,10 +193,13 @@ def in_order_of_interest(rollouts: Sequence[ScoredRollout], step: int) -> list[S
         place = (rollout.sample if rollout.member is None else rollout.member, rollout.prompt)
         if place not in shown or (rollout.unusable and not shown[place].unusable):
             shown[place] = rollout
-    prompts = len({prompt for _, prompt in shown})
-    members = len(shown) // prompts
-    together = math.lcm(members, prompts)  # after so many the same pairs would come again
-    return [shown[(step + i + i // together) % members, i % prompts] for i in range(len(shown))]
+    members, prompts = (list(dict.fromkeys(place[i] for place in shown)) for i in (0, 1))
+    together = math.lcm(len(members), len(prompts))  # after so many the same pairs would come again
+    places = (
+        (members[(step + i + i // together) % len(members)], prompts[i % len(prompts)])
+        for i in range(len(members) * len(prompts))
+    )
+    return [shown[place] for place in places if place in shown]  # a pair's own problems are not the others'
 
 
 def to_record(shown: Sequence[ScoredRollout], rollouts: Sequence[ScoredRollout], count: int) -> list[ScoredRollout]:

@@ -1,17 +1,18 @@
 """The boundary to a task's grader, which may be the user's code: every completion gets a Score.
 
-Built-in graders are called here, a user's in its own process. If it raises, returns something that is not a score,
-takes too long or ends its process, only that completion scores 0, and the failure is counted; NaN or infinity drops the
-member later. The first of each is shown with the answer that caused it. When all completions of the first step fail,
-the run stops with the first failure, because then the grader is at fault.
+Built-in graders are called here, a user's in processes of its own while more completions are sampled. If it raises,
+returns something that is not a score, takes too long or ends its process, only that completion scores 0, and the
+failure is counted; NaN or infinity drops the member later. The first of each, in the order of requests and not of
+scores, is shown with the answer that caused it. When all completions of the first step fail, the run stops with the
+first failure, because then the grader is at fault.
 """
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Protocol, Self
 
 from eggroll_llm.config.schema import RewardConfig
 from eggroll_llm.engine.interface import Completion
@@ -21,7 +22,7 @@ from eggroll_llm.records.answers import Graded
 from eggroll_llm.system import signals
 from eggroll_llm.system.terminal import inert
 from eggroll_llm.tasks.prompts import ProblemSet
-from eggroll_llm.tasks.sandbox.process import UserProcess
+from eggroll_llm.tasks.sandbox.pool import ScorePool
 from eggroll_llm.tasks.task import Answer, Problem, Score, Task, Verdict, judge
 from eggroll_llm.tasks.user import UserTask
 
@@ -58,6 +59,17 @@ def answered(problems: ProblemSet, index: int, completion: Completion) -> tuple[
     return completion, problems.problems[index]
 
 
+def score_of(verdict: Verdict) -> Score:
+    """Return the score, and 0 where the grader failed."""
+    return verdict.score or Score(reward=0.0, correct=False, detail=FAILED)
+
+
+def graded(verdict: Verdict) -> Graded:
+    """Return the score as evaluations record it."""
+    score = score_of(verdict)
+    return Graded(correct=score.correct, reward=score.reward, detail=score.detail, answer=verdict.vote)
+
+
 class Scorer(AbstractContextManager["Scorer"]):
     """Scores completions of a task and counts the failures of its grader. Use as a context manager, or call `close`."""
 
@@ -66,54 +78,34 @@ class Scorer(AbstractContextManager["Scorer"]):
     ) -> None:
         """Apply the limits to a user's task; `say` gets a sentence on the first failure."""
         self._task = task
-        self._process = UserProcess(task, limits or RewardConfig()) if isinstance(task, UserTask) else None
+        self._pool = ScorePool(task, limits or RewardConfig()) if isinstance(task, UserTask) else None
         self.say = say
         self.first_failure = self.first_dropped = ""
         """The first answer without a score and the end of the traceback; what led to the first NaN."""
         self.start_counting()
 
     def __enter__(self) -> Self:
-        """Start the user's process. Raises TaskError when the task does not load there as it did here."""
-        if self._process:
-            self._process.start()
+        """Start the user's processes. Raises TaskError when the task does not load there as it did here."""
+        if self._pool:
+            self._pool.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:
-        """End the user's process; a second call does nothing."""
-        if self._process:
-            self._process.close()
+        """End the user's processes; a second call does nothing."""
+        if self._pool:
+            self._pool.close()
 
     def start_counting(self) -> None:
         """Count scored completions and failures from here on."""
         self.scored = self.failures = 0
 
-    def score(self, completion: Completion, problem: Problem) -> Score:
-        """Return the task's score; the reward may be NaN or infinite, which drops the member later."""
-        return self.score_all([(completion, problem)])[0]
-
-    def score_all(self, pairs: Sequence[tuple[Completion, Problem]]) -> list[Score]:
-        """Return the score of each completion, as `score` does."""
-        verdicts = self._judge(pairs, voted=False)
-        return [self._count(verdict, *pair) for verdict, pair in zip(verdicts, pairs, strict=True)]
-
-    def score_rollouts(
-        self, rollouts: Sequence[Rollout], problems: ProblemSet, indices_P: Sequence[int]
-    ) -> list[ScoredRollout]:
-        """Return the rollouts with their scores; `indices_P` are the problems that the step's prompts put."""
-        scores = self.score_all([answered(problems, indices_P[r.prompt], r.completion) for r in rollouts])
-        return [
-            ScoredRollout(member=r.member, prompt=r.prompt, sample=r.sample, completion=r.completion, score=score)
-            for r, score in zip(rollouts, scores, strict=True)
-        ]
-
-    def grade(self, completion: Completion, problem: Problem) -> Graded:
-        """Return the task's score together with the answer that majority votes count."""
-        (verdict,) = self._judge([(completion, problem)], voted=True)
-        score = self._count(verdict, completion, problem)
-        return Graded(correct=score.correct, reward=score.reward, detail=score.detail, answer=verdict.vote)
+    def begin(self, *, voted: bool = False) -> "Scoring":
+        """Return a new set of completions; what is left of the last is dropped. `voted` asks for answers to vote on."""
+        judging = self._pool.begin(voted=voted) if self._pool else _JudgingHere(self._task, voted=voted)
+        return Scoring(judging, self._count)
 
     def check(self, of: str) -> None:
         """Raise TaskError when nothing that was counted could be scored; `of` says what that was."""
@@ -123,26 +115,16 @@ class Scorer(AbstractContextManager["Scorer"]):
                 f"{self.first_failure}"
             )
 
-    def _judge(self, pairs: Sequence[tuple[Completion, Problem]], *, voted: bool) -> Iterable[Verdict]:
-        answers = [
-            Answer(text=c.text, problem=problem, truncated=c.truncated, thought_open=c.thought_open)
-            for c, problem in pairs
-        ]
-        if self._process:
-            return self._process.judge(answers, voted=voted)
-        return (judge(self._task, answer, voted=voted) for answer in answers)
-
-    def _count(self, verdict: Verdict, completion: Completion, problem: Problem) -> Score:
-        signals.check()  # which a grader may have swallowed
+    def _count(self, verdict: Verdict, completion: Completion, problem: Problem) -> None:
         self.scored += 1
         if verdict.score and math.isfinite(verdict.score.reward):
-            return verdict.score
+            return
         sample = f'problem {inert(str(problem.get("id")), 60)}, answer "{inert(completion.text)}"'
         if verdict.score:
             if not self.first_dropped:
                 self.first_dropped = f"{verdict.score.reward} for {sample}"
                 self.say(f"score() returned NaN or infinity, so nothing is learned from it: {self.first_dropped}")
-            return verdict.score
+            return
         self.failures += 1
         if not self.first_failure:
             self.first_failure = f"{sample}\n{verdict.failure}"
@@ -150,4 +132,69 @@ class Scorer(AbstractContextManager["Scorer"]):
             self.say(
                 f"score() failed, so this completion scores 0; rewards/failed counts the others: {reason}; {sample}"
             )
-        return Score(reward=0.0, correct=False, detail=FAILED)
+
+
+class _Judging(Protocol):
+    """Answers that are judged together, see `tasks.sandbox.pool.Judging`."""
+
+    def put(self, number: int, answer: Answer) -> None: ...
+    def ready(self) -> list[tuple[int, Verdict]]: ...
+    def rest(self) -> Iterator[tuple[int, Verdict]]: ...
+
+
+class _JudgingHere:
+    """Judges by a built-in grader, when it is asked for verdicts."""
+
+    def __init__(self, task: Task, *, voted: bool) -> None:
+        self._task, self._voted = task, voted
+        self._waiting: dict[int, Answer] = {}
+
+    def put(self, number: int, answer: Answer) -> None:
+        self._waiting[number] = answer
+
+    def ready(self) -> list[tuple[int, Verdict]]:
+        return list(self.rest())
+
+    def rest(self) -> Iterator[tuple[int, Verdict]]:
+        for number in sorted(self._waiting):
+            verdict = judge(self._task, self._waiting.pop(number), voted=self._voted)
+            signals.check()  # which a grader may have swallowed
+            yield number, verdict
+
+
+class Scoring:
+    """Completions of a step or an evaluation, which are scored as they are put."""
+
+    def __init__(self, judging: _Judging, count: Callable[[Verdict, Completion, Problem], None]) -> None:
+        """`count` gets each verdict with its completion and problem, in the order of their numbers."""
+        self._judging, self._count = judging, count
+        self._given: dict[int, tuple[Completion, Problem]] = {}
+        self._uncounted: dict[int, Verdict] = {}
+        self._counted = 0
+
+    def put(self, number: int, completion: Completion, problem: Problem) -> None:
+        """Have a completion scored. Numbers start from 0, leave none out at the end, and come in any order."""
+        c = completion
+        self._given[number] = completion, problem
+        self._judging.put(
+            number, Answer(text=c.text, problem=problem, truncated=c.truncated, thought_open=c.thought_open)
+        )
+
+    def ready(self) -> list[tuple[int, Verdict]]:
+        """Return the verdicts that have come since, by number, without waiting for any."""
+        judged = self._judging.ready()
+        for number, verdict in judged:
+            self._note(number, verdict)
+        return judged
+
+    def rest(self) -> Iterator[tuple[int, Verdict]]:
+        """Yield all verdicts that have not been returned, as they come; no more is put."""
+        for number, verdict in self._judging.rest():
+            self._note(number, verdict)
+            yield number, verdict
+
+    def _note(self, number: int, verdict: Verdict) -> None:
+        self._uncounted[number] = verdict
+        while self._counted in self._uncounted:
+            self._count(self._uncounted.pop(self._counted), *self._given.pop(self._counted))
+            self._counted += 1

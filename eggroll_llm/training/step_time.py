@@ -4,6 +4,7 @@
 
     sampling        2 operations a linear weight and token, 2 a weight of the head and generated token, 4 a position
                     and unit of attention; weights are read once a pass, and a pass decodes `max_sequences` tokens
+    ES: scoring     with fitness from probabilities, one pass over prompts and completions for each member
     ES: update      2 operations a weight, direction and rank; masters are read and written, weights written
     GRPO: training  three passes' worth of operations a token of completions and distinct prompts, one more for the
                     probabilities before the update and one for the base model's; weights, gradient and AdamW's moments
@@ -21,6 +22,7 @@ from typing import TYPE_CHECKING
 from eggroll_llm.models.files import tensor_shapes
 from eggroll_llm.models.targets import trained_parameters
 from eggroll_llm.system.hardware import serves_on_cpu
+from eggroll_llm.training.plan import members_that_answer
 
 if TYPE_CHECKING:
     from eggroll_llm.training.prepare import Prepared
@@ -169,13 +171,12 @@ def model_sizes(prepared: "Prepared") -> Model:
 
 
 def step_seconds(prepared: "Prepared", model: Model, machine: Machine, *, length: float) -> float:
-    """Return the time of a step whose answers have that share of the length limit."""
+    """Return the mean time of a step whose answers have that share of the length limit."""
     config, es = prepared.config, prepared.config.es
     sampling = config.sampling
-    members = es.population if config.method == "es" else 1
     drawn = sampled(
         prepared.train.prompts,
-        members=members,
+        members=members_that_answer(config),
         problems=sampling.prompts_per_step,
         samples=sampling.samples_per_prompt,
         length=length * sampling.max_tokens,
@@ -183,7 +184,9 @@ def step_seconds(prepared: "Prepared", model: Model, machine: Machine, *, length
     seconds = _sampling_seconds(drawn, model, machine, prepared)
     size = _SIZE[config.engine.dtype]
     if config.method == "es":
-        directions = members // 2 if es.antithetic else members
+        if es.fitness_from == "probabilities":
+            seconds = seconds / es.answer_reuse + _scoring_seconds(drawn, model, machine, es.population)
+        directions = es.population // 2 if es.antithetic else es.population
         moments = {"sgd": 0, "momentum": 1, "adam": 2}[es.optimizer]
         operations = 2 * model.linear * directions * es.rank
         return seconds + operations / machine.training + model.linear * (8 * (1 + moments) + size) / machine.bandwidth
@@ -213,6 +216,13 @@ def _sampling_seconds(drawn: Sampled, model: Model, machine: Machine, prepared: 
     operations = _operations(model, drawn.prompt_tokens + generated, drawn.completions + generated, drawn.context)
     read = passes * _SIZE[prepared.config.engine.dtype] * (model.linear + model.head)
     return operations / machine.serving + read / machine.bandwidth + passes * machine.passes[0]
+
+
+def _scoring_seconds(drawn: Sampled, model: Model, machine: Machine, members: int) -> float:
+    """Return the time in which members score what was sampled: a pass over prompts and answers for each."""
+    generated = drawn.completions * drawn.length
+    operations = _operations(model, drawn.prompt_tokens + generated, generated, drawn.context)
+    return members * operations / machine.serving + machine.passes[0]
 
 
 def _operations(model: Model, tokens: float, predicted: float, context: float) -> float:

@@ -76,8 +76,14 @@ def test_what_was_not_alive_together_is_compared_with_the_median(subject: Subjec
 
 
 def test_the_table_has_phases_and_the_share_of_what_is_no_sampling(subject: Subject) -> None:
-    phases = {"prefill_seconds": 0.5, "decode_tokens_per_second": 1234.0, "decode_step_seconds": 0.0123}
+    phases = {
+        "prefill_seconds": 0.5,
+        "prefill_tokens_per_second": 160.0,
+        "decode_tokens_per_second": 1234.0,
+        "decode_step_seconds": 0.0123,
+    }
     step = {"noise_seconds": 0.015, "update_seconds": 0.025, "serve_seconds": 0.001, "rest_of_step": 0.0204}
+    step |= {"scored_tokens_per_second": 144.0}
     wave = Measured(
         workload="even",
         variants=(EAGER, OURS),
@@ -91,7 +97,17 @@ def test_the_table_has_phases_and_the_share_of_what_is_no_sampling(subject: Subj
     show(rows([wave], subject, SIZE), SIZE, Console(file=text, width=230))
     eager, ours = (line for line in text.getvalue().splitlines() if line.startswith("│ p"))
     assert "64 new tokens each: 80 prompt and 512 new tokens, 8 at a time, greedy, on H100" in text.getvalue()
-    for cell in ("95", "0.50", "1,234", "12.30", "0.95 (0.95-0.95)", "15 + 25 + 1, 2.0 %", "1.00", "mp v2 full"):
+    for cell in (
+        "95",
+        "0.50",
+        "1,234",
+        "12.30",
+        "144 (0.90)",
+        "0.95 (0.95-0.95)",
+        "15 + 25 + 1, 2.0 %",
+        "1.00",
+        "mp v2 full",
+    ):
         assert f" {cell} " in ours
     assert " 15 + 25" not in eager
     assert eager.split()[-2:] == ["async", "│"]

@@ -164,6 +164,9 @@ def test_prefill_and_decode_are_timed_apart() -> None:
             seconds = 2 + 0.5 * (max(work.new_tokens) - 1)
             return Times(sample=seconds, noise=0.1, update=0.2, serve=0.2)
 
+        def score(self, work: Workload) -> float:
+            return 10.0
+
         def memory_gib(self) -> float:
             return 3.0
 
@@ -179,6 +182,8 @@ def test_prefill_and_decode_are_timed_apart() -> None:
         "generated_per_second": 3.0,
         "rest_of_step": pytest.approx(0.5 / 6.5),
         "prefill_seconds": 2.0,
+        "prefill_tokens_per_second": 6.0,
+        "scored_tokens_per_second": 10.0,
         "decode_tokens_per_second": 4.0,
         "decode_step_seconds": 0.5,
         "memory_gib": 3.0,
@@ -217,6 +222,7 @@ def test_every_kind_of_variant_runs(subject: Subject) -> None:
         assert answer["memory_gib"] > 0.1
         assert (answer["noise_seconds"] is None) == (variant is EAGER)
         assert ("prefill_seconds" in answer) == variant.phased
+        assert ("scored_tokens_per_second" in answer) == (variant.kind == "population")
         assert (answer["rest_of_step"] is not None) == (variant.kind in ("population", "stock"))
         assert not about["multiprocess"]
 

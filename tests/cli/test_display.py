@@ -28,6 +28,7 @@ ROW = {
     "step": 7,
     "reward/mean": 0.25,
     "reward/accuracy": 0.125,
+    "completions": 256,
     "throughput/tokens_per_second": 1234.5,
     "time/step": 3.14159,
 }
@@ -52,10 +53,12 @@ def uncoloured(output: io.StringIO) -> str:
     return re.sub(r"\x1b\[[0-9;]*m", "", output.getvalue())
 
 
-def shown(samples: Sequence[dict[str, Any]] = (), seconds_left: float | None = None, width: int = 80) -> str:
+def shown(
+    samples: Sequence[dict[str, Any]] = (), seconds_left: float | None = None, width: int = 80, row: Any = ROW
+) -> str:
     output = io.StringIO()
     display = ConsoleDisplay(Console(file=output, width=width, soft_wrap=True, highlight=False))
-    display.step(ROW, samples, seconds_left=seconds_left)
+    display.step(row, samples, seconds_left=seconds_left)
     return output.getvalue()
 
 
@@ -82,6 +85,11 @@ def test_long_text_is_cut() -> None:
     assert inert("x" * 11, 10) == "x" * 9 + "…"
     assert inert("\x00" * 10, 10) == r"\x00\x00\…"
     assert len(inert("\x1b" * 1_000_000)) == SAMPLE_CHARACTERS
+
+
+def test_a_step_that_learns_from_earlier_answers_says_what_it_scored() -> None:
+    again = ROW | {"completions": 0, "throughput/tokens_per_second": 0.0, "tokens/scored": 2560}
+    assert shown(row=again) == "step    7  reward 0.250  accuracy 0.125  2,560 tokens scored  3.1 s\n"
 
 
 def test_durations() -> None:

@@ -124,6 +124,21 @@ def test_files_that_are_no_recipe(recipe: Path) -> None:
         ({"es.noise_reuse": "0"}, "es.noise_reuse = 0: must be at least 1. Set es.noise_reuse to 1 or more."),
         ({"es.adam_beta2": "1"}, "es.adam_beta2 = 1.0: must be below 1. Set es.adam_beta2 to less than 1."),
         ({"es.schedule_end": "1.5"}, "es.schedule_end = 1.5: must be at most 1. Set es.schedule_end to 1 or less."),
+        ({"es.problems": "per_pair", "es.antithetic": "false"}, 'es.problems = "per_pair", es.antithetic = false: there are no '
+         'pairs. Set es.antithetic to true, or es.problems to "shared".'),
+        ({"es.problems": "per_pair", "es.fitness": "rank"}, 'es.problems = "per_pair", es.fitness = "rank": members with other '
+         'problems have no common ranks. Set es.fitness to "centered" or "sign", or es.problems to "shared".'),
+        ({"es.problems": "per_pair", "es.fitness_from": "probabilities"}, 'es.problems = "per_pair", es.fitness_from = '
+         '"probabilities": members that only score answers share them all. Set es.problems to "shared", or es.fitness_from to '
+         '"rewards".'),
+        ({"es.answer_reuse": "2"}, 'es.answer_reuse = 2, es.fitness_from = "rewards": the rewards of members\' own answers say '
+         'nothing of others. Set es.answer_reuse to 1, or es.fitness_from to "probabilities".'),
+        ({"es.weighting": "token"}, 'es.weighting = "token", es.fitness_from = "rewards": rewards need no weighting. Leave '
+         'es.weighting out, or set es.fitness_from to "probabilities".'),
+        ({"es.max_drift": "0.1"}, "es.max_drift = 0.1, es.answer_reuse = 1: answers are drawn anew at every step anyway. "
+         "Set es.answer_reuse above 1, or es.max_drift to 0."),
+        ({"es.fitness_from": "probabilities"}, "sampling.samples_per_prompt = 1: fitness from probabilities compares the "
+         "completions of a problem with each other. Set sampling.samples_per_prompt to 2 or more, such as 8."),
         ({"es.fitness": "sign", "es.antithetic": "false"}, 'es.fitness = "sign", es.antithetic = false: the sign compares the '
          'two members of a pair. Set es.antithetic to true, or es.fitness to "rank".'),
         ({"es.optimizer": "momentum", "es.momentum": "0"}, 'es.optimizer = "momentum", es.momentum = 0.0: momentum 0 is plain '
@@ -146,6 +161,8 @@ def test_files_that_are_no_recipe(recipe: Path) -> None:
          "Set engine.max_model_len to more than sampling.max_tokens, or to 0 (from the task)."),
         ({"checkpoint.keep": "0"}, "checkpoint.keep = 0: must be at least 1. Set checkpoint.keep to 1 or more."),
         ({"model": ""}, 'model = "": is not a name. Name a model.'),
+        ({"engine.compile": "true", "engine.tensor_parallel": "2"}, "engine.compile = true, engine.tensor_parallel = 2: "
+         "torch.compile does not reach the ranks. Set engine.compile to false."),
     ],
 )  # fmt: skip
 def test_settings_that_make_no_sense(recipe: Path, flags: dict[str, str], message: str) -> None:
@@ -174,7 +191,7 @@ learning_rate = 1e-6
     [
         ({"grpo.learning_rate": "0"}, 'grpo.learning_rate = 0.0: must be above 0 with method "grpo". '
          'Set grpo.learning_rate to a positive number.'),
-        ({"sampling.top_p": "0.9"}, "sampling.top_p = 0.9: the trainer computes probabilities over the whole vocabulary. "
+        ({"sampling.top_p": "0.9"}, "sampling.top_p = 0.9: probabilities are over the whole vocabulary. "
          "Set sampling.top_p to 1."),
         ({"sampling.samples_per_prompt": "1"}, "sampling.samples_per_prompt = 1: GRPO compares the completions of a problem "
          "with each other. Set sampling.samples_per_prompt to 2 or more, such as 8."),
@@ -182,6 +199,8 @@ learning_rate = 1e-6
          "Set sampling.temperature above 0, such as 1.0."),
         ({"grpo.micro_batch": "24"}, "grpo.micro_batch = 24, sampling.prompts_per_step = 8, sampling.samples_per_prompt = 8: does "
          "not divide the 64 completions of a step. Set grpo.micro_batch to 16, or to another divisor."),
+        ({"engine.tensor_parallel": "2"}, "engine.tensor_parallel = 2: a trainer's weights can only be served by one device. "
+         "Set engine.tensor_parallel to 1."),
         ({"grpo.epsilon": "0"}, "grpo.epsilon = 0.0: must be above 0. Set grpo.epsilon to a positive number."),
         ({"grpo.learning_rate_schedule": "cosine", "steps": "0", "minutes": "1"}, 'grpo.learning_rate_schedule = "cosine", '
          'steps = 0: a schedule needs to know the last step. Set steps above 0, or grpo.learning_rate_schedule to "constant".'),
@@ -289,8 +308,9 @@ def test_keys_that_may_change_on_resume() -> None:
         "steps", "minutes", "eval.every", "grpo.gradient_checkpointing", "checkpoint.every", "checkpoint.keep", "checkpoint.best", "log.samples", "log.completions",
         "log.tensorboard", "log.wandb", "engine.slots", "engine.max_sequences", "engine.max_model_len",
         "engine.kv_cache_gib", "engine.offload_masters", "engine.enforce_eager", "engine.compile", "engine.gpu_memory_utilization",
-        "engine.timeout_seconds", "engine.threads", "engine.replicas", "engine.min_replicas", "engine.restart",
-        "engine.ray_address", "engine.allow_untested_architecture", "reward.timeout_seconds", "reward.memory_gib",
+        "engine.timeout_seconds", "engine.threads", "engine.replicas", "engine.tensor_parallel", "engine.min_replicas",
+        "engine.ray_address", "engine.allow_untested_architecture", "reward.workers", "reward.batch_size",
+        "reward.timeout_seconds", "reward.memory_gib",
     }  # fmt: skip
     assert not may_change("task_options.data_dir")
 

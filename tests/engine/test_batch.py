@@ -1,4 +1,5 @@
 """What greedy answers on a CPU do not depend on: other requests, their order, threads, slots, chunks, cached prefixes.
+Nor do the probabilities that members give to answers depend on the other members.
 
 It holds to the bit, log-probabilities included, in float32 and, where the processor multiplies it without AMX, in
 bfloat16, for prompts that fit one tile of vLLM's attention (docs/determinism.md).
@@ -126,6 +127,13 @@ def test_an_answer_depends_on_nothing_but_its_request(
         order = random.Random(1).sample(range(len(requests)), len(requests))
         shuffled = dict(zip(order, answers(engine, [requests[i] for i in order], 5), strict=True))
         assert [shuffled[i] for i in range(len(requests))] == together
+        members: list[int | None] = [None, *range(MEMBERS)]
+        scored = [(requests[i].prompt_ids, together[i][0]) for i in range(0, len(requests), 4)]
+        with threads(2):
+            scores = engine.score(scored, members)
+            assert torch.equal(torch.cat([engine.score(scored, [member]) for member in members]), scores)
+        with threads(1):
+            assert torch.equal(engine.score(scored, members[::-1]).flip(0), scores)
     finally:
         engine.close()
 

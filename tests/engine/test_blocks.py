@@ -15,7 +15,7 @@ from without_vllm import dense_logprobs
 
 from eggroll_llm.config.schema import EngineConfig
 from eggroll_llm.engine.interface import Decoding, Request
-from eggroll_llm.engine.vllm import worker
+from eggroll_llm.engine.vllm import blocks, worker
 from eggroll_llm.engine.vllm.engine import VllmEngine
 from eggroll_llm.es.estimate import UpdateSpec
 from eggroll_llm.es.noise import NoiseSpec, served_factors
@@ -33,13 +33,18 @@ FITNESS = (1.0, -1.0, 0.5, 0.25, -0.75, 0.0)
 UPDATE = UpdateSpec(step=1, noise_step=1, seed=3, rank=2, sigma=0.05, learning_rate=0.02, fitness_M=FITNESS)
 
 
-@pytest.fixture(scope="module", params=["llama", "qwen2", "qwen3", "granite", "smollm3"])
+@pytest.fixture(scope="module", params=["llama", "qwen2", "qwen3", "qwen3 summed", "granite", "smollm3"])
 def served(request: pytest.FixtureRequest, tiny_model: Callable[[str], Path]) -> Iterator[tuple[VllmEngine, Path]]:
-    """The first three in fused blocks, the others layer by layer, SmolLM3 with activations [1, T, I]."""
+    """The first four in fused blocks, the others layer by layer, SmolLM3 with activations [1, T, I].
+
+    One adds the terms of o and down as ranks do that have parts of them, before a sum, here of one.
+    """
+    kind, _, summed = request.param.partition(" ")
     config = EngineConfig(dtype="float32", kv_cache_gib=0.05, max_sequences=8)
-    model_dir = tiny_model(request.param)
+    model_dir = tiny_model(kind)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(worker, "runs_triton", lambda device: True)
+        patch.setattr(blocks, "is_summed", lambda linear: bool(summed))
         engine = VllmEngine(model_dir, config, slots=SLOTS, rank=2, max_model_len=64, prefix_caching=False)
         yield engine, model_dir
         engine.close()

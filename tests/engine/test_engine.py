@@ -18,7 +18,7 @@ import torch
 from kinds import KINDS
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from without_vllm import dense_logprobs
+from without_vllm import dense_logprobs, dense_scores
 
 from eggroll_llm.config.schema import EngineConfig
 from eggroll_llm.engine.interface import Decoding, Request
@@ -174,6 +174,35 @@ def test_base_requests_in_a_mixed_batch_are_the_base_model(served: Served) -> No
     mixed = served_logprobs(engine, [0, None, 3, 1])
     assert torch.equal(mixed[1], alone)
     assert (mixed[0] - alone).abs().max() > served.case.apart
+
+
+def test_scores_are_those_of_the_dense_model(served: Served) -> None:
+    """More members than slots, and a tree too large for one pass beside a second one that shares nothing with it."""
+    engine = served.engine
+    engine.begin(served.noise(), POPULATION)
+    completions = [
+        (PROMPTS[0], (5, 6, 7, 8)),
+        (PROMPTS[1], (9,)),
+        (PROMPTS[0], (5, 6, 17)),
+        (PROMPTS[0], (5, 6, 7, 8)),
+        (PROMPTS[0][:20], (*PROMPTS[0][20:], 5, 3)),
+    ]
+    members = [None, *range(POPULATION)]
+    before = served_logprobs(engine, [0, None])
+    found = engine.score(completions, members)
+    assert found.shape == (7, 4 + 1 + 3 + 4 + 22)
+    tolerance = min(served.case.tolerance, 1e-4) if served.case.dtype == "float32" else served.case.tolerance
+    for row, member in zip(found, members, strict=True):
+        if member in (None, 0, 5):
+            added = {} if member is None else perturbation(engine, served.noise(), member)
+            right = dense_scores(served.model_dir, completions, added)
+            assert (row - right).abs().max() < tolerance
+    assert all((found[a] - found[b]).abs().max() > served.case.apart for a in range(7) for b in range(a))
+    # Four members have slots, and the base model needs none.
+    assert len(list(engine.scoring(completions, members))) == 2
+    engine._batch_tokens = 45
+    assert torch.allclose(engine.score(completions, members), found, atol=tolerance)
+    assert torch.equal(served_logprobs(engine, [0, None]), before)
 
 
 def test_members_do_not_depend_on_slots_order_or_batch(served: Served) -> None:
@@ -346,6 +375,7 @@ sys.addaudithook(_audit)  # cannot be removed again, so it is added once
 def test_no_file_is_written_while_sampling(served: Served) -> None:
     global _opened
     served.engine.begin(served.noise(), POPULATION)
+    served.engine.generate([Request(prompt_ids=PROMPTS[0], member=m) for m in range(POPULATION)], GREEDY)  # may compile
     try:
         _opened = []
         sample_population(served.engine, PROMPTS, range(POPULATION), 1, GREEDY, seed=0, step=1)

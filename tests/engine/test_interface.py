@@ -1,6 +1,7 @@
 """Members, problems and samples become requests in a fixed order, and completions find their way back."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Generator, Sequence
+from itertools import islice
 
 import pytest
 
@@ -15,24 +16,13 @@ DECODING = Decoding(max_tokens=5, temperature=0.7)
 class Echo:
     """Answers with what it was asked."""
 
-    def generate(
-        self,
-        requests: Sequence[Request],
-        decoding: Decoding,
-        on_progress: Callable[[int, int], None] | None = None,
-    ) -> list[Completion]:
+    def stream(self, requests: Sequence[Request], decoding: Decoding) -> Generator[tuple[int, Completion]]:
+        """The last first."""
         self.requests, self.decoding = list(requests), decoding
-        if on_progress:
-            on_progress(1, len(requests))
-        return [
-            Completion(
-                text=f"{request.member} {request.prompt_ids} {request.seed}",
-                token_ids=(0,),
-                truncated=False,
-                prompt_tokens=len(request.prompt_ids),
-            )
-            for request in requests
-        ]
+        for i in reversed(range(len(requests))):
+            request = requests[i]
+            text = f"{request.member} {request.prompt_ids} {request.seed}"
+            yield i, Completion(text=text, token_ids=(0,), truncated=False, prompt_tokens=len(request.prompt_ids))
 
 
 def sample(population: int = 3, samples: int = 2, seed: int = 0, step: int = 1) -> tuple[Echo, list[Rollout]]:
@@ -45,6 +35,15 @@ def test_requests_are_member_major() -> None:
     asked = [(request.member, request.prompt_ids) for request in engine.requests]
     assert asked == [(m, prompt) for m in (0, 1, 2) for prompt in PROMPTS for _ in range(2)]
     assert engine.decoding is DECODING
+
+
+def test_pairs_may_have_prompts_of_their_own() -> None:
+    prompts = tuple((n,) for n in range(6))
+    rollouts = sample_population(Echo(), prompts, range(6), 1, DECODING, seed=3, step=4, own=2)
+    assert [(r.member, r.prompt) for r in rollouts] == [(m, p) for m in range(6) for p in (m // 2 * 2, m // 2 * 2 + 1)]
+    for rollout in rollouts:  # twins draw alike
+        seed = sampling_seed(3, 4, rollout.prompt, 0)
+        assert rollout.completion.text == f"{rollout.member} {prompts[rollout.prompt]} {seed}"
 
 
 def test_rollouts_are_member_major_and_know_their_member_prompt_and_sample() -> None:
@@ -71,20 +70,28 @@ def test_seeds_do_not_change_between_versions() -> None:
     assert all(0 <= sampling_seed(0, step, 0, 0) < 2**63 for step in range(1000))
 
 
-def test_progress_is_passed_on() -> None:
+def test_each_rollout_and_the_progress_are_passed_on_as_they_arrive() -> None:
     seen: list[tuple[int, int]] = []
-    sample_population(
-        Echo(), PROMPTS, range(4), 1, DECODING, seed=0, step=1, on_progress=lambda *both: seen.append(both)
+    arrived: list[tuple[int, Rollout]] = []
+    rollouts = sample_population(
+        Echo(),
+        PROMPTS,
+        range(4),
+        1,
+        DECODING,
+        seed=0,
+        step=1,
+        on_progress=lambda *both: seen.append(both),
+        on_rollout=lambda *both: arrived.append(both),
     )
-    assert seen == [(1, 8)]
+    assert seen == [(done, 8) for done in range(1, 9)]
+    assert arrived == list(enumerate(rollouts))[::-1]
 
 
-@pytest.mark.parametrize(("start", "extra", "count"), [(1, 0, 3), (0, 1, 5)])
-def test_an_engine_that_answers_too_little_or_too_much_is_noticed(start: int, extra: int, count: int) -> None:
-    class Miscounting(Echo):
-        def generate(self, requests, decoding, on_progress=None):  # type: ignore[no-untyped-def]
-            completions = super().generate(requests, decoding)
-            return completions[start:] + completions[:extra]
+def test_an_engine_that_answers_too_little_is_noticed() -> None:
+    class Forgetful(Echo):
+        def stream(self, requests: Sequence[Request], decoding: Decoding) -> Generator[tuple[int, Completion]]:
+            yield from islice(super().stream(requests, decoding), 3)
 
-    with pytest.raises(EngineError, match=f"returned {count} completions for 4 requests"):
-        sample_population(Miscounting(), PROMPTS, range(2), 1, DECODING, seed=0, step=1)
+    with pytest.raises(EngineError, match="returned 3 completions for 4 requests"):
+        sample_population(Forgetful(), PROMPTS, range(2), 1, DECODING, seed=0, step=1)

@@ -2,19 +2,23 @@
 
 import dataclasses
 import re
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Generator, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from fake_engine import CONFIG, SHAPES, Bench, FakeEngine, Near, rows, same_run
-from pipe_link import NODE, Fault, Plan, pool
+from pipe_link import NODE, SLOW, Fault, Plan, pool
 from safetensors.torch import load_file
+from torch import Tensor
 
 from eggroll_llm.config.schema import CheckpointConfig
+from eggroll_llm.engine import parcels
+from eggroll_llm.engine.host import serve
 from eggroll_llm.engine.interface import Decoding, Request
-from eggroll_llm.engine.messages import Work, decode
+from eggroll_llm.engine.messages import Alive, Call, Scores, Scoring, Started, Stop, Work, decode, encode
 from eggroll_llm.engine.pool import EnginePool
 from eggroll_llm.errors import ConfigError, EngineError, TrainingError
 from eggroll_llm.es.noise import NoiseSpec
@@ -32,9 +36,9 @@ class Benches(Bench):
 
     def run(self, name: str, engines: int, faults: dict[int, Fault], on_existing: str = "fail", **options: Any) -> Path:
         changes = CHANGES | options.pop("changes", {}) | {"task": options.pop("task", None)}
-        seconds = options.pop("seconds", 0.0)
+        plan = {"hosts": options.pop("hosts", {}), "seconds": options.pop("seconds", 0.0)}
         self.make_engine = lambda config, journal: pool(
-            Plan(config, journal, faults, seconds=seconds), engines, say=self.display.message, sequences=4, **options
+            Plan(config, journal, faults, **plan), engines, say=self.display.message, sequences=4, **options
         )
         self.train(name, on_existing, **changes)
         return self.folder / name
@@ -58,7 +62,7 @@ def one(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_any_number_of_engines_makes_the_same_run(bench: Benches, one: Path, engines: int) -> None:
     run = bench.run("run", engines, {})
     same_run(one, run)
-    assert {row["engines"] for row in rows(run)[1:]} == {engines}
+    assert {(row["engines"], row["time/replay"]) for row in rows(run)[1:]} == {(engines, 0.0)}
     assert "engines" not in rows(one)[1]
     assert not bench.display.messages
 
@@ -82,6 +86,34 @@ def test_a_killed_engine_changes_nothing(bench: Benches, one: Path, phase: str, 
     lost = next(text for text in bench.display.messages if " lost " in text)
     assert lost.startswith(f"engine {engines} on node-{engines} lost (killed by signal 9)")
     assert lost.endswith("a replacement is starting")
+
+
+PROBABILITIES: dict[str, Any] = {
+    "es": dataclasses.replace(CONFIG.es, fitness_from="probabilities"),
+    "sampling": dataclasses.replace(CONFIG.sampling, samples_per_prompt=4, temperature=1.0),
+}
+
+
+@pytest.mark.parametrize("faults", [{}, {1: Fault("score", 2)}], ids=["well", "one dies"])
+def test_members_that_judge_are_shared_out(bench: Benches, faults: dict[int, Fault]) -> None:
+    """Two engines come to the run of one, also when one dies while it scores."""
+    run = bench.run("two", 2, faults, changes=PROBABILITIES)
+    single = Bench(bench.folder, bench.monkeypatch)
+    single.train("one", **CHANGES | PROBABILITIES)
+    same_run(bench.folder / "one", run)
+    assert sum(row["engines/lost"] for row in rows(run)[1:]) == len(faults)
+
+
+def test_an_engine_that_scores_for_long_says_that_it_goes_on() -> None:
+    class Thorough(FakeEngine):
+        def scoring(self, *args: Any, **keywords: Any) -> Generator[None, None, Tensor]:
+            yield from (None, None)
+            return (yield from super().scoring(*args, **keywords))
+
+    messages = iter([Scoring(1, (((1, 2, 3, 4), (5, 6)),), 1.0), Work(1, ((0, 0, None, None),)), None, Stop()])
+    hello = Started("host", "node", 1, "device", {})
+    events = list(serve(lambda: Thorough(CONFIG, Path()), lambda: hello, lambda block: next(messages), 0.0))
+    assert [type(event) for event in events] == [Started, Alive, Alive, Alive, Scores]
 
 
 def test_an_engine_that_dies_while_answers_are_scored_is_replaced(bench: Benches, one: Path) -> None:
@@ -150,13 +182,50 @@ def test_an_engine_with_other_weights_is_found_and_replaced(bench: Benches, one:
         same_run(one, run)
 
 
+def lies(after: int) -> Fault:
+    return Fault("update", after, "miscalculate")
+
+
 def test_a_machine_that_computes_other_bits_again_is_left_out(bench: Benches) -> None:
-    lies = Fault("update", 1, "miscalculate")
-    bench.run("run", 3, {2: lies, 3: lies})
+    """Whichever of its engines it is; nor does any other start there afterwards."""
+    refused = "engine 1 on bad lost (bad (CPU) computes other bits than "
+
+    class Killing(Near):
+        killed = False
+
+        def reward(self, member: int, value: float, problem: Mapping[str, Any]) -> float:
+            if bench.engine._launcher.avoided:
+                if not self.killed:
+                    bench.engine._launcher.links[0].kill()
+                self.killed = True
+                if not any(text.startswith(refused) for text in bench.display.messages):
+                    time.sleep(0.02)
+            return super().reward(member, value, problem)
+
+    hosts = dict.fromkeys(range(2, 6), "bad")
+    bench.run("run", 4, {2: lies(2), 3: lies(3)}, hosts=hosts, task=Killing(), changes={"steps": 24})
     lost = [text for text in bench.display.messages if " lost " in text]
+    assert [text.split(" lost")[0] for text in lost[:2]] == ["engine 3 on bad", "engine 4 on bad"]
+    assert re.search(r"lost \(bad \(CPU\) computes other bits than node-[12] \(CPU\): use equal processors", lost[0])
     assert lost[0].endswith("a replacement is starting")
-    assert lost[1].endswith("it is not replaced (it computes other bits again)")
-    assert {row["engines"] for row in rows(bench.folder / "run")[-1:]} == {2}
+    assert lost[1].endswith("it is not replaced (the second time on its machine)")
+    assert bench.engine._launcher.avoided == [NODE]
+    assert any(text.startswith(refused) for text in lost[2:])
+
+
+def test_the_only_machine_is_not_left_out(bench: Benches) -> None:
+    """Nor is the place where an engine deviated twice filled for being free."""
+
+    class Adding(Near):
+        def reward(self, member: int, value: float, problem: Mapping[str, Any]) -> float:
+            bench.engine._launcher.more = 1 if bench.engine._roster.given_up else 0
+            return super().reward(member, value, problem)
+
+    bench.run("run", 3, {2: lies(2), 3: lies(1)}, hosts=dict.fromkeys(range(5), "here"), task=Adding(), seconds=0.02)
+    assert bench.engine._roster.given_up == 1
+    assert bench.engine._launcher.avoided == []
+    assert len(bench.engine._launcher.links) == 4
+    assert rows(bench.folder / "run")[-1]["engines"] == 2
 
 
 def test_two_engines_with_different_weights_end_the_run(bench: Benches) -> None:
@@ -166,8 +235,10 @@ def test_two_engines_with_different_weights_end_the_run(bench: Benches) -> None:
 
 
 def test_a_newcomer_with_other_weights_does_not_join(bench: Benches, one: Path) -> None:
-    run = bench.run("run", 2, {1: Fault("sample", 5), 2: Fault("replay", 1, "lie")}, seconds=0.05)
+    faults = {1: Fault("sample", 5), 2: Fault("replay", 1, "lie"), 3: Fault("replay", 1, "slow")}
+    run = bench.run("run", 2, faults, seconds=0.05)
     same_run(one, run)
+    assert sum(row["time/replay"] for row in rows(run)[1:]) >= SLOW
     assert [text.split(" (")[0] for text in bench.display.messages] == [
         "engine 2 on node-2 lost",
         "engine 2 on node-2 lost",
@@ -268,10 +339,51 @@ def test_a_disk_that_cannot_be_written_is_not_the_fault_of_an_engine(two: Engine
 
 
 def test_an_engine_that_shares_no_files_sends_the_model(tmp_path: Path) -> None:
-    exported = []
+    exported, states = [], []
     for node in (NODE, "far"):
         engines = pool(Plan(CONFIG, tmp_path / "none", node=node), 1)
         engines.export(tmp_path / node)
+        states.append({name: tensor.tolist() for name, tensor in engines.state().items()})
         engines.close()
         exported.append({path.name: path.read_bytes() for path in (tmp_path / node).iterdir()})
     assert exported[0] == exported[1] != {}
+    assert states[0] == states[1] != {}
+
+
+def test_no_message_has_more_than_a_parameter_or_a_piece_of_a_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of an engine's state and model, each asked for twice; nothing is kept that was sent."""
+    monkeypatch.setattr(parcels, "PIECE", 10_000)
+
+    class Large:
+        def state(self) -> dict[str, Any]:
+            return {f"{i}": torch.full((1000,), float(i)) for i in range(50)}
+
+        def export(self, directory: Path) -> None:
+            directory.mkdir()
+            (directory / "model").write_bytes(bytes(range(256)) * 100)
+            (directory / "empty").touch()
+
+        def close(self) -> None: ...
+
+    inbox: list[Any] = []
+    sizes: list[int] = []
+    hello = Started(host="", node="", pid=0, device="", versions={})
+    events = serve(Large, lambda: hello, lambda wait: inbox.pop() if inbox else None, 60.0)  # type: ignore[arg-type]
+    assert next(events) is hello
+
+    def call(method: str, *args: Any) -> Any:
+        inbox.append(Call(0, method, args))
+        frame = encode(next(events))
+        sizes.append(len(frame))
+        reply = decode(frame)
+        assert reply.failure is None, reply.failure
+        return reply.value
+
+    for _ in range(2):
+        state = {name: call("take", name) for name in call("pack_state")}
+        assert {name: set(tensor.tolist()) for name, tensor in state.items()} == {f"{i}": {i} for i in range(50)}
+        files = call("pack_export")
+        assert files == {"model": 25_600, "empty": 0}
+        assert b"".join(call("read", "model", at) for at in range(0, 25_600, 10_000)) == bytes(range(256)) * 100
+    assert max(sizes) < 11_000
+    events.close()

@@ -14,6 +14,7 @@ from eggroll_llm.config.schema import EngineConfig
 from eggroll_llm.engine.interface import Request
 from eggroll_llm.engine.vllm.engine import VllmEngine
 from eggroll_llm.engine.vllm.layers import Layer
+from eggroll_llm.engine.vllm.ranks import Part
 from eggroll_llm.engine.vllm.weights import initial_weights, quantise_rows
 from eggroll_llm.errors import ModelError
 from eggroll_llm.es.estimate import UpdateSpec
@@ -102,7 +103,7 @@ def test_weights_in_a_form_that_cannot_be_rewritten_are_refused() -> None:
         linear.weight_scale = torch.nn.Parameter(scales, requires_grad=False)
         linear.es_loaded_weight = weight
         module = SimpleNamespace(base_layer=linear)
-        layer = Layer(name="a", module=module, parameters=("a.weight",), sizes=(8,), in_features=16)
+        layer = Layer(name="a", module=module, parameters=("a.weight",), parts=(Part(shape=(8, 16)),))
         if fine:
             assert torch.equal(initial_weights(linear, [layer])["a.weight"], weight)
         else:

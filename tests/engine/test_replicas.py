@@ -1,7 +1,9 @@
-"""Engines by real Ray: the same run, a killed actor, our signals, and nothing left when the driver is killed."""
+"""Engines by real Ray: the same run, a killed actor, a machine cut off, our signals, and nothing left afterwards."""
 
 import contextlib
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,11 +26,11 @@ pytestmark = [
 RUN = ROOT / "tests" / "support" / "ray_run.py"
 
 
-def start(tree: ProcessTree, folder: Path, how: str) -> "subprocess.Popen[str]":
-    """Start a run of two engines by Ray in a process of its own."""
+def start(tree: ProcessTree, folder: Path, how: str, *within: Path) -> "subprocess.Popen[str]":
+    """Start a run of two engines by Ray in a process of its own, `within` a command."""
     path = [ROOT / "tests" / "support", *(Path(entry) for entry in sys.path if entry)]
     with (folder / "printed").open("w") as file:
-        return tree.start([sys.executable, RUN, folder, how], path=path, stdout=file, stderr=file)
+        return tree.start([*within, sys.executable, RUN, folder, how], path=path, stdout=file, stderr=file)
 
 
 def test_actors_make_the_run_of_one_engine(tree: ProcessTree, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -41,6 +43,31 @@ def test_actors_make_the_run_of_one_engine(tree: ProcessTree, tmp_path: Path, mo
     lost = next(line for line in printed.splitlines() if " lost (" in line)
     assert "(ActorDiedError: The actor died unexpectedly before finishing this task; see " in lost
     assert sorted(path.name for path in (tmp_path / "run" / "engines").iterdir()) == ["01.log", "02.log"]
+    assert tree.all_end()
+
+
+TWO_MACHINES = [ROOT / "scripts" / "two_machines.sh"]
+NAMESPACES = (
+    "unshare --user --map-root-user --net --mount --uts --pid --fork ip link add here type veth peer name there"
+)
+
+
+@pytest.mark.skipif(
+    not shutil.which("unshare") or subprocess.run(NAMESPACES.split(), capture_output=True).returncode != 0,
+    reason="needs namespaces of Linux",
+)
+def test_a_machine_that_is_cut_off_is_done_without(
+    tree: ProcessTree, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of two, each with an engine, in the second step. Its engine is given up, and nothing waits for Ray to notice."""
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    status, printed = start(tree, tmp_path, "cut", *TWO_MACHINES).wait(240), (tmp_path / "printed").read_text()
+    assert status == 0, printed
+    Bench(tmp_path, monkeypatch).train("one")
+    same_run(tmp_path / "one", tmp_path / "run")
+    lost = next(line for line in printed.splitlines() if " lost (" in line)
+    assert re.match(r"engine \d on machine-2 lost \(no progress for engine.timeout_seconds = 6 seconds\); ", lost)
+    assert [row["engines"] for row in rows(tmp_path / "run")[1:]] == [2, 1, 1, 1]
     assert tree.all_end()
 
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from eggroll_llm.es.fitness import shape_fitness
+from eggroll_llm.es.fitness import shape_fitness, shape_twins
 
 METHODS = ["centered", "rank", "sign"]
 # Multiples of 1/8, so that adding and scaling by powers of two is exact and ties stay ties.
@@ -114,7 +114,7 @@ def test_members_without_pairs_may_be_permuted_freely():
 def test_all_tied_is_exactly_zero(method, value):
     result = shape_fitness(torch.full((6, 7), value, dtype=torch.float64), method)
     assert result.fitness_M.tolist() == [0.0] * 6
-    assert (result.dropped, result.tied_prompts, result.all_tied) == ((), 7, True)
+    assert (result.dropped, result.tied, result.all_tied) == ((), tuple(range(7)), True)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -126,7 +126,7 @@ def test_equal_averages_are_tied_although_sums_round(method):
     rewards_MP = torch.stack([shifts[k % 3] + 100 for k in range(6)])
     result = shape_fitness(rewards_MP, method)
     assert result.fitness_M.tolist() == [0.0] * 6
-    assert (result.tied_prompts, result.all_tied) == (0, True)
+    assert (result.tied, result.all_tied) == ((), True)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -135,7 +135,7 @@ def test_small_real_differences_are_not_tied(method):
     rewards_MP[0, 0] += 1e-6
     result = shape_fitness(rewards_MP, method)
     assert not result.all_tied
-    assert result.tied_prompts == 1
+    assert len(result.tied) == 1
     assert result.fitness_M[0] > 0 >= result.fitness_M[1]
 
 
@@ -164,7 +164,7 @@ def test_without_pairs_only_the_member_itself_is_dropped():
 def test_nothing_is_left_when_all_are_dropped(method):
     result = shape_fitness(torch.full((4, 2), math.nan), method)
     assert result.fitness_M.tolist() == [0.0] * 4
-    assert (result.dropped, result.tied_prompts, result.all_tied) == ((0, 1, 2, 3), 2, True)
+    assert (result.dropped, result.tied, result.all_tied) == ((0, 1, 2, 3), (0, 1), True)
 
 
 def test_result_is_float32_whatever_the_rewards_are():
@@ -186,3 +186,48 @@ def test_result_is_float32_whatever_the_rewards_are():
 def test_impossible_input_is_refused(rewards_MP, method, antithetic, message):
     with pytest.raises(ValueError, match=message):
         shape_fitness(rewards_MP, method, antithetic=antithetic)
+
+
+def twins(rewards_MP, method="centered"):
+    return shape_twins(torch.as_tensor(rewards_MP, dtype=torch.float64), method)
+
+
+def test_twins_are_compared_with_each_other_alone():
+    # Differences of the means: 1, -2, 0; root mean square sqrt(5/3).
+    rewards_MP = [[2.0, 4.0], [1.0, 3.0], [0.0, 0.0], [3.0, 1.0], [100.0, 100.0], [100.0, 100.0]]
+    found = twins(rewards_MP)
+    size = math.sqrt(5 / 3)
+    assert found.fitness_M.tolist() == pytest.approx([1 / size, -1 / size, -2 / size, 2 / size, 0, 0])
+    assert (found.tied, found.all_tied, found.dropped) == ((4, 5), False, ())
+    assert twins(rewards_MP, "sign").fitness_M.tolist() == [1, -1, -1, 1, 0, 0]
+
+
+def test_problems_of_dropped_twins_are_not_tied():
+    found = twins([[math.nan, 1.0], [0.0, 0.0], [1.0, 2.0], [1.0, 0.0]])
+    assert (found.tied, found.dropped) == ((2,), (0, 1))
+
+
+def test_what_twins_have_in_common_does_not_count():
+    """Another constant for each problem of each pair, or a common scale, changes nothing."""
+    other = REWARDS_MP + torch.arange(30.0).view(6, 1, 5).expand(6, 2, 5).reshape(12, 5)
+    assert torch.equal(twins(other).fitness_M, twins(REWARDS_MP).fitness_M)
+    assert torch.equal(twins(8 * REWARDS_MP).fitness_M, twins(REWARDS_MP).fitness_M)
+    fitness_M = twins(REWARDS_MP).fitness_M
+    assert fitness_M.square().mean() == pytest.approx(1)
+    assert torch.equal(fitness_M[0::2], -fitness_M[1::2])
+
+
+def test_a_twin_with_a_reward_that_is_not_finite_drops_its_pair():
+    found = twins([[1.0], [0.0], [math.nan], [5.0], [0.0], [math.inf], [0.0], [1.0]])
+    assert found.fitness_M.tolist() == [1, -1, 0, 0, 0, 0, -1, 1]
+    assert found.dropped == (2, 3, 4, 5)
+    nothing = twins([[math.nan], [0.0]])
+    assert nothing.all_tied
+    assert nothing.fitness_M.tolist() == [0, 0]
+
+
+def test_ranks_of_twins_and_lone_members_are_refused():
+    with pytest.raises(ValueError, match="no common ranks"):
+        twins(REWARDS_MP, "rank")
+    with pytest.raises(ValueError, match="members even"):
+        twins([[1.0]])

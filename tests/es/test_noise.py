@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from parts import assert_parts_are_rows
 from threads import threads
 
 from eggroll_llm.es import noise as noise_module
@@ -149,6 +150,13 @@ def test_values_do_not_depend_on_tile_order_or_company(rank, monkeypatch):
         A_KOR, B_KIR = served_factors(noise, torch.tensor([pair]), "c", 33, 64, torch.bfloat16, "cpu")
         assert torch.equal(A_KOR[0], whole["c"][0][k])
         assert torch.equal(B_KIR[0], whole["c"][1][k])
+
+
+@pytest.mark.parametrize("rank", [1, 3])
+def test_a_part_has_the_rows_of_the_whole(rank, monkeypatch):
+    """What devices of one engine make of a parameter: rows of A with all of B, and the other way round."""
+    monkeypatch.setattr(noise_module, "TILE_BLOCKS_PER_CPU_THREAD", 5)
+    assert_parts_are_rows(served_factors_of, rank, torch.float32, (37, 101))
 
 
 def test_values_do_not_depend_on_the_number_of_threads():

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from eggroll_llm.engine.vllm.layers import Layer
+from eggroll_llm.engine.vllm.ranks import Part
 from eggroll_llm.es.noise import NoiseSpec
 from eggroll_llm.kernels import build, fold, member_term
 from eggroll_llm.kernels import noise as rows
@@ -230,7 +231,9 @@ def test_a_layer_takes_activations_with_a_batch_dimension_and_any_strides(add_te
     from eggroll_llm.engine.vllm.worker import _linear_with_term
 
     module = Module(random(OUT, INSIDE))
-    layer = Layer(name="l", module=module, parameters=("a", "b"), sizes=SLICES, in_features=INSIDE)
+    layer = Layer(
+        name="l", module=module, parameters=("a", "b"), parts=tuple(Part(shape=(size, INSIDE)) for size in SLICES)
+    )
     slot_T = torch.tensor([0, -1, 2, 1, 1, 2, -1], dtype=torch.int32)
     apply = _linear_with_term(layer, slot_T, add_term)
     x_TI = random(T, INSIDE)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from parts import assert_parts_are_rows
 from torch import Tensor
 
 from eggroll_llm.es import noise
@@ -91,6 +92,12 @@ def test_noise_has_the_bits_of_its_definition(rank: int, dtype: torch.dtype, see
     found_KV = torch.empty(len(pairs_K), layout.width, dtype=dtype)
     rows.fill_native(library, found_KV, spec, pairs_K, layout)
     assert_equal_factors(layout.factors(found_KV), noise.served_factors_of(spec, pairs_K, SHAPES, dtype, "cpu"))
+
+
+@pytest.mark.skipif(build.library() is None, reason="needs a C++ compiler")
+@pytest.mark.parametrize(("rank", "dtype"), [(1, torch.bfloat16), (3, torch.float32), (8, torch.bfloat16)])
+def test_parts_have_the_rows_of_the_whole(rank: int, dtype: torch.dtype) -> None:
+    assert_parts_are_rows(rows.served_factors_of, rank, dtype, (137, 101))
 
 
 @pytest.mark.skipif(build.library() is None, reason="needs a C++ compiler")

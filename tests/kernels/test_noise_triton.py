@@ -1,7 +1,11 @@
 """The kernel that makes noise on a GPU, in Triton's interpreter where there is none: the bits of the definition."""
 
+from typing import Any
+
 import pytest
 import torch
+from parts import assert_parts_are_rows
+from torch import Tensor
 
 from eggroll_llm.es.noise import NoiseSpec, served_factors_of
 from eggroll_llm.kernels import noise as rows
@@ -25,6 +29,21 @@ def test_members_are_placed_to_the_bits_of_the_definition(rank: int, dtype: torc
         assert torch.equal(placed[name][0], A_KOR * sign_K[:, None, None])
         assert torch.equal(placed[name][1], B_KIR)
     assert (memory[[1, 4]] == 7.0).all()
+
+
+@pytest.mark.parametrize(("rank", "dtype"), [(1, torch.bfloat16), (3, torch.float32)])
+def test_parts_have_the_rows_of_the_whole(rank: int, dtype: torch.dtype) -> None:
+    """Of a parameter with more blocks than a program makes, so that A and B are made by several."""
+
+    def place(
+        noise: NoiseSpec, pairs_K: Tensor, shapes: Any, dtype: torch.dtype, _: str, offsets: Any
+    ) -> dict[str, tuple[Tensor, Tensor]]:
+        layout = rows.RowLayout(tuple(shapes), noise.rank, tuple(offsets))
+        memory = torch.full((len(pairs_K), layout.width), 7.0, dtype=dtype, device=DEVICE)
+        rows.place(memory, torch.arange(len(pairs_K)), noise, pairs_K, torch.zeros_like(pairs_K), layout)
+        return layout.factors(memory.cpu())
+
+    assert_parts_are_rows(place, rank, dtype, (3000, 101))
 
 
 def test_noise_that_does_not_fit_the_rows_is_refused() -> None:

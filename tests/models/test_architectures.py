@@ -17,6 +17,7 @@ from eggroll_llm.errors import ConfigError, ModelError
 from eggroll_llm.es.settings import EsSettings
 from eggroll_llm.models import architectures
 from eggroll_llm.models.architectures import CPU_HEAD_SIZES, TESTED, check_tested, head_size
+from eggroll_llm.models.files import read_config
 from eggroll_llm.models.resolve import check_model
 from eggroll_llm.training.prepare import prepare
 
@@ -73,6 +74,33 @@ def config(model: Path, *, insist: bool = False) -> RunConfig:
         es=EsSettings(population=4, sigma=0.01, learning_rate=0.01),
         engine=EngineConfig(allow_untested_architecture=insist),
     )
+
+
+@pytest.mark.parametrize(
+    ("changes", "ranks", "said"),
+    [
+        ({}, 3, "has 4 attention heads, 2 of them .* set it to 2"),
+        ({}, 8, "so many devices cannot share equally: set it to 4"),
+        ({"num_attention_heads": 12, "num_key_value_heads": 3}, 2, "cannot share equally: set it to 1"),
+        ({"intermediate_size": 254}, 4, "254 intermediate features .* set it to 2"),
+        ({"architectures": ["Phi3ForCausalLM"]}, 2, "Phi3ForCausalLM, whose layers cannot be cut here: set it to 1"),
+        ({"architectures": ["Olmo2ForCausalLM"]}, 2, "one of LlamaForCausalLM, .*, Gemma3ForCausalLM$"),
+    ],
+)
+def test_what_devices_cannot_share_is_refused_before_the_engine(
+    model: Path, tmp_path: Path, changes: dict[str, object], ranks: int, said: str
+) -> None:
+    change(model, **changes)
+    run = config(model)
+    run = dataclasses.replace(run, engine=dataclasses.replace(run.engine, tensor_parallel=ranks))
+    with pytest.raises(ConfigError, match=rf"^engine\.tensor_parallel = {ranks}: .*{said}"):
+        prepare(run, tmp_path)
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_heads_may_have_copies(model: Path, ranks: int) -> None:
+    """Two heads of k and v for four devices."""
+    architectures.check_tensor_parallel(read_config(model), ranks, model)
 
 
 @pytest.mark.parametrize("insist", [False, True])

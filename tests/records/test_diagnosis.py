@@ -21,6 +21,9 @@ GRPO = dataclasses.replace(
     grpo=GrpoConfig(learning_rate=3e-6),
     sampling=SamplingConfig(prompts_per_step=8, samples_per_prompt=4, max_tokens=12, temperature=1.0),
 )
+JUDGING = dataclasses.replace(
+    GRPO, method="es", es=dataclasses.replace(ES.es, fitness_from="probabilities"), grpo=GrpoConfig()
+)
 Row = dict[str, Any]
 
 
@@ -164,6 +167,13 @@ def test_members_far_worse_than_the_weights_that_they_perturb() -> None:
     # Weights that are destroyed themselves are not the members' fault.
     assert "members" not in found(course(5, reward__accuracy=0.0, last=evaluated(0.0)))
     assert "members" not in found(rows, GRPO)
+    assert "members" not in found(rows, JUDGING)  # the answers are the weights' own
+
+
+def test_answers_that_tie_where_members_only_judge_them() -> None:
+    finding = found(course(fitness__std=0.0), JUDGING)["no signal"]
+    assert finding.text == "nothing was learned in all 20 steps, because all answers to a problem got the same reward"
+    assert finding.remedy.startswith("raise sampling.samples_per_prompt (now 4)")
 
 
 def test_a_model_that_got_worse() -> None:

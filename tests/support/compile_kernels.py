@@ -23,7 +23,7 @@ TYPES: dict[str, str] = {
     "rows_SV": SERVED, "width": NUMBER, "row_K": WORDS, "negative_K": WORDS, "pair_K": WORDS, "id_N": WORDS,
     "at_A_N": WORDS, "at_B_N": WORDS, "pairs": NUMBER, "scale": FLOAT, "step": NUMBER, "seed": "i64", "table": FLOATS,
     "weight_OI": FLOATS, "served_OI": SERVED, "A_KO": FLOATS, "B_KI": FLOATS, "terms": NUMBER, "out": NUMBER,
-    "inside": NUMBER,
+    "inside": NUMBER, "first_block": NUMBER, "first_A": NUMBER, "first_B": NUMBER,
     "token_Q": WORDS, "logits_QV": FLOATS, "seed_Q": WORDS, "position_Q": WORDS, "stride": NUMBER,
 }  # fmt: skip
 WITHOUT = {"h_TR": None, "A_SV": None, "after_TCR": None, "B_SCRI": None}

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from eggroll_llm.config.schema import CheckpointConfig, EvalConfig, LogConfig, RunConfig, SamplingConfig
-from eggroll_llm.engine.interface import Completion, Decoding, Engine, Request, UpdateTimes
+from eggroll_llm.engine.interface import Completion, Decoding, Engine, Request, Scored, UpdateTimes
 from eggroll_llm.engine.watchdog import Watchdog
 from eggroll_llm.es.estimate import UpdateSpec
 from eggroll_llm.es.masters import MasterWeights
@@ -101,12 +101,32 @@ class FakeEngine:
     def metrics(self) -> dict[str, float]:
         return {}
 
+    def score(
+        self, completions: Sequence[Scored], members: Sequence[int | None], temperature: float = 1.0
+    ) -> torch.Tensor:
+        """A token is the less probable, the further its number is from a member's value."""
+        rows = []
+        for member in members:
+            a, b = (self._weight(name, member) for name in SHAPES)
+            logprobs = [
+                (-(_value(prompt, a, b) - torch.arange(10.0)).square() / temperature).log_softmax(0)[list(token_ids)]
+                for prompt, token_ids in completions
+            ]
+            rows.append(torch.cat(logprobs))
+        return torch.stack(rows)
+
+    def scoring(self, *args: Any, **keywords: Any) -> Generator[None, None, torch.Tensor]:
+        """In one pass."""
+        scores = self.score(*args, **keywords)
+        yield
+        return scores
+
     def _answer(self, request: Request, a: torch.Tensor, b: torch.Tensor) -> Completion:
-        x = torch.tensor(request.prompt_ids, dtype=torch.float32) / 10
         member = -1 if request.member is None else request.member
+        drawn = (request.seed or 0) % 3 if self.decodings[-1].temperature else 0
         return Completion(
-            text=f"{member} {float((b @ (a @ x).tanh()).sum()):.9g}",
-            token_ids=(1, 2, 3),
+            text=f"{member} {_value(request.prompt_ids, a, b) + drawn:.9g}",
+            token_ids=(1, 2, 3 + drawn),
             truncated=False,
             prompt_tokens=len(request.prompt_ids),
         )
@@ -120,9 +140,10 @@ class FakeEngine:
         return weight + sign * A_KOR[0] @ B_KIR[0].T
 
     def update(self, spec: UpdateSpec) -> UpdateTimes:
-        entries = read_journal(self.journal).entries
-        assert entries[-1].fitness == spec.fitness_M
-        self.seen.append((len(entries), self.checksum()))
+        if self.journal.parent.is_dir():  # else it is on another machine
+            entries = read_journal(self.journal).entries
+            assert entries[-1].fitness == spec.fitness_M
+            self.seen.append((len(entries), self.checksum()))
         return UpdateTimes(report=self.masters.apply(spec), update=0.25, serve=0.125)
 
     def replay(self, specs: Sequence[UpdateSpec]) -> None:
@@ -148,6 +169,11 @@ class FakeEngine:
     def close(self) -> None:
         self.watchdog.close()
         self.closed = True
+
+
+def _value(prompt: Sequence[int], a: torch.Tensor, b: torch.Tensor) -> float:
+    x = torch.tensor(prompt, dtype=torch.float32) / 10
+    return float((b @ (a @ x).tanh()).sum())
 
 
 class Near:

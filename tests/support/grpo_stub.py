@@ -73,7 +73,7 @@ problems = 4
 [checkpoint]
 every = 3
 """
-TIMES = ("time", "throughput", "wall_time", "memory")
+TIMES = ("time", "throughput", "wall_time", "memory", "engines", "wire")
 
 
 def write_recipe(
@@ -207,6 +207,7 @@ class Bench:
     def __init__(self, folder: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.folder, self.model, self.monkeypatch = folder, model, monkeypatch
         self.display = Recorder()
+        self.make_engine: Callable[[Path], Any] = StubEngine
         self.prepare_engine: Callable[[StubEngine], None] = lambda engine: None
 
     def train(
@@ -217,8 +218,8 @@ class Bench:
         if method == "es":
             config = dataclasses.replace(config, sampling=dataclasses.replace(config.sampling, samples_per_prompt=1))
 
-        def start(model_dir: Path, *_: Any, **__: Any) -> StubEngine:
-            self.engine = StubEngine(model_dir)
+        def start(model_dir: Path, *_: Any, **__: Any) -> Any:
+            self.engine = self.make_engine(model_dir)
             self.prepare_engine(self.engine)
             return self.engine
 

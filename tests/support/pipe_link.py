@@ -27,6 +27,7 @@ from eggroll_llm.engine.pool import EnginePool
 from eggroll_llm.es.estimate import UpdateSpec
 
 NODE = "here"
+SLOW = 0.05
 FORKS = multiprocessing.get_context("forkserver")
 
 
@@ -96,7 +97,7 @@ class Faulty(FakeEngine):
 
                 self.masters._fold = wrong
             case "slow":
-                time.sleep(0.05)
+                time.sleep(SLOW)
 
     def poll(self) -> list[tuple[int, Completion]]:
         member = self.submitted[-1][1].member if self.submitted else None
@@ -111,6 +112,10 @@ class Faulty(FakeEngine):
     def replay(self, specs: Sequence[UpdateSpec]) -> None:
         self._meet("replay")
         super().replay(specs)
+
+    def score(self, *args: Any, **keywords: Any) -> Tensor:
+        self._meet("score")
+        return super().score(*args, **keywords)
 
     def checksum(self) -> str:
         self._meet("checksum")
@@ -167,6 +172,7 @@ class PipeLauncher:
         self.plan, self.beat = plan, beat
         self.links: list[PipeLink] = []
         self.more = 0
+        self.avoided: list[str] = []
 
     def start(self, number: int) -> PipeLink:
         index, plan = len(self.links), self.plan
@@ -191,6 +197,9 @@ class PipeLauncher:
     def spare(self) -> int:
         more, self.more = self.more, 0
         return more
+
+    def avoid(self, node: str) -> None:
+        self.avoided.append(node)
 
     def close(self) -> None:
         for link in self.links:

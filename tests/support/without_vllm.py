@@ -23,6 +23,14 @@ def dense_logprobs(
     return torch.from_numpy(_process().submit(_logprobs, model_dir, prompts, arrays).result())
 
 
+def dense_scores(
+    model_dir: Path, completions: Sequence[tuple[Sequence[int], Sequence[int]]], added: Mapping[str, Tensor]
+) -> Tensor:
+    """Return the log-probability of each token of completions, (prompt, completion), as `dense_logprobs` computes."""
+    arrays = {name: delta.numpy() for name, delta in added.items()}
+    return torch.from_numpy(_process().submit(_scores, model_dir, completions, arrays).result())
+
+
 def adapted_layers(model_dir: Path, config: RunConfig) -> set[str]:
     """Return the names of the layers to which GRPO under this recipe gives adapters."""
     return _process().submit(_adapted_layers, model_dir, config).result()
@@ -34,6 +42,20 @@ def _process() -> ProcessPoolExecutor:
 
 
 def _logprobs(model_dir, prompts, added):  # type: ignore[no-untyped-def]
+    with torch.no_grad():
+        return _model(model_dir, added)(torch.tensor(prompts)).logits[:, -1].log_softmax(-1).numpy()
+
+
+def _scores(model_dir, completions, added):  # type: ignore[no-untyped-def]
+    model, scores = _model(model_dir, added), []
+    for prompt, completion in completions:
+        with torch.no_grad():
+            logprobs = model(torch.tensor([[*prompt, *completion]])).logits[0].log_softmax(-1)
+        scores.append(logprobs[len(prompt) - 1 : -1].gather(1, torch.tensor(completion)[:, None]).flatten())
+    return torch.cat(scores).numpy()
+
+
+def _model(model_dir, added):  # type: ignore[no-untyped-def]
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
@@ -42,7 +64,7 @@ def _logprobs(model_dir, prompts, added):  # type: ignore[no-untyped-def]
     with torch.no_grad():
         for name, delta in added.items():
             model.get_parameter(name).add_(torch.from_numpy(delta))
-        return model(torch.tensor(prompts)).logits[:, -1].log_softmax(-1).numpy()
+    return model
 
 
 def _adapted_layers(model_dir, config):  # type: ignore[no-untyped-def]

@@ -4,6 +4,7 @@ import math
 import textwrap
 
 import pytest
+from scored import grade
 
 from eggroll_llm.config.recipe import sourced
 from eggroll_llm.config.toml import Origin
@@ -266,7 +267,7 @@ def test_a_user_task_hears_of_an_open_thought_where_it_asks_for_it(user_task):
         problem = task.problems("train")[0]
         open_thought = Completion(text="reward", token_ids=(), truncated=True, prompt_tokens=1, thought_open=True)
         with Scorer(task) as scorer:  # in the scoring process
-            graded = scorer.grade(open_thought, problem)
+            graded = grade(scorer, open_thought, problem)
         assert (graded.reward, graded.answer) == (expected, "reward"), parameters
 
 

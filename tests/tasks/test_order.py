@@ -2,7 +2,7 @@
 
 import pytest
 
-from eggroll_llm.tasks.order import problems_of_step
+from eggroll_llm.tasks.order import SkippingOrder, problems_of_step
 
 
 def steps(count: int, per_step: int, number: int, seed: int = 0) -> list[list[int]]:
@@ -38,3 +38,34 @@ def test_a_step_may_want_more_problems_than_there_are() -> None:
 def test_the_order_does_not_change_between_versions() -> None:
     """A resumed run sees the problems that it would have seen."""
     assert problems_of_step(10, 3, seed=7, step=1) == [0, 4, 6]
+
+
+def test_without_ties_nothing_is_passed_over() -> None:
+    order = SkippingOrder(10, seed=0)
+    for indices in steps(10, 4, 9):
+        assert order.take(4) == indices
+        assert order.skipped == 0
+        order.saw(indices, ())
+
+
+def test_problems_that_always_tie_come_less_often_but_come() -> None:
+    """Half of forty problems always tie; 200 steps of ten."""
+    order, came = SkippingOrder(40, seed=0), [0] * 40
+    for _ in range(200):
+        indices = order.take(10)
+        for index in indices:
+            came[index] += 1
+        order.saw(indices, [position for position, index in enumerate(indices) if index < 20])
+    teaching, tying = came[20:], came[:20]
+    assert min(teaching) > 3 * max(tying)
+    assert min(tying) > 2
+    assert order.skipped > 0
+
+
+def test_the_same_ties_make_the_same_order() -> None:
+    one, other = SkippingOrder(12, seed=3), SkippingOrder(12, seed=3)
+    for step in range(30):
+        indices = one.take(5)
+        assert indices == other.take(5)
+        for order in (one, other):
+            order.saw(indices, [step % 5, 4])

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from scored import grade, score, score_all
 
 from eggroll_llm.config.schema import RewardConfig
 from eggroll_llm.engine.interface import Completion
@@ -142,12 +143,12 @@ def gone(pid: int) -> bool:
     return False
 
 
-def score(task: UserTask, *texts: str, limits: RewardConfig = PATIENT) -> tuple[list[Score], Scorer, list[str]]:
+def scored(task: UserTask, *texts: str, limits: RewardConfig = PATIENT) -> tuple[list[Score], Scorer, list[str]]:
     """Scores of one completion a problem, the scorer, and what it has said."""
     said: list[str] = []
     pairs = list(zip(map(completion, texts), task.problems("train"), strict=False))
     with Scorer(task, limits, said.append) as scorer:
-        return scorer.score_all(pairs), scorer, said
+        return score_all(scorer, pairs), scorer, said
 
 
 BAD = {
@@ -175,7 +176,7 @@ BAD = {
 def test_a_bad_score_costs_its_own_completion(task: UserTask, bad: str) -> None:
     late = bad in ("loop", "sleep")
     texts = ["a", bad, "c", "d" if late else bad]  # a time limit is waited for once
-    scores, scorer, said = score(task, *texts, limits=LIMITS if late else PATIENT)
+    scores, scorer, said = scored(task, *texts, limits=LIMITS if late else PATIENT)
     expected = [Score(0.0, False, FAILED) if t == bad else Score(1.0, True, f"{n}: {t}") for n, t in enumerate(texts)]
     assert scores == expected
     assert (scorer.scored, scorer.failures) == (4, texts.count(bad))
@@ -189,12 +190,12 @@ def test_a_bad_score_costs_its_own_completion(task: UserTask, bad: str) -> None:
 
 def test_memory_that_was_kept_does_not_fail_the_next(task: UserTask) -> None:
     """A global of the task holds all that there is when the next completion comes, which needs 64 MiB."""
-    scores, _, _ = score(task, "memory", "needs memory", "memory", "needs memory", limits=PATIENT)
+    scores, _, _ = scored(task, "memory", "needs memory", "memory", "needs memory", limits=PATIENT)
     assert [score.reward for score in scores] == [0, 1, 0, 1]
 
 
 def test_not_a_number_is_no_failure_and_said_with_its_answer(task: UserTask) -> None:
-    scores, scorer, said = score(task, "a", "nan", "nan")
+    scores, scorer, said = scored(task, "a", "nan", "nan")
     assert math.isnan(scores[1].reward)
     assert (scorer.failures, scorer.first_failure) == (0, "")
     assert scorer.first_dropped == 'nan for problem train-2, answer "nan"'
@@ -207,22 +208,22 @@ def test_votes_truncation_and_options_get_there(tmp_path: Path) -> None:
     task = load_task("mine.py:Mine", options, base_dir=tmp_path)
     problem = task.problems("test")[3]
     with Scorer(task, PATIENT) as scorer:
-        assert scorer.score(completion("options"), problem) == Score(0.5, True, repr(options))
+        assert score(scorer, completion("options"), problem) == Score(0.5, True, repr(options))
         cut = Graded(correct=False, reward=1.0, detail="3: a", answer="voted a")
-        assert scorer.grade(completion("a", truncated=True), problem) == cut
+        assert grade(scorer, completion("a", truncated=True), problem) == cut
         failed = Graded(correct=False, reward=0.0, detail=FAILED, answer="voted None")
-        assert scorer.grade(completion("None"), problem) == failed
+        assert grade(scorer, completion("None"), problem) == failed
 
 
 def test_any_text_gets_there(task: UserTask) -> None:
     """Also more of it than a pipe holds."""
     texts = ["\ud800 half", "\x00\n\r\u2028", "é" * 300_000, "x" * 3_000_000]
-    scores, _, _ = score(task, *texts)
+    scores, _, _ = scored(task, *texts)
     assert [s.detail for s in scores] == [f"{n}: {text}"[:10_000] for n, text in enumerate(texts)]
 
 
 def test_what_it_prints_is_shown_inert_and_disturbs_nothing(task: UserTask, capfd: pytest.CaptureFixture[str]) -> None:
-    scores, _, _ = score(task, "print", "b")
+    scores, _, _ = scored(task, "print", "b")
     assert [s.detail for s in scores] == ["0: print", "1: b"]
     shown = capfd.readouterr()
     assert shown.out == ""
@@ -230,13 +231,13 @@ def test_what_it_prints_is_shown_inert_and_disturbs_nothing(task: UserTask, capf
 
 
 def test_an_array_with_one_number_is_a_score(task: UserTask) -> None:
-    scores, scorer, _ = score(task, "array of one")
+    scores, scorer, _ = scored(task, "array of one")
     assert (scores, scorer.failures) == ([Score(0.5, False, "reward")], 0)
 
 
 def test_of_what_it_prints_without_end_a_part_is_shown(task: UserTask, capfd: pytest.CaptureFixture[str]) -> None:
     """It fills no log; a completion that is scored later says what it has to say."""
-    scores, _, _ = score(task, "megabytes", "flood", "megabytes", "print", limits=LIMITS)
+    scores, _, _ = scored(task, "megabytes", "flood", "megabytes", "print", limits=LIMITS)
     assert [s.reward for s in scores] == [1, 0, 1, 1]
     shown = capfd.readouterr().err
     cut = "\n(more than 10000 characters: the rest is not shown)\n"
@@ -246,7 +247,7 @@ def test_of_what_it_prints_without_end_a_part_is_shown(task: UserTask, capfd: py
 
 
 def test_nothing_is_left_of_one_that_was_late_and_of_one_that_is_closed(task: UserTask, tmp_path: Path) -> None:
-    scores, _, _ = score(task, f"pid {tmp_path / 'late'}", "b", limits=LIMITS)
+    scores, _, _ = scored(task, f"pid {tmp_path / 'late'}", "b", limits=LIMITS)
     assert [s.reward for s in scores] == [0, 1]
     pids = list(map(int, (tmp_path / "late").read_text().split()))
     scorer = Scorer(task, PATIENT)
@@ -262,7 +263,7 @@ def test_nothing_is_left_of_one_that_was_late_and_of_one_that_is_closed(task: Us
 
 
 def who(scorer: Scorer, task: UserTask) -> int:
-    return int(scorer.score(completion("who"), task.problems("train")[0]).detail)
+    return int(score(scorer, completion("who"), task.problems("train")[0]).detail)
 
 
 def test_one_that_dies_between_completions_is_replaced(task: UserTask) -> None:
@@ -282,18 +283,20 @@ def test_after_an_interruption_no_answer_is_taken_for_another(task: UserTask) ->
     problems = task.problems("train")
     with Scorer(task, PATIENT, interrupt) as scorer:
         with pytest.raises(KeyboardInterrupt):
-            scorer.score_all(list(zip(map(completion, ("a", "None", "pause", "d")), problems, strict=True)))
-        assert scorer.score(completion("again"), problems[1]) == Score(1.0, True, "1: again")
+            score_all(scorer, list(zip(map(completion, ("a", "None", "pause", "d")), problems, strict=True)))
+        assert score(scorer, completion("again"), problems[1]) == Score(1.0, True, "1: again")
 
 
 MAIN = """
 import signal, sys
 from pathlib import Path
+sys.path.append("tests/support")
 from eggroll_llm.system import signals as interruption
 from eggroll_llm.config.schema import RewardConfig
 from eggroll_llm.engine.interface import Completion
 from eggroll_llm.training.scorer import Scorer
 from eggroll_llm.tasks.load import load_task
+from scored import score
 folder = Path(sys.argv[1])
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell in the background has it ignored
 try:
@@ -301,7 +304,7 @@ try:
         task = load_task("mine.py:Mine", {}, base_dir=folder)
         with Scorer(task, RewardConfig(timeout_seconds=300)) as scorer:
             answer = Completion(text=f"pid {folder / 'pids'}", token_ids=(), truncated=False, prompt_tokens=0)
-            scorer.score(answer, task.problems("train")[0])
+            score(scorer, answer, task.problems("train")[0])
 except interruption.Interrupted as error:
     sys.exit(error.status)
 """
@@ -409,7 +412,7 @@ def test_the_completions_of_a_step_are_sent_together(task: UserTask, monkeypatch
 
     with Scorer(task, PATIENT) as scorer:
         monkeypatch.setattr(os, "write", counted)
-        scores = scorer.score_all([(completion("a"), problems[i % 4]) for i in range(5000)])
+        scores = score_all(scorer, [(completion("a"), problems[i % 4]) for i in range(5000)])
     assert [s.detail[0] for s in scores] == [str(i % 4) for i in range(5000)]
     assert sum(writes) > 5000 * 50
     assert len(writes) < 500

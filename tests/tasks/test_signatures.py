@@ -48,6 +48,11 @@ def refused(folder: Path, before: str = "", name: str = "Mine", **methods: str) 
         ("score", "def score(self, completion, problem): yield 1.0", "score yields"),
         ("score", "score = 1.0", r"score = 1\.0 is not a method. Write def score\(self, completion, problem\)\.$"),
         ("score", "", "has no method score"),
+        ("score_batch", "def score_batch(self, completion): return []", "too many positional arguments"),
+        ("score_batch", "def score_batch(self, problems, completions): return []", "in a different order from"),
+        ("score_batch", "async def score_batch(self, completions, problems): return []", "score_batch is asynchronous"),
+        ("score_batch", "def score_batch(self, completions, problems): yield 1.0", "score_batch yields"),
+        ("score_batch", "score_batch = None", r"score_batch = None is not a method\. .*, or remove it\.$"),
         ("prompt", "def prompt(self, problem, split): return '?'", "'split'"),
         ("prompt", "def prompt(self): return '?'", "too many positional arguments"),
         ("prompt", "async def prompt(self, problem): return '?'", "prompt is asynchronous"),
@@ -97,6 +102,16 @@ def test_it_says_what_is_called_and_where_the_rest_is(tmp_path: Path) -> None:
 )
 def test_whatever_can_be_called_is_taken(tmp_path: Path, score: str) -> None:
     load(tmp_path, score=score)
+
+
+def test_a_batch_takes_the_place_of_a_score(tmp_path: Path) -> None:
+    """With the same optional arguments, as lists."""
+    batch = "def score_batch(self, completions, problems, *, truncated): return [float(cut) for cut in truncated]"
+    task = load(tmp_path, score=batch)
+    assert (task.takes, task.batch_takes) == (frozenset(), {"truncated"})
+    problem = task.problems("train")[0]
+    assert [task.score("a", problem, truncated=cut).reward for cut in (False, True)] == [0.0, 1.0]
+    assert load(tmp_path).batch_takes is None
 
 
 TRL = [

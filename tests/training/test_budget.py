@@ -70,6 +70,19 @@ def test_completions_and_tokens(model: Path) -> None:
     assert lines(model, steps=0, minutes=2.5)[3] == "in all: at most 2.5 minutes of training"
 
 
+def test_members_that_score_answers_generate_none(model: Path) -> None:
+    es = dataclasses.replace(ES, fitness_from="probabilities")
+    assert lines(model, es=es)[1:5] == [
+        "per step: 6 completions = 3 prompts x 2 samples",
+        "per step: 150 prompt tokens (25 each), at most 300 generated",
+        "per step: 6 members score them, a pass of each over prompts and completions that generates nothing",
+        "in all: 10 steps, 60 completions",
+    ]
+    again = lines(model, es=dataclasses.replace(es, answer_reuse=3))
+    assert again[3].endswith("that generates nothing, the same completions for up to 3 steps")
+    assert again[4] == "in all: 10 steps, at least 24 completions"
+
+
 @pytest.mark.parametrize(("dtype", "size"), [("bfloat16", 2), ("float32", 4)])
 @pytest.mark.parametrize(("optimizer", "tensors"), [("sgd", 0), ("momentum", 1), ("adam", 2)])
 def test_memory(
@@ -241,6 +254,28 @@ def test_served_weights_and_masters_by_format(model: Path, masters: Any, quantiz
     assert found["masters"] == per_weight * WEIGHTS
 
 
+def test_devices_of_an_engine_share_what_it_takes(model: Path, gpu: dict[str, int]) -> None:
+    """Half of every weight and its master, and of B or A of every factor; two heads of k and v, so copies from 4 on."""
+
+    def parts(ranks: int, *, on_cpu: bool = False) -> dict[str, int]:
+        shape = ModelShape.of(read_config(model), tensor_shapes(model))
+        engine = EngineConfig(slots=5, dtype="bfloat16", tensor_parallel=ranks)
+        return {part.name.split(" (")[0]: part.size for part in es_parts(shape, ES, engine, on_cpu=on_cpu)}
+
+    one, two, four = parts(1), parts(2), parts(4)
+    assert two["masters"] == one["masters"] // 2
+    copies = 2 * 2 * 64 * 128 // 4  # of k and v in two layers, a quarter more of each
+    assert four["masters"] == one["masters"] // 4 + 4 * copies
+    rows = 2 * (128 + 2 * 64 + 128 + 2 * 256 + 128), 2 * (3 * 128 + 128 + 2 * 128 + 256)  # of all A, of all B
+    whole_A, whole_B = 2 * 2 * 128, 2 * (3 * 128 + 2 * 128)  # of o and down, of all else
+    assert one["slots"] == 5 * 2 * ES.rank * sum(rows)
+    assert two["slots"] == 5 * 2 * ES.rank * (sum(rows) + whole_A + whole_B) // 2
+    assert two["a checkpoint"] == one["a checkpoint"]
+    assert parts(2, on_cpu=True)["masters"] == parts(1, on_cpu=True)["masters"]  # both halves are in one memory
+    lines = budget(prepared(model, engine=EngineConfig(slots=5, dtype="bfloat16", tensor_parallel=2)))
+    assert lines[-1] == "memory of the GPU: of each of 2 that an engine has"
+
+
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     """A GPU of one GiB that is not there; what is free of it may be changed."""
@@ -346,6 +381,19 @@ def test_time_of_a_step_of_es(model: Path) -> None:
     update = 2 * 1000 * 3 * 4 / 1e5 + (4 + 4 + 2) * 1000 / 1e6  # three pairs of rank 4; masters and served weights
     found = step_seconds(prepared(model), SMALL, SLOW, length=1.0)
     assert found == pytest.approx(sampling + update) == pytest.approx(15.756)
+
+
+def test_time_of_a_step_whose_members_score(model: Path) -> None:
+    """Six answers of the weights, and a pass of each of six members over them and the prompts."""
+    sampling = ((10 + 3 * 15 + 300) * 4000 + 2 * (6 + 300) * 500) / 1e6 + 50 * 2 * 1500 / 1e6 + 50 * 0.1
+    scoring = 6 * ((10 + 3 * 15 + 300) * 4000 + 2 * 300 * 500) / 1e6 + 0.1
+    update = 2 * 1000 * 3 * 4 / 1e5 + (4 + 4 + 2) * 1000 / 1e6
+    es = dataclasses.replace(ES, fitness_from="probabilities")
+    found = step_seconds(prepared(model, es=es), SMALL, SLOW, length=1.0)
+    assert found == pytest.approx(sampling + scoring + update) == pytest.approx(17.546)
+    es = dataclasses.replace(es, answer_reuse=2)  # sampling in every second step
+    found = step_seconds(prepared(model, es=es), SMALL, SLOW, length=1.0)
+    assert found == pytest.approx(sampling / 2 + scoring + update)
 
 
 def test_time_of_a_step_of_grpo(model: Path) -> None:

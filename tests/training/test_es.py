@@ -91,6 +91,113 @@ def test_two_halves_are_the_whole(bench: Bench, optimizer: Any, checkpoint_every
     assert f"resuming after step 3: {sources}" in bench.display.messages
 
 
+PROBABILITIES: dict[str, Any] = {
+    "es": dataclasses.replace(CONFIG.es, fitness_from="probabilities"),
+    "sampling": SamplingConfig(prompts_per_step=PROMPTS, samples_per_prompt=4, temperature=1.0, max_tokens=9),
+}
+
+
+def test_fitness_from_probabilities_learns_from_answers_of_the_weights(bench: Bench) -> None:
+    outcome = bench.train("run", steps=25, **PROBABILITIES)
+    assert outcome.last["eval/reward"] > outcome.first["eval/reward"] + 0.4
+    first = rows(bench.folder / "run")[1]
+    assert first["completions"] == PROMPTS * 4
+    assert 0 < first["tokens/scored"] <= MEMBERS * PROMPTS * 3 * 3  # of three tokens each, of which three differ
+    assert first["members/divergence"] > 0
+    assert {row.get("member") for row in rows(bench.folder / "run", "completions.jsonl")} == {None}
+
+
+def test_fitness_from_probabilities_resumes_and_replays_to_the_same_bits(bench: Bench) -> None:
+    changes = PROBABILITIES | {"eval": EvalConfig(every=3), "checkpoint": CheckpointConfig(every=2)}
+    bench.train("whole", steps=5, **changes)
+    bench.train("halves", steps=3, **changes)
+    bench.train("halves", "resume", steps=5, **changes)
+    same_run(bench.folder / "whole", bench.folder / "halves")
+
+
+@pytest.mark.parametrize("stop", [3, 4, 5])
+def test_several_steps_learn_from_the_same_answers_also_when_interrupted(bench: Bench, stop: int) -> None:
+    changes = PROBABILITIES | {
+        "es": dataclasses.replace(PROBABILITIES["es"], answer_reuse=3),
+        "eval": EvalConfig(every=0),
+    }
+    bench.train("whole", steps=8, **changes)
+    bench.train("halves", steps=stop, **changes)
+    bench.train("halves", "resume", steps=8, **changes)
+    journals = [(bench.folder / name / "journal.jsonl").read_text() for name in ("whole", "halves")]
+    assert journals[0] == journals[1]
+    steps = rows(bench.folder / "whole")[1:]
+    assert [row["completions"] for row in steps] == [12, 0, 0, 12, 0, 0, 12, 0]
+    assert [row["weights/drift"] > 0 for row in steps] == [False, True, True, False, True, True, False, True]
+    assert steps[1]["reward/mean"] == steps[0]["reward/mean"] != steps[3]["reward/mean"]
+    assert {row["step"] for row in rows(bench.folder / "whole", "completions.jsonl")} == {1, 4, 7}
+
+
+def test_weights_that_have_drifted_too_far_answer_anew(bench: Bench) -> None:
+    es = dataclasses.replace(PROBABILITIES["es"], answer_reuse=10, max_drift=1e-12)
+    bench.train("run", **PROBABILITIES | {"es": es})
+    assert [row["completions"] for row in rows(bench.folder / "run")[1:]] == [12] * 4
+
+
+def test_answers_that_teach_nothing_are_not_used_again(bench: Bench) -> None:
+    es = dataclasses.replace(PROBABILITIES["es"], answer_reuse=3)
+    bench.train("run", task=Constant(), **PROBABILITIES | {"es": es})
+    assert [row["completions"] for row in rows(bench.folder / "run")[1:]] == [12] * 4
+
+
+def test_members_without_finite_probabilities_end_the_run(bench: Bench) -> None:
+    class Overflowing(FakeEngine):
+        def score(self, *args: Any, **keywords: Any) -> torch.Tensor:
+            return super().score(*args, **keywords) * torch.nan
+
+    bench.make_engine = Overflowing
+    with pytest.raises(TrainingError, match=rf"{MEMBERS} of {MEMBERS} members .* log-probability .* lower es\.sigma"):
+        bench.train("run", **PROBABILITIES)
+
+
+def test_fitness_from_probabilities_without_differences_learns_nothing(bench: Bench) -> None:
+    bench.train("run", task=Constant(), **PROBABILITIES)
+    steps = rows(bench.folder / "run")[1:]
+    assert [row["fitness/std"] for row in steps] == [0] * 4
+    assert [row["prompts/tied"] for row in steps] == [PROMPTS] * 4
+    assert [row["tokens/scored"] for row in steps] == [0] * 4
+    assert any("nothing was learned" in message for message in bench.display.messages)
+
+
+def test_pairs_with_problems_of_their_own_learn_and_resume(bench: Bench) -> None:
+    changes: dict[str, Any] = {"es": dataclasses.replace(CONFIG.es, problems="per_pair")}
+    changes["sampling"] = SamplingConfig(prompts_per_step=2, max_tokens=9)
+    outcome = bench.train("whole", steps=25, log=LogConfig(completions=100), **changes)
+    assert outcome.last["eval/reward"] > outcome.first["eval/reward"] + 0.4
+    recorded = [row for row in rows(bench.folder / "whole", "completions.jsonl") if row["step"] == 1]
+    problems_of = {m: {row["problem"] for row in recorded if row["member"] == m} for m in range(MEMBERS)}
+    assert all(len(problems) == 2 for problems in problems_of.values())
+    assert all(problems_of[2 * k] == problems_of[2 * k + 1] for k in range(MEMBERS // 2))
+    assert len(set.union(*problems_of.values())) == MEMBERS  # two for each of the pairs
+    bench.train("halves", steps=13, log=LogConfig(completions=100), **changes)
+    bench.train("halves", "resume", steps=25, log=LogConfig(completions=100), **changes)
+    journals = [(bench.folder / name / "journal.jsonl").read_text() for name in ("whole", "halves")]
+    assert journals[0] == journals[1]
+
+
+def test_problems_that_teach_nothing_are_passed_over_and_a_resumed_run_knows_them(bench: Bench) -> None:
+    class SomeTie(Near):
+        def reward(self, member: int, value: float, problem: Mapping[str, Any]) -> float:
+            return 0.25 if problem["x"][0] % 2 else super().reward(member, value, problem)
+
+    changes: dict[str, Any] = {"es": dataclasses.replace(CONFIG.es, skip_tied=True), "task": SomeTie()}
+    changes["log"] = LogConfig(completions=100)
+    bench.train("whole", steps=30, **changes)
+    bench.train("halves", steps=16, **changes)
+    bench.train("halves", "resume", steps=30, **changes)
+    same_run(bench.folder / "whole", bench.folder / "halves")
+    steps = rows(bench.folder / "whole")[1:]
+    assert sum(row["problems/skipped"] for row in steps[:3]) == 0  # ten problems, three a step
+    assert sum(row["problems/skipped"] for row in steps) > 10
+    tied = [row["prompts/tied"] for row in steps]
+    assert sum(tied[20:]) < sum(tied[:10])
+
+
 def test_the_answers_of_every_evaluation_are_kept(bench: Bench) -> None:
     bench.train("run", steps=4, eval=EvalConfig(every=2, problems=5, max_tokens=7))
     folder = bench.folder / "run" / "evaluations"

@@ -70,7 +70,7 @@ def test_every_problem_is_put_once_to_the_base_model() -> None:
 def test_only_what_is_missing_is_asked_and_each_sample_has_its_own_seed() -> None:
     engine: Any = Engine()
     samples: list[Sample] = []
-    graders = {name: Scorer(SimpleNamespace()).grade for name in ("x", "y")}  # type: ignore[arg-type]
+    graders = {name: Scorer(SimpleNamespace()) for name in ("x", "y")}  # type: ignore[arg-type]
     answer(engine, PROBLEMS, graders, DECODING, samples.append, samples=3, seed=5, done={(0, 1), (1, 0), (1, 2)})
     assert [(s.problem, s.sample) for s in samples] == [(1, 1), (0, 2), (0, 0)]
     assert [request.seed for request in engine.asked] == [
@@ -116,9 +116,9 @@ def test_graders_hear_of_an_open_thought_then_and_when_they_grade_again() -> Non
     task: Any = Thinking()
     problems = dataclasses.replace(PROBLEMS, in_thought={1})
     samples: list[Sample] = []
-    answer(engine, problems, {TASK: Scorer(task).grade}, DECODING, samples.append)
+    answer(engine, problems, {TASK: Scorer(task)}, DECODING, samples.append)
     assert [(s.problem, s.scores[TASK].reward, s.scores[TASK].answer) for s in samples] == [
         (1, 1.0, "True"),
         (0, 0.0, "False"),
     ]
-    assert [grade_again(sample, problems, {TASK: Scorer(task).grade}) for sample in samples] == samples
+    assert grade_again(samples, problems, {TASK: Scorer(task)}) == samples

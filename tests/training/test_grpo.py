@@ -7,7 +7,7 @@ import dataclasses
 import importlib.util
 import math
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -28,13 +28,13 @@ from eggroll_llm.records.weights import weights_at
 from eggroll_llm.system import signals
 from eggroll_llm.system.invocation import command
 from eggroll_llm.tasks import prompts
-from eggroll_llm.tasks.task import Problem, Verdict
+from eggroll_llm.tasks.task import Problem
 from eggroll_llm.training import es as trainer
 from eggroll_llm.training import grpo, session
 from eggroll_llm.training.grpo_trl import checkpoint_tensors
 from eggroll_llm.training.harness import Harness
 from eggroll_llm.training.prepare import prepare
-from eggroll_llm.training.scorer import Scorer
+from eggroll_llm.training.scorer import Scoring
 
 
 @pytest.fixture
@@ -96,13 +96,13 @@ def test_graders_hear_of_a_thought_that_the_prompt_opened(
     opened = set("acegikmoqsuwyA")
     monkeypatch.setattr(prompts, "ends_in_thought", lambda text: text[-1] in opened)
     judged: list[tuple[Completion, Problem]] = []
-    judge = Scorer._judge
+    put = Scoring.put
 
-    def recording(self: Scorer, pairs: Sequence[tuple[Completion, Problem]], *, voted: bool) -> Iterable[Verdict]:
-        judged.extend(pairs)
-        return judge(self, pairs, voted=voted)
+    def recording(self: Scoring, number: int, completion: Completion, problem: Problem) -> None:
+        judged.append((completion, problem))
+        put(self, number, completion, problem)
 
-    monkeypatch.setattr(Scorer, "_judge", recording)
+    monkeypatch.setattr(Scoring, "put", recording)
     bench.train("run", method=method, steps=1)
     assert {(voted["id"].split("-")[0], completion.thought_open) for completion, voted in judged} == {
         (split, thought) for split in ("train", "test") for thought in (False, True)

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from scored import grade, score, score_all
 
 from eggroll_llm.engine.interface import Completion
 from eggroll_llm.errors import TaskError
@@ -30,7 +31,7 @@ def test_the_grader_gets_text_problem_and_truncation() -> None:
         return Score(0.5, True, "fine")
 
     found = scorer(grade)
-    assert found.score(completion("4+5", True), {"id": 7}) == Score(0.5, True, "fine")
+    assert score(found, completion("4+5", True), {"id": 7}) == Score(0.5, True, "fine")
     assert seen == [("4+5", {"id": 7}, True)]
     assert (found.scored, found.failures) == (1, 0)
 
@@ -57,7 +58,7 @@ def raising(error: BaseException) -> Any:
 )
 def test_a_failing_grader_costs_its_own_completion(grade: Any) -> None:
     found = scorer(grade)
-    assert found.score(completion(), {}) == Score(0.0, False, FAILED)
+    assert score(found, completion(), {}) == Score(0.0, False, FAILED)
     assert (found.scored, found.failures) == (1, 1)
 
 
@@ -65,7 +66,7 @@ def test_a_failing_grader_costs_its_own_completion(grade: Any) -> None:
 def test_rewards_that_are_not_finite_pass(value: float) -> None:
     """They are the loop's to drop, with the whole member."""
     found = scorer(lambda text, problem, *, truncated: Score(value, False, ""))
-    assert repr(found.score(completion(), {"id": 5}).reward) == repr(value)
+    assert repr(score(found, completion(), {"id": 5}).reward) == repr(value)
     assert found.failures == 0
     assert found.first_dropped == f'{value} for problem 5, answer "x"'
 
@@ -76,7 +77,7 @@ def test_the_first_failure_is_kept_with_its_sample_and_said_once() -> None:
     answers = ["1", "\x1b[2J" + "y" * 10_000, "two"]
     found = scorer(lambda text, problem, *, truncated: Score(float(text), True, ""))
     found.say = said.append
-    scores = found.score_all([(completion(text), {"id": f"{n}\n"}) for n, text in enumerate(answers)])
+    scores = score_all(found, [(completion(text), {"id": f"{n}\n"}) for n, text in enumerate(answers)])
     assert scores == [Score(1.0, True, ""), Score(0.0, False, FAILED), Score(0.0, False, FAILED)]
     sample, _, traceback = found.first_failure.partition("\n")
     assert sample == 'problem 1\\n, answer "\\x1b[2J' + "y" * 152 + '…"'
@@ -87,7 +88,7 @@ def test_the_first_failure_is_kept_with_its_sample_and_said_once() -> None:
     assert "ValueError: could not convert string to float" in said[0]
     found.start_counting()
     assert (found.scored, found.failures) == (0, 0)
-    found.score(completion("three"), {})
+    score(found, completion("three"), {})
     assert found.first_failure.startswith(sample)
     assert len(said) == 1
 
@@ -95,30 +96,30 @@ def test_the_first_failure_is_kept_with_its_sample_and_said_once() -> None:
 def test_scores_become_plain_values() -> None:
     torch = pytest.importorskip("torch")
     found = scorer(lambda text, problem, *, truncated: Score(torch.tensor(0.5), torch.tensor(True), 3))  # type: ignore[arg-type]
-    score = found.score(completion(), {})
-    assert score == Score(0.5, True, "3")
-    assert [type(value) for value in (score.reward, score.correct, score.detail)] == [float, bool, str]
+    plain = score(found, completion(), {})
+    assert plain == Score(0.5, True, "3")
+    assert [type(value) for value in (plain.reward, plain.correct, plain.detail)] == [float, bool, str]
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), SystemExit(143)])
 def test_interrupting_a_grader_ends_the_run(error: BaseException) -> None:
     with pytest.raises(type(error)):
-        scorer(raising(error)).score(completion(), {})
+        score(scorer(raising(error)), completion(), {})
 
 
 def test_the_first_step_stops_only_when_everything_failed() -> None:
     scorer(raising(KeyError("answer"))).check(of=" of the first step")  # nothing was scored
     broken = scorer(raising(KeyError("answer")))
-    broken.score(completion(), {})
-    broken.score(completion(), {})
+    score(broken, completion(), {})
+    score(broken, completion(), {})
     with pytest.raises(TaskError, match=r"failed on all 2 completions of the first step") as info:
         broken.check(of=" of the first step")
     assert "KeyError: 'answer'" in str(info.value)
     assert "test_scorer.py" in str(info.value)
 
     fussy = scorer(lambda text, problem, *, truncated: Score(float(text), True, ""))
-    fussy.score(completion("no number"), {})
-    fussy.score(completion("1"), {})
+    score(fussy, completion("no number"), {})
+    score(fussy, completion("1"), {})
     fussy.check(of=" of the first step")
     assert (fussy.scored, fussy.failures) == (2, 1)
 
@@ -129,6 +130,6 @@ def test_the_first_step_stops_only_when_everything_failed() -> None:
 )
 def test_a_grade_is_the_score_with_the_answer(answer: Any, voted: str | None) -> None:
     task: Any = SimpleNamespace(score=lambda text, problem, *, truncated: Score(0.5, True, "so"), answer=answer)
-    assert Scorer(task).grade(completion(), {}) == Graded(correct=True, reward=0.5, detail="so", answer=voted)
+    assert grade(Scorer(task), completion(), {}) == Graded(correct=True, reward=0.5, detail="so", answer=voted)
     named: Any = SimpleNamespace(score=task.score, answer=lambda text, *, truncated: "18")
-    assert Scorer(named).grade(completion(), {}).answer == "18"
+    assert grade(Scorer(named), completion(), {}).answer == "18"

@@ -4,6 +4,7 @@ import dataclasses
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -291,14 +292,17 @@ class Words:
 def test_a_users_reward_that_loops_ends_with_the_command(
     tree: ProcessTree, tmp_path: Path, tiny_model: Callable[[str], Path]
 ) -> None:
-    """Long before its limit of time, although its process has a session of its own, which Ctrl-C does not reach."""
+    """While the engine samples on, and long before its limit of time.
+
+    Its processes have sessions of their own, which Ctrl-C does not reach.
+    """
     stuck = tmp_path / "stuck"
     (tmp_path / "words.py").write_text(LOOPING.format(stuck=str(stuck)))
     code = EVAL.format(stuck=str(tmp_path / "engine"), swallow=False)
     arguments = ["eval", tiny_model("llama"), "--task", f"{tmp_path}/words.py:Words", "--reward.timeout_seconds", 600]
-    process = tree.start([sys.executable, "-c", code, *arguments], stderr=subprocess.PIPE)
-    assert wait_for(lambda: stuck.exists() or process.poll() is not None)
-    assert len(tree.alive()) == 2
+    process = tree.start([sys.executable, "-c", code, *arguments, "--reward.workers", 2], stderr=subprocess.PIPE)
+    assert wait_for(lambda: (stuck.exists() and (tmp_path / "engine").exists()) or process.poll() is not None)
+    assert len(tree.alive()) == 3
     process.send_signal(signal.SIGINT)
     _, messages = process.communicate(timeout=60)
     assert (process.returncode, messages.splitlines()[-1]) == (130, "interrupted")
@@ -336,6 +340,7 @@ def test_an_evaluation_ends_in_order_and_continues(
     code = EVAL.format(stuck=str(stuck), swallow=swallow)
     process = tree.start([sys.executable, "-c", code, *arguments, out], stderr=subprocess.PIPE)
     assert wait_for(lambda: stuck.exists() or process.poll() is not None)
+    time.sleep(1.0)  # for the scores of what the engine has answered
     process.send_signal(number)
     _, messages = process.communicate(timeout=60)
     assert process.returncode == 128 + number

@@ -31,6 +31,10 @@ def engine_args(
         raise ConfigError('engine.dtype = "float32": vLLM\'s own adapters on a GPU compute in bfloat16 only')
     if config.compile and not on_cpu:
         raise ConfigError("engine.compile = true is for CPUs; leave it out, as CUDA graphs do without torch.compile")
+    if not on_cpu and config.tensor_parallel > torch.cuda.device_count():
+        raise ConfigError(
+            f"engine.tensor_parallel = {config.tensor_parallel}: there are {torch.cuda.device_count()} GPUs: lower it"
+        )
     graphs = not (stock or on_cpu or config.enforce_eager)
     return EngineArgs(
         model=str(model_dir),
@@ -40,6 +44,8 @@ def engine_args(
         max_num_seqs=config.max_sequences,
         max_num_batched_tokens=batch_tokens(max_model_len, on_cpu=on_cpu),
         enforce_eager=on_cpu or config.enforce_eager,
+        tensor_parallel_size=config.tensor_parallel,
+        distributed_executor_backend="mp" if config.tensor_parallel > 1 else None,
         enable_lora=True,
         max_loras=slots,
         # Memory that vLLM takes for its own arithmetic, and that ours gives back unused.

@@ -9,6 +9,9 @@ Each linear layer needs h = B^T x of its input, and A h added to its output. The
 leaves two launches a block that a plain model does not have, A h for qkv and h for o, instead of eight. What one module
 makes for another travels in `_Carried`, so that h which nobody made is a KeyError and not a wrong answer.
 
+Where ranks have parts of the layers, o and down sum their outputs over the ranks before the norm sees them. So their
+terms are added before that sum, to which every rank brings A h of its part of x, by two launches more a block.
+
 Every other model gets the two launches per layer, and its norms and activations stay as vLLM has them.
 """
 
@@ -90,18 +93,19 @@ class _Block:
         self.qkv, self.o, self.gate_up, self.down = self.linears = [linears[id(module)] for module in modules]
         self.carried = carried
         self.before: _Linear | None = None
-        """The last linear layer of the block before."""
+        """The last linear layer of the block before, if this one's norm adds its term."""
+        self.summed = is_summed(self.down)
 
     def install(self) -> None:
         """Replace the forward of its modules, on the instances."""
         first, second = self.norms
         first._forward_method = _norm(first, self.carried, self.before, self.qkv)
-        second._forward_method = _norm(second, self.carried, self.o, self.gate_up)
+        second._forward_method = _norm(second, self.carried, None if self.summed else self.o, self.gate_up)
         self.activation._forward_method = self._activate
         self.qkv.module.apply = self._qkv
-        self.o.module.apply = self._o
+        self.o.module.apply = self.o.with_term if self.summed else self._o
         self.gate_up.module.apply = self.gate_up.plain
-        self.down.module.apply = self.down.plain
+        self.down.module.apply = self._down if self.summed else self.down.plain
 
     def _qkv(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         y = self.qkv.plain(x, bias)
@@ -112,11 +116,21 @@ class _Block:
         self.carried[self.o] = self.o.shrink(x)
         return self.o.plain(x, bias)
 
+    def _down(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        y = self.down.plain(x, bias)
+        self.down.expand(y, self.carried.pop(self.down))
+        return y
+
     def _activate(self, y: Tensor) -> Tensor:
         x, h_TCR = silu_and_mul(y, (self.gate_up.factors, self.carried.pop(self.gate_up)), self.down.factors)
         assert h_TCR is not None
         self.carried[self.down] = h_TCR
         return x
+
+
+def is_summed(linear: _Linear) -> bool:
+    """Return whether ranks have parts of a layer's in features, over which vLLM sums what they compute."""
+    return bool(linear.module.tp_size > 1)
 
 
 def _norm(module: Any, carried: _Carried, before: _Linear | None, after: _Linear | None) -> Callable[..., Any]:
@@ -147,6 +161,7 @@ def _blocks(model: torch.nn.Module, linears: Mapping[int, _Linear]) -> list[_Blo
         return []
     blocks = [_Block(block, linears, carried) for block in decoders]
     for block, after in pairwise(blocks):
-        after.before = block.down
-    body.norm._forward_method = _norm(body.norm, carried, blocks[-1].down, None)
+        after.before = None if block.summed else block.down
+    last = blocks[-1]
+    body.norm._forward_method = _norm(body.norm, carried, None if last.summed else last.down, None)
     return blocks

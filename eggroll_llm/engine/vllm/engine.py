@@ -22,22 +22,30 @@ from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.llm_engine import LLMEngine
 
 from eggroll_llm.config.schema import EngineConfig
-from eggroll_llm.engine.interface import Completion, Decoding, Progress, Request, UpdateTimes
+from eggroll_llm.engine.interface import Completion, Decoding, Progress, Request, Scored, UpdateTimes
 from eggroll_llm.engine.sampling import in_order
+from eggroll_llm.engine.token_tree import trees_of
 from eggroll_llm.engine.vllm.arguments import VLLM_RANKS, engine_args, population_settings
-from eggroll_llm.engine.vllm.failures import call_error, start_error
+from eggroll_llm.engine.vllm.failures import REFUSALS, Refused, call_error, rank_error, start_error
+from eggroll_llm.engine.vllm.ranks import environment
 from eggroll_llm.engine.vllm.sampler import seed_argument
 from eggroll_llm.engine.vllm.text import TextRules, before_stop
 from eggroll_llm.engine.watchdog import Watchdog
 from eggroll_llm.errors import EngineError, ModelError, UserError
-from eggroll_llm.es.estimate import NonFiniteUpdate, UpdateSpec
+from eggroll_llm.es.estimate import UpdateSpec
 from eggroll_llm.es.noise import NoiseSpec
 from eggroll_llm.es.settings import EsSettings
+from eggroll_llm.es.weight_change import united
+from eggroll_llm.models.architectures import check_tensor_parallel
 from eggroll_llm.models.export import export_model
+from eggroll_llm.models.files import read_config
 from eggroll_llm.models.targets import trained_parameters
 from eggroll_llm.system.hardware import resolve_dtype
 
 log = logging.getLogger(__name__)
+
+BATCH = 1 << 26
+"""Elements of tensors that leave or enter vLLM's processes at once, at most: 256 MiB of float32 masters."""
 
 
 class VllmEngine:
@@ -71,29 +79,32 @@ class VllmEngine:
         """
         if rank > VLLM_RANKS[-1]:
             raise ValueError(f"rank {rank}: the engine serves ranks up to {VLLM_RANKS[-1]}")
+        check_tensor_parallel(read_config(model_dir), config.tensor_parallel, model_dir)
         self.model_dir, self.dtype = model_dir, getattr(torch, resolve_dtype(config.dtype))
         if config.threads:
             torch.set_num_threads(config.threads)
-        self._calls = count()
-        self._in_flight = 2 * config.max_sequences
+        self._calls, self._slots = count(), slots
+        self._in_flight, self._context = 2 * config.max_sequences, max_model_len
         self._patience = self._in_flight * max_model_len
         self._no_requests()
         self.watchdog = Watchdog(config.timeout_seconds)
         self._version = "base"
+        self._in_process = config.tensor_parallel == 1
         args = engine_args(
             model_dir, config, self.dtype, slots=slots, rank=rank, max_model_len=max_model_len, stock=stock
         )
         args = dataclasses.replace(args, enable_prefix_caching=prefix_caching, **(vllm_args or {}))
         if logprobs:  # those of the distribution that is sampled from
             args.logprobs_mode = "processed_logprobs"
+        self._batch_tokens = args.max_num_batched_tokens
         settings = dataclasses.asdict(es or EsSettings()) if trainable else None
         args.additional_config = population_settings(config, rank=rank, es=settings, stock=stock)
         set_num_threads = torch.set_num_threads
         try:
-            with self.watchdog:
+            with self.watchdog, environment(config):
                 self._llm = LLMEngine.from_engine_args(args)
                 self.text_rules = TextRules(self._llm.get_tokenizer())
-                (started,) = self._llm.collective_rpc("es_call", args=("start",))
+                started, *_ = self._llm.collective_rpc("es_call", args=("start",))
         except UserError:
             raise
         except Exception as error:
@@ -115,7 +126,7 @@ class VllmEngine:
     def begin(self, noise: NoiseSpec, population: int, *, antithetic: bool = True) -> float:
         """Make the members of a step available; return the seconds that their noise took."""
         self._version = f"{noise.seed}-{noise.step}-{noise.sigma}-{next(self._calls)}"
-        return float(self._call("begin", noise, population, antithetic))
+        return float(max(self._call_all("begin", noise, population, antithetic)))
 
     def generate(
         self, requests: Sequence[Request], decoding: Decoding, on_progress: Progress | None = None
@@ -155,12 +166,48 @@ class VllmEngine:
         rows = [first[i] for i in range(len(requests))]
         return torch.tensor([[row[token_id].logprob for token_id in range(len(row))] for row in rows])
 
+    def score(self, completions: Sequence[Scored], members: Sequence[int | None], temperature: float = 1.0) -> Tensor:
+        """Return the log-probabilities [members, tokens], float32, of the tokens of all completions, in order.
+
+        Raises ValueError for a completion that does not fit the context, ModelError for attention that is not known.
+        """
+        passes = self.scoring(completions, members, temperature)
+        while True:
+            try:
+                next(passes)
+            except StopIteration as end:
+                return end.value
+
+    def scoring(
+        self, completions: Sequence[Scored], members: Sequence[int | None], temperature: float = 1.0
+    ) -> Generator[None, None, Tensor]:
+        """Yield after each forward pass, of no more tokens than a step of `poll` has; return what `score` does."""
+        longest = max(len(prompt) + len(completion) for prompt, completion in completions)
+        if longest > self._context:
+            raise ValueError(
+                f"a completion and its prompt have {longest} tokens, more than the context's {self._context}"
+            )
+        numbers = [-1 if member is None else member for member in members]
+        columns = []
+        for _, tree in trees_of(completions, self._batch_tokens):
+            rows = []
+            for part in _parts(numbers, self._slots, max(1, self._batch_tokens // len(tree))):
+                rows.append(self._call("score", tree, part, temperature))
+                yield
+            columns.append(torch.cat(rows))
+        return torch.cat(columns, dim=1)
+
     def update(self, spec: UpdateSpec) -> UpdateTimes:
         """Fold a step's fitness into the weights and serve them. Raises NonFiniteUpdate with nothing changed."""
-        times: UpdateTimes = self._call("update", spec)
+        times: list[UpdateTimes] = self._call_all("update", spec)
         start = time.perf_counter()
         self._forget_prefixes()
-        return dataclasses.replace(times, serve=times.serve + time.perf_counter() - start)
+        slowest = max(times, key=lambda each: each.update + each.serve)
+        return UpdateTimes(
+            report=united([each.report for each in times]),
+            update=slowest.update,
+            serve=slowest.serve + time.perf_counter() - start,
+        )
 
     def replay(self, specs: Sequence[UpdateSpec]) -> None:
         """Apply recorded updates without sampling."""
@@ -169,7 +216,10 @@ class VllmEngine:
 
     def export(self, directory: Path) -> None:
         """Write the served model as a Hugging Face directory."""
-        export_model(self.model_dir, directory, self._call("served_weights"), self.dtype)
+        weights: dict[str, Tensor] = {}
+        for names in self._names():
+            weights |= self._call("served_weights", names)
+        export_model(self.model_dir, directory, weights, self.dtype)
 
     def checksum(self) -> str:
         """Return a short hash of the served weights."""
@@ -177,12 +227,16 @@ class VllmEngine:
 
     def state(self) -> dict[str, Tensor]:
         """Return float32 masters and optimizer state."""
-        state: dict[str, Tensor] = self._call("state")
+        state: dict[str, Tensor] = {}
+        for names in self._names():
+            state |= self._call("state", names)
         return state
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Restore what `state` returned, exactly."""
-        self._call("load_state", state)
+        for keys in _batches({key: tensor.numel() for key, tensor in state.items()}):
+            self._call("take_state", {key: state[key] for key in keys})
+        self._call("load_state")
         self._forget_prefixes()
 
     def load_weights(self, weights: Mapping[str, Tensor]) -> None:
@@ -203,7 +257,8 @@ class VllmEngine:
         try:
             with self.watchdog:
                 try:
-                    self._llm.collective_rpc("es_call", args=("release",))
+                    if self._in_process:  # else it ends with its process
+                        self._llm.collective_rpc("es_call", args=("release",))
                 finally:
                     self._llm.engine_core.shutdown()
         except Exception as error:
@@ -217,15 +272,25 @@ class VllmEngine:
         try:
             with self.watchdog:
                 yield
-        except (UserError, NonFiniteUpdate):
+        except REFUSALS:
             raise
         except Exception as error:
-            raise call_error(what, error) from error
+            raise rank_error(what, self._llm) or call_error(what, error) from error
 
     def _call(self, method: str, *args: Any) -> Any:
+        """Call a method of the population on all ranks; return what the first one says."""
+        return self._call_all(method, *args)[0]
+
+    def _call_all(self, method: str, *args: Any) -> list[Any]:
         with self._calling(method):
-            (result,) = self._llm.collective_rpc("es_call", args=(method, *args))
-        return result
+            results = self._llm.collective_rpc("es_call", args=(method, *args))
+            for result in results:
+                if isinstance(result, Refused):
+                    raise result.error
+        return results
+
+    def _names(self) -> Iterator[list[str]]:
+        return _batches({name: out * inside for name, (out, inside) in self.shapes.items()})
 
     def _forget_prefixes(self) -> None:
         """The cached keys and values belong to the old weights."""
@@ -337,6 +402,31 @@ class VllmEngine:
                 for token_id, at in zip(sample.token_ids, sample.logprobs or (), strict=decoding.logprobs)
             ),
         )
+
+
+def _parts(members: Sequence[int], slots: int, at_once: int) -> Iterator[list[int]]:
+    """Yield members in parts of `at_once` with no more of them than slots; the base model, -1, needs none."""
+    part: list[int] = []
+    for member in members:
+        if len(part) == at_once or (member >= 0 and sum(other >= 0 for other in part) == slots):
+            yield part
+            part = []
+        part.append(member)
+    yield part
+
+
+def _batches(sizes: Mapping[str, int]) -> Iterator[list[str]]:
+    """Group the names of tensors of so many elements, so that few at a time pass from process to process."""
+    batch: list[str] = []
+    total = 0
+    for name, size in sizes.items():
+        if batch and total + size > BATCH:
+            yield batch
+            batch, total = [], 0
+        batch.append(name)
+        total += size
+    if batch:
+        yield batch
 
 
 def _check_shapes(model_dir: Path, served: Mapping[str, tuple[int, int]]) -> None:

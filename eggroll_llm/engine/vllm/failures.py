@@ -2,21 +2,47 @@
 
 import re
 import traceback
+from dataclasses import dataclass
+from multiprocessing.connection import wait
 from pathlib import Path
+from typing import Any
 
 from vllm import ModelRegistry
 
 from eggroll_llm.config.schema import EngineConfig
 from eggroll_llm.errors import ConfigError, EngineError, ModelError, UserError
+from eggroll_llm.es.estimate import NonFiniteUpdate
 from eggroll_llm.models.architectures import TESTED
 from eggroll_llm.models.files import architecture_of
 from eggroll_llm.system.hardware import serves_on_cpu
 from eggroll_llm.system.invocation import command
 from eggroll_llm.system.terminal import inert
 
+REFUSALS = (UserError, NonFiniteUpdate)
+"""What a call of a population raises with nothing changed."""
+NOTICED = 1.0
+"""Seconds in which a rank that ends is certain to be seen."""
 LIMIT = 300  # characters of vLLM's own text, of which the beginning says what is wrong
 _CACHE_NEEDED = re.compile(r"\(([\d.]+) GiB KV cache is needed")
 _CACHE_AVAILABLE = re.compile(r"\(([\d.]+)/[\d.]+ GiB\) on kv cache allocation is less")
+
+
+@dataclass(frozen=True)
+class Refused:
+    """A refusal on its way from a worker to the engine: of what is raised, vLLM may keep the text only."""
+
+    error: Exception
+
+
+def rank_error(what: str, llm: Any) -> EngineError | None:
+    """Return the error that a call failed with because a rank of the engine has ended; None where none has."""
+    workers = getattr(getattr(llm, "model_executor", None), "workers", ())
+    if not wait([worker.proc.sentinel for worker in workers], NOTICED if workers else 0):
+        return None
+    return EngineError(
+        f"the inference engine failed in {what}: a rank of the engine ended, one of {len(workers)} processes: it was "
+        "killed, ran out of memory, or printed why"
+    )
 
 
 def call_error(what: str, error: Exception) -> EngineError:

@@ -8,6 +8,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from vllm.lora.layers import ReplicatedLinearWithLoRA, RowParallelLinearWithLoRA
+
+from eggroll_llm.engine.vllm.ranks import Part
 from eggroll_llm.errors import ModelError
 from eggroll_llm.es.noise import Shape
 
@@ -22,10 +25,18 @@ class Layer:
     """vLLM's adapter wrapper; its `base_layer` holds the weight."""
     parameters: tuple[str, ...]
     """Hugging Face parameter name of each slice, in row order."""
-    sizes: tuple[int, ...]
-    """Out features of each slice."""
-    in_features: int
-    """In features, common to all slices."""
+    parts: tuple[Part, ...]
+    """What of each parameter is here."""
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Return the out features of each slice here."""
+        return tuple(part.size[0] for part in self.parts)
+
+    @property
+    def in_features(self) -> int:
+        """Return the in features here, common to all slices."""
+        return self.parts[0].size[1]
 
     def slices(self) -> Iterator[tuple[str, int, int]]:
         """Yield (parameter, first row, row after the last) of each slice."""
@@ -40,8 +51,9 @@ def find_layers(modules: Mapping[str, Any], packed: Mapping[str, Sequence[str]])
     layers = []
     for name, module in modules.items():
         parent, _, leaf = name.rpartition(".")
-        parts = packed.get(leaf) or [leaf]
-        if len(parts) != len(module.output_slices) or getattr(module, "tp_size", 1) != 1:
+        names = packed.get(leaf) or [leaf]
+        fused = len(getattr(module.base_layer, "output_sizes", names)) if module.tp_size > 1 else len(names)
+        if len(names) != len(module.output_slices) or len(names) != fused:
             raise ModelError(
                 f"layer {name!r} ({type(module).__name__}) is split in a way this engine does not know: "
                 "use a Llama- or Qwen-shaped model on one device"
@@ -50,18 +62,30 @@ def find_layers(modules: Mapping[str, Any], packed: Mapping[str, Sequence[str]])
             Layer(
                 name=name,
                 module=module,
-                parameters=tuple(f"{parent}.{part}.weight" for part in parts),
-                sizes=tuple(module.output_slices),
-                in_features=module.input_size,
+                parameters=tuple(f"{parent}.{part}.weight" for part in names),
+                parts=tuple(_part(module, c, size) for c, size in enumerate(module.output_slices)),
             )
         )
     return layers
 
 
+def _part(module: Any, c: int, out: int) -> Part:
+    """Return what of slice c of a module is on this rank, with so many rows."""
+    ranks, rank, inside = module.tp_size, module.tp_rank, module.input_size
+    if ranks == 1 or isinstance(module, ReplicatedLinearWithLoRA):
+        return Part(shape=(out, inside))
+    if isinstance(module, RowParallelLinearWithLoRA):
+        return Part(shape=(out, inside * ranks), axis=1, index=rank, parts=ranks)
+    # Heads of k and v, slices 1 and 2, have copies where there are fewer than ranks.
+    copies = getattr(module.base_layer, "num_kv_head_replicas", 1) if c else 1
+    return Part(shape=(out * (ranks // copies), inside), index=rank // copies, parts=ranks // copies)
+
+
+def parameter_parts(layers: Sequence[Layer]) -> dict[str, Part]:
+    """Return what is here of every parameter, in layer order."""
+    return {name: part for layer in layers for name, part in zip(layer.parameters, layer.parts, strict=True)}
+
+
 def parameter_shapes(layers: Sequence[Layer]) -> list[Shape]:
-    """Return (parameter, out features, in features) of every slice, in layer order."""
-    return [
-        (parameter, size, layer.in_features)
-        for layer in layers
-        for parameter, size in zip(layer.parameters, layer.sizes, strict=True)
-    ]
+    """Return (parameter, out features, in features) of what is here of every parameter, in layer order."""
+    return [(name, *part.size) for name, part in parameter_parts(layers).items()]

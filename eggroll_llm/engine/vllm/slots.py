@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from eggroll_llm.engine.vllm.layers import Layer, parameter_shapes
+from eggroll_llm.engine.vllm.layers import Layer, parameter_parts, parameter_shapes
 from eggroll_llm.es.noise import KEPT_BYTES, NoiseSpec, Shape
 from eggroll_llm.kernels.noise import RowLayout, fill, place, served_factors_of, served_rows
 
@@ -31,7 +31,10 @@ class FactorBank:
 
     def __init__(self, layers: Sequence[Layer], rank: int, dtype: torch.dtype, device: torch.device) -> None:
         self.shapes = parameter_shapes(layers)
-        self.layout = RowLayout(tuple(self.shapes), rank)
+        parts = parameter_parts(layers)
+        cut = any(part.parts > 1 for part in parts.values())
+        self._offset_of = {name: part.offset for name, part in parts.items()} if cut else {}
+        self.layout = RowLayout(tuple(self.shapes), rank, tuple(self._offset_of.values()))
         self.dtype, self.device = dtype, device
         self._noise: NoiseSpec | None = None
         self._pairs = 0
@@ -74,7 +77,8 @@ class FactorBank:
     ) -> Factors:
         """Stand in for `noise.served_factors_of`, answering from what is kept when that is what is asked for."""
         if self._kept is None or noise != self._noise or int(pairs_K.max()) >= self._pairs or dtype != self.dtype:
-            return served_factors_of(noise, pairs_K, shapes, dtype, device)
+            offsets = [self._offset_of[name] for name, _, _ in shapes] if self._offset_of else []
+            return served_factors_of(noise, pairs_K, shapes, dtype, device, offsets)
         if torch.equal(pairs_K, torch.arange(self._pairs)):
             return {name: self._kept[name] for name, _, _ in shapes}
         first = int(pairs_K[0])

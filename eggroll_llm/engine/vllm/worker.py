@@ -11,7 +11,7 @@ without one, on CUDA most of its grid is empty.
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -24,10 +24,14 @@ from vllm.platforms import current_platform
 from vllm.v1.worker.lora_model_runner_mixin import LoRAModelRunnerMixin
 
 from eggroll_llm.engine.interface import UpdateTimes
+from eggroll_llm.engine.token_tree import TokenTree
 from eggroll_llm.engine.vllm import norms
 from eggroll_llm.engine.vllm.arguments import POPULATION
 from eggroll_llm.engine.vllm.compiled import compile_model
-from eggroll_llm.engine.vllm.layers import Layer, find_layers
+from eggroll_llm.engine.vllm.failures import REFUSALS, Refused
+from eggroll_llm.engine.vllm.layers import Layer, find_layers, parameter_parts
+from eggroll_llm.engine.vllm.ranks import Ranks
+from eggroll_llm.engine.vllm.scoring import Scorer
 from eggroll_llm.engine.vllm.slots import (
     FactorBank,
     GpuRowBuffers,
@@ -45,7 +49,7 @@ from eggroll_llm.engine.vllm.weights import (
 )
 from eggroll_llm.engine.vllm.whole_model import WholeModel, count_ranks_uncompiled
 from eggroll_llm.es.estimate import UpdateSpec
-from eggroll_llm.es.masters import MasterWeights
+from eggroll_llm.es.masters import MasterWeights, checksum_of
 from eggroll_llm.es.noise import NoiseSpec
 from eggroll_llm.es.settings import EsSettings
 from eggroll_llm.kernels.fold import fold_for
@@ -59,8 +63,11 @@ class EsWorkerExtension:
     """Methods added to vLLM's worker; the prefix keeps them from clashing with its own."""
 
     def es_call(self, method: str, *args: Any) -> Any:
-        """Call a method of the population."""
-        return getattr(self.model_runner.es_population, method)(*args)  # type: ignore[attr-defined]
+        """Call a method of the population. What it refuses is returned as `Refused`."""
+        try:
+            return getattr(self.model_runner.es_population, method)(*args)  # type: ignore[attr-defined]
+        except REFUSALS as error:
+            return Refused(error)
 
 
 def _populate_loaded_models() -> None:
@@ -94,7 +101,7 @@ class Started:
     """What a population says when it is there."""
 
     shapes: dict[str, tuple[int, int]]
-    """Out and in features of every trained parameter, by name."""
+    """Out and in features of every trained parameter, by name, of the whole where ranks have parts."""
     own_sampler: bool
     """Whether `sampler` draws the tokens."""
 
@@ -119,6 +126,9 @@ class Population:
         self.device, self.dtype = runner.device, runner.model_config.dtype
         self._model = model
         self.layers = find_layers(adapters.modules, adapters.packed_modules_mapping)
+        self._parts = parameter_parts(self.layers)
+        self._ranks = Ranks(self._parts, self.device)
+        self._arrived: dict[str, Tensor] = {}  # of a state that is being loaded
         self.bank = FactorBank(self.layers, rank, self.dtype, self.device)
         buffers = PaddedBuffers if stock else GpuRowBuffers if runs_triton(self.device) else RowBuffers
         self.slots = MemberSlots(buffers(self.layers, self.bank, adapters.lora_slots), adapters.lora_slots)
@@ -128,6 +138,9 @@ class Population:
             settings, fold = EsSettings(**es), fold_for(self.device)
             self.masters = MasterWeights(weights, settings, self.dtype, fold, device=self.device, offload=offload)
         if not stock:
+            self._scorer = Scorer(model, runner.vllm_config)
+            if es is not None and settings.fitness_from == "probabilities":
+                self._scorer.check()
             self._tokens = SlotOfTokens(runner.max_num_tokens, self.device)
             self._take_over(runner)
             if runs_triton(self.device):
@@ -146,7 +159,7 @@ class Population:
             self._manager._load_adapter = _refuse_to_load
         elif runs_triton(self.device):
             self._compile_kernels()
-        shapes = {name: (out, inside) for name, out, inside in self.bank.shapes}
+        shapes = {name: part.shape for name, part in self._parts.items()}
         return Started(shapes=shapes, own_sampler=not self._stock and runs_triton(self.device))
 
     def _compile_kernels(self) -> None:
@@ -170,6 +183,15 @@ class Population:
         self.slots.begin(antithetic=antithetic)
         return time.perf_counter() - start
 
+    def score(self, tree: TokenTree, members: list[int], temperature: float) -> Tensor:
+        """Return the log-probabilities [M, N] of a tree's targets under members of this step, -1 the base model.
+
+        It is one pass: there must be a slot for each of the others.
+        """
+        member_M = np.array(members)
+        self._tokens.write(self.slots.slots_of(member_M), np.full_like(member_M, len(tree)))
+        return self._scorer.logprobs(tree, len(members), temperature).cpu()
+
     def update(self, spec: UpdateSpec) -> UpdateTimes:
         """Apply an update to the masters and serve the result."""
         start = time.perf_counter()
@@ -187,20 +209,31 @@ class Population:
             self.masters.apply(spec, self.bank.factors_of)
         self.serve()
 
-    def served_weights(self) -> dict[str, Tensor]:
-        """Return the served weights by Hugging Face name, on CPU."""
-        return {name: self.masters.served(name).cpu() for name, _, _ in self.bank.shapes}
+    def served_weights(self, names: Collection[str]) -> dict[str, Tensor]:
+        """Return served weights by Hugging Face name, on CPU; on ranks but the first, nothing."""
+        return self._on_first({name: (name, self.masters.served(name)) for name in names})
 
     def checksum(self) -> str:
-        """Return a short hash of the served weights."""
-        return self.masters.checksum()
+        """Return a short hash of the served weights; on ranks but the first, one of nothing."""
+        gathered = ((name, self._ranks.whole(name, self.masters.served(name))) for name in sorted(self._parts))
+        return checksum_of((name, whole) for name, whole in gathered if whole is not None)
 
-    def state(self) -> dict[str, Tensor]:
-        """Return masters and optimizer state."""
-        return {name: tensor.cpu() for name, tensor in self.masters.state().items()}
+    def state(self, names: Collection[str]) -> dict[str, Tensor]:
+        """Return masters and optimizer state of some weights; on ranks but the first, nothing."""
+        return self._on_first({key: (_name_in(key), value) for key, value in self.masters.state(names).items()})
 
-    def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Restore masters and optimizer state exactly, and serve them."""
+    def _on_first(self, mine: Mapping[str, tuple[str, Tensor]]) -> dict[str, Tensor]:
+        """Return the wholes of this rank's parts, each with the name of its parameter."""
+        whole = {key: self._ranks.whole(name, tensor) for key, (name, tensor) in mine.items()}
+        return {key: tensor.cpu() for key, tensor in whole.items() if tensor is not None}
+
+    def take_state(self, state: Mapping[str, Tensor]) -> None:
+        """Take a share of a state that `load_state` will restore."""
+        self._arrived |= {key: self._ranks.part(_name_in(key), tensor) for key, tensor in state.items()}
+
+    def load_state(self) -> None:
+        """Restore the masters and optimizer state that have arrived exactly, and serve them."""
+        state, self._arrived = self._arrived, {}
         self.masters.load_state(state)
         self.serve()
 
@@ -270,6 +303,11 @@ def _linear_with_term(layer: Layer, slot_T: Tensor, add_term: AddTerm) -> Callab
         return y
 
     return apply
+
+
+def _name_in(key: str) -> str:
+    """Return the parameter of a key of a state, "master/<name>" or "optimizer/<name>/<key>"."""
+    return key.split("/")[1] if "/" in key else ""
 
 
 def _dispatch_without_adapters(dispatch: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -39,10 +39,16 @@ class EndedError(Exception):
     """The process cannot be used any more; the message says why."""
 
 
+class CancelledError(Exception):
+    """Whoever waits for the process is to stop."""
+
+
 class Child(AbstractContextManager["Child"]):
     """The process and its pipes; can be started again. Use as a context manager or call `close`."""
 
-    def __init__(self) -> None:
+    def __init__(self, cancel: int | None = None) -> None:
+        """`cancel` is a file descriptor: when it becomes readable, `talk` stops waiting."""
+        self._cancel = cancel
         self._process: subprocess.Popen[bytes] | None = None
         self._requests = self._replies = -1
         self._sent = 0
@@ -85,7 +91,10 @@ class Child(AbstractContextManager["Child"]):
         self._end()
 
     def talk(self, lines: Sequence[bytes], seconds: float) -> Iterator[dict[str, Any]]:
-        """Write lines, and yield the reply to each within that time from the one before. Raises EndedError."""
+        """Write lines, and yield the reply to each within that time from the one before.
+
+        Raises EndedError, and CancelledError when it is cancelled.
+        """
         first, self._sent = self._sent, self._sent + len(lines)
         unsent = memoryview(b"".join(b"%d %b\n" % numbered for numbered in enumerate(lines, start=first)))
         received = b""
@@ -93,6 +102,8 @@ class Child(AbstractContextManager["Child"]):
         with selectors.PollSelector() as selector:
             selector.register(self._replies, selectors.EVENT_READ)
             selector.register(self._requests, selectors.EVENT_WRITE)
+            if self._cancel is not None:
+                selector.register(self._cancel, selectors.EVENT_READ)
             for number in range(first, self._sent):
                 deadline = time.monotonic() + seconds
                 while b"\n" not in received:
@@ -100,6 +111,8 @@ class Child(AbstractContextManager["Child"]):
                     if (left := deadline - time.monotonic()) <= 0:
                         raise EndedError(self._why_late(seconds))
                     for key, _events in selector.select(left):
+                        if key.fd == self._cancel:
+                            raise CancelledError
                         if key.fd == self._requests:
                             unsent = unsent[_write(self._requests, unsent[:_PIECE]) :]
                             if not unsent:

@@ -26,10 +26,11 @@ START_SECONDS = 300.0  # patience with what the user's file imports and loads
 class UserProcess(AbstractContextManager["UserProcess"]):
     """The process of a user's task, started on first use. Use as a context manager or call `close`."""
 
-    def __init__(self, task: UserTask, limits: RewardConfig) -> None:
+    def __init__(self, task: UserTask, limits: RewardConfig, cancel: int | None = None) -> None:
+        """When the file descriptor `cancel` becomes readable, whatever waits for the process raises CancelledError."""
         self._task, self._limits = task, limits
         self._places = {id(problem): (split, i) for split in SPLITS for i, problem in enumerate(task.problems(split))}
-        self._child = Child()
+        self._child = Child(cancel)
 
     def judge(self, answers: Sequence[Answer], *, voted: bool) -> Iterator[Verdict]:
         """Yield the verdict on each answer; consume it to the end. `voted` asks for votes too.
@@ -53,6 +54,21 @@ class UserProcess(AbstractContextManager["UserProcess"]):
                 self.close()
                 done += 1
                 yield Verdict(failure=f"score() {error}")
+
+    def judge_batch(self, answers: Sequence[Answer], *, voted: bool) -> Iterator[Verdict]:
+        """Yield the verdicts of one call of score_batch, or of single calls where that call fails. Raises TaskError."""
+        lines = [self._line(answer, voted, batch=len(answers) - i) for i, answer in enumerate(answers)]
+        self.start()
+        try:
+            replies = list(self._child.talk(lines, self._limits.timeout_seconds))
+            verdicts = [self._verdict(reply) for reply in replies]
+        except EndedError:
+            verdicts = []
+        if not verdicts or any(verdict.out_of_memory for verdict in verdicts):
+            self.close()
+        if not verdicts or any(reply.get("again") for reply in replies):
+            return self.judge(answers, voted=voted)
+        return iter(verdicts)
 
     def start(self) -> None:
         """Start the process unless it is ready, and wait until it has loaded the task. Raises TaskError as `judge`."""
@@ -97,10 +113,10 @@ class UserProcess(AbstractContextManager["UserProcess"]):
         """Kill the process with what it has started; a second call does nothing."""
         self._child.close()
 
-    def _line(self, answer: Answer, voted: bool) -> bytes:
+    def _line(self, answer: Answer, voted: bool, batch: int = 0) -> bytes:
         split, index = self._places[id(answer.problem)]
         request = {"split": split, "index": index, "text": answer.text, "options": answer.options, "voted": voted}
-        return _json(request)
+        return _json(request | ({"batch": batch} if batch else {}))
 
     def _verdict(self, reply: dict[str, Any]) -> Verdict:
         try:

@@ -6,6 +6,9 @@
     {"split": "train", "index": 5, "text": " 82", "options": {"truncated": false}, "voted": true}
         -> {"score": [1.0, true, "sum"], "vote": "82"}                or {"failed": "Traceback ...", "vote": "82"}
 
+Lines of a batch, with "batch": 3, 2, 1, are answered when the last has come, a line each. "again" in the replies says
+that the call of score_batch failed as a whole.
+
 One JSON object per line, after the number of the request (`child`), on descriptors that nothing else uses. What the
 user's code prints is shown on standard error, inert and limited in length; output of native code and child processes
 goes to /dev/null.
@@ -21,7 +24,8 @@ import resource
 import signal
 import sys
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
@@ -29,7 +33,8 @@ from eggroll_llm.errors import UserError
 from eggroll_llm.system.terminal import inert
 from eggroll_llm.tasks.modules import Module
 from eggroll_llm.tasks.task import Answer, Verdict, judge, short_traceback
-from eggroll_llm.tasks.user import UserTask, load_user_task
+from eggroll_llm.tasks.user import UserTask, WrongCountError, as_score, load_user_task
+from rewards import Score
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
@@ -70,10 +75,17 @@ def main(parent: int, requests: int, replies: int) -> None:
         except BaseException as error:
             reply(number, {"failed": str(error) if isinstance(error, UserError) else short_traceback(error)})
         else:
+            batch: dict[bytes, dict[str, Any]] = {}
             for line in lines:
-                output.begin()
                 number, text = line.split(b" ", 1)
-                reply(number, _verdict(task, json.loads(text)))
+                batch[number] = request = json.loads(text)
+                if request.get("batch", 1) > 1:
+                    continue
+                output.begin()
+                values = _batch(task, list(batch.values())) if "batch" in request else [_verdict(task, request)]
+                for number, value in zip(batch, values, strict=True):
+                    reply(number, value)
+                batch.clear()
     os._exit(0)  # without waiting for what the user's code has left running
 
 
@@ -82,11 +94,27 @@ def _bytes(text: str) -> bytes:
     return text.encode("latin-1")
 
 
-def _verdict(task: UserTask, request: Mapping[str, Any]) -> dict[str, Any]:
+def _answer(task: UserTask, request: Mapping[str, Any]) -> Answer:
     problem = task.problems(request["split"])[request["index"]]
-    answer = Answer(text=request["text"], problem=problem, **request["options"])
+    return Answer(text=request["text"], problem=problem, **request["options"])
+
+
+def _batch(task: UserTask, requests: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return the replies to a batch."""
+    answers = [_answer(task, request) for request in requests]
     try:
-        verdict = judge(task, answer, voted=request["voted"], catch=BaseException)
+        values = task.score_batch(answers)
+    except WrongCountError as error:
+        return [{"failed": str(error), "vote": None} for _ in requests]
+    except BaseException as error:
+        failed = {"failed": "score_batch() failed", "vote": None, "again": True}
+        return [failed | {"out_of_memory": isinstance(error, MemoryError)} for _ in requests]
+    return [_verdict(task, r, partial(as_score, value)) for r, value in zip(requests, values, strict=True)]
+
+
+def _verdict(task: UserTask, request: Mapping[str, Any], scored: Callable[[], Score] | None = None) -> dict[str, Any]:
+    try:
+        verdict = judge(task, _answer(task, request), voted=request["voted"], catch=BaseException, scored=scored)
     except MemoryError:  # there was too little even for a traceback
         verdict = Verdict(failure="MemoryError", out_of_memory=True)
     vote = None if verdict.vote is None else verdict.vote[:_LONGEST]

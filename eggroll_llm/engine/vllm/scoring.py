@@ -1,0 +1,165 @@
+"""The probabilities that members give to completions, by one forward pass over a `TokenTree` for several at once.
+
+vLLM would compute each completion as a request of its own and return a dictionary per token. Here the model is called
+directly, eagerly and without a key-value cache: only its attention is exchanged while it scores, and the head sees the
+positions that are asked for. Knows vLLM 0.32's internals.
+
+Shapes: T token of the tree, M member of a forward pass, H head, G queries' heads per key's head, D features of a head,
+Q query, U key, N scored token.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache, partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+from vllm.config import VllmConfig
+from vllm.forward_context import set_forward_context
+from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+from vllm.v1.attention.backend import AttentionType
+
+from eggroll_llm.engine.token_tree import TokenTree
+from eggroll_llm.errors import ModelError
+
+LOGITS_AT_ONCE = 2**25
+"""Values of logits that are held at once."""
+
+
+class Scorer:
+    """Scores with the weights, the slots and the tokens' slots as they are when it is called."""
+
+    def __init__(self, model: Any, vllm_config: VllmConfig) -> None:
+        """Take a loaded model."""
+        self._model, self._vllm_config = model, vllm_config
+        self._layers: dict[str, Any] = {
+            name: layer
+            for name, layer in vllm_config.compilation_config.static_forward_context.items()
+            if isinstance(layer, AttentionLayerBase)
+        }
+
+    def check(self) -> None:
+        """Raise ModelError when the model's attention is of a kind that `_TreeAttention` does not compute."""
+        for layer in self._layers.values():
+            if kind := _unknown(layer):
+                raise ModelError(
+                    f'this architecture\'s attention ({kind}) cannot score completions: use es.fitness_from = "rewards"'
+                )
+
+    @torch.inference_mode()
+    def logprobs(self, tree: TokenTree, members: int, temperature: float) -> Tensor:
+        """Return float32 log-probabilities [M, N] of the tree's targets, of `members` copies of the tree in a row.
+
+        Raises ModelError as `check` does.
+        """
+        self.check()
+        device = next(self._model.parameters()).device
+        blocks = cache(partial(_blocks_on, tree, device))
+        layers = {name: _TreeAttention(layer, blocks, members) for name, layer in self._layers.items()}
+        token_T, depth_T = (t.repeat(members).to(device) for t in (tree.token_T, tree.depth_T))
+        context = set_forward_context(
+            dict.fromkeys(layers), self._vllm_config, num_tokens=len(token_T), slot_mapping={}, skip_compiled=True
+        )
+        with self._attending(layers), context, torch.compiler.set_stance("force_eager"):
+            hidden = self._model(input_ids=token_T, positions=depth_T, intermediate_tensors=None, inputs_embeds=None)
+        hidden_MTD = hidden.view(members, len(tree), -1)
+        row_N, target_N = tree.row_N.to(device), tree.target_N.to(device)
+        # Completions that are alike for a while are predicted by the same rows.
+        row_R, row_of_N = torch.unique(row_N, return_inverse=True)
+        hidden_RD = hidden_MTD[:, row_R].flatten(0, 1)
+        target = torch.arange(members, device=device)[:, None] * len(row_R) + row_of_N
+        return self._of_targets(hidden_RD, target.flatten(), target_N.repeat(members), temperature).view(members, -1)
+
+    def _of_targets(self, hidden_RD: Tensor, row_N: Tensor, target_N: Tensor, temperature: float) -> Tensor:
+        logprob_N = torch.empty(len(row_N), device=hidden_RD.device)
+        order = row_N.argsort()
+        rows = max(1, LOGITS_AT_ONCE // self._vllm_config.model_config.get_vocab_size())
+        for start in range(0, len(hidden_RD), rows):
+            logits = self._model.compute_logits(hidden_RD[start : start + rows])
+            if logits is None:  # on a rank but the first, whose logits are gathered there
+                continue
+            logits_RV = logits.float()
+            if temperature != 1:
+                logits_RV /= temperature
+            first, last = torch.searchsorted(row_N[order], torch.tensor([start, start + rows], device=row_N.device))
+            some = order[first:last]
+            norm_R = logits_RV.logsumexp(-1)
+            logprob_N[some] = logits_RV[row_N[some] - start, target_N[some]] - norm_R[row_N[some] - start]
+        return logprob_N
+
+    @contextlib.contextmanager
+    def _attending(self, layers: dict[str, "_TreeAttention"]) -> Iterator[None]:
+        """Let layers attend as said; what vLLM has in their place is put back."""
+        served = {name: self._layers[name].impl for name in layers}
+        try:
+            for name, attention in layers.items():
+                self._layers[name].impl = attention
+            yield
+        finally:
+            for name, impl in served.items():
+                self._layers[name].impl = impl
+
+
+@dataclass(frozen=True, eq=False)
+class _Block:
+    """A block of queries on the device of its layer."""
+
+    queries: slice
+    keys_U: Tensor
+    mask: Tensor
+    """What the queries of all heads that share keys see, [GQ, U]."""
+
+
+def _blocks_on(tree: TokenTree, device: torch.device, window: int | None, groups: int) -> list[_Block]:
+    return [
+        _Block(
+            slice(block.start, block.stop),
+            block.keys_U.to(device),
+            block.mask(window).repeat(groups, 1).to(device),
+        )
+        for block in tree.blocks
+    ]
+
+
+def _unknown(layer: Any) -> str:
+    """Return what an attention layer does beyond causal attention within a window; empty when nothing."""
+    if type(layer) is not Attention or layer.attn_type != AttentionType.DECODER:
+        return type(layer).__name__
+    beyond = {
+        "keys of another layer": layer.kv_sharing_target_layer_name,
+        "quantized queries": layer.query_quant,
+        **{name: getattr(layer.impl, name, None) for name in ("alibi_slopes", "logits_soft_cap", "sinks")},
+    }
+    return next((what for what, value in beyond.items() if isinstance(value, Tensor) or value), "")
+
+
+class _TreeAttention:
+    """Stands in for the implementation of an attention layer: copies of a tree attend, each within itself."""
+
+    def __init__(self, layer: Any, blocks: Callable[[int | None, int], list[_Block]], members: int) -> None:
+        impl = layer.impl
+        self._scale, self._groups, self._members = float(impl.scale), impl.num_heads // impl.num_kv_heads, members
+        self._blocks = blocks(layer.sliding_window, self._groups)
+
+    def forward(
+        self, layer: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, output: Tensor, **kwargs: Any
+    ) -> Tensor:
+        """Write the attention of query [MT, HG, D] over key and value [MT, H, D] into output [MT, HG, D]."""
+        M, H, G = self._members, key.shape[1], self._groups
+        # The queries' heads that share a head of the keys become more queries of it.
+        query, output_MTHGD = (x.view(M, -1, H, G, x.shape[-1]) for x in (query, output))
+        key, value = (x.view(M, -1, H, x.shape[-1]).transpose(1, 2) for x in (key, value))
+        for block in self._blocks:
+            attended = scaled_dot_product_attention(
+                query[:, block.queries].permute(0, 2, 3, 1, 4).flatten(2, 3),
+                key[:, :, block.keys_U],
+                value[:, :, block.keys_U],
+                attn_mask=block.mask,
+                scale=self._scale,
+            )
+            output_MTHGD[:, block.queries] = attended.unflatten(2, (G, -1)).permute(0, 3, 1, 2, 4)
+        return output
