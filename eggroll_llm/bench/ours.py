@@ -28,6 +28,7 @@ from eggroll_llm.engine.memory import batch_tokens
 from eggroll_llm.engine.token_tree import TokenTree
 from eggroll_llm.engine.vllm.arguments import CPU_BLOCK
 from eggroll_llm.engine.vllm.engine import VllmEngine
+from eggroll_llm.engine.vllm.text import sampling_params
 from eggroll_llm.engine.vllm.weights import forget_linear_weights, keep_linear_weights, repack
 from eggroll_llm.es.estimate import UpdateSpec
 from eggroll_llm.es.noise import NoiseSpec
@@ -65,7 +66,11 @@ class Population:
             for i, (prompt, member) in enumerate(zip(work.prompts, members, strict=True))
         ]
         decoding = Decoding(max_tokens=max(work.new_tokens), temperature=work.temperature, ignore_eos=True)
-        params = {n: self._engine._sampling_params(replace(decoding, max_tokens=n)) for n in set(work.new_tokens)}
+        rules, own_sampler = self._engine.text_rules, self._engine.own_sampler
+        params = {
+            n: sampling_params(replace(decoding, max_tokens=n), rules, own_sampler=own_sampler)
+            for n in set(work.new_tokens)
+        }
         length_of = {id(request): n for request, n in zip(requests, work.new_tokens, strict=True)}
         start = time.perf_counter()
         self._engine._queue(

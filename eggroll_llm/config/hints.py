@@ -54,14 +54,13 @@ def meant(name: str, valid: Iterable[str]) -> Sequence[str]:
     if found := [known for known in names if _plain(known) == whole]:
         return found
     # The right name in the wrong table is the other common slip: `sigma` outside of [es].
-    if found := [known for known in names if _plain(_last(known)) == last]:
-        return found
-    if found := [known for known in _ELSEWHERE.get(last, ()) if known in names]:
+    elsewhere = [known for known in _ELSEWHERE.get(last, ()) if known in names]
+    if found := [*elsewhere, *(known for known in names if _plain(_last(known)) == last and known not in elsewhere)]:
         return found
     by_last = {_last(known): known for known in names}
     # A long name of the table would make it like everything in it.
-    elsewhere = [known for known in names if _table(known) != _table(name) or not _table(name)]
-    if found := difflib.get_close_matches(name, elsewhere, n=1, cutoff=0.7):
+    others = [known for known in names if _table(known) != _table(name) or not _table(name)]
+    if found := difflib.get_close_matches(name, others, n=1, cutoff=0.7):
         return found
     if near := difflib.get_close_matches(_last(name), by_last, n=1, cutoff=0.7):
         return [by_last[near[0]]]

@@ -160,6 +160,26 @@ class _Check:
                 "es.fitness",
                 "es.antithetic",
             )
+        self.of_answers()
+        if es.optimizer == "momentum" and es.momentum == 0:
+            self.fail(
+                "momentum 0 is plain SGD",
+                'Set es.momentum to 0.9, or es.optimizer to "sgd"',
+                "es.optimizer",
+                "es.momentum",
+            )
+        self.schedules("es.sigma_schedule", "es.learning_rate_schedule")
+        if es.sigma_schedule != "constant" and es.schedule_end == 0:
+            self.fail(
+                "sigma must stay above 0",
+                'Set es.schedule_end above 0, or es.sigma_schedule to "constant"',
+                "es.sigma_schedule",
+                "es.schedule_end",
+            )
+
+    def of_answers(self) -> None:
+        """Which answers a step learns from."""
+        es = self.config.es
         if es.problems == "per_pair":
             self.of_pairs()
         if es.fitness_from == "probabilities":
@@ -191,21 +211,6 @@ class _Check:
                 "Set es.answer_reuse to 1, or es.skip_tied to false",
                 "es.answer_reuse",
                 "es.skip_tied",
-            )
-        if es.optimizer == "momentum" and es.momentum == 0:
-            self.fail(
-                "momentum 0 is plain SGD",
-                'Set es.momentum to 0.9, or es.optimizer to "sgd"',
-                "es.optimizer",
-                "es.momentum",
-            )
-        self.schedules("es.sigma_schedule", "es.learning_rate_schedule")
-        if es.sigma_schedule != "constant" and es.schedule_end == 0:
-            self.fail(
-                "sigma must stay above 0",
-                'Set es.schedule_end above 0, or es.sigma_schedule to "constant"',
-                "es.sigma_schedule",
-                "es.schedule_end",
             )
 
     def of_pairs(self) -> None:

@@ -25,6 +25,9 @@ MOMENTS = {"sgd": 0, "momentum": 1, "adam": 2}
 """Float32 numbers that an optimizer keeps of each weight."""
 
 
+LOGITS_AT_ONCE = 2**25
+"""Values of logits that are held at once where members score completions."""
+
 Place = Literal["share", "beside", "host"]
 """vLLM's share of the GPU, the rest of it, or the host. On a CPU all are the host's."""
 
@@ -118,6 +121,11 @@ def es_parts(model: ModelShape, es: EsSettings, engine: EngineConfig, *, on_cpu:
         Part(name=f"served weights ({'fp8' if quantised else engine.dtype})", size=served, place="share"),
         Part(name="slots", size=engine.slots * member, place="share"),
         Part(name="activations (estimate)", size=activation_bytes(model, engine, on_cpu=on_cpu), place="share"),
+        Part(
+            name="logits of what is scored",  # as computed, in float32, and once more for their logsumexp
+            size=(size + 8) * LOGITS_AT_ONCE if es.fitness_from == "probabilities" else 0,
+            place="beside",
+        ),
         Part(
             name="masters (split)" if split else "masters (float32)",
             size=(halves if split else 4) * model.linear,

@@ -38,6 +38,8 @@ log = logging.getLogger(__name__)
 
 AHEAD = 1.25
 """Requests that an engine is given at most, as a multiple of those that it answers at once."""
+JUDGES = 8
+"""Members that score together: one forward pass, if their tokens fit."""
 REPLAY_AT_MOST = 100
 """Updates that an engine that joins may have to repeat, before the state of a checkpoint takes their place."""
 CLOSE_SECONDS = 5.0
@@ -132,7 +134,8 @@ class EnginePool:
 
         about = Scoring(next(self._jobs), tuple(completions), temperature)
         items = [(i, 0, member, None) for i, member in enumerate(members)]
-        rows = dict(self._answers(_Job(about, items, [[i] for i in range(len(members))], self._capacity)))
+        groups = [range(i, min(i + JUDGES, len(members))) for i in range(0, len(members), JUDGES)]
+        rows = dict(self._answers(_Job(about, items, groups, self._capacity)))
         return torch.stack([rows[i] for i in range(len(members))])
 
     def _answers(self, job: _Job) -> Generator[tuple[int, Any]]:

@@ -166,7 +166,10 @@ def test_mistakes_in_a_recipe(refused: Callable[..., str], recipe: Path, old: st
         ),
         ("-lr 0.1", "unknown flag -lr. Did you mean --es.learning_rate or --grpo.learning_rate?"),
         ("--train.max-steps 3", "unknown flag --train.max-steps. Did you mean --steps?"),
-        ("--batch_size=3", "unknown flag --batch_size. Did you mean --sampling.prompts_per_step?"),
+        (
+            "--batch_size=3",
+            "unknown flag --batch_size. Did you mean --sampling.prompts_per_step or --reward.batch_size?",
+        ),
         (
             "--num_generations",
             "unknown flag --num_generations. Did you mean --sampling.samples_per_prompt or --es.popula",

@@ -308,7 +308,7 @@ def test_keys_that_may_change_on_resume() -> None:
         "steps", "minutes", "eval.every", "grpo.gradient_checkpointing", "checkpoint.every", "checkpoint.keep", "checkpoint.best", "log.samples", "log.completions",
         "log.tensorboard", "log.wandb", "engine.slots", "engine.max_sequences", "engine.max_model_len",
         "engine.kv_cache_gib", "engine.offload_masters", "engine.enforce_eager", "engine.compile", "engine.gpu_memory_utilization",
-        "engine.timeout_seconds", "engine.threads", "engine.replicas", "engine.tensor_parallel", "engine.min_replicas",
+        "engine.timeout_seconds", "engine.threads", "engine.replicas", "engine.tensor_parallel", "engine.min_replicas", "engine.restart",
         "engine.ray_address", "engine.allow_untested_architecture", "reward.workers", "reward.batch_size",
         "reward.timeout_seconds", "reward.memory_gib",
     }  # fmt: skip

@@ -12,6 +12,7 @@ from eggroll_llm.config.recipe import load_recipe, to_toml
 from eggroll_llm.config.schema import RunConfig
 from eggroll_llm.tasks.countdown import CountdownOptions
 from eggroll_llm.tasks.gsm8k import Gsm8kOptions
+from eggroll_llm.training.plan import members_that_answer
 from eval.runs import OF_THE_METHOD
 
 FOLDER = Path(__file__).parents[2] / "recipes"
@@ -99,7 +100,7 @@ def test_a_comparison_by_completions_asks_both_the_same_in_every_step() -> None:
 def completions(run: RunConfig) -> int:
     """Of all steps; 0 for a run that ends by the clock."""
     answers = run.steps * run.sampling.prompts_per_step * run.sampling.samples_per_prompt
-    return answers * (run.es.population if run.method == "es" else 1)
+    return answers * members_that_answer(run)
 
 
 def test_trials_for_fewer_tokens_have_as_many_completions() -> None:

@@ -80,7 +80,7 @@ class Words:
 def scripted(script: Callable[[list[Any]], list[Any]]) -> tuple[VllmEngine, ScriptedLlm]:
     engine, llm = VllmEngine.__new__(VllmEngine), ScriptedLlm(script)
     engine._llm = llm  # type: ignore[assignment]
-    engine._own_sampler = False
+    engine.own_sampler = False
     engine.text_rules = Words()  # type: ignore[assignment]
     engine._calls, engine._version = count(), "base"
     engine._in_flight, engine._patience = IN_FLIGHT, 40

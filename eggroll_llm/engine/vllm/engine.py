@@ -18,7 +18,6 @@ from torch import Tensor
 from vllm import SamplingParams
 from vllm.lora.request import LoRARequest
 from vllm.outputs import RequestOutput
-from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.llm_engine import LLMEngine
 
 from eggroll_llm.config.schema import EngineConfig
@@ -28,8 +27,7 @@ from eggroll_llm.engine.token_tree import trees_of
 from eggroll_llm.engine.vllm.arguments import VLLM_RANKS, engine_args, population_settings
 from eggroll_llm.engine.vllm.failures import REFUSALS, Refused, call_error, rank_error, start_error
 from eggroll_llm.engine.vllm.ranks import environment
-from eggroll_llm.engine.vllm.sampler import seed_argument
-from eggroll_llm.engine.vllm.text import TextRules, before_stop
+from eggroll_llm.engine.vllm.text import TextRules, completion, sampling_params
 from eggroll_llm.engine.watchdog import Watchdog
 from eggroll_llm.errors import EngineError, ModelError, UserError
 from eggroll_llm.es.estimate import UpdateSpec
@@ -90,9 +88,8 @@ class VllmEngine:
         self.watchdog = Watchdog(config.timeout_seconds)
         self._version = "base"
         self._in_process = config.tensor_parallel == 1
-        args = engine_args(
-            model_dir, config, self.dtype, slots=slots, rank=rank, max_model_len=max_model_len, stock=stock
-        )
+        sizes = {"slots": slots, "rank": rank, "max_model_len": max_model_len}
+        args = engine_args(model_dir, config, self.dtype, **sizes, stock=stock)
         args = dataclasses.replace(args, enable_prefix_caching=prefix_caching, **(vllm_args or {}))
         if logprobs:  # those of the distribution that is sampled from
             args.logprobs_mode = "processed_logprobs"
@@ -113,7 +110,7 @@ class VllmEngine:
             torch.set_num_threads = set_num_threads
         _check_shapes(model_dir, started.shapes)
         self.shapes: dict[str, tuple[int, int]] = started.shapes
-        self._own_sampler: bool = started.own_sampler
+        self.own_sampler: bool = started.own_sampler
         if config.compile:  # which must not fall into the first step
             self.generate([Request(prompt_ids=(1, 2, 3))], Decoding(max_tokens=2))
 
@@ -148,7 +145,8 @@ class VllmEngine:
 
     def submit(self, requests: Mapping[int, Request], decoding: Decoding) -> None:
         """Take requests, by keys that are not in use; `poll` answers them."""
-        self._queue(requests, self._sampling_params(decoding), lambda output: self._completion(output, decoding))
+        params = sampling_params(decoding, self.text_rules, own_sampler=self.own_sampler)
+        self._queue(requests, params, lambda output: completion(output, decoding, self.text_rules))
 
     def abort(self) -> None:
         """Forget whatever was submitted and is not answered."""
@@ -360,48 +358,6 @@ class VllmEngine:
             return None
         name = f"{self._version}-{member}"
         return LoRARequest(name, member + 1, f"eggroll://{name}")
-
-    def _sampling_params(self, decoding: Decoding) -> Callable[[Request], SamplingParams]:
-        stop_ids = None if decoding.special_tokens else self.text_rules.stop_token_ids(decoding.stop)
-        common: dict[str, Any] = {
-            "max_tokens": decoding.max_tokens,
-            "temperature": decoding.temperature,
-            "top_p": decoding.top_p,
-            "output_kind": RequestOutputKind.FINAL_ONLY,
-            "ignore_eos": decoding.ignore_eos,
-            "logprobs": 0 if decoding.logprobs else None,  # of the sampled token, and of no other
-        }
-        if stop_ids is None:
-            common |= {
-                "stop": list(decoding.stop),
-                "skip_special_tokens": not decoding.special_tokens,
-                "spaces_between_special_tokens": False,
-            }
-        else:
-            common |= {"stop_token_ids": stop_ids, "detokenize": False}
-        if decoding.temperature == 0:
-            params = SamplingParams(**common)
-            return lambda request: params
-        if self._own_sampler:
-            return lambda request: SamplingParams(**common, extra_args=seed_argument(request.seed))
-        return lambda request: SamplingParams(**common, seed=request.seed)
-
-    def _completion(self, output: RequestOutput, decoding: Decoding) -> Completion:
-        (sample,) = output.outputs
-        reason, generated = sample.finish_reason, len(sample.token_ids)
-        if reason in ("abort", "error"):
-            raise EngineError(f"the inference engine gave up a request after {generated} tokens ({reason})")
-        text, ended = (sample.text, False) if decoding.special_tokens else self.text_rules.turn(sample.token_ids)
-        return Completion(
-            text=before_stop(text, decoding.stop),
-            token_ids=tuple(sample.token_ids),
-            truncated=not ended and (reason == "length" or (reason is None and generated >= decoding.max_tokens)),
-            prompt_tokens=len(output.prompt_token_ids or ()),
-            logprobs=tuple(
-                at[token_id].logprob
-                for token_id, at in zip(sample.token_ids, sample.logprobs or (), strict=decoding.logprobs)
-            ),
-        )
 
 
 def _parts(members: Sequence[int], slots: int, at_once: int) -> Iterator[list[int]]:

@@ -7,6 +7,7 @@ gathered one at a time on the first rank, for a checksum, an export or a checkpo
 number of ranks.
 """
 
+import atexit
 import os
 import signal
 from collections.abc import Iterator, Mapping
@@ -64,6 +65,7 @@ class Ranks:
         if self._size > 1:  # Ctrl-C reaches the whole group of processes, and the driver still has to save its run
             for number in (signal.SIGINT, signal.SIGTERM):
                 signal.signal(number, signal.SIG_IGN)
+            atexit.register(os._exit, 0)  # nothing is left to do, and taking the interpreter apart takes seconds
 
     def part(self, name: str, whole: Tensor) -> Tensor:
         """Return what this rank holds of a parameter, or of what is kept for each of its weights."""

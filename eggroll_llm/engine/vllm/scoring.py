@@ -23,11 +23,9 @@ from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.v1.attention.backend import AttentionType
 
+from eggroll_llm.engine.memory import LOGITS_AT_ONCE
 from eggroll_llm.engine.token_tree import TokenTree
 from eggroll_llm.errors import ModelError
-
-LOGITS_AT_ONCE = 2**25
-"""Values of logits that are held at once."""
 
 
 class Scorer:
@@ -110,17 +108,13 @@ class _Block:
 
     queries: slice
     keys_U: Tensor
-    mask: Tensor
-    """What the queries of all heads that share keys see, [GQ, U]."""
+    mask_QU: Tensor
+    """What the queries see."""
 
 
-def _blocks_on(tree: TokenTree, device: torch.device, window: int | None, groups: int) -> list[_Block]:
+def _blocks_on(tree: TokenTree, device: torch.device, window: int | None) -> list[_Block]:
     return [
-        _Block(
-            slice(block.start, block.stop),
-            block.keys_U.to(device),
-            block.mask(window).repeat(groups, 1).to(device),
-        )
+        _Block(slice(block.start, block.stop), block.keys_U.to(device), block.mask(window).to(device))
         for block in tree.blocks
     ]
 
@@ -140,10 +134,10 @@ def _unknown(layer: Any) -> str:
 class _TreeAttention:
     """Stands in for the implementation of an attention layer: copies of a tree attend, each within itself."""
 
-    def __init__(self, layer: Any, blocks: Callable[[int | None, int], list[_Block]], members: int) -> None:
+    def __init__(self, layer: Any, blocks: Callable[[int | None], list[_Block]], members: int) -> None:
         impl = layer.impl
         self._scale, self._groups, self._members = float(impl.scale), impl.num_heads // impl.num_kv_heads, members
-        self._blocks = blocks(layer.sliding_window, self._groups)
+        self._blocks = blocks(layer.sliding_window)
 
     def forward(
         self, layer: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, output: Tensor, **kwargs: Any
@@ -158,7 +152,7 @@ class _TreeAttention:
                 query[:, block.queries].permute(0, 2, 3, 1, 4).flatten(2, 3),
                 key[:, :, block.keys_U],
                 value[:, :, block.keys_U],
-                attn_mask=block.mask,
+                attn_mask=block.mask_QU.repeat(G, 1),
                 scale=self._scale,
             )
             output_MTHGD[:, block.queries] = attended.unflatten(2, (G, -1)).permute(0, 3, 1, 2, 4)

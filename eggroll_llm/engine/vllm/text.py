@@ -1,4 +1,4 @@
-"""Token ids -> text, and the rule that ends a completion.
+"""What vLLM is asked for, and token ids -> text, with the rule that ends a completion.
 
 A stop string of one ASCII character ends a completion exactly when a token with that character appears, which the
 engine can see from the token id alone. Longer ones may straddle tokens, so that the engine has to detokenise.
@@ -7,10 +7,16 @@ Special tokens are no part of the text, except tags of thoughts, which graders n
 next one, ends the text: without it, what a model invents after its answer would run together with the answer.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache, cached_property
 from typing import Any
 
+from vllm import RequestOutput, SamplingParams
+from vllm.sampling_params import RequestOutputKind
+
+from eggroll_llm.engine.interface import Completion, Decoding, Request
+from eggroll_llm.engine.vllm.sampler import seed_argument
+from eggroll_llm.errors import EngineError
 from rewards.turns import THOUGHT, TURN_END, TURN_START
 
 
@@ -74,3 +80,49 @@ class TextRules:
         ids = range(len(self._tokenizer))
         texts = self._tokenizer.batch_decode([[token_id] for token_id in ids])
         return [token_id for token_id, text in zip(ids, texts, strict=True) if character in text]
+
+
+def sampling_params(decoding: Decoding, rules: TextRules, *, own_sampler: bool) -> Callable[[Request], SamplingParams]:
+    """Return what makes a request's parameters; with `own_sampler` the seed goes where `sampler` looks for it."""
+    stop_ids = None if decoding.special_tokens else rules.stop_token_ids(decoding.stop)
+    common: dict[str, Any] = {
+        "max_tokens": decoding.max_tokens,
+        "temperature": decoding.temperature,
+        "top_p": decoding.top_p,
+        "output_kind": RequestOutputKind.FINAL_ONLY,
+        "ignore_eos": decoding.ignore_eos,
+        "logprobs": 0 if decoding.logprobs else None,  # of the sampled token, and of no other
+    }
+    if stop_ids is None:
+        common |= {
+            "stop": list(decoding.stop),
+            "skip_special_tokens": not decoding.special_tokens,
+            "spaces_between_special_tokens": False,
+        }
+    else:
+        common |= {"stop_token_ids": stop_ids, "detokenize": False}
+    if decoding.temperature == 0:
+        params = SamplingParams(**common)
+        return lambda request: params
+    if own_sampler:
+        return lambda request: SamplingParams(**common, extra_args=seed_argument(request.seed))
+    return lambda request: SamplingParams(**common, seed=request.seed)
+
+
+def completion(output: RequestOutput, decoding: Decoding, rules: TextRules) -> Completion:
+    """Return what a finished request was answered. Raises EngineError when vLLM gave it up."""
+    (sample,) = output.outputs
+    reason, generated = sample.finish_reason, len(sample.token_ids)
+    if reason in ("abort", "error"):
+        raise EngineError(f"the inference engine gave up a request after {generated} tokens ({reason})")
+    text, ended = (sample.text, False) if decoding.special_tokens else rules.turn(sample.token_ids)
+    return Completion(
+        text=before_stop(text, decoding.stop),
+        token_ids=tuple(sample.token_ids),
+        truncated=not ended and (reason == "length" or (reason is None and generated >= decoding.max_tokens)),
+        prompt_tokens=len(output.prompt_token_ids or ()),
+        logprobs=tuple(
+            at[token_id].logprob
+            for token_id, at in zip(sample.token_ids, sample.logprobs or (), strict=decoding.logprobs)
+        ),
+    )
