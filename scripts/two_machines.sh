@@ -4,9 +4,10 @@
 #   scripts/two_machines.sh COMMAND ...     e.g. eggroll-llm train RECIPE.toml --engine.replicas 2 --engine.threads 1
 #
 # Each has a network, processes, shared memory, a host name and a /tmp of its own, and one core as Ray counts. The second
-# does not see the first one's /tmp: a run directory there is not shared. COMMAND has RAY_ADDRESS; `ip link set cable
-# down`, at any time, cuts the second machine off. No rights are needed where users may make namespaces, and nothing is
-# left of either machine when the command has ended, whatever ends it. Needs unshare, nsenter and ip.
+# does not see the first one's /tmp, so that a run directory there is not shared, unless Ray or the working directory is
+# in it. COMMAND has RAY_ADDRESS; `ip link set cable down`, at any time, cuts the second machine off. No rights are needed
+# where users may make namespaces, and nothing is left of either machine when the command has ended, whatever ends it.
+# Needs unshare, nsenter and ip.
 set -euo pipefail
 
 if [ -z "${TWO_MACHINES:-}" ]; then
@@ -31,8 +32,12 @@ ip link set lo up
 ip link add cable type veth peer name cable netns "$other"
 ip address add 10.0.0.1/24 dev cable
 ip link set cable up
-on_the_other bash -c 'hostname machine-2; mount -t tmpfs tmpfs /dev/shm; mount -t tmpfs tmpfs /tmp
-    ip link set lo up; ip address add 10.0.0.2/24 dev cable; ip link set cable up'
+hide="mount -t tmpfs tmpfs /tmp"
+case "$(command -v ray):$PWD" in
+    /tmp/* | *:/tmp/*) hide=: ;; # what is to run is there
+esac
+on_the_other bash -c "hostname machine-2; mount -t tmpfs tmpfs /dev/shm; $hide
+    ip link set lo up; ip address add 10.0.0.2/24 dev cable; ip link set cable up"
 
 start() {
     "$@" "${node[@]}" >/dev/shm/printed 2>&1 || { cat /dev/shm/printed >&2 && exit 1; }
