@@ -218,3 +218,14 @@ class RunConfig:
     """Checkpoints of the weights."""
     log: LogConfig = field(default_factory=LogConfig)
     """What is shown and recorded besides the metrics."""
+
+    @property
+    def members_answer(self) -> bool:
+        """Return whether the members of a population answer the problems; else the weights in training do."""
+        return self.method == "es" and self.es.fitness_from == "rewards"
+
+    @property
+    def problems_per_step(self) -> int:
+        """Return how many problems all members of a step have together."""
+        own = self.method == "es" and self.es.problems == "per_pair"
+        return self.sampling.prompts_per_step * (self.es.population // 2 if own else 1)

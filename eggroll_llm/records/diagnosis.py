@@ -98,7 +98,6 @@ class _Course:
 
     def __init__(self, config: RunConfig, rows: Sequence[Row]) -> None:
         self.config, self.es = config, config.method == "es"
-        self.members_answer = self.es and config.es.fitness_from == "rewards"
         self.steps = [row for row in rows if row["step"]]
         self.recent = self.steps[-RECENT:]
         self.evaluations = [row for row in rows if math.isfinite(number(row, "eval/accuracy"))]
@@ -115,7 +114,7 @@ class _Course:
         nothing = ended and count == steps > 0
         if not nothing and (count < TIED_IN_A_ROW or (in_a_row < TIED_IN_A_ROW and count < TIED_SHARE * steps)):
             return None
-        same = "all members" if self.members_answer else "all answers to a problem"
+        same = "all members" if self.config.members_answer else "all answers to a problem"
         where = f"all {steps} steps" if count == steps else f"{count} of {steps} steps"
         text = f"nothing was learned in {where}, because {same} got the same reward"
         level = 1 + int(math.log(max(count / TIED_IN_A_ROW, 1), 4))
@@ -181,7 +180,7 @@ class _Course:
 
     def members_worse(self) -> Finding | None:
         """Members that solve far less than the weights they perturb."""
-        if not self.members_answer or not self.recent:
+        if not self.config.members_answer or not self.recent:
             return None
         before = [row for row in self.evaluations if row["step"] < self.recent[0]["step"]][-1:]
         during = [row for row in self.evaluations if row["step"] >= self.recent[0]["step"]]
@@ -189,8 +188,7 @@ class _Course:
             return None
         reference = min(before + during, key=lambda row: number(row, "eval/accuracy"))
         expected, held_out = number(reference, "eval/accuracy"), _problems(reference)
-        pairs = self.config.es.population // 2 if self.config.es.problems == "per_pair" else 1
-        problems = len(self.recent) * self.config.sampling.prompts_per_step * pairs
+        problems = len(self.recent) * self.config.problems_per_step
         reached = _share(self.recent, "reward/accuracy")
         if not (reached < expected / 2 and wilson(reached, problems)[1] < wilson(expected, held_out)[0]):
             return None
@@ -277,7 +275,7 @@ class _Course:
             return f"{smaller}, {easier}" if hopeless else smaller
         if _share(without, "completions/truncated") > 2 * CUT_OFF:
             return f"raise sampling.max_tokens (now {sampling.max_tokens}): the answers were cut off"
-        if not self.members_answer:
+        if not self.config.members_answer:
             return (
                 f"raise sampling.samples_per_prompt (now {sampling.samples_per_prompt}), sampling.prompts_per_step "
                 f"(now {sampling.prompts_per_step}) or sampling.temperature (now {sampling.temperature:g}), {easier}"

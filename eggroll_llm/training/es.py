@@ -41,7 +41,7 @@ from eggroll_llm.records.drawn import Drawn
 from eggroll_llm.tasks.order import SkippingOrder
 from eggroll_llm.training.evaluation import Evaluation
 from eggroll_llm.training.harness import Harness
-from eggroll_llm.training.plan import journal_entry, plan_of, problems_per_step
+from eggroll_llm.training.plan import journal_entry, plan_of
 from eggroll_llm.training.recorder import Metrics, reward_metrics, sampling_metrics
 from eggroll_llm.training.scorer import ScoredRollout, rewards_of
 
@@ -94,7 +94,7 @@ class EsTrainer:
         if self.config.es.skip_tied:
             self._order = SkippingOrder(len(self.train_set.problems), seed=self.config.seed)
             for entry in run.recorder.journal.entries:
-                self._order.saw(self._order.take(problems_per_step(self.config)), entry.tied)
+                self._order.saw(self._order.take(self.config.problems_per_step), entry.tied)
 
     def run(self) -> Evaluation | None:
         """Train to the limit and return the last evaluation; None when a resumed run had reached it already."""
@@ -123,7 +123,7 @@ class EsTrainer:
         harness = self.harness
         harness.step += 1
         plan = plan_of(self.config, harness.step)
-        indices_P = self._order.take(problems_per_step(self.config)) if self._order else harness.problems()
+        indices_P = self._order.take(self.config.problems_per_step) if self._order else harness.problems()
         judge = self._by_rewards if self.config.es.fitness_from == "rewards" else self._by_probabilities
         judged = judge(plan, indices_P)
         fitness = judged.fitness

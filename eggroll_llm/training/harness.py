@@ -20,7 +20,6 @@ from eggroll_llm.tasks.order import problems_of_step
 from eggroll_llm.tasks.prompts import set_hash
 from eggroll_llm.training.evaluation import Evaluation, evaluate
 from eggroll_llm.training.limits import Course, Limits
-from eggroll_llm.training.plan import problems_per_step
 from eggroll_llm.training.prepare import Prepared
 from eggroll_llm.training.recorder import Metrics, Recorder, completion_row, in_order_of_interest, to_record
 from eggroll_llm.training.scorer import ScoredRollout, Scorer, Scoring, answered, score_of
@@ -94,7 +93,7 @@ class Harness:
 
     def problems(self) -> list[int]:
         """Return the indices of the problems of the current step."""
-        count, per_step = len(self.run.prepared.train.problems), problems_per_step(self.config)
+        count, per_step = len(self.run.prepared.train.problems), self.config.problems_per_step
         return problems_of_step(count, per_step, seed=self.config.seed, step=self.step)
 
     def show_sampling(self, done: int, total: int) -> None:

@@ -13,15 +13,9 @@ def plan_of(config: RunConfig, step: int) -> StepPlan:
     return plan_step(config.es, seed=config.seed, step=step, steps=config.steps)
 
 
-def problems_per_step(config: RunConfig) -> int:
-    """Return how many problems all members of a step have together."""
-    own = config.method == "es" and config.es.problems == "per_pair"
-    return config.sampling.prompts_per_step * (config.es.population // 2 if own else 1)
-
-
 def members_that_answer(config: RunConfig) -> int:
     """Return how many models answer the problems of a step: the population, or the one that is trained."""
-    return config.es.population if config.method == "es" and config.es.fitness_from == "rewards" else 1
+    return config.es.population if config.members_answer else 1
 
 
 def journal_entry(

@@ -74,7 +74,7 @@ class Scorer:
 
     def _of_targets(self, hidden_RD: Tensor, row_N: Tensor, target_N: Tensor, temperature: float) -> Tensor:
         logprob_N = torch.empty(len(row_N), device=hidden_RD.device)
-        order = row_N.argsort()
+        sorted_N, order = row_N.sort()
         rows = max(1, LOGITS_AT_ONCE // self._vllm_config.model_config.get_vocab_size())
         for start in range(0, len(hidden_RD), rows):
             logits = self._model.compute_logits(hidden_RD[start : start + rows])
@@ -83,7 +83,7 @@ class Scorer:
             logits_RV = logits.float()
             if temperature != 1:
                 logits_RV /= temperature
-            first, last = torch.searchsorted(row_N[order], torch.tensor([start, start + rows], device=row_N.device))
+            first, last = torch.searchsorted(sorted_N, torch.tensor([start, start + rows], device=row_N.device))
             some = order[first:last]
             norm_R = logits_RV.logsumexp(-1)
             logprob_N[some] = logits_RV[row_N[some] - start, target_N[some]] - norm_R[row_N[some] - start]
