@@ -25,7 +25,7 @@ import numpy as np
 
 from eggroll_llm.errors import ModelError, UserError
 from eggroll_llm.models import gguf_tokenizer
-from eggroll_llm.models.gguf_file import Header, StoredTensor, check_header, read_header
+from eggroll_llm.models.gguf_file import Header, check_header, read_header
 from eggroll_llm.system.terminal import inert
 
 if TYPE_CHECKING:
@@ -60,6 +60,7 @@ _OPTIONAL = (
 )
 _CLASSES = {"llama": "LlamaConfig", "qwen2": "Qwen2Config", "qwen3": "Qwen3Config"}
 
+Rows = np.ndarray[Any, np.dtype[np.float32]]
 _CHUNK = 1 << 22  # values that are expanded at once
 
 
@@ -141,8 +142,7 @@ def _rope(header: Header, settings: Mapping[str, Any], size: int) -> dict[str, A
         raise ModelError(f"{header.path}: rotary scaling {inert(str(scaling))!r} is not known here: use the original")
     if _ROPE_FACTORS not in header.tensors:
         return {"rope_type": "default", "rope_theta": base}
-    stored = header.tensors[_ROPE_FACTORS]
-    factors = np.concatenate(list(_rows(header, _ROPE_FACTORS, stored, None))).ravel()
+    factors = np.concatenate(list(_rows(header, _ROPE_FACTORS))).ravel()
     llama3 = {
         "rope_type": "llama3",
         "rope_theta": base,
@@ -185,6 +185,7 @@ def _tensors(header: Header, config: "PretrainedConfig") -> dict[str, str]:
                 f"{header.path} is damaged ({stored} has shape {header.tensors[stored].shape} instead of "
                 f"{wanted[name]}): download it again"
             )
+        _row_bytes(header, stored)
     return found
 
 
@@ -211,53 +212,64 @@ def _write_weights(header: Header, tensors: Mapping[str, str], path: Path) -> No
     with path.open("wb") as file:
         file.write(len(head).to_bytes(8, "little") + head)
         for name in sorted(tensors):
-            stored = header.tensors[tensors[name]]
-            for values in _rows(header, tensors[name], stored, _row_order(header, tensors[name], stored)):
+            for values in _rows(header, tensors[name], _row_order(header, tensors[name])):
                 file.write(torch.from_numpy(values).bfloat16().view(torch.int16).numpy().data)
 
 
-def _row_order(header: Header, name: str, stored: StoredTensor) -> "np.ndarray[Any, np.dtype[np.int64]] | None":
+def _row_order(header: Header, name: str) -> "np.ndarray[Any, np.dtype[np.int64]] | None":
     """Return which row of the file each row of the tensor is, where llama.cpp has put them in another order."""
     key = {"attn_q": "head_count", "attn_k": "head_count_kv"}.get(name.split(".")[-2])
     if header.architecture != "llama" or key is None:
         return None
     settings = header.metadata
     heads = settings.get(f"llama.attention.{key}", settings["llama.attention.head_count"])
-    rows_HPI = np.arange(stored.shape[0]).reshape(heads, -1, 2)  # head, rotary pair, which of the pair
+    rows_HPI = np.arange(header.tensors[name].shape[0]).reshape(heads, -1, 2)  # head, rotary pair, which of the pair
     return rows_HPI.swapaxes(1, 2).ravel()
 
 
-def _rows(
-    header: Header, name: str, stored: StoredTensor, order: "np.ndarray[Any, np.dtype[np.int64]] | None"
-) -> Iterator["np.ndarray[Any, np.dtype[np.float32]]"]:
+def _rows(header: Header, name: str, order: "np.ndarray[Any, np.dtype[np.int64]] | None" = None) -> Iterator[Rows]:
     """Yield the rows of a tensor in float32, in this order, some at a time; a vector's rows are its values."""
-    from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+    from gguf.constants import GGMLQuantizationType
     from gguf.quants import dequantize
 
+    stored = header.tensors[name]
+    rows, width = stored.shape[0], math.prod(stored.shape[1:])
+    content = np.memmap(header.path, np.uint8, "r", stored.offset, (rows, _row_bytes(header, name)))
+    step = max(1, _CHUNK // width)
+    for start in range(0, rows, step):
+        part = slice(start, start + step)
+        blocks = np.array(content[part if order is None else order[part]])
+        try:
+            yield dequantize(blocks, GGMLQuantizationType(stored.kind))
+        except NotImplementedError as error:
+            raise _not_expanded(header, name) from error
+
+
+def _row_bytes(header: Header, name: str) -> int:
+    """Return the size of a row of a tensor. Raises ModelError where it is not known, or beyond the end of the file."""
+    from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+
+    stored = header.tensors[name]
     rows, width = stored.shape[0], math.prod(stored.shape[1:])
     try:
-        kind = GGMLQuantizationType(stored.kind)
-        block, size = GGML_QUANT_SIZES[kind]
-        if width % block:
-            raise ValueError(f"rows of {width} values in blocks of {block}")
-        row_bytes = width // block * size
-        if stored.offset + rows * row_bytes > header.path.stat().st_size:
-            raise ModelError(
-                f"{header.path} is damaged (tensor {inert(name)} lies beyond its {header.path.stat().st_size} bytes): "
-                "download it again"
-            )
-        content = np.memmap(header.path, np.uint8, "r", stored.offset, (rows, row_bytes))
-        step = max(1, _CHUNK // width)
-        for start in range(0, rows, step):
-            part = slice(start, start + step)
-            yield dequantize(np.array(content[part if order is None else order[part]]), kind)
-    except ModelError:
-        raise
-    except (ValueError, KeyError, NotImplementedError) as error:
+        block, size = GGML_QUANT_SIZES[GGMLQuantizationType(stored.kind)]
+    except (ValueError, KeyError) as error:
+        raise _not_expanded(header, name) from error
+    if width % block:
+        raise _not_expanded(header, name)
+    row_bytes, length = width // block * size, header.path.stat().st_size
+    if stored.offset + rows * row_bytes > length:
         raise ModelError(
-            f"{header.path}: tensor {inert(name)} has ggml type {stored.kind}, which cannot be expanded "
-            f"({inert(str(error))}): use another quantisation, such as Q4_K_M or Q8_0"
-        ) from error
+            f"{header.path} is damaged (tensor {inert(name)} lies beyond its {length} bytes): download it again"
+        )
+    return row_bytes
+
+
+def _not_expanded(header: Header, name: str) -> ModelError:
+    return ModelError(
+        f"{header.path}: tensor {inert(name)} of shape {header.tensors[name].shape} has ggml type "
+        f"{header.tensors[name].kind}, which cannot be expanded: use another quantisation, such as Q4_K_M or Q8_0"
+    )
 
 
 if __name__ == "__main__":

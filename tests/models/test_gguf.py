@@ -126,8 +126,19 @@ def test_a_base_model_has_one_end(tiny_model: TinyModel, tmp_path: Path) -> None
 
 
 def test_llama_3_cuts_numbers_by_three_and_begins_with_bos(tiny_model: TinyModel, tmp_path: Path) -> None:
-    path = write_gguf(tiny_model("llama"), tmp_path / "m.gguf", pre="llama-bpe", tokenizer__ggml__add_bos_token=None)
+    model = tiny_model("llama")
+    stored = read_header(write_gguf(model, tmp_path / "a.gguf")).metadata
+    tokens, merges = (stored[f"tokenizer.ggml.{key}"] for key in ("tokens", "merges"))
+    word = next(token for token in reversed(tokens) if token.isascii() and token.isalpha())
+    path = write_gguf(
+        model,
+        tmp_path / "m.gguf",
+        pre="llama-bpe",
+        tokenizer__ggml__add_bos_token=None,
+        tokenizer__ggml__merges=[merge for merge in merges if merge.replace(" ", "") != word],
+    )
     tokenizer = AutoTokenizer.from_pretrained(expanded(path))
+    assert tokenizer(word, add_special_tokens=False)["input_ids"] == [tokens.index(word)]  # although no merge makes it
     pieces = tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str("It's 12345 = x\n\n")
     assert [piece.replace("Ġ", " ") for piece, _ in pieces] == ["It", "'s", " ", "123", "45", " =", " x", "ĊĊ"]
     assert tokenizer("42")["input_ids"][0] == tokenizer.bos_token_id
@@ -166,6 +177,7 @@ def test_converted_once_and_found_by_content(small: Path, tmp_path: Path, monkey
     assert (directory / "model.safetensors").stat() == written
     assert [each.name for each in directory.parent.iterdir() if each.is_dir()] == [directory.name]
     identity = model_identity(directory)
+    assert model_identity(expanded(path)) == identity  # a run is rebuilt where the cache is another
     content = bytearray(path.read_bytes())
     content[-2] ^= 1  # of a weight, in the bits that bfloat16 keeps
     path.write_bytes(content)
@@ -243,6 +255,19 @@ def test_what_is_not_understood_is_not_ignored(
     with pytest.raises(ModelError, match=message) as caught:
         expand(path, tmp_path / "out")
     assert str(caught.value).startswith(str(path))
+
+
+def test_a_type_that_the_package_cannot_expand(tiny_model: TinyModel, tmp_path: Path) -> None:
+    path = write_gguf(tiny_model("llama"), tmp_path / "m.gguf")
+    content = path.read_bytes()
+    entry = content.index(b"blk.0.ffn_down.weight") + len(b"blk.0.ffn_down.weight") + 4 + 16  # behind its dimensions
+    assert content[entry : entry + 4] == struct.pack("<I", 0)
+    for kind in (24, 28, 999):  # I8, F64, and none
+        path.write_bytes(content[:entry] + struct.pack("<I", kind) + content[entry + 4 :])
+        with pytest.raises(
+            ModelError, match=rf"ffn_down.* has ggml type {kind}, which cannot be expanded: use another"
+        ):
+            expand(path, tmp_path / f"out-{kind}")
 
 
 def test_the_converters_message_is_the_users(
