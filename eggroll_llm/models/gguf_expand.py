@@ -101,6 +101,9 @@ def model_config(header: Header) -> "PretrainedConfig":
         if type(settings.get(key)) not in (int, float) or not settings[key] > 0
     ]:
         raise ModelError(f"{header.path}: the setting {min(wrong)} is missing or no number: download it again")
+    last = f"blk.{settings['block_count'] - 1}.attn_norm.weight"
+    if last not in tensors:  # before so many layers are made
+        raise ModelError(f"{header.path} is damaged (it has no tensor {last}): download it again")
     heads, hidden = settings["attention.head_count"], settings["embedding_length"]
     size = settings.get("attention.key_length") or settings.get("rope.dimension_count") or hidden // heads
     sizes = {settings.get(key, size) for key in ("attention.value_length", "rope.dimension_count")}
@@ -192,9 +195,12 @@ def _tensors(header: Header, config: "PretrainedConfig") -> dict[str, str]:
 def _translated(name: str) -> str:
     """Return the name in transformers; for a tensor that is not known, its own."""
     parts = name.split(".")
-    layer = f"model.layers.{parts[1]}." if parts[0] == "blk" and len(parts) == 4 else ""
-    known = _NAMES.get(parts[-2] if len(parts) > 1 else "")
-    return f"{layer}{known}.{parts[-1]}" if known else name
+    match parts:
+        case [module, suffix] if module in _NAMES:
+            return f"{_NAMES[module]}.{suffix}"
+        case ["blk", layer, module, suffix] if module in _NAMES:
+            return f"model.layers.{layer}.{_NAMES[module]}.{suffix}"
+    return name
 
 
 def _write_weights(header: Header, tensors: Mapping[str, str], path: Path) -> None:

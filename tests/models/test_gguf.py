@@ -47,6 +47,21 @@ ORIGINALS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+AS_QWEN3 = {
+    f"qwen3__{key}": value
+    for key, value in {
+        "embedding_length": 128,
+        "feed_forward_length": 256,
+        "block_count": 2,
+        "context_length": 512,
+        "attention__head_count": 4,
+        "attention__head_count_kv": 2,
+        "attention__layer_norm_rms_epsilon": 1e-6,
+    }.items()
+}
+"""The tiny Llama's settings."""
+
+
 def expanded(path: Path) -> Path:
     directory = path.with_suffix("")
     expand(path, directory)
@@ -241,7 +256,11 @@ def test_a_part_that_says_so_by_its_name(small: Path, tmp_path: Path) -> None:
         ({"llama__block_count": None}, r"the setting llama\.block_count is missing or no number"),
         ({"llama__embedding_length": "large"}, r"the setting llama\.embedding_length is missing or no number"),
         ({"llama__attention__key_length": 64}, "attention heads of several sizes"),
-        ({"llama__block_count": 3}, r"has no tensor for model\.layers\.2\.input_layernorm\.weight"),
+        ({"llama__block_count": 2**31}, r"is damaged \(it has no tensor blk\.2147483647\.attn_norm\.weight\)"),
+        (
+            {"general__architecture": "qwen3", **AS_QWEN3},
+            r"has no tensor for model\.layers\.0\.[a-z_]+\.k_norm",
+        ),
         ({"llama__block_count": 1}, r"has the tensor blk\.1\.[a-z_]+\.weight, unknown here"),
         ({"llama__feed_forward_length": 128}, r"is damaged \(blk\.0\.ffn_[a-z]+\.weight has shape"),
         ({"tokenizer__ggml__tokens": ["a", "b"]}, r"is damaged \(2 tokens, \d+ types of tokens, \d+ embeddings\)"),
