@@ -19,6 +19,7 @@ _ADDED = {
     "es.masters": "float32",
     "es.fitness_from": "rewards",
     "es.weighting": "ratio",
+    "es.layers": (),
     "es.answer_reuse": 1,
     "es.max_drift": 0.0,
     "es.problems": "shared",

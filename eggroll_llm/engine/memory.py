@@ -58,8 +58,10 @@ class ModelShape:
     """Attention heads with keys and values of their own."""
 
     @classmethod
-    def of(cls, config: Mapping[str, Any], tensors: Mapping[str, tuple[int, ...]]) -> "ModelShape":
-        """Return the shape of a model with this config.json and tensors of these shapes."""
+    def of(
+        cls, config: Mapping[str, Any], tensors: Mapping[str, tuple[int, ...]], layers: Sequence[int] = ()
+    ) -> "ModelShape":
+        """Return the shape of a model with this config.json and tensors of these shapes; `layers`: `es.layers`."""
 
         def number(key: str, default: int = 0) -> int:
             value = config.get(key)
@@ -67,7 +69,7 @@ class ModelShape:
 
         heads = number("num_key_value_heads", number("num_attention_heads"))
         return cls(
-            trained=[(name, *shape) for name, shape in tensors.items() if is_trained(name) and len(shape) == 2],
+            trained=[(name, *shape) for name, shape in tensors.items() if is_trained(name, layers) and len(shape) == 2],
             weights=sum(map(math.prod, tensors.values())),
             vocabulary=number("vocab_size"),
             hidden=number("hidden_size"),

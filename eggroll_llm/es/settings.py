@@ -20,6 +20,8 @@ class EsSettings:
     """Root-mean-square change of a weight in a step (with update_scale "rms"); method "es" needs it."""
     rank: Annotated[int, Ge(1), Le(64)] = 1  # as many as the kernels take
     """Rank of the perturbation of each weight matrix."""
+    layers: tuple[Annotated[int, Ge(0)], ...] = ()
+    """First and last decoder block, counted from 0, whose weights are perturbed and trained; empty: all."""
     antithetic: bool = True
     """Whether members come in pairs that share their noise with opposite signs."""
     fitness_from: Literal["rewards", "probabilities"] = "rewards"

@@ -1,5 +1,7 @@
-"""Which weights are trained: the linear layers of the decoder blocks. All others stay frozen."""
+"""Which weights are trained: the linear layers of the decoder blocks, or of some of them. All others stay frozen."""
 
+import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from eggroll_llm.errors import ConfigError, ModelError
@@ -20,20 +22,31 @@ TARGET_MODULES = (
 )
 
 
-def is_trained(name: str) -> bool:
-    """Return whether a tensor of this name is the weight of a trained layer."""
-    return name.endswith(".weight") and name.split(".")[-2] in TARGET_MODULES
+_BLOCK = re.compile(r"\.(\d+)\.")
 
 
-def trained_parameters(model_dir: Path) -> list[Shape]:
-    """Return (name, out features, in features) of every trained tensor of a checkpoint.
+def is_trained(name: str, layers: Sequence[int] = ()) -> bool:
+    """Return whether a tensor of this name is the weight of a trained layer, in blocks as `es.layers` says."""
+    if not name.endswith(".weight") or name.split(".")[-2] not in TARGET_MODULES:
+        return False
+    return not layers or layers[0] <= block_of(name) <= layers[-1]
+
+
+def block_of(name: str) -> int:
+    """Return the number of the decoder block that a tensor or module is in, -1 for one that is in none."""
+    found = _BLOCK.search(name)
+    return int(found[1]) if found else -1
+
+
+def trained_parameters(model_dir: Path, layers: Sequence[int] = ()) -> list[Shape]:
+    """Return (name, out features, in features) of every trained tensor of a checkpoint; `layers` as in `es.layers`.
 
     Raises ModelError when there is none.
     """
     shapes = [
         (name, shape[0], shape[1])
         for name, shape in tensor_shapes(model_dir).items()
-        if is_trained(name) and len(shape) == 2
+        if is_trained(name, layers) and len(shape) == 2
     ]
     if not shapes:
         raise ModelError(
@@ -41,6 +54,15 @@ def trained_parameters(model_dir: Path) -> list[Shape]:
             "train: use a Llama- or Qwen-shaped model"
         )
     return shapes
+
+
+def check_layers(model_dir: Path, layers: Sequence[int]) -> None:
+    """Raise ConfigError for `es.layers` that the model does not have."""
+    last = max(block_of(name) for name, _, _ in trained_parameters(model_dir))
+    if layers and layers[-1] > last:
+        raise ConfigError(
+            f"es.layers = {list(layers)}: the model's decoder blocks have the numbers 0 to {last}: lower es.layers"
+        )
 
 
 def check_rank(model_dir: Path, key: str, rank: int) -> None:

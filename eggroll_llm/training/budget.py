@@ -244,7 +244,7 @@ def _sum(parts: Sequence[Part], place: str = "") -> int:
 
 
 def _shape(prepared: "Prepared") -> ModelShape:
-    return ModelShape.of(read_config(prepared.model_dir), tensor_shapes(prepared.model_dir))
+    return ModelShape.of(read_config(prepared.model_dir), tensor_shapes(prepared.model_dir), prepared.config.es.layers)
 
 
 def _parts(prepared: "Prepared") -> list[Part]:

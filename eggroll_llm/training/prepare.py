@@ -15,7 +15,7 @@ from eggroll_llm.models.architectures import check_method, check_tensor_parallel
 from eggroll_llm.models.called import is_gguf
 from eggroll_llm.models.files import architecture_of, context_limit, read_config
 from eggroll_llm.models.resolve import model_identity, resolve_model
-from eggroll_llm.models.targets import check_rank
+from eggroll_llm.models.targets import check_layers, check_rank
 from eggroll_llm.records.journal import JournalHeader
 from eggroll_llm.system import installed
 from eggroll_llm.system.hardware import resolve_dtype, serves_on_cpu
@@ -101,6 +101,7 @@ def prepare(config: RunConfig, recipe_dir: Path) -> Prepared:
     check_tensor_parallel(read_config(model_dir), config.engine.tensor_parallel, model_dir)
     if config.method == "es":
         check_rank(model_dir, "es.rank", config.es.rank)
+        check_layers(model_dir, config.es.layers)
     else:
         check_rank(model_dir, "grpo.lora_rank", config.grpo.lora_rank)
     prompter = Prompter(model_dir, config.chat)

@@ -5,7 +5,7 @@
 The arithmetic is that of training, so that on the same machine the bits are those of the checkpoint of that step.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,14 +45,14 @@ def replay(
     if config.engine.threads:
         torch.set_num_threads(config.engine.threads)
     device = "cpu" if serves_on_cpu() else "cuda"
-    weights = {name: tensor.to(device) for name, tensor in load_trained(base_dir, dtype).items()}
+    weights = {name: tensor.to(device) for name, tensor in load_trained(base_dir, dtype, config.es.layers).items()}
     offload = config.engine.offload_masters and device != "cpu"
     masters = MasterWeights(weights, config.es, dtype, fold_for(torch.device(device)), offload=offload)
     for entry in journal.entries[:step]:
         check_weights(journal_path, entry, masters.checksum)
         masters.apply(recorded_update(config, entry), served_factors_of)
         on_step(entry.step, step)
-    served = {name: masters.served(name).cpu() for name, _, _ in trained_parameters(base_dir)}
+    served = {name: masters.served(name).cpu() for name in weights}
     export_model(base_dir, directory, served, dtype)
     return masters.checksum()
 
@@ -77,11 +77,11 @@ def check_base(journal: JournalContents, journal_path: Path, base_dir: Path) -> 
         )
 
 
-def load_trained(base_dir: Path, dtype: torch.dtype) -> dict[str, Any]:
-    """Return the trained tensors of a checkpoint in the dtype that the engine loads them in."""
+def load_trained(base_dir: Path, dtype: torch.dtype, layers: Sequence[int] = ()) -> dict[str, Any]:
+    """Return the trained tensors of a checkpoint in the dtype that the engine loads them in; `layers`: `es.layers`."""
     from safetensors import safe_open
 
-    names = {name for name, _, _ in trained_parameters(base_dir)}
+    names = {name for name, _, _ in trained_parameters(base_dir, layers)}
     tensors: dict[str, Any] = {}
     for file in weight_files(base_dir):
         with safe_open(file, framework="pt") as stored:

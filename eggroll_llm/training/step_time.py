@@ -19,8 +19,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from eggroll_llm.es.noise import Shape
 from eggroll_llm.models.files import tensor_shapes
-from eggroll_llm.models.targets import trained_parameters
+from eggroll_llm.models.targets import block_of, trained_parameters
 from eggroll_llm.system.hardware import serves_on_cpu
 from eggroll_llm.training.plan import members_that_answer
 
@@ -64,6 +65,10 @@ class Model:
     """All weights."""
     attention: int
     """Units of attention, all layers and heads together."""
+    trained: int
+    """Weights that ES trains."""
+    members_own: float
+    """Share of the blocks that members do not have in common: what is before `es.layers` scores for all at once."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -157,17 +162,25 @@ def estimate_lines(prepared: "Prepared", machine: Machine) -> list[str]:
 
 def model_sizes(prepared: "Prepared") -> Model:
     """Return the sizes of the model, from the headers of its files."""
-    tensors, trained = tensor_shapes(prepared.model_dir), trained_parameters(prepared.model_dir)
+    tensors, every = tensor_shapes(prepared.model_dir), trained_parameters(prepared.model_dir)
+    layers = prepared.config.es.layers
+    own = [shape for shape in every if not layers or block_of(shape[0]) >= layers[0]]
     embeddings = [
         math.prod(shape) for name, shape in tensors.items() if name.endswith(("embed_tokens.weight", "lm_head.weight"))
     ]
-    queries = [out for name, out, _ in trained if name.split(".")[-2] in ("q_proj", "qkv_proj")]
+    queries = [out for name, out, _ in every if name.split(".")[-2] in ("q_proj", "qkv_proj")]
     return Model(
-        linear=sum(out * inside for _, out, inside in trained),
+        linear=_values(every),
         head=max(embeddings, default=0),
         every=sum(math.prod(shape) for shape in tensors.values()),
         attention=sum(queries),
+        trained=_values(trained_parameters(prepared.model_dir, layers)),
+        members_own=_values(own) / _values(every),
     )
+
+
+def _values(shapes: Sequence[Shape]) -> int:
+    return sum(out * inside for _, out, inside in shapes)
 
 
 def step_seconds(prepared: "Prepared", model: Model, machine: Machine, *, length: float) -> float:
@@ -188,8 +201,8 @@ def step_seconds(prepared: "Prepared", model: Model, machine: Machine, *, length
             seconds = seconds / es.answer_reuse + _scoring_seconds(drawn, model, machine, es.population)
         directions = es.population // 2 if es.antithetic else es.population
         moments = {"sgd": 0, "momentum": 1, "adam": 2}[es.optimizer]
-        operations = 2 * model.linear * directions * es.rank
-        return seconds + operations / machine.training + model.linear * (8 * (1 + moments) + size) / machine.bandwidth
+        operations = 2 * model.trained * directions * es.rank
+        return seconds + operations / machine.training + model.trained * (8 * (1 + moments) + size) / machine.bandwidth
     grpo = config.grpo
     prompts = sampling.prompts_per_step * _mean_length(prepared.train.prompts)
     generated = drawn.completions * drawn.length
@@ -221,8 +234,9 @@ def _sampling_seconds(drawn: Sampled, model: Model, machine: Machine, prepared: 
 def _scoring_seconds(drawn: Sampled, model: Model, machine: Machine, members: int) -> float:
     """Return the time in which members score what was sampled: a pass over prompts and answers for each."""
     generated = drawn.completions * drawn.length
-    operations = _operations(model, drawn.prompt_tokens + generated, generated, drawn.context)
-    return members * operations / machine.serving + machine.passes[0]
+    blocks = _operations(model, drawn.prompt_tokens + generated, 0, drawn.context)
+    passes = model.members_own * members + (1 - model.members_own)
+    return (passes * blocks + members * _operations(model, 0, generated, 0)) / machine.serving + machine.passes[0]
 
 
 def _operations(model: Model, tokens: float, predicted: float, context: float) -> float:

@@ -19,6 +19,7 @@ from eggroll_llm.engine.vllm import blocks, worker
 from eggroll_llm.engine.vllm.engine import VllmEngine
 from eggroll_llm.es.estimate import UpdateSpec
 from eggroll_llm.es.noise import NoiseSpec, served_factors
+from eggroll_llm.es.settings import EsSettings
 from eggroll_llm.system.hardware import serves_on_cpu
 
 pytestmark = [
@@ -33,19 +34,23 @@ FITNESS = (1.0, -1.0, 0.5, 0.25, -0.75, 0.0)
 UPDATE = UpdateSpec(step=1, noise_step=1, seed=3, rank=2, sigma=0.05, learning_rate=0.02, fitness_M=FITNESS)
 
 
-@pytest.fixture(scope="module", params=["llama", "qwen2", "qwen3", "qwen3 summed", "granite", "smollm3"])
+@pytest.fixture(
+    scope="module", params=["llama", "qwen2", "qwen3", "qwen3 summed", "qwen3 middle", "granite", "smollm3"]
+)
 def served(request: pytest.FixtureRequest, tiny_model: Callable[[str], Path]) -> Iterator[tuple[VllmEngine, Path]]:
     """The first four in fused blocks, the others layer by layer, SmolLM3 with activations [1, T, I].
 
-    One adds the terms of o and down as ranks do that have parts of them, before a sum, here of one.
+    One adds the terms of o and down as ranks do that have parts of them, before a sum, here of one, and of one only the
+    second of three blocks is perturbed.
     """
-    kind, _, summed = request.param.partition(" ")
+    kind, _, how = request.param.partition(" ")
     config = EngineConfig(dtype="float32", kv_cache_gib=0.05, max_sequences=8)
-    model_dir = tiny_model(kind)
+    model_dir = tiny_model(kind, num_hidden_layers=3) if how == "middle" else tiny_model(kind)
+    es = EsSettings(layers=(1, 1) if how == "middle" else ())
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(worker, "runs_triton", lambda device: True)
-        patch.setattr(blocks, "is_summed", lambda linear: bool(summed))
-        engine = VllmEngine(model_dir, config, slots=SLOTS, rank=2, max_model_len=64, prefix_caching=False)
+        patch.setattr(blocks, "is_summed", lambda linear: how == "summed")
+        engine = VllmEngine(model_dir, config, slots=SLOTS, rank=2, max_model_len=64, es=es, prefix_caching=False)
         yield engine, model_dir
         engine.close()
 

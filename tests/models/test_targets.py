@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from eggroll_llm.errors import ConfigError, ModelError
-from eggroll_llm.models.targets import check_rank, trained_parameters
+from eggroll_llm.models.targets import check_layers, check_rank, trained_parameters
 
 # Of a tiny model: 128 hidden, 256 intermediate, 4 heads of 32, 2 key-value heads.
 OF_A_LAYER = {
@@ -30,6 +30,18 @@ def test_linear_layers_of_the_blocks_and_nothing_else(tiny_model: Callable[[str]
     assert {name: (out, inside) for name, out, inside in found} == {
         f"model.layers.{layer}.{name}.weight": shape for layer in (0, 1) for name, shape in OF_A_LAYER.items()
     }
+
+
+def test_layers_are_a_range_of_blocks_with_both_ends(tiny_model: Callable[[str], Path]) -> None:
+    model_dir = tiny_model("llama")
+    every = trained_parameters(model_dir)
+    assert trained_parameters(model_dir, (0, 1)) == every
+    first, second = trained_parameters(model_dir, (0, 0)), trained_parameters(model_dir, (1, 1))
+    assert {name.split(".")[2] for name, _, _ in first} == {"0"}
+    assert sorted(first + second) == sorted(every)
+    check_layers(model_dir, (1, 1))
+    with pytest.raises(ConfigError, match=r"es.layers = \[1, 2\]: the model's decoder blocks have the numbers 0 to 1"):
+        check_layers(model_dir, (1, 2))
 
 
 def test_a_model_without_linear_layers_of_a_known_name_is_refused(tmp_path: Path) -> None:

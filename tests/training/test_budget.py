@@ -370,7 +370,7 @@ def test_the_memory_of_a_gpu_is_told_by_place(
 
 
 SLOW = Machine(serving=1e6, training=1e5, bandwidth=1e6, passes=(0.1, 0.1))
-SMALL = Model(linear=1000, head=500, every=2000, attention=10)
+SMALL = Model(linear=1000, head=500, every=2000, attention=10, trained=1000, members_own=1.0)
 
 
 def test_time_of_a_step_of_es(model: Path) -> None:
@@ -394,6 +394,10 @@ def test_time_of_a_step_whose_members_score(model: Path) -> None:
     es = dataclasses.replace(es, answer_reuse=2)  # sampling in every second step
     found = step_seconds(prepared(model, es=es), SMALL, SLOW, length=1.0)
     assert found == pytest.approx(sampling / 2 + scoring + update)
+    some = dataclasses.replace(SMALL, trained=250, members_own=0.5)  # the first half of the blocks once for all members
+    found = step_seconds(prepared(model, es=es), some, SLOW, length=1.0)
+    scoring = (3.5 * (10 + 3 * 15 + 300) * 4000 + 6 * 2 * 300 * 500) / 1e6 + 0.1
+    assert found == pytest.approx(sampling / 2 + scoring + update / 4)
 
 
 def test_time_of_a_step_of_grpo(model: Path) -> None:
@@ -417,6 +421,9 @@ def test_the_estimate_of_a_run(model: Path) -> None:
     embedding = tensor_shapes(model)["model.embed_tokens.weight"]
     found = model_sizes(run)
     assert (found.linear, found.head, found.attention) == (WEIGHTS, math.prod(embedding), 2 * 128)
+    assert (found.trained, found.members_own) == (WEIGHTS, 1.0)
+    second = model_sizes(prepared(model, es=dataclasses.replace(ES, layers=(1, 1))))
+    assert (second.linear, second.trained, second.members_own) == (WEIGHTS, WEIGHTS // 2, 0.5)
     lines = estimate_lines(run, SLOW)
     assert lines[0].startswith("time, estimated: ")
     assert "for 25 steps and 4 evaluations" in lines[1]

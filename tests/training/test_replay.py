@@ -142,3 +142,20 @@ def test_trained_tensors_are_all_there_in_the_served_dtype(base: Path) -> None:
     assert set(loaded) == {name for name, _, _ in trained_parameters(base)}
     for name, tensor in loaded.items():
         assert torch.equal(tensor, original[name].float())
+
+
+def test_layers_that_are_not_trained_stay_those_of_the_base(base: Path, tmp_path: Path) -> None:
+    run = config(base)
+    run = dataclasses.replace(run, es=dataclasses.replace(run.es, layers=(1, 1)))
+    dtype = torch.bfloat16
+    masters = MasterWeights(load_trained(base, dtype, run.es.layers), run.es, dtype)
+    with Journal.open(
+        tmp_path / "journal.jsonl", JournalHeader(frozen_hash="hash", base_model=model_identity(base))
+    ) as journal:
+        update = UpdateSpec.of(plan_of(run, 1), [1.0, -1.0, 0.5, 0.0, 0.0, 0.25])
+        journal.append(journal_entry(update, dropped=(), checksum=masters.checksum()))
+        masters.apply(update)
+    assert replay(run, base, tmp_path / "journal.jsonl", 1, tmp_path / "out") == masters.checksum()
+    before, after = load_file(base / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {name for name, _, _ in trained_parameters(base, (1, 1))}

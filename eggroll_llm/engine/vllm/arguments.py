@@ -1,6 +1,6 @@
 """What vLLM is started with."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from vllm.platforms import current_platform
 from eggroll_llm.config.schema import EngineConfig
 from eggroll_llm.engine.memory import batch_tokens
 from eggroll_llm.errors import ConfigError
-from eggroll_llm.models.targets import TARGET_MODULES
+from eggroll_llm.models.targets import TARGET_MODULES, block_of, trained_parameters
 
 VLLM_RANKS = (1, 8, 16, 32, 64)  # sizes that vLLM allows for its adapter buffers, up to what our kernel can
 CPU_BLOCK = 32  # tokens per block of the KV cache; vLLM's default of 128 shares no prefix of a short prompt
@@ -20,9 +20,17 @@ POPULATION = "eggroll"
 
 
 def engine_args(
-    model_dir: Path, config: EngineConfig, dtype: torch.dtype, *, slots: int, rank: int, max_model_len: int, stock: bool
+    model_dir: Path,
+    config: EngineConfig,
+    dtype: torch.dtype,
+    *,
+    slots: int,
+    rank: int,
+    layers: Sequence[int],
+    max_model_len: int,
+    stock: bool,
 ) -> EngineArgs:
-    """Return the arguments of an engine with a population of so many slots and that rank.
+    """Return the arguments of an engine with a population of so many slots and that rank, in `es.layers`.
 
     Raises ConfigError for what this device cannot do.
     """
@@ -50,7 +58,7 @@ def engine_args(
         max_loras=slots,
         # Memory that vLLM takes for its own arithmetic, and that ours gives back unused.
         max_lora_rank=next(allowed for allowed in VLLM_RANKS if allowed >= rank) if stock else VLLM_RANKS[0],
-        lora_target_modules=list(TARGET_MODULES),
+        lora_target_modules=_adapted(model_dir, layers),
         lora_dtype=dtype,
         worker_extension_cls="eggroll_llm.engine.vllm.worker.EsWorkerExtension",
         max_logprobs=-1,
@@ -61,6 +69,14 @@ def engine_args(
         **({"compilation_config": decode_graphs(config.max_sequences)} if graphs else {}),
         **memory_args(config),
     )
+
+
+def _adapted(model_dir: Path, layers: Sequence[int]) -> list[str]:
+    """Return what vLLM wraps for adapters: modules by the ends of their names, or the whole names of some blocks'."""
+    if not layers:
+        return list(TARGET_MODULES)
+    parents = {name.rsplit(".", 2)[0] for name, _, _ in trained_parameters(model_dir, layers)}
+    return [f"{parent}.{module}" for parent in sorted(parents, key=block_of) for module in TARGET_MODULES]
 
 
 def population_settings(

@@ -23,17 +23,11 @@ import torch
 from torch import Tensor
 from vllm.model_executor.layers.activation import SiluAndMul
 from vllm.model_executor.layers.layernorm import RMSNorm
-from vllm.model_executor.models.llama import LlamaDecoderLayer
-from vllm.model_executor.models.qwen2 import Qwen2DecoderLayer
-from vllm.model_executor.models.qwen3 import Qwen3DecoderLayer
 
-from eggroll_llm.engine.vllm.layers import Layer
+from eggroll_llm.engine.vllm.layers import Layer, decoder_blocks
 from eggroll_llm.kernels.binding import check_array
 from eggroll_llm.kernels.member_term_triton import expand, shrink
 from eggroll_llm.kernels.norms_triton import Factors, rms_norm, silu_and_mul
-
-BLOCKS = (LlamaDecoderLayer, Qwen2DecoderLayer, Qwen3DecoderLayer)
-"""Decoder blocks, without subclasses, whose order of modules is the one above."""
 
 
 def install(model: torch.nn.Module, layers: Sequence[Layer], slot_T: Tensor) -> None:
@@ -147,11 +141,14 @@ def _norm(module: Any, carried: _Carried, before: _Linear | None, after: _Linear
 
 
 def _blocks(model: torch.nn.Module, linears: Mapping[int, _Linear]) -> list[_Block]:
-    """Return the blocks of a known model, each knowing the one before it, and replace its last norm; else none."""
+    """Return the perturbed blocks of a known model, each knowing the one before it; else none.
+
+    The norm after the last of them finishes its output.
+    """
     body: Any = getattr(model, "model", None)
-    decoders: Any = list(getattr(body, "layers", ()))
+    decoders = decoder_blocks(model)
     carried: _Carried = {}
-    if not decoders or any(type(block) not in BLOCKS for block in decoders):
+    if not decoders:
         return []
     norms = [norm for block in decoders for norm in (block.input_layernorm, block.post_attention_layernorm)]
     for norm in (*norms, body.norm):
@@ -159,9 +156,11 @@ def _blocks(model: torch.nn.Module, linears: Mapping[int, _Linear]) -> list[_Blo
             return []
     if any(type(block.mlp.act_fn) is not SiluAndMul for block in decoders):
         return []
-    blocks = [_Block(block, linears, carried) for block in decoders]
+    perturbed = [i for i, block in enumerate(decoders) if id(block.mlp.down_proj) in linears]
+    blocks = [_Block(decoders[i], linears, carried) for i in perturbed]
     for block, after in pairwise(blocks):
         after.before = None if block.summed else block.down
     last = blocks[-1]
-    body.norm._forward_method = _norm(body.norm, carried, None if last.summed else last.down, None)
+    norm = decoders[perturbed[-1] + 1].input_layernorm if perturbed[-1] + 1 < len(decoders) else body.norm
+    norm._forward_method = _norm(norm, carried, None if last.summed else last.down, None)
     return blocks

@@ -88,8 +88,9 @@ class VllmEngine:
         self.watchdog = Watchdog(config.timeout_seconds)
         self._version = "base"
         self._in_process = config.tensor_parallel == 1
+        layers = es.layers if es else ()
         sizes = {"slots": slots, "rank": rank, "max_model_len": max_model_len}
-        args = engine_args(model_dir, config, self.dtype, **sizes, stock=stock)
+        args = engine_args(model_dir, config, self.dtype, **sizes, layers=layers, stock=stock)
         args = dataclasses.replace(args, enable_prefix_caching=prefix_caching, **(vllm_args or {}))
         if logprobs:  # those of the distribution that is sampled from
             args.logprobs_mode = "processed_logprobs"
@@ -108,7 +109,7 @@ class VllmEngine:
             raise start_error(error, model_dir, config, max_model_len) from error
         finally:  # vLLM puts a function that does nothing in its place, for all engines to come and for the user
             torch.set_num_threads = set_num_threads
-        _check_shapes(model_dir, started.shapes)
+        _check_shapes(model_dir, layers, started.shapes)
         self.shapes: dict[str, tuple[int, int]] = started.shapes
         self.own_sampler: bool = started.own_sampler
         if config.compile:  # which must not fall into the first step
@@ -385,9 +386,9 @@ def _batches(sizes: Mapping[str, int]) -> Iterator[list[str]]:
         yield batch
 
 
-def _check_shapes(model_dir: Path, served: Mapping[str, tuple[int, int]]) -> None:
+def _check_shapes(model_dir: Path, layers: Sequence[int], served: Mapping[str, tuple[int, int]]) -> None:
     """What vLLM serves must be what the checkpoint calls trained, or an update could not be exported or replayed."""
-    stored = {name: (out, inside) for name, out, inside in trained_parameters(model_dir)}
+    stored = {name: (out, inside) for name, out, inside in trained_parameters(model_dir, layers)}
     for name in sorted(stored.keys() | served.keys()):
         if stored.get(name) != served.get(name):
             raise ModelError(

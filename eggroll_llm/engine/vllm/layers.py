@@ -9,10 +9,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from vllm.lora.layers import ReplicatedLinearWithLoRA, RowParallelLinearWithLoRA
+from vllm.model_executor.models.llama import LlamaDecoderLayer
+from vllm.model_executor.models.qwen2 import Qwen2DecoderLayer
+from vllm.model_executor.models.qwen3 import Qwen3DecoderLayer
 
 from eggroll_llm.engine.vllm.ranks import Part
 from eggroll_llm.errors import ModelError
 from eggroll_llm.es.noise import Shape
+
+_BLOCKS = (LlamaDecoderLayer, Qwen2DecoderLayer, Qwen3DecoderLayer)
+"""Decoder blocks, without subclasses, called with positions, hidden states and residual; `blocks` has their modules."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +73,12 @@ def find_layers(modules: Mapping[str, Any], packed: Mapping[str, Sequence[str]])
             )
         )
     return layers
+
+
+def decoder_blocks(model: Any) -> list[Any]:
+    """Return the decoder blocks of a model when all are of a kind that is known here, else none."""
+    blocks = list(getattr(getattr(model, "model", None), "layers", ()))
+    return blocks if all(type(block) in _BLOCKS for block in blocks) else []
 
 
 def _part(module: Any, c: int, out: int) -> Part:

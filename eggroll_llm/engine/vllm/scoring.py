@@ -2,7 +2,8 @@
 
 vLLM would compute each completion as a request of its own and return a dictionary per token. Here the model is called
 directly, eagerly and without a key-value cache: only its attention is exchanged while it scores, and the head sees the
-positions that are asked for. Knows vLLM 0.32's internals.
+positions that are asked for. What is before the first block that members perturb is computed once for all of them,
+where the model is a known one. Knows vLLM 0.32's internals.
 
 Shapes: T token of the tree, M member of a forward pass, H head, G queries' heads per key's head, D features of a head,
 Q query, U key, N scored token.
@@ -25,15 +26,19 @@ from vllm.v1.attention.backend import AttentionType
 
 from eggroll_llm.engine.memory import LOGITS_AT_ONCE
 from eggroll_llm.engine.token_tree import TokenTree
+from eggroll_llm.engine.vllm.layers import decoder_blocks
 from eggroll_llm.errors import ModelError
+from eggroll_llm.models.targets import block_of
 
 
 class Scorer:
     """Scores with the weights, the slots and the tokens' slots as they are when it is called."""
 
-    def __init__(self, model: Any, vllm_config: VllmConfig) -> None:
-        """Take a loaded model."""
+    def __init__(self, model: Any, vllm_config: VllmConfig, first_block: int = 0) -> None:
+        """Take a loaded model; members differ from `first_block` on."""
         self._model, self._vllm_config = model, vllm_config
+        self._own_blocks = decoder_blocks(model)[first_block:]
+        self._first_block = first_block if self._own_blocks else 0
         self._layers: dict[str, Any] = {
             name: layer
             for name, layer in vllm_config.compilation_config.static_forward_context.items()
@@ -57,12 +62,16 @@ class Scorer:
         self.check()
         device = next(self._model.parameters()).device
         blocks = cache(partial(_blocks_on, tree, device))
-        layers = {name: _TreeAttention(layer, blocks, members) for name, layer in self._layers.items()}
-        token_T, depth_T = (t.repeat(members).to(device) for t in (tree.token_T, tree.depth_T))
+        layers = {
+            name: _TreeAttention(layer, blocks, members if block_of(name) >= self._first_block else 1)
+            for name, layer in self._layers.items()
+        }
+        copies = 1 if self._first_block else members
+        token_T, depth_T = (t.repeat(copies).to(device) for t in (tree.token_T, tree.depth_T))
         context = set_forward_context(
             dict.fromkeys(layers), self._vllm_config, num_tokens=len(token_T), slot_mapping={}, skip_compiled=True
         )
-        with self._attending(layers), context, torch.compiler.set_stance("force_eager"):
+        with self._attending(layers), self._parting(members), context, torch.compiler.set_stance("force_eager"):
             hidden = self._model(input_ids=token_T, positions=depth_T, intermediate_tensors=None, inputs_embeds=None)
         hidden_MTD = hidden.view(members, len(tree), -1)
         row_N, target_N = tree.row_N.to(device), tree.target_N.to(device)
@@ -100,6 +109,23 @@ class Scorer:
         finally:
             for name, impl in served.items():
                 self._layers[name].impl = impl
+
+    @contextlib.contextmanager
+    def _parting(self, members: int) -> Iterator[None]:
+        """Let a copy of what all members have in common enter their first own block for each of them."""
+
+        def enter(block: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+            position_T, *states_TD = inputs
+            return position_T.repeat(members), *(state_TD.repeat(members, 1) for state_TD in states_TD)
+
+        def follow(block: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+            position_T, *states_TD = inputs
+            return position_T.repeat(members), *states_TD
+
+        with contextlib.ExitStack() as hooks:
+            for i, block in enumerate(self._own_blocks if self._first_block else ()):
+                hooks.enter_context(block.register_forward_pre_hook(follow if i else enter))
+            yield
 
 
 @dataclass(frozen=True, eq=False)

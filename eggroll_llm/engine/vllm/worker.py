@@ -133,13 +133,14 @@ class Population:
         buffers = PaddedBuffers if stock else GpuRowBuffers if runs_triton(self.device) else RowBuffers
         self.slots = MemberSlots(buffers(self.layers, self.bank, adapters.lora_slots), adapters.lora_slots)
         weights = initial_weights(model, self.layers)
+        settings = EsSettings(**es) if es is not None else EsSettings()
         if es is not None:
             offload = offload and self.device.type != "cpu"  # a CPU's masters are in the host's memory anyway
-            settings, fold = EsSettings(**es), fold_for(self.device)
+            fold = fold_for(self.device)
             self.masters = MasterWeights(weights, settings, self.dtype, fold, device=self.device, offload=offload)
         if not stock:
-            self._scorer = Scorer(model, runner.vllm_config)
-            if es is not None and settings.fitness_from == "probabilities":
+            self._scorer = Scorer(model, runner.vllm_config, settings.layers[0] if settings.layers else 0)
+            if settings.fitness_from == "probabilities":
                 self._scorer.check()
             self._tokens = SlotOfTokens(runner.max_num_tokens, self.device)
             self._take_over(runner)
