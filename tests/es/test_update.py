@@ -6,6 +6,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from live_memory import LiveMemory
 
 from eggroll_llm.es.estimate import (
     LARGEST_GRADIENT,
@@ -459,3 +460,19 @@ def test_impossible_weights_are_refused():
             MasterWeights(given, settings, dtype)
     with pytest.raises(ValueError, match="'median': must be one of rms, literature"):
         estimate(NAME, SHAPE, spec(scale="median"), torch.bfloat16)
+
+
+def test_an_update_needs_no_more_memory_for_a_larger_population():
+    def ones(noise, pairs_K, shapes, dtype, device):
+        return {name: (torch.ones(len(pairs_K), o, 1), torch.ones(len(pairs_K), i, 1)) for name, o, i in shapes}
+
+    peaks = []
+    for population in (1 << 16, 1 << 18):
+        master = MasterWeights({"a": torch.zeros(64, 448), "b": torch.zeros(448, 64)}, EsSettings(), torch.float32)
+        update = spec(fitness_M=(1.0, -1.0) * (population // 2))
+        with LiveMemory() as memory:
+            master.apply(update, ones)
+        peaks.append(memory.peak)
+        assert torch.allclose(master.served("a"), torch.tensor(0.1 * (population / 2) ** 0.5), rtol=1e-4)
+    # A few numbers a pair are its coefficient and number; its factors would be 512, of 4 bytes each.
+    assert peaks[1] - peaks[0] < 64 * (3 << 15)
