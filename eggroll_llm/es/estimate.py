@@ -8,6 +8,8 @@ sampled with:
     scale "literature"    G = sum_p c_p E_p / sqrt(N)      (N members: 1/sqrt(N) sum_i fitness_i sign_i E_i)
     weights               W <- optimizer(W, gradient = -G), with plain SGD W <- W + learning_rate * G
 
+A vector, such as a bias, is a matrix of one row here: E_p = A_p 1 / sqrt(r).
+
 Departures from the paper. Under "rms", our default, the root-mean-square change of a weight in a step of SGD
 is `learning_rate`, whatever N, r and sigma are, since the entries of E have unit variance. Under "literature"
 it is between 0 and 1.4 times that, as twins agree or disagree (1 when a twin says nothing about the other).
@@ -38,7 +40,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from eggroll_llm.es.noise import NoiseSpec, Shape, served_factors_of
+from eggroll_llm.es.noise import NoiseSpec, Shape, served_factors_of, shape_of
 from eggroll_llm.es.plan import StepPlan
 
 # Pairs in one GEMM. Part of the bits: a journal replayed with another value would differ in the last place.
@@ -66,6 +68,11 @@ products is the estimate."""
 
 Fold = Callable[[Tensor, Products, Tensor | None], None]
 """Adds the sum of products to a float32 matrix [O, I] in place, and writes its rounding into the third, if any."""
+
+
+def as_matrix(weight: Tensor) -> Tensor:
+    """Return a view of a weight as a fold takes it: a vector is a matrix of one row."""
+    return weight if weight.ndim == 2 else weight.view(1, -1)
 
 
 class NonFiniteUpdate(ArithmeticError):  # noqa: N818 - it names what was refused
@@ -150,21 +157,21 @@ def _full_precision() -> Iterator[None]:
 
 def estimate(
     name: str,
-    shape: tuple[int, int],
+    shape: tuple[int, ...],
     spec: UpdateSpec,
     served_dtype: torch.dtype,
     *,
     chunk: int = PAIR_CHUNK,
     device: torch.device | str = "cpu",
 ) -> Tensor:
-    """Return the estimate G of one parameter [out features, in features], float32 [O, I]."""
+    """Return the estimate G of one parameter, float32 [out features, in features], or a vector [O]."""
     weight_K = product_weights(spec, 1.0)
-    G_OI = torch.zeros(shape, device=device)
+    G = torch.zeros(shape, device=device)
     for _, products in weighted_products(
-        [(name, *shape)], spec.noise, weight_K, served_dtype, chunk, device, served_factors_of
+        [shape_of(name, shape)], spec.noise, weight_K, served_dtype, chunk, device, served_factors_of
     ):
-        fold_with_torch(G_OI, products, None)
-    return G_OI
+        fold_with_torch(as_matrix(G), products, None)
+    return G
 
 
 def product_weights(spec: UpdateSpec, scale: float) -> Tensor:
@@ -204,6 +211,8 @@ def _products(
     weights = iter(weight_K.split(chunk))
     for group in factors:
         A_KOR, B_KIR = group[name]
+        if not B_KIR.shape[1]:  # a vector
+            A_KOR, B_KIR = A_KOR.new_ones(len(A_KOR), 1, A_KOR.shape[2]), A_KOR
         for A_COR, B_CIR, weight_C in zip(A_KOR.split(chunk), B_KIR.split(chunk), weights, strict=False):
             columns_A = (A_COR.transpose(1, 2) * weight_C[:, None, None]).flatten(0, 1)  # in float32, like the weights
             yield columns_A, B_CIR.transpose(1, 2).to(torch.float32).flatten(0, 1)
