@@ -110,7 +110,7 @@ class Journal(AbstractContextManager["Journal"]):
             fsync_directory(path.parent)
             contents = read_journal(path)
             if contents.header is not None:
-                _check_same_run(path, contents.header, header)
+                check_same_run(path, contents.header, header)
             journal = cls(path, contents)
         except OSError as error:
             raise JournalError(describe_failure(path, error, "the journal")) from error
@@ -294,16 +294,17 @@ def _is_update(fields: dict[str, Any]) -> bool:
     )
 
 
-def _check_same_run(path: Path, found: JournalHeader, header: JournalHeader) -> None:
+def check_same_run(path: Path, found: JournalHeader, header: JournalHeader) -> None:
+    """Raise JournalError unless the header that was found is of the run of the other."""
     if found.base_model != header.base_model:
         raise JournalError(
             f"{path}:1: the run's base model is {found.base_model}, now it is {header.base_model}. "
-            "Restore that model, or start a new run directory."
+            "Restore that model, or start a new run."
         )
     if found.frozen_hash != header.frozen_hash:
         raise JournalError(
             f"{path}:1: the run has other settings (hash {found.frozen_hash[:12]}, now "
-            f"{header.frozen_hash[:12]}). Compare the recipe with config.toml, or start a new run directory."
+            f"{header.frozen_hash[:12]}). Restore those that it began with, or start a new run."
         )
     splits = {"to train on": (found.train, header.train), "to evaluate on": (found.held_out, header.held_out)}
     if changed := [split for split, (before, now) in splits.items() if before and now and before != now]:
