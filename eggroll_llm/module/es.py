@@ -6,9 +6,9 @@
             fitness = evaluate(policy)
         es.tell(fitness)              # of the whole population; maximised
 
-A step's noise is a function of (seed, step, member, parameter): members may be asked for in any parts, in
-any order and by any process, and processes that are told the same fitness have the same weights, to the bit. What a
-member computes depends on its batch in the last place, as with any torch module: fitness is what processes exchange.
+A step's noise is a function of (seed, step, member, parameter): members may be asked for in any parts, in any order and
+by any process, and processes that are told the same fitness have the same weights, to the bit. What a member computes
+depends on its batch in the last place, as with any torch module: fitness is what processes exchange.
 
 In full rank (`rank=None`) E is standard normal, from the same generator: OpenES, the baseline.
 

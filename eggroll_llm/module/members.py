@@ -73,7 +73,8 @@ class Members:
                 B_SV = rows_SV[:, at_B : at_B + layout.rank * inside]
                 self.factors[name] = A_SV, B_SV.unflatten(1, (1, layout.rank, inside))
             else:
-                self.whole[name] = A_SV.unflatten(1, (layout.rank, out)).sum(1).unflatten(1, sizes[name])
+                E_SO = A_SV if layout.rank == 1 else A_SV.unflatten(1, (layout.rank, out)).sum(1)
+                self.whole[name] = E_SO.unflatten(1, sizes[name])
         self.called = False
         """A layer has computed."""
         self._slots_of_tokens: dict[int, Tensor] = {}
