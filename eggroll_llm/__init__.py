@@ -1,22 +1,23 @@
-"""Fine-tune language models by evolution strategies on vLLM.
+"""Fine-tune language models, and train any torch module, by evolution strategies.
 
-The public names load what they need when they are first used: `import eggroll_llm` is light.
+The public names load what they need when they are first used: `import eggroll_llm` is light, and `ES` needs torch only.
 """
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from eggroll_llm.api import evaluate, load_recipe, plot, train
+    from eggroll_llm.module.es import ES
 
-__all__ = ["evaluate", "load_recipe", "plot", "train"]
+_PLACES = {"ES": "module.es", "evaluate": "api", "load_recipe": "api", "plot": "api", "train": "api"}
+__all__ = ["ES", "evaluate", "load_recipe", "plot", "train"]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in __all__:
+    if name not in _PLACES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from eggroll_llm import api
-
-    return getattr(api, name)
+    return getattr(importlib.import_module(f"{__name__}.{_PLACES[name]}"), name)
 
 
 def __dir__() -> list[str]:

@@ -47,3 +47,7 @@ class TrainingError(UserError):
 
 class TaskError(UserError):
     """A task's data, options or file cannot be used."""
+
+
+class PopulationError(UserError):
+    """A batch, fitness or state does not fit the population of a module."""

@@ -19,7 +19,7 @@ ORDER = (
     {"system"},
     {"config", "kernels"},
     {"records"},
-    {"models", "tasks"},
+    {"models", "tasks", "module"},
     {"engine"},
     {"training"},
     {"bench", "eval"},

@@ -8,6 +8,8 @@ sampled with:
     scale "literature"    G = sum_p c_p E_p / sqrt(N)      (N members: 1/sqrt(N) sum_i fitness_i sign_i E_i)
     weights               W <- optimizer(W, gradient = -G), with plain SGD W <- W + learning_rate * G
 
+A vector, such as a bias, is a matrix of one row here: E_p = A_p 1 / sqrt(r).
+
 Departures from the paper. Under "rms", our default, the root-mean-square change of a weight in a step of SGD
 is `learning_rate`, whatever N, r and sigma are, since the entries of E have unit variance. Under "literature"
 it is between 0 and 1.4 times that, as twins agree or disagree (1 when a twin says nothing about the other).
@@ -29,7 +31,7 @@ Shapes: M member, K antithetic pair (member when not antithetic), R rank, O out 
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -38,13 +40,16 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from eggroll_llm.es.noise import NoiseSpec, Shape, served_factors_of
+from eggroll_llm.es.noise import NoiseSpec, Shape, served_factors_of, shape_of
 from eggroll_llm.es.plan import StepPlan
 
 # Pairs in one GEMM. Part of the bits: a journal replayed with another value would differ in the last place.
 PAIR_CHUNK = 64
-# Random values generated in one call. Small parameters share a call, which saves most of its overhead.
+# Random values kept at a time. Small parameters share a call that makes them, which saves most of its overhead.
 FACTOR_BATCH = 1 << 23
+# Random values generated in one call for a parameter whose factors are more than that: memory does not grow with the
+# population.
+FACTOR_GROUP = 1 << 20
 
 # No normal exceeds sqrt(62 ln 2) = 6.56, 6.6 after rounding to bf16: no entry of E exceeds 44 sqrt(r).
 LARGEST_PRODUCT = 44.0
@@ -57,11 +62,17 @@ FactorSource = Callable[
 ]
 """`served_factors_of`, or something that remembers what it returned."""
 
-Products = list[tuple[Tensor, Tensor]]
-"""Columns [K * R, O] and [K * R, I] of each chunk of pairs, float32. The sum of their products is the estimate."""
+Products = Iterable[tuple[Tensor, Tensor]]
+"""Columns [K * R, O] and [K * R, I] of each chunk of pairs, float32, made as they are asked for. The sum of their
+products is the estimate."""
 
 Fold = Callable[[Tensor, Products, Tensor | None], None]
 """Adds the sum of products to a float32 matrix [O, I] in place, and writes its rounding into the third, if any."""
+
+
+def as_matrix(weight: Tensor) -> Tensor:
+    """Return a view of a weight as a fold takes it: a vector is a matrix of one row."""
+    return weight if weight.ndim == 2 else weight.view(1, -1)
 
 
 class NonFiniteUpdate(ArithmeticError):  # noqa: N818 - it names what was refused
@@ -146,21 +157,21 @@ def _full_precision() -> Iterator[None]:
 
 def estimate(
     name: str,
-    shape: tuple[int, int],
+    shape: tuple[int, ...],
     spec: UpdateSpec,
     served_dtype: torch.dtype,
     *,
     chunk: int = PAIR_CHUNK,
     device: torch.device | str = "cpu",
 ) -> Tensor:
-    """Return the estimate G of one parameter [out features, in features], float32 [O, I]."""
+    """Return the estimate G of one parameter, float32 [out features, in features], or a vector [O]."""
     weight_K = product_weights(spec, 1.0)
-    G_OI = torch.zeros(shape, device=device)
+    G = torch.zeros(shape, device=device)
     for _, products in weighted_products(
-        [(name, *shape)], spec.noise, weight_K, served_dtype, chunk, device, served_factors_of
+        [shape_of(name, shape)], spec.noise, weight_K, served_dtype, chunk, device, served_factors_of
     ):
-        fold_with_torch(G_OI, products, None)
-    return G_OI
+        fold_with_torch(as_matrix(G), products, None)
+    return G
 
 
 def product_weights(spec: UpdateSpec, scale: float) -> Tensor:
@@ -180,18 +191,42 @@ def weighted_products(
     device: torch.device | str,
     factors_of: FactorSource,
 ) -> Iterator[tuple[str, Products]]:
-    """Yield name and weighted factors of each parameter."""
+    """Yield name and weighted factors of each parameter; those of one are to be used before the next is asked for."""
     weight_K = weight_K.to(device=device, dtype=torch.float32)
-    chunks = torch.arange(len(weight_K)).split(chunk)
+    pairs_K = torch.arange(len(weight_K))
     for batch in _batches(shapes, len(weight_K) * noise.rank):
-        factors = [factors_of(noise, pairs_K, batch, served_dtype, device) for pairs_K in chunks]
+        values = noise.rank * sum(out + inside for _, out, inside in batch)
+        whole = len(weight_K) * values <= FACTOR_BATCH
+        group = len(weight_K) if whole else max(chunk, FACTOR_GROUP // values // chunk * chunk)
+        factors = (factors_of(noise, part_K, batch, served_dtype, device) for part_K in pairs_K.split(group))
+        made = list(factors) if len(batch) > 1 else factors
         for name, _, _ in batch:
-            products = []
-            for part, weights in zip(factors, weight_K.split(chunk), strict=True):
-                A_KRO, B_KRI = (factor.transpose(1, 2) for factor in part[name])
-                columns_A = (A_KRO * weights[:, None, None]).flatten(0, 1)  # in float32, like the weights
-                products.append((columns_A, B_KRI.to(torch.float32).flatten(0, 1)))
-            yield name, products
+            yield name, _products(name, made, weight_K, chunk)
+
+
+def _products(
+    name: str, factors: Iterable[Mapping[str, tuple[Tensor, Tensor]]], weight_K: Tensor, chunk: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield the weighted columns of a parameter for each chunk of pairs, whose factors come in groups of chunks."""
+    weights = iter(weight_K.split(chunk))
+    for group in factors:
+        A_KOR, B_KIR = group[name]
+        if not B_KIR.shape[1]:  # a vector
+            A_KOR, B_KIR = A_KOR.new_ones(len(A_KOR), 1, A_KOR.shape[2]), A_KOR
+        for A_COR, B_CIR, weight_C in zip(A_KOR.split(chunk), B_KIR.split(chunk), weights, strict=False):
+            columns_A = (A_COR.transpose(1, 2) * weight_C[:, None, None]).flatten(0, 1)  # in float32, like the weights
+            yield columns_A, B_CIR.transpose(1, 2).to(torch.float32).flatten(0, 1)
+
+
+def marking_the_last(products: Products) -> Iterator[tuple[Tensor, Tensor, bool]]:
+    """Yield products with whether they are the last, which is when a fold writes the served weight."""
+    waiting = None
+    for product in products:
+        if waiting is not None:
+            yield *waiting, False
+        waiting = product
+    if waiting is not None:
+        yield *waiting, True
 
 
 def fold_with_torch(to_OI: Tensor, products: Products, served_OI: Tensor | None) -> None:

@@ -5,6 +5,7 @@ served weights. How and where masters are kept between updates is a matter of `s
 """
 
 import hashlib
+import math
 from collections.abc import Collection, Iterable, Mapping
 from typing import Protocol
 
@@ -17,12 +18,13 @@ from eggroll_llm.es.estimate import (
     FactorSource,
     Fold,
     UpdateSpec,
+    as_matrix,
     check_finite,
     fold_with_torch,
     product_weights,
     weighted_products,
 )
-from eggroll_llm.es.noise import check_parameter_ids, served_factors_of
+from eggroll_llm.es.noise import check_parameter_ids, served_factors_of, shape_of
 from eggroll_llm.es.optimizer import STATE_KEYS, take_step
 from eggroll_llm.es.settings import EsSettings
 from eggroll_llm.es.storage import HostMemory, SplitMasters, Storage, WholeMasters, in_buffer
@@ -33,7 +35,7 @@ class Served(Protocol):
     """Takes the weights as they are served, in the order of the masters."""
 
     def room(self, name: str) -> Tensor:
-        """Return where the weight of this name is to be written, [O, I] of the served dtype."""
+        """Return where the weight of this name is to be written, contiguous, of its shape and the served dtype."""
         ...
 
     def written(self, name: str) -> None:
@@ -58,14 +60,14 @@ class MasterWeights:
         device: torch.device | None = None,
         offload: bool = False,
     ) -> None:
-        """Start from the weights [out features, in features] by Hugging Face name; updates are computed on `device`.
+        """Start from the weights [out features, in features], or vectors, by name; updates are computed on `device`.
 
         That is the weights' own by default. They are copied, but split masters take over weights that are there: they
         are what is served, and change in place. With `offload` masters and optimizer state are in the host's memory;
         the bits are the same.
 
         Raises ValueError when a setting is out of bounds, when there are no weights, when one is not a finite
-        matrix, when two names share a noise id, when `served_dtype` is neither bfloat16 nor float32 (float16
+        matrix or vector, when two names share a noise id, when `served_dtype` is neither bfloat16 nor float32 (float16
         could overflow where its master does not), and when masters to be split are not served in bfloat16.
         """
         check_bounds(settings)
@@ -77,12 +79,12 @@ class MasterWeights:
             raise ValueError("no weights to train")
         check_parameter_ids(weights)
         for name, weight in weights.items():
-            if weight.ndim != 2 or not bool(weight.isfinite().all()):
-                raise ValueError(f"weight {name!r} of shape {tuple(weight.shape)}: must be a finite matrix")
+            if weight.ndim not in (1, 2) or not bool(weight.isfinite().all()):
+                raise ValueError(f"weight {name!r} of shape {tuple(weight.shape)}: must be a finite matrix or vector")
         self.served_dtype = served_dtype
         self.settings = settings
         self._fold = fold
-        self._shapes = {name: (weight.shape[0], weight.shape[1]) for name, weight in weights.items()}
+        self._shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
         self._device = device or next(iter(weights.values())).device
         self._host = HostMemory(pinned=self._device.type != "cpu") if offload else None
         self._storage: Storage
@@ -106,15 +108,15 @@ class MasterWeights:
         state included. Raises NonFiniteUpdate, before anything was touched, when the result might not be finite.
         """
         check_finite(spec)
-        every = row_stride(out for out, _ in self._shapes.values())
+        every = row_stride(shape[0] for shape in self._shapes.values())
         before = self._storage.rows(every)
         if not spec.coefficient_K.any():
             return UpdateReport(rms=0.0, weights_rms=weights_rms(before), changed=0.0, finite=True)
         plain = self.settings.optimizer == "sgd"
         # Plain SGD needs no gradient: W + learning_rate * G is summed in place. The others take the gradient of a loss,
         # -G. One buffer serves all: fresh memory for each would cost more in page faults than the products themselves.
-        shapes = [(name, *shape) for name, shape in self._shapes.items()]
-        largest = max(out * inside for _, out, inside in shapes)
+        shapes = [shape_of(name, shape) for name, shape in self._shapes.items()]
+        largest = max(map(math.prod, self._shapes.values()))
         copies = self._host is not None or not self._storage.rounds_to_even
         work = torch.empty(largest if copies else 0, device=self._device)
         gradients = torch.empty(0 if plain else largest, device=self._device)
@@ -126,10 +128,10 @@ class MasterWeights:
             master = self._storage.take(name, work)
             room = served.room(name) if served and self._storage.rounds_to_even else None
             if plain:
-                self._fold(master, products, room)
+                self._fold(as_matrix(master), products, None if room is None else as_matrix(room))
             else:
                 gradient = in_buffer(gradients, master).zero_()
-                self._fold(gradient, products, None)
+                self._fold(as_matrix(gradient), products, None)
                 self._step(name, master, gradient, spec.learning_rate)
                 if room is not None:
                     room.copy_(master)

@@ -12,6 +12,9 @@ Layout. The normals of one (pair, parameter) are one stream, value 4 * block + i
 first A in row-major order [O, R], then B in row-major order [I, R]. So no value depends on chunking, on the
 order of pairs, or on the other members or parameters of the same call.
 
+A vector of O values, such as a bias, has an A and no B: its E is the sum of the columns of A over sqrt(r), standard
+normal whatever the rank.
+
 Twins (antithetic members 2p and 2p + 1) share A and B; a member's sign is applied to A later, which is exact.
 
 Bits. Words come from integer arithmetic. Box-Muller uses only float32 multiplications and additions, each
@@ -64,6 +67,7 @@ TILE_BLOCKS_GPU = 1 << 22
 KEPT_BYTES = 512 << 20  # factors of a step that an engine keeps, rather than make them again, at most
 
 Shape = tuple[str, int, int]
+"""Name, out features and in features of a parameter; 0 in features make it a vector."""
 
 Offset = tuple[int, int]
 """Rows of a stream [O + I, R] where the rows of A and of B begin that are wanted: (0, O) where all are.
@@ -100,6 +104,11 @@ class NoiseSpec:
 def parameter_id(name: str) -> int:
     """Return the 32-bit id of a Hugging Face parameter name: its four-byte BLAKE2b, read as little-endian."""
     return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=4).digest(), "little")
+
+
+def shape_of(name: str, size: Sequence[int]) -> Shape:
+    """Return a parameter, a matrix or a vector of this size, as the generator takes it."""
+    return (name, size[0], size[1] if len(size) == 2 else 0)
 
 
 def check_parameter_ids(names: Iterable[str]) -> None:

@@ -71,7 +71,7 @@ class Storage(Protocol):
     """The served weight is torch's rounding of the master, so that a fold may write it."""
 
     def take(self, name: str, work: Tensor) -> Tensor:
-        """Return a master to be changed, float32 [O, I] on its device: itself, or a copy in the flat buffer `work`."""
+        """Return a master to be changed, float32 on its device: itself, or a copy in the flat buffer `work`."""
         ...
 
     def put(self, name: str, master: Tensor) -> None:
@@ -79,7 +79,7 @@ class Storage(Protocol):
         ...
 
     def served(self, name: str) -> Tensor:
-        """Return the weight as it is served [O, I]; it may be what is kept: leave it alone."""
+        """Return the weight as it is served; it may be what is kept: leave it alone."""
         ...
 
     def rows(self, every: int) -> list[Tensor]:
@@ -87,7 +87,7 @@ class Storage(Protocol):
         ...
 
     def whole(self, name: str) -> Tensor:
-        """Return a master, float32 [O, I]: what is kept, or where there is no such, a copy in the host's memory."""
+        """Return a master, float32: what is kept, or where there is no such, a copy in the host's memory."""
         ...
 
 

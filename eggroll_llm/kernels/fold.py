@@ -8,7 +8,7 @@ import ctypes
 import torch
 from torch import Tensor
 
-from eggroll_llm.es.estimate import Fold, Products, fold_with_torch
+from eggroll_llm.es.estimate import Fold, Products, fold_with_torch, marking_the_last
 from eggroll_llm.kernels import build
 from eggroll_llm.kernels.binding import by_dtype, check_array, check_format
 
@@ -33,8 +33,8 @@ def bind(library: ctypes.CDLL) -> Fold:
         if served_OI is not None:
             check_format("the served weight", served_OI)
             check_array("the served weight", served_OI, (out, inside), served_OI.dtype)
-        for i, (columns_A, columns_B) in enumerate(products):
-            served = served_OI if i == len(products) - 1 else None
+        for columns_A, columns_B, last in marking_the_last(products):
+            served = served_OI if last else None
             columns_A, columns_B = columns_A.contiguous(), columns_B.contiguous()
             terms = len(columns_A)
             check_array("columns of A", columns_A, (terms, out), torch.float32)

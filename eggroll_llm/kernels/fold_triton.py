@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from eggroll_llm.es.estimate import Products
+from eggroll_llm.es.estimate import Products, marking_the_last
 from eggroll_llm.kernels.binding import check_array, check_format
 from eggroll_llm.kernels.rounding import rounded
 
@@ -45,8 +45,8 @@ def fold_triton(to_OI: Tensor, products: Products, served_OI: Tensor | None) -> 
     if served_OI is not None:
         check_format("the served weight", served_OI)
         check_array("the served weight", served_OI, (out, inside), served_OI.dtype, device)
-    for n, (columns_A, columns_B) in enumerate(products):
-        serves = served_OI is not None and n == len(products) - 1
+    for columns_A, columns_B, last in marking_the_last(products):
+        serves = served_OI is not None and last
         columns_A, columns_B = columns_A.contiguous(), columns_B.contiguous()
         check_array("columns of A", columns_A, (len(columns_A), out), torch.float32, device)
         check_array("columns of B", columns_B, (len(columns_A), inside), torch.float32, device)

@@ -1,29 +1,30 @@
 """The record from which a run can be rebuilt: one line per update, on disk before the update is applied.
 
 Replay rebuilds the weights from base model, configuration and journal, without sampling. A line holds the
-fitness of every member, exactly: float32 values as decimals that read back to the same bits.
+fitness of every member, exactly: float32 values that read back to the same bits (`packed`).
 Every line ends in the CRC-32 of the rest of it, and steps are consecutive from 1, so that a lost, repeated or
 changed line is noticed. A last line that does not check out is what a crash left of an update that was never applied:
-it is dropped and reported.
+it is dropped and reported. Updates are read when they are looked at, one at a time.
 
 Raises `JournalError`, naming file and line, for a journal that is damaged elsewhere or belongs to another run.
 """
 
 import json
-import math
 import os
-import struct
 import zlib
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, BinaryIO, Self, overload
 
 from eggroll_llm.errors import JournalError
+from eggroll_llm.records.packed import pack, unpack
 from eggroll_llm.system.files import describe_failure, fsync_directory
 from eggroll_llm.system.jsonl import parse_json
 
-FORMAT = 1
+FORMAT = 2
+_READS = (1, 2)  # 1 has no packed fitness
 _CRC_LENGTH = len(b',"crc":"00000000"}')
 
 
@@ -65,10 +66,40 @@ class JournalEntry:
     """Checksum of the weights before this update; empty when none was taken."""
 
 
-_HEADER_KEYS = set(JournalHeader.__dataclass_fields__)
-_ENTRY_KEYS = set(JournalEntry.__dataclass_fields__)
-_LISTS = {"fitness", "dropped", "tied"}
+_HEADER_KEYS = JournalHeader.__dataclass_fields__.keys()
+_ENTRY_KEYS = JournalEntry.__dataclass_fields__.keys()
+_LISTS = ("dropped", "tied")
 _TOO_LARGE = 2.0**128  # for float32
+
+
+class Entries(Sequence[JournalEntry]):
+    """Updates of a journal in order, each read from its file when it is looked at.
+
+    All fitness of a run with a large population would not fit into memory. The file must stay as it was read.
+    """
+
+    def __init__(self, path: Path, line_ends: Sequence[int], steps: range) -> None:
+        """Take the byte position after each line, header included, and which steps these are."""
+        self._path, self._line_ends, self._steps = path, line_ends, steps
+
+    def __len__(self) -> int:
+        return len(self._steps)
+
+    @overload
+    def __getitem__(self, at: int) -> JournalEntry: ...
+    @overload
+    def __getitem__(self, at: slice) -> "Entries": ...
+    def __getitem__(self, at: int | slice) -> "JournalEntry | Entries":
+        if isinstance(at, slice):
+            return Entries(self._path, self._line_ends, self._steps[at])
+        step = self._steps[at]
+        start, end = self._line_ends[step - 1 : step + 1]
+        with self._path.open("rb") as file:
+            file.seek(start)
+            fields, problem = _decode(file.read(end - start))
+        if problem:
+            raise JournalError(f"{self._path}:{step + 1}: {problem}: the file has changed since it was opened")
+        return _parse_entry(self._path, step + 1, fields, expected_step=step)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -77,7 +108,7 @@ class JournalContents:
 
     header: JournalHeader | None
     """None when a crash came before the header was complete."""
-    entries: tuple[JournalEntry, ...]
+    entries: Entries
     """Updates in order, steps 1, 2, 3..."""
     dropped_tail: str
     """What was wrong with a dropped last line; empty when nothing was dropped."""
@@ -110,7 +141,7 @@ class Journal(AbstractContextManager["Journal"]):
             fsync_directory(path.parent)
             contents = read_journal(path)
             if contents.header is not None:
-                _check_same_run(path, contents.header, header)
+                check_same_run(path, contents.header, header)
             journal = cls(path, contents)
         except OSError as error:
             raise JournalError(describe_failure(path, error, "the journal")) from error
@@ -137,10 +168,7 @@ class Journal(AbstractContextManager["Journal"]):
         """
         if entry.step != self.last_step + 1:
             raise ValueError(f"step {entry.step} cannot follow step {self.last_step}")
-        for value in entry.fitness:
-            if not math.isfinite(value) or struct.unpack("f", struct.pack("f", value))[0] != value:
-                raise ValueError(f"fitness {value!r} is not a finite float32")
-        fields = asdict(entry)
+        fields = {key: getattr(entry, key) for key in _ENTRY_KEYS} | {"fitness": pack(entry.fitness)}
         if not entry.tied:
             del fields["tied"]
         self._write(fields)
@@ -191,36 +219,37 @@ def read_journal(path: Path) -> JournalContents:
     Raises:
         JournalError: no such file, or damage before the last line.
     """
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise JournalError(f"{path}: cannot be read ({error.strerror}). Name a run directory with a journal.") from None
-    lines = _split(data)
     header: JournalHeader | None = None
-    entries: list[JournalEntry] = []
     line_ends: list[int] = []
     tail, end = "", 0
-    for number, line in enumerate(lines, start=1):
-        fields, problem = _decode(line)
-        if problem and number == len(lines):
-            tail = f"{path}:{number}: last line dropped, {problem}; its update is done again"
-            break
-        if problem:
-            raise JournalError(f"{path}:{number}: {problem}. {_remedy(number)}")
-        if number == 1:
-            header = _parse_header(path, fields)
-        else:
-            entries.append(_parse_entry(path, number, fields, expected_step=number - 1))
-        end += len(line)
-        line_ends.append(end)
-    return JournalContents(header=header, entries=tuple(entries), dropped_tail=tail, line_ends=tuple(line_ends))
+    try:
+        with path.open("rb") as file:
+            for number, (line, last) in enumerate(_lines(file), start=1):
+                fields, problem = _decode(line)
+                if problem and last:
+                    tail = f"{path}:{number}: last line dropped, {problem}; its update is done again"
+                    break
+                if problem:
+                    raise JournalError(f"{path}:{number}: {problem}. {_remedy(number)}")
+                if number == 1:
+                    header = _parse_header(path, fields)
+                else:
+                    _parse_entry(path, number, fields, expected_step=number - 1)
+                end += len(line)
+                line_ends.append(end)
+    except OSError as error:
+        raise JournalError(f"{path}: cannot be read ({error.strerror}). Name a run directory with a journal.") from None
+    entries = Entries(path, line_ends, range(1, len(line_ends)))
+    return JournalContents(header=header, entries=entries, dropped_tail=tail, line_ends=tuple(line_ends))
 
 
-def _split(data: bytes) -> list[bytes]:
-    """Return lines with their newline; unlike `splitlines`, nothing but a newline ends one."""
-    lines = [line + b"\n" for line in data.split(b"\n")]
-    lines[-1] = lines[-1][:-1]
-    return lines if lines[-1] else lines[:-1]
+def _lines(file: BinaryIO) -> Iterator[tuple[bytes, bool]]:
+    """Yield lines with their newline, nothing but which ends one, and whether it is the last."""
+    line = file.readline()
+    while line:
+        following = file.readline()
+        yield line, not following
+        line = following
 
 
 def _encode(fields: dict[str, Any]) -> bytes:
@@ -246,9 +275,9 @@ def _decode(line: bytes) -> tuple[dict[str, Any], str]:
 def _parse_header(path: Path, fields: dict[str, Any]) -> JournalHeader:
     if "frozen_hash" not in fields:
         raise JournalError(f"{path}:1: the header line is missing. Restore the file from a backup.")
-    if fields.get("format") != FORMAT:
+    if fields.get("format") not in _READS:
         raise JournalError(
-            f"{path}:1: journal format {fields.get('format')!r:.40}, but this version reads format {FORMAT}. "
+            f"{path}:1: journal format {fields.get('format')!r:.40}, but this version reads {_READS[0]} to {FORMAT}. "
             "Use the version that wrote it."
         )
     texts = {"train": "", "held_out": "", "task_file": ""} | {
@@ -260,7 +289,8 @@ def _parse_header(path: Path, fields: dict[str, Any]) -> JournalHeader:
 
 
 def _parse_entry(path: Path, number: int, fields: dict[str, Any], *, expected_step: int) -> JournalEntry:
-    if not _is_update(fields):
+    fitness = unpack(fields.get("fitness"))
+    if fitness is None or not _is_update(fields):
         raise JournalError(f"{path}:{number}: is not an update. {_remedy(number)}")
     step = fields["step"]
     if step != expected_step:
@@ -268,7 +298,8 @@ def _parse_entry(path: Path, number: int, fields: dict[str, Any], *, expected_st
         raise JournalError(
             f"{path}:{number}: step {step} where step {expected_step} belongs: {problem}. {_remedy(number)}"
         )
-    return JournalEntry(**fields | {key: tuple(fields[key]) for key in fields.keys() & _LISTS})
+    lists = {key: tuple(fields[key]) for key in _LISTS if key in fields}
+    return JournalEntry(**fields | lists | {"fitness": fitness})
 
 
 def _remedy(number: int) -> str:
@@ -282,11 +313,11 @@ def _remedy(number: int) -> str:
 
 
 def _is_update(fields: dict[str, Any]) -> bool:
-    """Return whether the fields and their types are those of an entry; a correct CRC does not prove that."""
+    """Return whether fields and types other than fitness are those of an entry; a correct CRC does not prove that."""
     entry = {"checksum": "", "tied": []} | fields
     if entry.keys() != _ENTRY_KEYS or not all(isinstance(entry[key], list) for key in _LISTS):
         return False
-    numbers = [entry["sigma"], entry["learning_rate"], *entry["fitness"]]
+    numbers = [entry["sigma"], entry["learning_rate"]]
     return (
         all(type(number) in (int, float) and abs(number) < _TOO_LARGE for number in numbers)
         and all(type(count) is int for count in (entry["step"], entry["noise_step"], *entry["dropped"], *entry["tied"]))
@@ -294,16 +325,17 @@ def _is_update(fields: dict[str, Any]) -> bool:
     )
 
 
-def _check_same_run(path: Path, found: JournalHeader, header: JournalHeader) -> None:
+def check_same_run(path: Path, found: JournalHeader, header: JournalHeader) -> None:
+    """Raise JournalError unless the header that was found is of the run of the other."""
     if found.base_model != header.base_model:
         raise JournalError(
             f"{path}:1: the run's base model is {found.base_model}, now it is {header.base_model}. "
-            "Restore that model, or start a new run directory."
+            "Restore that model, or start a new run."
         )
     if found.frozen_hash != header.frozen_hash:
         raise JournalError(
             f"{path}:1: the run has other settings (hash {found.frozen_hash[:12]}, now "
-            f"{header.frozen_hash[:12]}). Compare the recipe with config.toml, or start a new run directory."
+            f"{header.frozen_hash[:12]}). Restore those that it began with, or start a new run."
         )
     splits = {"to train on": (found.train, header.train), "to evaluate on": (found.held_out, header.held_out)}
     if changed := [split for split, (before, now) in splits.items() if before and now and before != now]:

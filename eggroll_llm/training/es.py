@@ -38,10 +38,11 @@ from eggroll_llm.es.fitness import Fitness, shape_fitness, shape_twins
 from eggroll_llm.es.likelihood import candidates, divergence, returns
 from eggroll_llm.es.plan import StepPlan
 from eggroll_llm.records.drawn import Drawn
+from eggroll_llm.records.updates import CHECKSUM_EVERY, journal_entry
 from eggroll_llm.tasks.order import SkippingOrder
 from eggroll_llm.training.evaluation import Evaluation
 from eggroll_llm.training.harness import Harness
-from eggroll_llm.training.plan import journal_entry, plan_of
+from eggroll_llm.training.plan import plan_of
 from eggroll_llm.training.recorder import Metrics, reward_metrics, sampling_metrics
 from eggroll_llm.training.scorer import ScoredRollout, rewards_of
 
@@ -56,7 +57,6 @@ NOTHING_SAMPLED = {
     "rewards/failed": 0,
 }
 """What the row says of a step that learns from answers of an earlier one."""
-CHECKSUM_EVERY = 10  # steps between checksums of the weights in the journal
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

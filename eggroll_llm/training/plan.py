@@ -1,10 +1,9 @@
-"""Configuration and fitness -> update -> journal entry, and back: training, resuming and replay share it."""
-
-import dataclasses
+"""Configuration -> plan of a step, and with a journal entry its update: training, resuming and replay share it."""
 
 from eggroll_llm.config.schema import RunConfig
 from eggroll_llm.es.estimate import UpdateSpec
 from eggroll_llm.es.plan import StepPlan, plan_step
+from eggroll_llm.records import updates
 from eggroll_llm.records.journal import JournalEntry
 
 
@@ -18,31 +17,6 @@ def members_that_answer(config: RunConfig) -> int:
     return config.es.population if config.members_answer else 1
 
 
-def journal_entry(
-    update: UpdateSpec, *, dropped: tuple[int, ...], tied: tuple[int, ...] = (), checksum: str
-) -> JournalEntry:
-    """Return what the journal records of an update."""
-    return JournalEntry(
-        step=update.step,
-        noise_step=update.noise_step,
-        fitness=update.fitness_M,
-        sigma=update.sigma,
-        learning_rate=update.learning_rate,
-        dropped=dropped,
-        tied=tied,
-        checksum=checksum,
-    )
-
-
 def recorded_update(config: RunConfig, entry: JournalEntry) -> UpdateSpec:
-    """Return the update that a journal entry records.
-
-    Sigma and learning rate are the entry's, because the schedule may have another number of steps by now.
-    """
-    recorded = dataclasses.replace(
-        plan_of(config, entry.step),
-        noise_step=entry.noise_step,
-        sigma=entry.sigma,
-        learning_rate=entry.learning_rate,
-    )
-    return UpdateSpec.of(recorded, entry.fitness)
+    """Return the update that a journal entry of a run records."""
+    return updates.recorded_update(plan_of(config, entry.step), entry)

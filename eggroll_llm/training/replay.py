@@ -19,7 +19,8 @@ from eggroll_llm.kernels.noise import served_factors_of
 from eggroll_llm.models.export import export_model
 from eggroll_llm.models.files import model_identity, weight_files
 from eggroll_llm.models.targets import trained_parameters
-from eggroll_llm.records.journal import JournalContents, JournalEntry, read_journal
+from eggroll_llm.records.journal import JournalContents, read_journal
+from eggroll_llm.records.updates import check_weights
 from eggroll_llm.system.hardware import resolve_dtype, serves_on_cpu
 from eggroll_llm.training.plan import recorded_update
 
@@ -55,16 +56,6 @@ def replay(
     served = {name: masters.served(name).cpu() for name in weights}
     export_model(base_dir, directory, served, dtype)
     return masters.checksum()
-
-
-def check_weights(journal_path: Path, entry: JournalEntry, checksum: Callable[[], str]) -> None:
-    """Raise JournalError when the journal records other weights before a step than there are now."""
-    if entry.checksum and (found := checksum()) != entry.checksum:
-        raise JournalError(
-            f"{journal_path}: before step {entry.step} the weights had checksum {entry.checksum}, but the replay gives "
-            f"{found}: replay on a machine like the one that trained, with the same torch and number of threads, and a "
-            "C++ compiler only if training used one"
-        )
 
 
 def check_base(journal: JournalContents, journal_path: Path, base_dir: Path) -> None:

@@ -11,6 +11,7 @@ from eggroll_llm.es.estimate import UpdateSpec
 from eggroll_llm.records.checkpoint import Checkpoint, list_checkpoints, load_training_state, newest_valid, remove_after
 from eggroll_llm.records.journal import Journal, JournalHeader
 from eggroll_llm.records.run_dir import RunDir
+from eggroll_llm.records.updates import check_weights
 from eggroll_llm.training.harness import Display
 
 
@@ -57,7 +58,6 @@ def restore(engine: Engine, config: RunConfig, run: RunDir, journal: Journal, di
         JournalError: replaying gives weights other than those recorded.
     """
     from eggroll_llm.training.plan import recorded_update
-    from eggroll_llm.training.replay import check_weights
 
     if not journal.last_step:
         return None

@@ -12,7 +12,7 @@ from eggroll_llm.es.masters import MasterWeights
 from eggroll_llm.es.settings import EsSettings
 from eggroll_llm.es.storage import HostMemory, join, split
 
-SHAPES = {"a.weight": (24, 40), "b.weight": (40, 24), "c.weight": (7, 5)}
+SHAPES: dict[str, tuple[int, ...]] = {"a.weight": (24, 40), "b.weight": (40, 24), "c.weight": (7, 5), "c.bias": (7,)}
 KINDS = [(kind, offload) for kind in ("float32", "split") for offload in (False, True)]
 
 

@@ -6,6 +6,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from live_memory import LiveMemory
 
 from eggroll_llm.es.estimate import (
     LARGEST_GRADIENT,
@@ -16,12 +17,12 @@ from eggroll_llm.es.estimate import (
     pair_coefficients,
 )
 from eggroll_llm.es.masters import MasterWeights
-from eggroll_llm.es.noise import served_factors, served_factors_of
+from eggroll_llm.es.noise import served_factors, served_factors_of, shape_of
 from eggroll_llm.es.settings import EsSettings
 
 NAME = "model.layers.0.mlp.up_proj.weight"
 SHAPE = (24, 40)
-SHAPES = {NAME: SHAPE, "b.weight": (40, 24), "c.weight": (24, 40), "d.weight": (7, 5)}
+SHAPES = {NAME: SHAPE, "b.weight": (40, 24), "c.weight": (24, 40), "d.weight": (7, 5), "d.bias": (9,)}
 METHODS = ["sgd", "momentum", "adam"]
 
 
@@ -50,13 +51,14 @@ def masters(method: str = "sgd", dtype: torch.dtype = torch.bfloat16, **changes)
     return MasterWeights(weights(), EsSettings(optimizer=method, **changes), dtype)
 
 
-def dense_estimate(name: str, shape: tuple[int, int], update: UpdateSpec, dtype: torch.dtype) -> torch.Tensor:
+def dense_estimate(name: str, shape: tuple[int, ...], update: UpdateSpec, dtype: torch.dtype) -> torch.Tensor:
     """The definition: each member's dense perturbation, weighted with its fitness and sign, in float64."""
     total = torch.zeros(shape, dtype=torch.float64)
     for member, fitness in enumerate(update.fitness_M):
         pair, sign = (member // 2, 1 - 2 * (member % 2)) if update.antithetic else (member, 1)
-        A_KOR, B_KIR = served_factors(update.noise, torch.tensor([pair]), name, *shape, dtype, "cpu")
-        total += fitness * sign * (A_KOR[0].double() @ B_KIR[0].double().T) / update.sigma
+        A_KOR, B_KIR = served_factors(update.noise, torch.tensor([pair]), *shape_of(name, shape), dtype, "cpu")
+        B_IR = B_KIR[0].double() if len(shape) == 2 else torch.ones(1, update.rank, dtype=torch.float64)
+        total += fitness * sign * (A_KOR[0].double() @ B_IR.T).view(shape) / update.sigma
     if update.scale == "literature":
         return total / math.sqrt(len(update.fitness_M))
     return total / pair_coefficients(update.fitness_M, update.antithetic).norm()
@@ -73,15 +75,16 @@ def test_pair_coefficients_by_hand():
 @pytest.mark.parametrize("scale", ["rms", "literature"])
 @pytest.mark.parametrize("antithetic", [True, False])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_update_from_factors_equals_the_dense_sum_over_members(rank, scale, antithetic, dtype):
+@pytest.mark.parametrize("shape", [SHAPE, (50,)])
+def test_update_from_factors_equals_the_dense_sum_over_members(rank, scale, antithetic, dtype, shape):
     update = spec(rank=rank, scale=scale, antithetic=antithetic)
-    dense = dense_estimate(NAME, SHAPE, update, dtype)
-    dW_OI = estimate(NAME, SHAPE, update, dtype)
-    assert dW_OI.dtype == torch.float32
+    dense = dense_estimate(NAME, shape, update, dtype)
+    found = estimate(NAME, shape, update, dtype)
+    assert found.dtype == torch.float32
     # 16 terms of size about 1 in float32: errors are a few 1e-7. Another step's noise is not even close.
-    assert (dW_OI - dense).abs().max() < 3e-6
-    other = dense_estimate(NAME, SHAPE, replace(update, noise_step=6), dtype)
-    assert (dW_OI - other).abs().max() > 0.5
+    assert (found - dense).abs().max() < 3e-6
+    other = dense_estimate(NAME, shape, replace(update, noise_step=6), dtype)
+    assert (found - other).abs().max() > 0.5
 
 
 def test_only_the_noise_step_matters_for_the_noise():
@@ -154,15 +157,17 @@ def test_rms_of_a_step_is_the_learning_rate(rank, population, sigma, antithetic)
     # The entries of E have variance 1. Three matrices of 256 x 256 with at least one pair of rank one: the
     # mean square averages 6 * 256 squared normals, standard error sqrt(2 * 2 / (3 * 256)) = 0.07 of it, 0.036
     # of its root.
-    base = {f"{i}.weight": torch.zeros(256, 256) for i in range(3)}
+    # A vector's entries are independent.
+    base = {f"{i}.weight": torch.zeros(256, 256) for i in range(3)} | {"bias": torch.zeros(768)}
     master = MasterWeights(base, EsSettings(), torch.float32)
     update = spec(population, rank=rank, sigma=sigma, antithetic=antithetic, learning_rate=2e-3)
     report = master.apply(update)
     assert abs(report.rms / 2e-3 - 1) < 0.12
     assert report.finite
-    change = torch.stack([master.served(name) for name in base])
+    change = torch.cat([master.served(name).flatten() for name in base])
     assert abs(float(change.square().mean().sqrt()) / 2e-3 - 1) < 0.12
     assert abs(float(change.square().mean().sqrt()) / report.rms - 1) < 1e-6  # so few rows are all measured
+    assert abs(float(master.served("bias").square().mean().sqrt()) / 2e-3 - 1) < 0.12
 
 
 def test_literature_scale_is_the_published_formula_and_between_0_and_root_2():
@@ -451,11 +456,27 @@ def test_impossible_weights_are_refused():
     settings = EsSettings()
     for given, dtype, message in (
         ({}, torch.bfloat16, "no weights"),
-        ({"a": torch.zeros(3)}, torch.bfloat16, "'a' of shape"),
-        ({"a": torch.full((2, 2), math.nan)}, torch.bfloat16, "finite matrix"),
+        ({"a": torch.zeros(3, 2, 2)}, torch.bfloat16, "'a' of shape"),
+        ({"a": torch.full((2, 2), math.nan)}, torch.bfloat16, "finite matrix or vector"),
         ({"a": torch.zeros(2, 2)}, torch.float16, "float16"),
     ):
         with pytest.raises(ValueError, match=message):
             MasterWeights(given, settings, dtype)
     with pytest.raises(ValueError, match="'median': must be one of rms, literature"):
         estimate(NAME, SHAPE, spec(scale="median"), torch.bfloat16)
+
+
+def test_an_update_needs_no_more_memory_for_a_larger_population():
+    def ones(noise, pairs_K, shapes, dtype, device):
+        return {name: (torch.ones(len(pairs_K), o, 1), torch.ones(len(pairs_K), i, 1)) for name, o, i in shapes}
+
+    peaks = []
+    for population in (1 << 16, 1 << 18):
+        master = MasterWeights({"a": torch.zeros(64, 448), "b": torch.zeros(448, 64)}, EsSettings(), torch.float32)
+        update = spec(fitness_M=(1.0, -1.0) * (population // 2))
+        with LiveMemory() as memory:
+            master.apply(update, ones)
+        peaks.append(memory.peak)
+        assert torch.allclose(master.served("a"), torch.tensor(0.1 * (population / 2) ** 0.5), rtol=1e-4)
+    # A few numbers a pair are its coefficient and number; its factors would be 512, of 4 bytes each.
+    assert peaks[1] - peaks[0] < 64 * (3 << 15)

@@ -15,7 +15,7 @@ from eggroll_llm.kernels import build, member_term
 from eggroll_llm.kernels import noise as rows
 from eggroll_llm.system.hardware import cxx_compiler
 
-SHAPES = [("a.weight", 37, 101), ("b.weight", 37, 101), ("c.weight", 64, 128)]
+SHAPES = [("a.weight", 37, 101), ("b.weight", 37, 101), ("c.weight", 64, 128), ("c.bias", 37, 0)]
 
 
 @pytest.fixture

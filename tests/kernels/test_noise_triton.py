@@ -11,7 +11,7 @@ from eggroll_llm.es.noise import NoiseSpec, served_factors_of
 from eggroll_llm.kernels import noise as rows
 from eggroll_llm.kernels.rounding import DEVICE
 
-SHAPES = (("a.weight", 37, 101), ("b.weight", 37, 101), ("c.weight", 64, 1100))
+SHAPES = (("a.weight", 37, 101), ("b.weight", 37, 101), ("c.weight", 64, 1100), ("c.bias", 37, 0))
 PAIRS = torch.tensor([0, 5, 2**32 - 1, 9])
 
 

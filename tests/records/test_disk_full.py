@@ -25,7 +25,8 @@ from eggroll_llm.models.files import check_model, model_identity
 from eggroll_llm.records.checkpoint import verify_checkpoint
 from eggroll_llm.records.journal import Journal, JournalHeader
 from eggroll_llm.records.run_dir import RunDir
-from eggroll_llm.training.plan import journal_entry, plan_of
+from eggroll_llm.records.updates import journal_entry
+from eggroll_llm.training.plan import plan_of
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "tests" / "support" / "small_disk.py"

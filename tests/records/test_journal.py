@@ -2,10 +2,12 @@
 
 import dataclasses
 import errno
+import itertools
 import json
 import os
 import random
 import struct
+import tracemalloc
 import zlib
 from pathlib import Path
 
@@ -52,18 +54,19 @@ def test_everything_reads_back_as_written(tmp_path: Path) -> None:
         ),
     )
     with Journal.open(file, HEADER) as journal:
-        assert (journal.last_step, journal.entries, journal.dropped_tail) == (0, (), "")
+        assert (journal.last_step, len(journal.entries), journal.dropped_tail) == (0, 0, "")
         for item in entries:
             journal.append(item)
         assert journal.last_step == 2
     contents = read_journal(file)
-    assert (contents.header, contents.entries, contents.dropped_tail) == (HEADER, entries, "")
+    assert (contents.header, tuple(contents.entries), contents.dropped_tail) == (HEADER, entries, "")
     assert contents.line_ends[-1] == file.stat().st_size
 
 
-def test_fitness_keeps_every_bit_of_float32(tmp_path: Path) -> None:
+@pytest.mark.parametrize("count", [20, 2000])
+def test_fitness_keeps_every_bit_of_float32(tmp_path: Path, count: int) -> None:
     generator = random.Random(0)
-    patterns = [generator.getrandbits(32) for _ in range(2000)]
+    patterns = [generator.getrandbits(32) for _ in range(count)]
     patterns += [0x00000000, 0x80000000, 0x00000001, 0x807FFFFF, 0x7F7FFFFF, 0x3DCCCCCD]
     finite = [p for p in patterns if (p >> 23) & 0xFF != 0xFF]
     values = tuple(struct.unpack("f", struct.pack("I", pattern))[0] for pattern in finite)
@@ -72,6 +75,61 @@ def test_fitness_keeps_every_bit_of_float32(tmp_path: Path) -> None:
         journal.append(entry(1, *values))
     read = read_journal(file).entries[0].fitness
     assert [struct.unpack("I", struct.pack("f", value))[0] for value in read] == finite
+    assert file.read_text().count("float32") == (count > 1024)
+
+
+SIGNS = [(1.0, -1.0), (-1.0, 1.0), (0.0, -0.0), (0.0, 0.0)]
+
+
+def test_a_line_of_262144_members_is_small_and_exact(tmp_path: Path) -> None:
+    file, generator = tmp_path / "journal.jsonl", random.Random(0)
+    signs = tuple(value for _ in range(1 << 17) for value in generator.choice(SIGNS))
+    others = tuple(float32(generator.gauss(0, 1)) for _ in range(1 << 18))
+    uneven = (*signs[:2002], 0.5, -0.5, *signs[:2])
+    with Journal.open(file, HEADER) as journal:
+        for step, fitness in enumerate((signs, others, uneven, signs[:2046]), start=1):
+            journal.append(entry(step, *fitness))
+    contents = read_journal(file)
+    sizes = [end - start for start, end in itertools.pairwise(contents.line_ends)]
+    assert sizes[0] < 50_000
+    assert sizes[1] < 1_500_000
+    for item, fitness in zip(contents.entries, (signs, others, uneven, signs[:2046]), strict=True):
+        assert struct.pack(f"{len(fitness)}f", *item.fitness) == struct.pack(f"{len(fitness)}f", *fitness)
+
+
+def test_updates_are_read_one_at_a_time(tmp_path: Path) -> None:
+    """The memory to go through a journal is that of a few lines, however many there are."""
+    file = tmp_path / "journal.jsonl"
+    peaks = []
+    with Journal.open(file, HEADER) as journal:
+        for steps in (4, 40):
+            for step in range(journal.last_step + 1, steps + 1):
+                journal.append(entry(step, *(float(member) for member in range(4000))))
+            tracemalloc.start()
+            assert sum(len(item.fitness) for item in read_journal(file).entries[1:]) == 4000 * (steps - 1)
+            peaks.append(tracemalloc.get_traced_memory()[1])
+            tracemalloc.stop()
+    assert peaks[1] < peaks[0] + 4000 * 8
+
+
+def test_a_journal_that_changes_under_its_reader_is_noticed(path: Path) -> None:
+    entries = read_journal(path).entries
+    assert [item.step for item in entries[1:]] == [2, 3]
+    path.write_bytes(path.read_bytes().replace(b"0.012", b"0.013"))
+    with pytest.raises(JournalError, match=r"journal\.jsonl:4: damaged line .* has changed since it was opened"):
+        _ = entries[-1]
+
+
+def test_a_journal_of_format_1_goes_on(path: Path) -> None:
+    header, rest = path.read_bytes().split(b"\n", 1)
+    fields = json.loads(header)
+    del fields["crc"]
+    path.write_bytes(sealed(json.dumps(fields | {"format": 1}, separators=(",", ":"))) + rest)
+    before = path.read_bytes()
+    with Journal.open(path, HEADER) as journal:
+        journal.append(entry(4, *[1.0, -1.0] * 1000))
+    assert path.read_bytes().startswith(before)
+    assert [len(item.fitness) for item in read_journal(path).entries] == [2, 2, 2, 2000]
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 0.1])
@@ -224,9 +282,9 @@ def test_journal_of_another_format_is_refused(path: Path) -> None:
     from eggroll_llm.records.journal import _encode
 
     del fields["crc"]
-    path.write_bytes(_encode({**fields, "format": 2}))
+    path.write_bytes(_encode({**fields, "format": 3}))
     path.write_bytes(path.read_bytes() + data.splitlines(keepends=True)[1])
-    with pytest.raises(JournalError, match="journal format 2, but this version reads format 1"):
+    with pytest.raises(JournalError, match="journal format 3, but this version reads 1 to 2"):
         read_journal(path)
 
 
@@ -258,6 +316,14 @@ def test_a_line_of_another_program_is_an_update_if_it_says_one(path: Path) -> No
         ("[0.5,-1]", "[1e39]"),
         ("[0.5,-1]", f"[1{'0' * 400}]"),
         ("[0.5,-1]", "[null]"),
+        ("[0.5,-1]", '{"float32":"AAAA"}'),
+        ("[0.5,-1]", '{"float32":"AACAfw=="}'),  # infinity
+        ("[0.5,-1]", '{"float32":"AAAAAA=="}, "more":1'),
+        ("[0.5,-1]", '{"float32":"?"}'),
+        ("[0.5,-1]", '{"float32":1}'),
+        ("[0.5,-1]", '{"signs":"AA==","pairs":5}'),
+        ("[0.5,-1]", '{"signs":"AA==","pairs":1.0}'),
+        ("[0.5,-1]", '{"signs":"AA=="}'),
         ("[2]", "[2.0]"),
         ("[2]", '{"2": 1}'),
         ('"sigma":1', '"sigma":Infinity'),
@@ -280,7 +346,7 @@ def test_a_line_of_another_program_that_is_no_update_is_refused(path: Path, old:
 @pytest.mark.parametrize(
     ("header", "said"),
     [
-        ('{"frozen_hash":"a"}', "journal format None, but this version reads format 1"),
+        ('{"frozen_hash":"a"}', "journal format None, but this version reads 1 to 2"),
         ('{"format":1,"frozen_hash":"a"}', "is not the header of a journal"),
         ('{"format":1,"frozen_hash":"a","base_model":3}', "is not the header of a journal"),
         ('{"format":1,"frozen_hash":"a","base_model":"b","more":""}', "is not the header of a journal"),

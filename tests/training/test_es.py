@@ -410,7 +410,7 @@ def test_an_update_that_is_too_large_is_refused_before_it_is_recorded(
     monkeypatch.setattr("eggroll_llm.es.estimate.LARGEST_LEARNING_RATE", 1.0)
     with pytest.raises(TrainingError, match=r"update of step 1 not applied: learning_rate is 2, .*lower es\."):
         bench.train("run", es=dataclasses.replace(CONFIG.es, learning_rate=2.0))
-    assert read_journal(bench.folder / "run" / "journal.jsonl").entries == ()
+    assert not read_journal(bench.folder / "run" / "journal.jsonl").entries
     assert bench.engine.seen == []
     assert bench.engine.closed
 
@@ -585,7 +585,7 @@ def test_half_of_the_members_may_be_dropped_and_no_more(bench: Bench) -> None:
     )
     with pytest.raises(TaskError, match=said):
         bench.train("more", task=NotFinite(0, 3, 4), steps=1)
-    assert read_journal(bench.folder / "more" / "journal.jsonl").entries == ()
+    assert not read_journal(bench.folder / "more" / "journal.jsonl").entries
     assert bench.engine.checksum() == before
 
 
@@ -596,7 +596,7 @@ def test_a_grader_that_always_fails_stops_the_run_with_its_traceback(bench: Benc
 
     with pytest.raises(TaskError, match=r"failed on all 24 completions .*(?s:.)*KeyError: 'no_such_column'"):
         bench.train("run", task=Broken())
-    assert read_journal(bench.folder / "run" / "journal.jsonl").entries == ()
+    assert not read_journal(bench.folder / "run" / "journal.jsonl").entries
 
 
 def test_the_minutes_end_the_run_and_evaluation_does_not_count(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:

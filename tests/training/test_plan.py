@@ -8,7 +8,8 @@ from eggroll_llm.config.schema import RunConfig
 from eggroll_llm.es.estimate import UpdateSpec
 from eggroll_llm.es.settings import EsSettings
 from eggroll_llm.records.journal import JournalEntry
-from eggroll_llm.training.plan import journal_entry, plan_of, recorded_update
+from eggroll_llm.records.updates import journal_entry
+from eggroll_llm.training.plan import plan_of, recorded_update
 
 FITNESS = tuple(torch.tensor([0.1, -1.0, 0.0, 0.0]).tolist())
 

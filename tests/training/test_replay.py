@@ -19,7 +19,8 @@ from eggroll_llm.es.settings import EsSettings
 from eggroll_llm.models.files import model_identity
 from eggroll_llm.models.targets import trained_parameters
 from eggroll_llm.records.journal import Journal, JournalHeader
-from eggroll_llm.training.plan import journal_entry, plan_of
+from eggroll_llm.records.updates import journal_entry
+from eggroll_llm.training.plan import plan_of
 from eggroll_llm.training.replay import load_trained, replay
 
 STEPS = 4

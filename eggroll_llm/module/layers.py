@@ -1,0 +1,103 @@
+"""Which parameters of a torch module are trained, and which modules cannot be.
+
+Every parameter that wants a gradient is trained, and all of them must belong to layers whose members' forward passes
+are known (`members.FORWARD`): a parameter that is perturbed in silence nowhere would only be moved by noise.
+"""
+
+from collections import defaultdict
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from eggroll_llm.errors import ModelError
+from eggroll_llm.es.masters import SERVED_DTYPES
+from eggroll_llm.module.members import FORWARD, Layer
+
+_REMEDY = (
+    f"Build the module of {', '.join(f'nn.{kind.__name__}' for kind in FORWARD)}, or freeze what need not be trained "
+    "with requires_grad_(False)"
+)
+
+
+def find_layers(module: nn.Module) -> list[Layer]:
+    """Return the layers with trained parameters, in the module's order.
+
+    Raises ModelError when there are none, when a trained parameter is of another kind of layer or shared, when they
+    differ in format or device or are neither float32 nor bfloat16, and when a layer lets one row change another.
+    """
+    layers = []
+    for name, layer in module.named_modules():
+        if isinstance(layer, _BatchNorm):
+            raise ModelError(
+                f"layer {name!r} is {type(layer).__name__}: its statistics of a batch would mix the members. Use "
+                "nn.LayerNorm"
+            )
+        # Of exactly this type, and its own: what a subclass computes is not known.
+        computed = type(layer) in FORWARD and "forward" not in vars(layer)
+        own = {
+            attribute: f"{name}.{attribute}" if name else attribute
+            for attribute, parameter in layer.named_parameters(recurse=False)
+            if computed and parameter.requires_grad and attribute in ("weight", "bias")
+        }
+        if isinstance(layer, nn.Embedding) and own and (layer.max_norm is not None or layer.padding_idx is not None):
+            raise ModelError(
+                f"layer {name!r} has max_norm or padding_idx: its forward pass would change weights, or its training "
+                "the padding. Build it without"
+            )
+        if own:
+            layers.append(Layer(name=name, module=layer, trained=own))
+    _check_parameters(module, {name for layer in layers for name in layer.trained.values()})
+    return layers
+
+
+def _check_parameters(module: nn.Module, known: set[str]) -> None:
+    parameters = dict(module.named_parameters(remove_duplicate=False))
+    trained = {name: parameter for name, parameter in parameters.items() if parameter.requires_grad}
+    if not trained:
+        raise ModelError(f"{type(module).__name__} has no parameters to perturb: all are frozen, or there are none")
+    names_at = defaultdict(list)
+    for name, parameter in parameters.items():
+        if not isinstance(parameter, nn.parameter.UninitializedParameter):
+            names_at[parameter.data_ptr()].append(name)
+    for names in names_at.values():
+        if len(names) > 1 and trained.keys() & names:
+            raise ModelError(
+                f"parameters {' and '.join(map(repr, names))} are one and the same: members' noise is by name. Give "
+                "each its own, or freeze them with requires_grad_(False)"
+            )
+    if unknown := [name for name in trained if name not in known]:
+        raise ModelError(f"parameter {unknown[0]!r} is of a kind of layer that members cannot compute. {_REMEDY}")
+    first_name, first = next(iter(trained.items()))
+    if first.dtype not in SERVED_DTYPES:
+        raise ModelError(f"parameter {first_name!r} is {first.dtype}: convert the module with .float() or .bfloat16()")
+    for name, parameter in trained.items():
+        if (parameter.dtype, parameter.device) != (first.dtype, first.device):
+            raise ModelError(
+                f"parameter {name!r} is {parameter.dtype} on {parameter.device}, but {first_name!r} {first.dtype} on "
+                f"{first.device}: convert the module to one format and move it to one device"
+            )
+
+
+class Buffers:
+    """The buffers of a module, and whether a forward pass has changed them."""
+
+    def __init__(self, module: nn.Module) -> None:
+        """Remember what they hold."""
+        self._module, self._before = module, self._now(module)
+
+    @staticmethod
+    def _now(module: nn.Module) -> dict[str, tuple[int, int]]:
+        return {
+            name: (id(buffer), 0 if buffer.is_inference() else buffer._version)
+            for name, buffer in module.named_buffers()
+        }
+
+    def check(self) -> None:
+        """Raise ModelError when one has changed."""
+        now = self._now(self._module)
+        for name in sorted(now.keys() | self._before.keys()):
+            if now.get(name) != self._before.get(name):
+                raise ModelError(
+                    f"buffer {name!r} changed while members computed: they would influence each other, and no journal "
+                    "could restore it. Keep such state outside of the module"
+                )

@@ -1,0 +1,180 @@
+"""Layers of a module as members of the population compute them: row n of a batch with the weights of its member.
+
+    linear       y_n = W x_n + b + A_s (B_s^T x_n) + b'_s
+    embedding    y_n = W[x_n] + A_s[x_n] B_s^T
+    norm         y_n = norm(x_n) (w + w'_s) + b + b'_s
+
+s being the slot of the row's member, A_s with its sign and sigma / sqrt(r), and vectors w', b' the sums of the columns
+of their A. The term of a linear layer is computed by the kernel that the LLM engine uses. In full rank, E is a vector
+of as many values as W has, and y_n = W x_n + E_s x_n.
+
+Shapes: N row of a batch, T token (row times whatever lies between it and the features), S slot, R rank, O out
+features, I in features, V value of a row of factors.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812 - as everybody calls it
+from torch import Tensor, nn
+
+from eggroll_llm.errors import PopulationError
+from eggroll_llm.es.noise import NoiseSpec
+from eggroll_llm.kernels.member_term import add_term
+from eggroll_llm.kernels.noise import RowLayout, served_rows
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layer:
+    """A layer with trained parameters."""
+
+    name: str
+    """Its name in the module; empty when it is the module."""
+    module: nn.Module
+    trained: Mapping[str, str]
+    """Attribute, "weight" or "bias", -> name of the parameter."""
+
+
+class Members:
+    """What a batch needs of its members: the slot of each row, and the perturbations in the slots."""
+
+    def __init__(
+        self,
+        members_N: Tensor,
+        noise: NoiseSpec,
+        layout: RowLayout,
+        sizes: Mapping[str, torch.Size],
+        *,
+        antithetic: bool,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        """Make the noise of the member of each row, int64 on the CPU. `sizes` are those of the parameters, by name."""
+        members_S, slot_N = torch.unique(members_N, return_inverse=True)
+        pairs_K, row_S = torch.unique(members_S // 2 if antithetic else members_S, return_inverse=True)
+        rows_SV = served_rows(noise, pairs_K, layout, dtype, device)[row_S.to(device)]
+        if antithetic:
+            sign_S = 1 - 2 * (members_S % 2).to(device, dtype)
+            rows_SV[:, : layout.a_width] *= sign_S[:, None]
+        self.slots, self.slot_N = len(members_S), slot_N.to(device, torch.int32)
+        self.factors: dict[str, tuple[Tensor, Tensor]] = {}
+        """A [S, R * O] and B [S, 1, R, I] of matrices in low rank, as `add_term` takes them."""
+        self.whole: dict[str, Tensor] = {}
+        """Perturbations [S, *size] of vectors, and of matrices in full rank."""
+        starts = layout.starts()
+        for name, out, inside in layout.shapes:
+            at_A, at_B = starts[name]
+            A_SV = rows_SV[:, at_A : at_A + layout.rank * out]
+            if inside:
+                B_SV = rows_SV[:, at_B : at_B + layout.rank * inside]
+                self.factors[name] = A_SV, B_SV.unflatten(1, (1, layout.rank, inside))
+            else:
+                E_SO = A_SV if layout.rank == 1 else A_SV.unflatten(1, (layout.rank, out)).sum(1)
+                self.whole[name] = E_SO.unflatten(1, sizes[name])
+        self.called = False
+        """A layer has computed."""
+        self._slots_of_tokens: dict[int, Tensor] = {}
+        self._vectors: dict[str, Tensor] = {}
+
+    def tokens(self, layer: Layer, x: Tensor, features: int) -> int:
+        """Return how many tokens each row of a layer's input has, whose last `features` dimensions are features.
+
+        Raises PopulationError when its rows are not those of the members.
+        """
+        rows, self.called = len(self.slot_N), True
+        if x.ndim <= features or len(x) != rows:
+            raise PopulationError(
+                f"layer {layer.name!r} got a batch of shape {[*x.shape]} inside ask() of {rows} members: its first "
+                "dimension must be theirs, one row each. To give a member several rows, ask for it several times"
+            )
+        return math.prod(x.shape[1 : x.ndim - features])
+
+    def slots_of_tokens(self, tokens: int) -> Tensor:
+        """Return the slot of each token, int32, where each row has so many."""
+        if tokens not in self._slots_of_tokens:
+            self._slots_of_tokens[tokens] = self.slot_N.repeat_interleave(tokens)
+        return self._slots_of_tokens[tokens]
+
+    @cached_property
+    def in_order(self) -> bool:
+        """Whether the rows of each slot lie next to each other, equally many, in the order of the slots."""
+        each, rest = divmod(len(self.slot_N), self.slots)
+        ordered = torch.arange(self.slots, device=self.slot_N.device).repeat_interleave(each)
+        return not rest and bool((self.slot_N == ordered).all())
+
+    def vector(self, layer: Layer, attribute: str, like: Tensor) -> Tensor | None:
+        """Return a weight or bias of a layer that is a vector, for each row where it is trained; None for none.
+
+        It broadcasts with a batch like `like`.
+        """
+        plain: Tensor | None = getattr(layer.module, attribute)
+        name = layer.trained.get(attribute)
+        if plain is None or name is None:
+            return plain
+        if name not in self._vectors:
+            self._vectors[name] = (plain + self.whole[name])[self.slot_N]
+        own = self._vectors[name]
+        return own.view(len(own), *[1] * (like.ndim - own.ndim), *own.shape[1:])
+
+
+def _linear(layer: Layer, members: Members, x: Tensor) -> Tensor:
+    module: Any = layer.module
+    tokens = members.tokens(layer, x, 1)
+    y = F.linear(x, module.weight).contiguous()
+    name = layer.trained.get("weight", "")
+    if name in members.factors:
+        A_SV, B_SCRI = members.factors[name]
+        x_TI, y_TO = x.reshape(-1, x.shape[-1]).contiguous(), y.view(-1, y.shape[-1])
+        add_term(y_TO, x_TI, A_SV, B_SCRI, members.slots_of_tokens(tokens), (y.shape[-1],))
+    elif name:
+        E_SOI = members.whole[name]
+        E = E_SOI if members.in_order else E_SOI[members.slot_N]  # all rows of a slot in one product, where they can be
+        y.view(len(E), -1, y.shape[-1]).baddbmm_(x.reshape(len(E), -1, x.shape[-1]), E.mT)
+    bias = members.vector(layer, "bias", y)
+    return y if bias is None else y.add_(bias)
+
+
+def _embedding(layer: Layer, members: Members, x: Tensor) -> Tensor:
+    module: Any = layer.module
+    slot_T = members.slots_of_tokens(members.tokens(layer, x, 0))
+    y, name = F.embedding(x, module.weight), layer.trained["weight"]
+    if name in members.whole:
+        return y.add_(members.whole[name][slot_T, x.flatten()].view(y.shape))
+    A_SV, B_SCRI = members.factors[name]
+    rank = B_SCRI.shape[2]
+    h_NTR = A_SV.unflatten(1, (rank, -1))[slot_T, :, x.flatten()].view(len(x), -1, rank)
+    y.view(len(x), -1, y.shape[-1]).baddbmm_(h_NTR, B_SCRI[members.slot_N, 0])
+    return y
+
+
+def _norm(layer: Layer, members: Members, x: Tensor) -> Tensor:
+    module: Any = layer.module
+    size = module.normalized_shape
+    members.tokens(layer, x, len(size))
+    if isinstance(module, nn.LayerNorm):
+        y, bias = F.layer_norm(x, size, None, None, module.eps), members.vector(layer, "bias", x)
+    else:
+        y, bias = F.rms_norm(x, size, None, module.eps), None
+    weight = members.vector(layer, "weight", x)
+    y = y if weight is None else y * weight
+    return y if bias is None else y + bias
+
+
+FORWARD: dict[type[nn.Module], Callable[[Layer, Members, Tensor], Tensor]] = {
+    nn.Linear: _linear,
+    nn.Embedding: _embedding,
+    nn.LayerNorm: _norm,
+    nn.RMSNorm: _norm,
+}
+"""How members compute each kind of layer."""
+MATRICES = (nn.Linear, nn.Embedding)
+"""Those whose weight is a matrix, perturbed in low rank."""
+
+
+def forward_of(layer: Layer, members: Members) -> Callable[[Tensor], Tensor]:
+    """Return the forward pass of a layer for the rows of members."""
+    return partial(FORWARD[type(layer.module)], layer, members)
