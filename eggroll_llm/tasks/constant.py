@@ -60,8 +60,9 @@ def best_constant(
     if isinstance(task, CountdownTask):
         return best_pattern(task.options.operators, held_out)
     best: Constant | None = None
+    frequent = _frequent(task, train)
     deadline = time.monotonic() + seconds
-    for answer, completion in _frequent(task, train).items():
+    for answer, completion in frequent.items():
         right = 0
         for verdict in judge([Answer(text=completion, problem=problem) for problem in held_out]):
             right += verdict.score is not None and verdict.score.correct
