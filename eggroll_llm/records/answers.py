@@ -207,6 +207,8 @@ def _parse(path: Path, data: bytes) -> tuple[dict[str, Any], list[Sample]]:
             sample = Sample(**row, scores=scores)
             if type(sample.problem) is not int or type(sample.sample) is not int:
                 raise TypeError("problem and sample are counted")
+            if not isinstance(sample.kind, str):
+                raise TypeError("a kind is text")
         except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
             raise SamplesError(f"{path}:{number}: is damaged ({error}): delete the line to repeat it") from error
         if (key := (sample.problem, sample.sample)) in samples:

@@ -8,13 +8,13 @@ files.
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, Protocol
 
 from torch import Tensor
 
 from eggroll_llm.engine.interface import Decoding, Engine
 from eggroll_llm.engine.sampling import OnRollout, Rollout
+from eggroll_llm.records.baseline import Constant
 from eggroll_llm.records.diagnosis import diagnose, news
 from eggroll_llm.system import signals
 from eggroll_llm.tasks.constant import best_constant
@@ -137,7 +137,7 @@ class Harness:
         prepared = self.run.prepared
         train, held_out = prepared.train.problems, prepared.held_out.problems
         constant = best_constant(prepared.task, train, held_out, self.run.scorer.judge)
-        evaluation = self._evaluate(constant.settings() if constant else {})
+        evaluation = self._evaluate(constant)
         self.run.recorder.record_metrics({"step": 0, "wall_time": 0.0, **evaluation.metrics})
         self._show_course()
         return evaluation
@@ -184,7 +184,7 @@ class Harness:
         every = self.config.eval.every
         return self.finished() or (bool(every) and self.step % every == 0)
 
-    def _evaluate(self, more: Mapping[str, Any] = MappingProxyType({})) -> Evaluation:
+    def _evaluate(self, constant: Constant | None = None) -> Evaluation:
         run, held_out = self.run, self.run.prepared.held_out
         evaluation = evaluate(
             run.engine,
@@ -201,7 +201,7 @@ class Harness:
             "prompt": held_out.example,
             "max_tokens": self.greedy.max_tokens,
             "temperature": self.greedy.temperature,
-            **more,
+            **(constant.settings() if constant else {}),
         }
         run.recorder.record_evaluation(self.step, settings, evaluation)
         run.display.evaluation(self.step, evaluation)
