@@ -151,7 +151,7 @@ def _outcome_table(outcome: "Outcome") -> Table:
     table.add_row(problems, shown(first), shown(last), f"{gain(last)}\n{p_text(p_value(first, last))}")
     for kind, (before, after) in outcome.kinds.items():
         shares = (accuracy_text(share.accuracy, share.problems) for share in (before, after))
-        label = Text(f"  {inert(kind, 40)}: {after.problems} problems")
+        label = Text(f"  {inert(kind, 40)} ({after.problems})")
         table.add_row(label, *shares, f"{points(after.accuracy - before.accuracy)} points")
     if constant := outcome.constant:
         label = Text(f"the best constant answer: {constant.pattern}")

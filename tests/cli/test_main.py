@@ -518,7 +518,7 @@ def test_a_run_ends_with_its_table_and_how_to_go_on(
         assert text in output
     words = " ".join(re.sub("[│┃]", " ", output).split())
     assert "the best constant answer: a - b, largest first 51.8 % [47.5, 56.1]" in words
-    assert "[/carry]: 4 problems 0.0 % [0.0, 49.0] 50.0 % [15.0, 85.0] +50.0 points" in words
+    assert "[/carry] (4) 0.0 % [0.0, 49.0] 50.0 % [15.0, 85.0] +50.0 points" in words
     assert f"before: the base model, {DESCRIPTION}" in words
     lines = output.splitlines()
     assert f"model: {path / 'final'} (loads in transformers and vLLM)" in lines
