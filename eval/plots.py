@@ -99,7 +99,7 @@ def caption(groups: Sequence[Group], *, reward: bool = False) -> str:
     if _has_whiskers(groups):
         parts.append("Whiskers: 95 % intervals over problems (Wilson).")
     if lines := _references(groups):
-        parts.append(f"Level lines: {' and '.join(name for _, name, _ in lines)}.")
+        parts.append(f"Horizontal lines: {' and '.join(name for _, name, _ in lines)}.")
     rewards = {run.name: len(_rewards(run, "step", 1)[0]) for group in groups for run in group.runs}
     if reward and any(rewards.values()):
         strides, windows = ({f(n) for n in rewards.values() if n} for f in (_stride, _window))

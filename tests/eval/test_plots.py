@@ -201,10 +201,8 @@ def test_the_caption_says_what_is_drawn(tmp_path: Path) -> None:
     assert "Whiskers" not in several
     other = make_config(seed=5, log=LogConfig(samples=0))
     one = plots.caption(group_seeds(read_runs([write_run(tmp_path / "one", {0: "01"}, config=other)])), reward=True)
-    assert (
-        "Whiskers: 95 % intervals over problems (Wilson). Level lines: base model and best constant answer: a + b."
-        in one
-    )
+    assert "Whiskers: 95 % intervals over problems (Wilson)." in one
+    assert "Horizontal lines: base model and best constant answer: a + b." in one
     assert "bands" not in one
     assert "No training reward was recorded for one." in one
 
