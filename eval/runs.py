@@ -20,7 +20,7 @@ from eggroll_llm.config.recipe import load_recipe
 from eggroll_llm.config.schema import RunConfig
 from eggroll_llm.config.toml import format_value
 from eggroll_llm.errors import ConfigError, RunDirError, SamplesError
-from eggroll_llm.models.embedded import called
+from eggroll_llm.models.called import called
 from eggroll_llm.records.accuracy import percent
 from eggroll_llm.records.answers import TASK, Sample, read_samples
 from eggroll_llm.records.baseline import Constant
