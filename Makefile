@@ -19,13 +19,13 @@ install:  ## create or complete .venv for development; does nothing when it is u
 install-demo:
 	@EXTRAS="$(or $(EXTRAS),demo)" scripts/install.sh
 
-demo: install-demo  ## train the embedded model on Countdown (3 to 12 minutes on two cores), accuracy before and after
+demo: install-demo  ## train the embedded model (3 to 12 minutes on two cores), accuracy before and after
 	$(BIN)/eggroll-llm train $(RECIPE)
 
-compare: install  ## ES next to GRPO: two tasks by the clock, one by completions, three seeds of each (an hour on two cores)
-	$(BIN)/eggroll-llm sweep recipes/sweeps/compare_two_numbers.toml
+compare: install  ## ES next to GRPO: sums by completions and by the clock, Countdown by the clock, three seeds of each (an hour on two cores)
+	$(BIN)/eggroll-llm sweep recipes/sweeps/compare_addition_tokens.toml
+	$(BIN)/eggroll-llm sweep recipes/sweeps/compare_addition_time.toml
 	$(BIN)/eggroll-llm sweep recipes/sweeps/compare_three_numbers.toml
-	$(BIN)/eggroll-llm sweep recipes/sweeps/compare_two_numbers_tokens.toml
 
 test: install  ## all tests, the ones with the real model and vLLM included
 	$(BIN)/pytest --numprocesses=$(PROCESSES) --dist=loadfile

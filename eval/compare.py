@@ -22,9 +22,10 @@ from typing import Any
 from eggroll_llm.config.compare import flat
 from eggroll_llm.errors import RunDirError, SamplesError
 from eggroll_llm.records.answers import TASK, Sample
+from eggroll_llm.records.baseline import Constant, Share, by_kind
 from eggroll_llm.records.diagnosis import diagnose
 from eggroll_llm.system.jsonl import to_json
-from eval.runs import Budget, Group, Point, Run, group_seeds
+from eval.runs import Budget, Group, Point, Run, constants_of, group_seeds
 from eval.statistics import Paired, compare_paired, mean, stderr
 
 EXAMPLES = 3
@@ -53,6 +54,8 @@ class Summary:
     """Last evaluation."""
     best: Point
     """First of the evaluations with the highest accuracy."""
+    kinds: Mapping[str, tuple[Share | None, Share]]
+    """Accuracy at `base` and at `final` by kind of problem; empty without kinds."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -129,6 +132,8 @@ class Comparison:
     """Of the runs with an evaluation after an update, if any; none unless comparable, like `cuts`."""
     tests: tuple[PairedTest, ...]
     cuts: tuple[Cut, ...]
+    constants: tuple[Constant, ...]
+    """The best constant answers to the problems of the runs, each once."""
     notes: tuple[str, ...]
     """What is missing and what limits the conclusions; one sentence each."""
 
@@ -183,11 +188,12 @@ def compare_runs(runs: Sequence[Run]) -> Comparison:
     cuts = [] if obstacles else [cut for budget in BUDGETS if (cut := _cut(runs, budget, notes))]
     tests = [*_own_tests(runs, answers, notes), *_group_tests(groups, cuts, answers, notes)]
     return Comparison(
-        runs=tuple(map(_summary, runs)),
+        runs=tuple(_summary(run, answers) for run in runs),
         comparable=not obstacles,
         groups=() if obstacles else tuple(_seeds(group, cuts) for group in groups),
         tests=tuple(tests),
         cuts=tuple(cuts),
+        constants=tuple(constants_of(runs)),
         notes=tuple(notes),
     )
 
@@ -239,7 +245,7 @@ def _machines(runs: Sequence[Run]) -> list[str]:
     return [key for key in keys if len({f"{table[key]}" for table in tables if key in table}) > 1]
 
 
-def _summary(run: Run) -> Summary:
+def _summary(run: Run, answers: _Answers) -> Summary:
     return Summary(
         name=run.name,
         method=run.config.method,
@@ -249,7 +255,18 @@ def _summary(run: Run) -> Summary:
         base=run.base,
         final=run.evaluations[-1],
         best=run.best,
+        kinds=_kinds(run, answers),
     )
+
+
+def _kinds(run: Run, answers: _Answers) -> dict[str, tuple[Share | None, Share]]:
+    base, final = run.base, run.evaluations[-1]
+    try:
+        after = by_kind(answers(run, final).values())
+        before = by_kind(answers(run, base).values()) if base else {}
+    except (RunDirError, SamplesError):  # said where they are missed in a test
+        return {}
+    return {kind: (before.get(kind), share) for kind, share in after.items()}
 
 
 def _cut(runs: Sequence[Run], budget: Budget, notes: list[str]) -> Cut | None:

@@ -7,7 +7,7 @@ the same settings, problems and seeds it gets the same samples, within the limit
 import contextlib
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +22,16 @@ from eggroll_llm.engine.start import start_engine
 from eggroll_llm.errors import ConfigError
 from eggroll_llm.es.settings import EsSettings
 from eggroll_llm.models.files import context_limit, model_identity
-from eggroll_llm.records.answers import Sample, SampleFile
+from eggroll_llm.records.answers import Sample, SampleFile, sample_line
+from eggroll_llm.records.baseline import Constant
 from eggroll_llm.system.hardware import resolve_dtype, serves_on_cpu
-from eggroll_llm.system.jsonl import to_json
 from eggroll_llm.system.versions import package_versions
 from eggroll_llm.tasks.chat import check_chat, is_chat
+from eggroll_llm.tasks.constant import best_constant
 from eggroll_llm.tasks.load import PATH_OPTIONS
 from eggroll_llm.tasks.prompts import ProblemSet, Prompter, needed_context, set_hash
 from eggroll_llm.training.evaluation import Grader, answer, grade_again
+from eggroll_llm.training.scorer import Scorer
 from eval import lm_eval
 from eval.questions import DEFAULT_MAX_TOKENS, Protocol, Questions, lm_eval_questions, task_questions
 from eval.subject import Subject
@@ -75,6 +77,8 @@ class Results:
     """By problem and sample."""
     facts: Mapping[str, Any]
     """Everything that the completions depend on, as JSON values."""
+    constant: Constant | None
+    """The best constant answer to the problems, as the task grades it; None where the task has none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -216,10 +220,17 @@ def evaluate_subject(
                 seed=settings.seed,
                 done=set(samples),
             )
-    if questions.scorer:
-        questions.scorer.check(of="")
+        if questions.scorer:
+            questions.scorer.check(of="")
+        constant = _constant(questions, stack)
     ordered = [samples[key] for key in sorted(samples)]
-    return Results(settings=settings, questions=questions, samples=ordered, facts=facts)
+    return Results(settings=settings, questions=questions, samples=ordered, facts=facts, constant=constant)
+
+
+def _constant(questions: Questions, stack: contextlib.ExitStack) -> Constant | None:
+    task = questions.source
+    scorer = questions.scorer or stack.enter_context(Scorer(task))
+    return best_constant(task, task.problems("train"), questions.problems, scorer.judge)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -239,7 +250,8 @@ def _ask(settings: Settings, questions: Questions) -> _Asked:
         raise ConfigError(f"--apply-chat-template: {model_dir} has no chat template: leave the flag out")
     published = settings.protocol == "lm-eval"
     check_chat(prompter, questions.prompts, *(["add --apply-chat-template"] if published else []))
-    problems = prompter.encode_all(questions.problems, questions.prompts, bos_by_text=published)
+    kinds = [questions.source.kind(problem) for problem in questions.problems]
+    problems = prompter.encode_all(questions.problems, questions.prompts, kinds=kinds, bos_by_text=published)
     eos = prompter.tokenizer.eos_token
     decoding = Decoding(
         max_tokens=settings.max_tokens or questions.max_tokens,
@@ -272,7 +284,7 @@ def _grade_again(file: SampleFile, problems: ProblemSet, graders: Mapping[str, G
     """Graders and gold answers may have been corrected since the completions were sampled."""
     graded = {(s.problem, s.sample): s for s in grade_again(file.samples.values(), problems, graders)}
     again = [graded[key] for key in file.samples]
-    if [to_json(asdict(sample)) for sample in again] != [to_json(asdict(sample)) for sample in file.samples.values()]:
+    if [*map(sample_line, again)] != [*map(sample_line, file.samples.values())]:
         file.replace(again)
 
 

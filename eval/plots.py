@@ -28,7 +28,7 @@ from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from eggroll_llm.records.accuracy import wilson
-from eval.runs import Group, Point, Run
+from eval.runs import Group, Point, Run, constants_of
 
 Axis = Literal["step", "tokens", "seconds"]
 AXES: tuple[Axis, ...] = ("step", "tokens", "seconds")
@@ -98,8 +98,8 @@ def caption(groups: Sequence[Group], *, reward: bool = False) -> str:
         )
     if _has_whiskers(groups):
         parts.append("Whiskers: 95 % intervals over problems (Wilson).")
-    if _common_base(groups) is not None:
-        parts.append("Dotted line: base model.")
+    if lines := _references(groups):
+        parts.append(f"Horizontal lines: {' and '.join(name for _, name, _ in lines)}.")
     rewards = {run.name: len(_rewards(run, "step", 1)[0]) for group in groups for run in group.runs}
     if reward and any(rewards.values()):
         strides, windows = ({f(n) for n in rewards.values() if n} for f in (_stride, _window))
@@ -203,8 +203,8 @@ def _figure(width: float, height: float) -> Figure:
 
 def _draw_accuracy(ax: Axes, groups: Sequence[Group], axis: Axis, theme: Theme) -> None:
     factor, unit = _unit(groups, axis)
-    if (base := _common_base(groups)) is not None:
-        ax.axhline(100 * base, color=theme.text, linestyle=(0, (1, 2)), linewidth=0.9, zorder=1.5)
+    for value, _, dash in _references(groups):
+        ax.axhline(100 * value, color=theme.text, linestyle=dash, linewidth=0.9, zorder=1.5)
     for i, group in enumerate(groups):
         color, dash = _look(i, theme)
         curves = [_curve(run.evaluations, axis, "accuracy", factor, 100) for run in group.runs]
@@ -308,21 +308,30 @@ def _common_base(groups: Sequence[Group]) -> float | None:
     return found.pop() if len(found) == 1 else None
 
 
+def _references(groups: Sequence[Group]) -> list[tuple[float, str, Any]]:
+    """Return the lines that curves are read next to: accuracy, name and dashes."""
+    base, constants = _common_base(groups), constants_of([run for group in groups for run in group.runs])
+    lines = [(base, "base model", (0, (1, 2)))] if base is not None else []
+    return [*lines, *((each.accuracy, f"best constant answer: {each.pattern}", (0, (5, 3))) for each in constants)]
+
+
 def _has_whiskers(groups: Sequence[Group]) -> bool:
     lone: list[Run] = [run for group in groups if len(group.runs) == 1 for run in group.runs]
     return 0 < len(lone) <= WHISKERS
 
 
 def _legend(figure: Figure, groups: Sequence[Group], theme: Theme) -> None:
-    if len(groups) == 1 and len(groups[0].runs) == 1:
+    named = [] if len(groups) == 1 and len(groups[0].runs) == 1 else groups  # a lone curve needs no name
+    looks = [(*_look(i, theme), group.label, 2.0) for i, group in enumerate(named)]
+    looks += [(theme.text, dash, name, 0.9) for _, name, dash in _references(groups)]
+    if not looks:
         return
-    looks = [_look(i, theme) for i in range(len(groups))]
-    lines = [Line2D([], [], color=color, linestyle=dash, linewidth=2) for color, dash in looks]
+    lines = [Line2D([], [], color=color, linestyle=dash, linewidth=width) for color, dash, _, width in looks]
     # Letters that the font lacks would be boxes, with a warning for each.
     letters = get_font(findfont("DejaVu Sans")).get_charmap()
-    labels = ["".join(c if ord(c) in letters else ascii(c)[1:-1] for c in group.label) for group in groups]
+    labels = ["".join(c if ord(c) in letters else ascii(c)[1:-1] for c in name) for _, _, name, _ in looks]
     widest = 0.55 + 0.066 * max(map(len, labels))  # inches
-    columns = max(1, min(len(groups), int(figure.get_figwidth() / widest)))
+    columns = max(1, min(len(labels), int(figure.get_figwidth() / widest)))
     figure.legend(
         lines, labels, loc="outside upper left", ncols=columns, frameon=False, handlelength=2.2, columnspacing=1.6
     )

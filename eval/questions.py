@@ -10,7 +10,7 @@ from eggroll_llm.errors import ConfigError
 from eggroll_llm.records.answers import TASK
 from eggroll_llm.tasks.load import load_task
 from eggroll_llm.tasks.prompts import Prompt
-from eggroll_llm.tasks.task import Problem
+from eggroll_llm.tasks.task import Problem, Task
 from eggroll_llm.training.evaluation import Grader
 from eggroll_llm.training.scorer import Scorer
 from eval import lm_eval
@@ -41,6 +41,8 @@ class Questions:
     graders: Mapping[str, Grader]
     scorer: Scorer | None = None
     """The task's own grader, which counts its failures; the caller closes it."""
+    source: Task
+    """The task that the problems are of."""
 
 
 def lm_eval_questions(
@@ -71,6 +73,7 @@ def lm_eval_questions(
         stop=lm_eval.STOP[task],
         max_tokens=lm_eval.MAX_TOKENS,
         graders=lm_eval.graders(task),
+        source=data,
     )
 
 
@@ -95,4 +98,5 @@ def task_questions(
         max_tokens=max_tokens,
         graders=lm_eval.graders("gsm8k") | own if name == "gsm8k" else own,
         scorer=scorer,
+        source=task,
     )

@@ -27,7 +27,19 @@ from eval import plots
 from eval.compare import BUDGETS, Comparison, Example, PairedTest, Seeds, Summary, compare_runs, groups_of
 from eval.runs import Budget, Group, Point, Run, about, read_runs
 from eval.statistics import LEAST_DISCORDANT
-from eval.tables import INTERVAL, Grid, amount, grids, interval_text, mean_text, pair_text, point_text, problem_text
+from eval.tables import (
+    INTERVAL,
+    Grid,
+    amount,
+    constant_rows,
+    grids,
+    interval_text,
+    kinds_grids,
+    mean_text,
+    pair_text,
+    point_text,
+    problem_text,
+)
 
 _HERE = Path(__file__).parent
 MOST_TILES = 6  # groups that the head of a page shows; the tables show all
@@ -51,7 +63,7 @@ def write_run_report(run_path: Path | str) -> Path:
         _part("source", " ".join(about(runs))),
         _part("notes", comparison.notes),
         _section("Learning curves", _overview(groups)),
-        _section("Evaluations", _table(_evaluations_grid(run))),
+        _section("Evaluations", _table(_evaluations_grid(run)), *map(_table, kinds_grids(comparison))),
         _section("Answers that changed", _examples(test)) if test else Markup(),
         _section("Prompt", _prompt(run.directory.example_prompt())),
         _section("Time and tokens", *_costs(run)),
@@ -253,6 +265,8 @@ def _tile(point: Point | None) -> tuple[str, str]:
 
 
 def _evaluations_grid(run: Run) -> Grid:
+    constants = constant_rows([run.constant] if run.constant else [])
+
     def cells(point: Point) -> list[str]:
         spent = [f"{point.seconds / 60:.1f}", amount(point.completions), amount(point.tokens)]
         return [f"{point.step}", point_text(point), percent(point.truncated), *spent]
@@ -261,7 +275,10 @@ def _evaluations_grid(run: Run) -> Grid:
     return Grid(
         title="Evaluations",
         columns=["step", "accuracy", "cut short", "minutes", "completions", "tokens"],
-        rows=[cells(point) for point in run.evaluations],
+        rows=[
+            *map(cells, run.evaluations),
+            *([name, share, "", "", "", ""] for name, _, share in constants),
+        ],
         note=f"Greedy answers to {best.problems} held-out problems; accuracy with {INTERVAL}; cut short: ended by the "
         "length limit. Minutes, completions and generated tokens are those of training until then. The highest "
         f"accuracy, of step {best.step}, was selected on these problems, so it is optimistic.",

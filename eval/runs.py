@@ -10,7 +10,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
 from typing import Any, Literal
@@ -19,14 +19,16 @@ from eggroll_llm.config.compare import applies, differences, flat, may_change
 from eggroll_llm.config.recipe import load_recipe
 from eggroll_llm.config.schema import RunConfig
 from eggroll_llm.config.toml import format_value
-from eggroll_llm.errors import ConfigError, RunDirError
+from eggroll_llm.errors import ConfigError, RunDirError, SamplesError
 from eggroll_llm.models.called import called
+from eggroll_llm.records.accuracy import percent
 from eggroll_llm.records.answers import TASK, Sample, read_samples
+from eggroll_llm.records.baseline import Constant
 from eggroll_llm.records.run_dir import RunDir, earlier_starts
 from eggroll_llm.records.weights import best_step, final_step
 from eggroll_llm.system.jsonl import number, parse_json, read_rows
 from eggroll_llm.system.terminal import inert
-from eggroll_llm.tasks.constant import Constant, best_constant
+from eggroll_llm.tasks.constant import best_pattern
 
 Budget = Literal["completions", "tokens", "seconds"]
 """Budgets, named as in `Point`."""
@@ -79,6 +81,8 @@ class Run:
     """What the run ran on, once for each time it was started; empty when that is not known."""
     base_model: str
     """Identity of the base model; empty when that is not known."""
+    constant: Constant | None
+    """The best constant answer to the held-out problems; None where there is none, or it was not recorded."""
 
     @property
     def evaluations(self) -> list[Point]:
@@ -184,10 +188,11 @@ def _read_run(directory: RunDir, name: str) -> Run:
         points=tuple(_points(rows)),
         starts=_starts(directory.environment),
         base_model=_base_model(directory.journal),
+        constant=directory.constant(),
     )
     if not run.evaluations:
         raise RunDirError(f"{directory.metrics}: has no evaluation yet. Wait for the first one, or name another run.")
-    return run
+    return run if run.constant else replace(run, constant=_pattern(run))
 
 
 def _points(rows: Sequence[Mapping[str, Any]]) -> list[Point]:
@@ -226,20 +231,28 @@ def _starts(path: Path) -> tuple[Mapping[str, Any], ...]:
 def about(runs: Sequence[Run]) -> list[str]:
     """Return what to compare the figures of the runs with: base model and best constant answer."""
     models = dict.fromkeys(called(run.config.model) for run in runs)
-    constants = dict.fromkeys(constant for run in runs if (constant := _constant(run)))
     said = [f"Base model{'s' if len(models) > 1 else ''}: {'; '.join(models)}."]
-    for constant in constants:
-        share = f"{100 * constant.accuracy:.1f} %"
+    for constant in constants_of(runs):
+        share = percent(constant.accuracy)
         said.append(f"The best constant answer to these problems ({constant.pattern}) is right for {share}.")
     return said
 
 
-def _constant(run: Run) -> Constant | None:
+def constants_of(runs: Sequence[Run]) -> list[Constant]:
+    """Return the best constant answers to the problems of the runs, each once."""
+    return list(dict.fromkeys(run.constant for run in runs if run.constant))
+
+
+def _pattern(run: Run) -> Constant | None:
+    """Return the best pattern for Countdown of a run that did not record it, as those before it was recorded."""
+    if run.config.task != "countdown":
+        return None
     try:
         answers = run.answers(run.evaluations[-1].step)
-    except RunDirError:  # they were not recorded
+    except (RunDirError, SamplesError):  # said where they are missed in a test
         return None
-    return best_constant(run.config.task, run.config.task_options, [sample.doc for sample in answers.values()])
+    operators = str(run.config.task_options.get("operators", "+-*/"))
+    return best_pattern(operators, [sample.doc for sample in answers.values()])
 
 
 def _base_model(journal: Path) -> str:

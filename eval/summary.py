@@ -16,6 +16,7 @@ The standard error is lm-eval's, which is 0 where all problems come out alike, s
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,14 +24,18 @@ from typing import Any
 from eggroll_llm.models.called import called
 from eggroll_llm.records.accuracy import wilson
 from eggroll_llm.records.answers import TASK, Sample
+from eggroll_llm.records.baseline import Share, by_kind
 from eggroll_llm.system.files import write_output_file
 from eggroll_llm.system.jsonl import to_json
+from eggroll_llm.system.terminal import inert
 from eggroll_llm.training.evaluation import finite_rewards
 from eggroll_llm.training.scorer import FAILED
 from eval.evaluation import Results
 from eval.statistics import majority, mean, pass_at_k, stderr
 
 HEADER = ("Tasks", "Version", "Filter", "n-shot", "Metric", "", "Value", "", "Stderr", "95 % interval")
+
+KINDS_HEADER = ("Filter", "Kind of problem", "Problems", "Value", "95 % interval")
 
 REWARD = "reward"
 
@@ -63,6 +68,12 @@ def summarize(results: Results, ks: Sequence[int]) -> dict[str, Any]:
         "tokens/generated": sum(sample.tokens for sample in samples),
         "rewards/failed": sum(graded.detail == FAILED for s in samples for graded in s.scores.values()),
         "rewards/not_finite": sum(not math.isfinite(graded.reward) for s in samples for graded in s.scores.values()),
+        "best_constant": asdict(results.constant) if results.constant else None,
+        "kinds": {
+            grader: {kind: _share_figures(share) for kind, share in shares.items()}
+            for grader in questions.graders
+            if (shares := by_kind(samples, grader))
+        },
         "selected_on": results.settings.subject.selected_on,
         "config": dict(results.facts),
     }
@@ -91,7 +102,33 @@ def table(summary: Mapping[str, Any]) -> str:
             interval = f"[{ends[0]:.4f}, {ends[1]:.4f}]" if ends else ""
             rows.append((name, version, grader, shots, metric, "↑", f"{value:.4f}", "±", f"{error:.4f}", interval))
             name = ""
-    return f"{_markdown(rows)}\n\n{_conditions(summary)}"
+    if constant := summary["best_constant"]:
+        low, high = wilson(constant["accuracy"], constant["problems"])
+        figures = (f"{constant['accuracy']:.4f}", "", "", f"[{low:.4f}, {high:.4f}]")
+        rows.append(("", "", "", "", f"best constant answer: {_cell(constant['pattern'])}", "", *figures))
+    parts = [_markdown(HEADER, rows), *_kinds_tables(summary), _conditions(summary)]
+    return "\n\n".join(parts)
+
+
+def _share_figures(share: Share) -> dict[str, Any]:
+    interval = wilson(share.accuracy, share.problems)
+    return {"accuracy": share.accuracy, "interval": interval, "problems": share.problems}
+
+
+def _cell(text: str) -> str:
+    return inert(text, 40).replace("|", "¦")
+
+
+def _kinds_tables(summary: Mapping[str, Any]) -> list[str]:
+    """Return the accuracies by kind of problem, as one table; none without kinds."""
+    rows = []
+    for grader, shares in summary["kinds"].items():
+        for kind, found in shares.items():
+            low, high = found["interval"]
+            rows.append(
+                (grader, _cell(kind), f"{found['problems']}", f"{found['accuracy']:.4f}", f"[{low:.4f}, {high:.4f}]")
+            )
+    return [_markdown(KINDS_HEADER, rows)] if rows else []
 
 
 Metric = Callable[[Sequence[Sample]], float]
@@ -122,16 +159,16 @@ def _majority(grader: str, k: int, group: Sequence[Sample]) -> float:
     return 0.0 if winner is None else float(group[winner].scores[grader].correct)
 
 
-def _markdown(rows: Sequence[Sequence[str]]) -> str:
-    widths = [max(len(row[i]) for row in (HEADER, *rows)) for i in range(len(HEADER))]
-    right = {HEADER.index("Version"), HEADER.index("n-shot"), HEADER.index("Value"), HEADER.index("Stderr")}
+def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
+    right = {i for i, name in enumerate(header) if name in ("Version", "n-shot", "Value", "Stderr", "Problems")}
 
     def line(cells: Sequence[str]) -> str:
         padded = [c.rjust(w) if i in right else c.ljust(w) for i, (c, w) in enumerate(zip(cells, widths, strict=True))]
         return f"|{'|'.join(padded)}|"
 
     rule = [f"{'-' * (w - 1)}:" if i in right else "-" * w for i, w in enumerate(widths)]
-    return "\n".join([line(HEADER), line(rule), *map(line, rows)])
+    return "\n".join([line(header), line(rule), *map(line, rows)])
 
 
 def _conditions(summary: Mapping[str, Any]) -> str:

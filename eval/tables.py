@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from eggroll_llm.records.accuracy import accuracy_text, p_number, percent, points
+from eggroll_llm.records.baseline import Constant, Share
 from eggroll_llm.system.terminal import inert
 from eval.compare import BUDGETS, Comparison, Cut, Mean, PairedTest, Seeds, Summary
 from eval.runs import Point
@@ -46,7 +47,8 @@ def grids(comparison: Comparison) -> list[Grid]:
         _spent_grid(comparison),
         *([_seeds_grid(comparison)] if several and comparison.groups else []),
         *([_tests_grid(comparison)] if comparison.tests else []),
-        *(_cut_grid(cut, comparison.groups) for cut in comparison.cuts if several),
+        *(_cut_grid(cut, comparison) for cut in comparison.cuts if several),
+        *kinds_grids(comparison),
     ]
 
 
@@ -117,6 +119,14 @@ def mean_text(mean: Mean) -> str:
     return f"{100 * mean.value:.1f} ± {100 * mean.stderr:.1f} %"
 
 
+def constant_rows(constants: Sequence[Constant]) -> list[tuple[str, str, str]]:
+    """Return name, number of problems and accuracy of constant answers, as tables show them below the others."""
+    return [
+        (f"best constant answer: {each.pattern}", f"{each.problems}", accuracy_text(each.accuracy, each.problems))
+        for each in constants
+    ]
+
+
 def amount(value: float) -> str:
     """Return a count to three digits with k, M or G: 1.56 M."""
     for factor, unit in ((1e9, " G"), (1e6, " M"), (1e3, " k")):
@@ -134,7 +144,10 @@ def _accuracy_grid(comparison: Comparison) -> Grid:
     return Grid(
         title="Accuracy of each run",
         columns=["run", "problems", "base", "final", "best", "step"],
-        rows=[cells(run) for run in comparison.runs],
+        rows=[
+            *map(cells, comparison.runs),
+            *([name, problems, "", share, "", ""] for name, problems, share in constant_rows(comparison.constants)),
+        ],
         note=f"On held-out problems, with {INTERVAL}. Best: the highest evaluation and its step; it was selected on "
         "these problems, so it is optimistic and has no valid interval.",
     )
@@ -164,24 +177,49 @@ def _seeds_grid(comparison: Comparison) -> Grid:
     return Grid(
         title="Same settings, different seeds",
         columns=["group", "runs", "base", "final"],
-        rows=[cells(group) for group in comparison.groups],
+        rows=[
+            *map(cells, comparison.groups),
+            *([name, "", "", share] for name, _, share in constant_rows(comparison.constants)),
+        ],
         note="Mean accuracy over the runs of a group ± standard error (none where all are equal), regardless of "
         "what they spent.",
         texts=2,
     )
 
 
-def _cut_grid(cut: Cut, groups: Sequence[Seeds]) -> Grid:
+def _cut_grid(cut: Cut, comparison: Comparison) -> Grid:
     total = f"{cut.amount / 60:.1f} minutes" if cut.budget == "seconds" else amount(cut.amount)
     reached = [[name, point_text(point), f"{point.step}"] for name, point in cut.reached.items() if point]
-    means = [(group.label, group.within[cut.budget]) for group in groups if len(group.runs) > 1]
+    means = [(group.label, group.within[cut.budget]) for group in comparison.groups if len(group.runs) > 1]
+    constants = [[name, share, ""] for name, _, share in constant_rows(comparison.constants)]
     return Grid(
         title=f"Accuracy at the {BUDGETS[cut.budget]}: {total}",
         columns=["run", "accuracy", "step"],
-        rows=[*reached, *([f"mean of {label}", mean_text(mean), ""] for label, mean in means)],
+        rows=[*reached, *([f"mean of {label}", mean_text(mean), ""] for label, mean in means), *constants],
         note=f"What {cut.set_by} spent, the least of the runs with updates. Each run counts with its last "
         f"evaluation within that budget, with {INTERVAL}; means over seeds ± standard error.",
     )
+
+
+def kinds_grids(comparison: Comparison) -> list[Grid]:
+    """Return the table of accuracies by kind of problem; none without kinds."""
+
+    def shown(share: Share | None) -> str:
+        return accuracy_text(share.accuracy, share.problems) if share else "–"
+
+    rows = [
+        [run.name, kind, f"{final.problems}", shown(base), shown(final)]
+        for run in comparison.runs
+        for kind, (base, final) in run.kinds.items()
+    ]
+    grid = Grid(
+        title="Accuracy by kind of problem",
+        columns=["run", "kind", "problems", "base", "final"],
+        rows=rows,
+        note=f"By kind of problem, as the task tells them apart; with {INTERVAL}.",
+        texts=2,
+    )
+    return [grid] if rows else []
 
 
 def _tests_grid(comparison: Comparison) -> Grid:

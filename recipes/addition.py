@@ -1,4 +1,4 @@
-"""Sums of two-digit numbers, which SmolLM2-135M-Instruct solves in four of ten cases. No constant answer solves any."""
+"""Sums of two-digit numbers, four of ten of which SmolLM2-135M-Instruct solves, and a constant answer one of 60."""
 
 import random
 from typing import Any
@@ -23,6 +23,9 @@ class Addition:
 
     def gold(self, problem: dict[str, Any]) -> str:
         return f" {problem['a'] + problem['b']}"
+
+    def kind(self, problem: dict[str, Any]) -> str:
+        return "carry" if problem["a"] % 10 + problem["b"] % 10 > 9 else "no carry"
 
     def score(self, completion: str, problem: dict[str, Any]) -> Score:
         answer = completion.strip()

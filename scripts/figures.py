@@ -109,10 +109,10 @@ def speed(groups: dict, x: float, width: float) -> list[str]:
 
 def accuracy(groups: dict, x: float, width: float) -> list[str]:
     """Return columns: base model, and the mean of three seeds of each method, with the seeds as circles."""
-    top, height, most = 60, 190, 60.0
+    top, height, most = 60, 190, 80.0
     left, bottom = x + 30, top + height
     parts = [text(x, 22, "Held-out accuracy in %, three seeds each", "title")]
-    for tick in (0, 20, 40, 60):
+    for tick in (0, 20, 40, 60, 80):
         y = bottom - tick / most * height
         parts += [line(left, y, x + width, y, "grid"), text(left - 6, y + 4, str(tick), "small end")]
     pitch = (width - 30) / len(groups)

@@ -46,6 +46,7 @@ def run(options: argparse.Namespace, settings: Settings) -> int:
         metrics=metrics,
         journal=run.journal,
         prompt=run.example_prompt(),
+        constant=run.constant(),
     )
     checksum = ""
 

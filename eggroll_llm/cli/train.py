@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from rich.table import Table
+from rich.text import Text
 
 from eggroll_llm.cli.arguments import Settings
 from eggroll_llm.cli.shared import absolute_task
@@ -19,7 +20,7 @@ from eggroll_llm.config.help import field_help
 from eggroll_llm.config.recipe import load_recipe, to_toml
 from eggroll_llm.config.schema import RunConfig
 from eggroll_llm.errors import UserError
-from eggroll_llm.records.accuracy import accuracy_text, p_text, percent, points
+from eggroll_llm.records.accuracy import accuracy_text, p_text, points
 from eggroll_llm.records.diagnosis import p_value
 from eggroll_llm.records.run_dir import OnExisting, default_run_dir, is_run_dir
 from eggroll_llm.records.weights import best_step
@@ -148,9 +149,13 @@ def _outcome_table(outcome: "Outcome") -> Table:
         table.add_column(column, justify="right" if column else "left", no_wrap=bool(column))
     problems = f"accuracy on {last['eval/problems']} held-out problems"
     table.add_row(problems, shown(first), shown(last), f"{gain(last)}\n{p_text(p_value(first, last))}")
-    if outcome.constant:
-        label = f"the best constant answer: {outcome.constant.pattern}"
-        table.add_row(label, "", percent(outcome.constant.accuracy), "")
+    for kind, (before, after) in outcome.kinds.items():
+        shares = (accuracy_text(share.accuracy, share.problems) for share in (before, after))
+        label = Text(f"  {inert(kind, 40)} ({after.problems})")
+        table.add_row(label, *shares, f"{points(after.accuracy - before.accuracy)} points")
+    if constant := outcome.constant:
+        label = Text(f"the best constant answer: {constant.pattern}")
+        table.add_row(label, "", accuracy_text(constant.accuracy, constant.problems), "")
     best = best_step(outcome.metrics)
     if best and best["step"] and best["eval/accuracy"] > last["eval/accuracy"]:
         table.add_row(

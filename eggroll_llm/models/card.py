@@ -20,6 +20,7 @@ from eggroll_llm.models import embedded
 from eggroll_llm.models.called import called, is_gguf
 from eggroll_llm.models.gguf_file import general
 from eggroll_llm.records.accuracy import accuracy_text
+from eggroll_llm.records.baseline import Constant
 from eggroll_llm.records.diagnosis import diagnose
 from eggroll_llm.records.journal import read_journal
 from eggroll_llm.system.files import write_text
@@ -64,6 +65,8 @@ class Trained:
     """Journal of the run; only that of ES holds updates."""
     prompt: str = ""
     """An example prompt in full; empty for none."""
+    constant: Constant | None = None
+    """The best constant answer to the held-out problems; None where none is known."""
 
 
 def write_card(directory: Path, model: Trained) -> None:
@@ -82,7 +85,7 @@ def card_text(model: Trained) -> str:
         f"# {_name(config, step)}",
         _summary(config, model.base_model, step),
         "## Results",
-        _results(config, step, evaluated),
+        _results(config, step, evaluated, model.constant),
         *(f"**Warning:** {text}." for text in found),
         *(_prompt(model.prompt) if model.prompt else []),
         "## Recipe",
@@ -182,7 +185,7 @@ A language model fine-tuned {_METHODS[config.method][0]}
 - Updates: {step}{members}."""
 
 
-def _results(config: RunConfig, step: int, evaluated: Sequence[Mapping[str, Any]]) -> str:
+def _results(config: RunConfig, step: int, evaluated: Sequence[Mapping[str, Any]], constant: Constant | None) -> str:
     if not evaluated:
         return "These weights were not evaluated."
     first, last = evaluated[0], evaluated[-1]
@@ -193,6 +196,9 @@ def _results(config: RunConfig, step: int, evaluated: Sequence[Mapping[str, Any]
     }
     lines = ["| updates | accuracy |", "|---|---|"]
     lines += [f"| {done or '0, the base model'} | {accuracy} |" for done, accuracy in accuracies.items()]
+    if constant:
+        share = accuracy_text(constant.accuracy, constant.problems)
+        lines.append(f"| none: the best constant answer, {_code(constant.pattern.replace('|', '¦'))} | {share} |")
     source = "the test split" if config.eval.split == "test" else "the training split, where they were left out"
     lines += [
         "",

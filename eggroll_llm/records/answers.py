@@ -63,6 +63,8 @@ class Sample:
     """Whether the length limit ended it."""
     scores: Mapping[str, Graded]
     """Grade by the name of its grader."""
+    kind: str = ""
+    """What kind of problem it is, as its task tells them apart; empty, and not in the file, without kinds."""
 
 
 class SampleFile(AbstractContextManager["SampleFile"]):
@@ -100,7 +102,7 @@ class SampleFile(AbstractContextManager["SampleFile"]):
         key = (sample.problem, sample.sample)
         if key in self.samples:
             raise SamplesError(f"{self.path}: problem {key[0]}, sample {key[1]} is already in the file")
-        self._write(to_json(asdict(sample)))
+        self._write(sample_line(sample))
         self.samples[key] = sample
 
     def replace(self, samples: Iterable[Sample]) -> None:
@@ -176,8 +178,14 @@ def write_samples(path: Path, settings: Mapping[str, Any], samples: Iterable[Sam
 
 def samples_text(settings: Mapping[str, Any], samples: Iterable[Sample]) -> str:
     """Return what a whole file holds."""
-    lines = [to_json({"format": FORMAT, "settings": settings}), *(to_json(asdict(sample)) for sample in samples)]
+    lines = [to_json({"format": FORMAT, "settings": settings}), *map(sample_line, samples)]
     return "\n".join(lines) + "\n"
+
+
+def sample_line(sample: Sample) -> str:
+    """Return the line of a sample in a file, without its end."""
+    row = asdict(sample)
+    return to_json(row if sample.kind else {key: value for key, value in row.items() if key != "kind"})
 
 
 def _parse(path: Path, data: bytes) -> tuple[dict[str, Any], list[Sample]]:
@@ -199,6 +207,8 @@ def _parse(path: Path, data: bytes) -> tuple[dict[str, Any], list[Sample]]:
             sample = Sample(**row, scores=scores)
             if type(sample.problem) is not int or type(sample.sample) is not int:
                 raise TypeError("problem and sample are counted")
+            if not isinstance(sample.kind, str):
+                raise TypeError("a kind is text")
         except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
             raise SamplesError(f"{path}:{number}: is damaged ({error}): delete the line to repeat it") from error
         if (key := (sample.problem, sample.sample)) in samples:

@@ -22,6 +22,7 @@ from typing import Any, Literal, Self
 
 from eggroll_llm.errors import RunDirError, SamplesError
 from eggroll_llm.records.answers import Sample, read_samples, samples_text
+from eggroll_llm.records.baseline import Constant
 from eggroll_llm.records.lock import RunLock
 from eggroll_llm.system.files import (
     append,
@@ -147,11 +148,18 @@ class RunDir(AbstractContextManager["RunDir"]):
 
     def example_prompt(self) -> str:
         """Return the prompt in full that the base model's evaluation recorded; empty without one."""
-        try:
-            text = read_samples(self.evaluations / f"step-{0:06d}.jsonl")[0].get("prompt")
-        except SamplesError:
-            return ""
+        text = self._evaluation_settings().get("prompt")
         return text if isinstance(text, str) else ""
+
+    def constant(self) -> Constant | None:
+        """Return the best constant answer that the base model's evaluation recorded; None without one."""
+        return Constant.of(self._evaluation_settings())
+
+    def _evaluation_settings(self) -> dict[str, Any]:
+        try:
+            return read_samples(self.evaluations / f"step-{0:06d}.jsonl")[0]
+        except SamplesError:
+            return {}
 
     def write_final(self, write: Callable[[Path], None]) -> None:
         """Put the model that `write` writes into a new directory in the place of final/, whole or not at all."""

@@ -1,19 +1,34 @@
-"""What one fixed answer pattern earns on Countdown. A model at that accuracy need not have learned to read the target.
+"""What one fixed answer earns. A model at that accuracy need not have learned to read the problem.
 
-A pattern takes the numbers in one order, as given or from the largest to the smallest, and joins them from left to
-right by the same operators in every problem: a - b, or (a + b) * c. Where problems have different counts of numbers,
+For Countdown it is a pattern: the numbers in one order, as given or from the largest to the smallest, joined from left
+to right by the same operators in every problem: a - b, or (a + b) * c. Where problems have different counts of numbers,
 each count has a pattern of its own.
+
+For any other task with gold answers it is one of the most frequent ones in training, graded by the task on the held-out
+problems. A user's score may be slow, so only those count that are graded in time.
 """
 
+import contextlib
 import operator
-from collections import defaultdict
+import time
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from fractions import Fraction
 from itertools import product
-from typing import Any
+
+from eggroll_llm.records.baseline import Constant
+from eggroll_llm.system.terminal import inert
+from eggroll_llm.tasks.countdown import CountdownTask
+from eggroll_llm.tasks.task import Answer, Problem, Task, Verdict
 
 MOST_NUMBERS = 5  # 512 patterns; with more numbers hardly a problem is solved by one
+MOST_ANSWERS = 16
+"""Gold answers that are tried."""
+SECONDS = 20.0
+"""Time to grade them in."""
+SHOWN = 40
+"""Characters of an answer that are shown."""
+
 _APPLY: dict[str, Callable[[Fraction, Fraction], Fraction]] = {
     "+": operator.add,
     "-": operator.sub,
@@ -26,38 +41,77 @@ _ORDERS: dict[str, Callable[[Iterable[int]], list[int]]] = {
 }
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Constant:
-    """The best fixed pattern."""
+def best_constant(
+    task: Task,
+    train: Iterable[Problem],
+    held_out: Sequence[Problem],
+    judge: Callable[[Sequence[Answer]], Iterable[Verdict]],
+    *,
+    seconds: float = SECONDS,
+) -> Constant | None:
+    """Return the fixed answer that solves most of the held-out problems.
 
-    pattern: str
-    """Such as "a - b, largest first"."""
-    accuracy: float
-    """Fraction of the problems that it solves."""
+    Args:
+        judge: grades answers as the task does, in their order.
+        seconds: after which no more are graded.
+
+    None where the task has no gold answers, or none was graded in time.
+    """
+    if isinstance(task, CountdownTask):
+        return best_pattern(task.options.operators, held_out)
+    best: Constant | None = None
+    frequent = _frequent(task, train)
+    deadline = time.monotonic() + seconds
+    for answer, completion in frequent.items():
+        right = 0
+        for verdict in judge([Answer(text=completion, problem=problem) for problem in held_out]):
+            right += verdict.score is not None and verdict.score.correct
+            if time.monotonic() > deadline:
+                return best
+        if best is None or right / len(held_out) > best.accuracy:
+            shown = inert(answer.strip(), SHOWN)
+            best = Constant(pattern=shown, accuracy=right / len(held_out), problems=len(held_out))
+    return best
 
 
-def best_constant(task: str, options: Mapping[str, Any], problems: Sequence[Mapping[str, Any]]) -> Constant | None:
-    """Return the pattern that solves most of the problems; None for other tasks, and where problems are too long."""
-    if task != "countdown" or not problems or not all("numbers" in p and "target" in p for p in problems):
-        return None
-    if max(len(p["numbers"]) for p in problems) > MOST_NUMBERS:
-        return None
-    by_count: dict[int, list[tuple[list[int], Fraction]]] = defaultdict(list)
+def _frequent(task: Task, problems: Iterable[Problem]) -> dict[str, str]:
+    """Return the most frequent answers with a gold completion that gives each, the most frequent first."""
+    counts: Counter[str] = Counter()
+    completions: dict[str, str] = {}
     for problem in problems:
-        by_count[len(problem["numbers"])].append((list(problem["numbers"]), Fraction(str(problem["target"]))))
+        if (gold := task.gold(problem)) is None:
+            continue
+        answer = None
+        with contextlib.suppress(Exception):  # of the user's; then the whole text is the answer
+            answer = task.answer(gold)
+        counts[answer or gold] += 1
+        completions.setdefault(answer or gold, gold)
+    return {answer: completions[answer] for answer, _ in counts.most_common(MOST_ANSWERS)}
+
+
+def best_pattern(operators: str, problems: Sequence[Mapping[str, object]]) -> Constant | None:
+    """Return the Countdown pattern that solves most of the problems; None without any, or where they are too long."""
+    rows = [(p.get("numbers"), p.get("target")) for p in problems]
+    by_count: dict[int, list[tuple[list[int], Fraction]]] = defaultdict(list)
+    for numbers, target in rows:
+        if not isinstance(numbers, Sequence) or target is None or len(numbers) > MOST_NUMBERS:
+            return None
+        by_count[len(numbers)].append((list(numbers), Fraction(str(target))))
+    if not by_count:
+        return None
     solved, patterns = 0, []
     for count, group in sorted(by_count.items()):
         best, pattern = max(
-            ((_solved(group, order, signs), _text(signs, order)) for order, signs in _patterns(options, count)),
+            ((_solved(group, order, signs), _text(signs, order)) for order, signs in _patterns(operators, count)),
             key=lambda found: found[0],
         )
         solved += best
         patterns.append(pattern)
-    return Constant(pattern="; ".join(patterns), accuracy=solved / len(problems))
+    return Constant(pattern="; ".join(patterns), accuracy=solved / len(problems), problems=len(problems))
 
 
-def _patterns(options: Mapping[str, Any], count: int) -> Iterable[tuple[str, tuple[str, ...]]]:
-    return product(_ORDERS, product(str(options.get("operators", "+-*/")), repeat=count - 1))
+def _patterns(operators: str, count: int) -> Iterable[tuple[str, tuple[str, ...]]]:
+    return product(_ORDERS, product(operators, repeat=count - 1))
 
 
 def _solved(group: Sequence[tuple[list[int], Fraction]], order: str, signs: Sequence[str]) -> int:

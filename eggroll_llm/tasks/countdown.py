@@ -147,6 +147,20 @@ class CountdownTask:
         answer = f"<answer>{problem['solution']}</answer>"
         return f"</think>\n{answer}" if self._opens_thought else answer
 
+    def kind(self, problem: Problem) -> str:
+        """Return the operation that solves two numbers, and how many numbers there are of more."""
+        numbers, target = problem["numbers"], problem["target"]
+        if len(numbers) != 2:
+            return f"{len(numbers)} number{'s' * (len(numbers) > 1)}"
+        a, b = numbers
+        solved = {
+            "sum": target == a + b,
+            "difference": target in (a - b, b - a),
+            "product": target == a * b,
+            "quotient": target * b == a or target * a == b,
+        }
+        return next((name for name, solves in solved.items() if solves), "other")
+
 
 def load_countdown(options: CountdownOptions, base_dir: Path, place: Place = no_place) -> CountdownTask:
     """Return the task with its problems generated or loaded.

@@ -100,6 +100,11 @@ class Gsm8kTask:
         """Return the published solution."""
         return str(problem["solution"])
 
+    def kind(self, problem: Problem) -> str:
+        """Return the number of calculations in the published solution; empty where it has no annotations."""
+        steps = len(_ANNOTATION.findall(problem["solution"]))
+        return f"{steps} step{'s' * (steps > 1)}" if steps else ""
+
 
 def load_gsm8k(options: Gsm8kOptions, base_dir: Path, place: Place = no_place) -> Gsm8kTask:
     """Return the task with its problems loaded.

@@ -32,6 +32,8 @@ class ProblemSet:
     """The part of each prompt that is shown to readers; see `questions_of`."""
     example: str = ""
     """Text of the first prompt, chat template applied, to be shown."""
+    kinds: Sequence[str] = ()
+    """Kind of each problem, as its task tells them apart; empty where they were not asked for."""
 
 
 _VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "tekken.json", "*.model")
@@ -109,9 +111,14 @@ class Prompter:
         return self._tokens(self.render(prompt), plain=isinstance(prompt, str), bos_by_text=bos_by_text)
 
     def encode_all(
-        self, problems: Sequence[Problem], prompts: Sequence[Prompt], *, bos_by_text: bool = False
+        self,
+        problems: Sequence[Problem],
+        prompts: Sequence[Prompt],
+        *,
+        kinds: Sequence[str] = (),
+        bos_by_text: bool = False,
     ) -> ProblemSet:
-        """Return the problems with their prompts, which are given in the same order, in tokens."""
+        """Return the problems with their prompts, in tokens, and their kinds; all are given in the same order."""
         texts = [self.render(prompt) for prompt in prompts]
         for problem, text in zip(problems, texts, strict=True):
             if not is_unicode(text):
@@ -129,6 +136,7 @@ class Prompter:
             in_thought={index for index, text in enumerate(texts) if ends_in_thought(text)},
             questions=questions_of(prompts),
             example=texts[0] if texts else "",
+            kinds=kinds,
         )
 
     def _tokens(self, text: str, *, plain: bool, bos_by_text: bool) -> tuple[int, ...]:

@@ -14,9 +14,10 @@ _CALLS = {
     "score_batch": ("completions", "problems"),
     "gold": ("problem",),
     "answer": ("completion",),
+    "kind": ("problem",),
 }
 """Methods of a task and what each is called with."""
-_OPTIONAL = ("gold", "answer", "score_batch")
+_OPTIONAL = ("gold", "answer", "kind", "score_batch")
 NEEDED = "A task needs problems(split), prompt(problem), score(completion, problem)"
 _PAGE = "See docs/your_own_reward.md"
 

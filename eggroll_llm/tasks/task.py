@@ -74,6 +74,9 @@ class Task(Protocol):
     def gold(self, problem: Problem) -> str | None:
         """Return a completion that earns reward 1; None where none is known."""
 
+    def kind(self, problem: Problem) -> str:
+        """Return what kind of problem it is, a few words; accuracies are shown for each. Empty where there are none."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Answer:

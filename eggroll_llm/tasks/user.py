@@ -8,13 +8,13 @@
     TASK = Reverse()
 
 The file is imported, so it can do anything; name only files that you trust. `TASK` may also be a class or
-function that takes the task options and returns such an object. `stop`, `notes`, `gold` and `answer(completion)`
-(what majority votes count) are optional, and so are `truncated` (the length limit cut the completion off) and
-`thought_open` (the prompt ended in a thought) in `score`, which may return a number (correct from 1 on) or a
-`rewards.Score`; anything else is a failure, like an exception. `score_batch(completions, problems)`, instead of `score`
-or beside it, returns a list of those; its `truncated` and `thought_open` are lists, too. In a run, `score` and `answer`
-are called in processes of their own (`sandbox.pool`), which import again what was read here, from the file and the
-modules next to it (`modules`).
+function that takes the task options and returns such an object. `stop`, `notes`, `gold`, `kind(problem)` and
+`answer(completion)` (what majority votes count) are optional, and so are `truncated` (the length limit cut the
+completion off) and `thought_open` (the prompt ended in a thought) in `score`, which may return a number (correct from 1
+on) or a `rewards.Score`; anything else is a failure, like an exception. `score_batch(completions, problems)`, instead
+of `score` or beside it, returns a list of those; its `truncated` and `thought_open` are lists, too. In a run, `score`
+is called in processes of its own (`sandbox.pool`), and so is `answer` on what the model wrote. They import again what
+was read here, from the file and the modules next to it (`modules`).
 """
 
 import contextlib
@@ -118,14 +118,21 @@ class UserTask:
 
     def gold(self, problem: Problem) -> str | None:
         """Return the user's gold answer, if there is such a method. Raises TaskError when it is not text."""
-        if not hasattr(self.inner, "gold"):
+        return self._text_of("gold", problem, "the text of an answer")
+
+    def kind(self, problem: Problem) -> str:
+        """Return the user's kind, if there is such a method. Raises TaskError when it is not text."""
+        return self._text_of("kind", problem, "a few words") or ""
+
+    def _text_of(self, method: str, problem: Problem, wanted: str) -> str | None:
+        if not hasattr(self.inner, method):
             return None
-        what = f"gold() of problem {problem.get('id')!r:.60}"
+        what = f"{method}() of problem {problem.get('id')!r:.60}"
         with _calling(self.path, what):
-            gold: Any = self.inner.gold(problem)
-        if gold is None or isinstance(gold, str):
-            return gold
-        raise TaskError(f"{self.path}: {what} is {gold!r:.80}. Return the text of an answer, or None.")
+            found: Any = getattr(self.inner, method)(problem)
+        if found is None or isinstance(found, str):
+            return found
+        raise TaskError(f"{self.path}: {what} is {found!r:.80}. Return {wanted}, or None.")
 
 
 class WrongCountError(Exception):

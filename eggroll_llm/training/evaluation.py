@@ -168,7 +168,12 @@ def _sample(problems: ProblemSet, problem: int, sample: int, completion: Complet
         tokens=len(completion.token_ids),
         truncated=completion.truncated,
         scores={},
+        kind=_kind(problems, problem),
     )
+
+
+def _kind(problems: ProblemSet, problem: int) -> str:
+    return problems.kinds[problem] if problems.kinds else ""
 
 
 def grade_again(samples: Iterable[Sample], problems: ProblemSet, graders: Mapping[str, Grader]) -> list[Sample]:
@@ -177,7 +182,8 @@ def grade_again(samples: Iterable[Sample], problems: ProblemSet, graders: Mappin
     for i, sample in enumerate(samples):
         text = Completion(text=sample.completion, token_ids=(), truncated=sample.truncated, prompt_tokens=0)
         completion, problem = answered(problems, sample.problem, text)
-        sample = dataclasses.replace(sample, id=problem.get("id", sample.problem), doc=problem)
+        place = sample.problem
+        sample = dataclasses.replace(sample, id=problem.get("id", place), doc=problem, kind=_kind(problems, place))
         grading.put(i, sample, completion)
     return list(grading.rest())
 

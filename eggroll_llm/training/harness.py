@@ -14,8 +14,10 @@ from torch import Tensor
 
 from eggroll_llm.engine.interface import Decoding, Engine
 from eggroll_llm.engine.sampling import OnRollout, Rollout
+from eggroll_llm.records.baseline import Constant
 from eggroll_llm.records.diagnosis import diagnose, news
 from eggroll_llm.system import signals
+from eggroll_llm.tasks.constant import best_constant
 from eggroll_llm.tasks.order import problems_of_step
 from eggroll_llm.tasks.prompts import set_hash
 from eggroll_llm.training.evaluation import Evaluation, evaluate
@@ -131,8 +133,11 @@ class Harness:
         ]
 
     def start(self) -> Evaluation:
-        """Evaluate the base model, as step 0."""
-        evaluation = self._evaluate()
+        """Evaluate the base model, as step 0, and find the best constant answer, which the figures are read next to."""
+        prepared = self.run.prepared
+        train, held_out = prepared.train.problems, prepared.held_out.problems
+        constant = best_constant(prepared.task, train, held_out, self.run.scorer.judge)
+        evaluation = self._evaluate(constant)
         self.run.recorder.record_metrics({"step": 0, "wall_time": 0.0, **evaluation.metrics})
         self._show_course()
         return evaluation
@@ -179,7 +184,7 @@ class Harness:
         every = self.config.eval.every
         return self.finished() or (bool(every) and self.step % every == 0)
 
-    def _evaluate(self) -> Evaluation:
+    def _evaluate(self, constant: Constant | None = None) -> Evaluation:
         run, held_out = self.run, self.run.prepared.held_out
         evaluation = evaluate(
             run.engine,
@@ -188,7 +193,7 @@ class Harness:
             self.greedy,
             lambda done, total: self._show_progress("evaluation", done, total),
         )
-        settings: dict[str, str | float] = {
+        settings: dict[str, Any] = {
             "task": self.config.task,
             "split": self.config.eval.split,
             "step": self.step,
@@ -196,6 +201,7 @@ class Harness:
             "prompt": held_out.example,
             "max_tokens": self.greedy.max_tokens,
             "temperature": self.greedy.temperature,
+            **(constant.settings() if constant else {}),
         }
         run.recorder.record_evaluation(self.step, settings, evaluation)
         run.display.evaluation(self.step, evaluation)

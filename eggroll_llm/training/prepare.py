@@ -159,7 +159,8 @@ def _without_held_out(
 
 def encode(prompter: Prompter, task: Task, problems: Sequence[Problem]) -> ProblemSet:
     """Return the problems with their prompts as tokens."""
-    return prompter.encode_all(problems, [task.prompt(problem) for problem in problems])
+    prompts, kinds = [task.prompt(problem) for problem in problems], [task.kind(problem) for problem in problems]
+    return prompter.encode_all(problems, prompts, kinds=kinds)
 
 
 def journal_header(prepared: Prepared) -> JournalHeader:

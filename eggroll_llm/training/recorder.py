@@ -143,6 +143,7 @@ class Recorder:
             metrics=self.rows,
             journal=self.journal.path,
             prompt=self.directory.example_prompt(),
+            constant=self.directory.constant(),
         )
         write_card(model, trained)
 

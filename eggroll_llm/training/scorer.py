@@ -107,6 +107,15 @@ class Scorer(AbstractContextManager["Scorer"]):
         judging = self._pool.begin(voted=voted) if self._pool else _JudgingHere(self._task, voted=voted)
         return Scoring(judging, self._count)
 
+    def judge(self, answers: Sequence[Answer]) -> Iterator[Verdict]:
+        """Yield the verdict on each answer, in their order; none is counted or shown."""
+        if self._pool:
+            yield from self._pool.judge(answers, voted=False)
+            return
+        for answer in answers:
+            yield judge(self._task, answer, voted=False)
+            signals.check()  # which a grader may have swallowed
+
     def check(self, of: str) -> None:
         """Raise TaskError when nothing that was counted could be scored; `of` says what that was."""
         if self.scored and self.failures == self.scored:

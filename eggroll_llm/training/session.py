@@ -3,7 +3,7 @@
 Everything that can be known without the engine is checked before it starts.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,13 +12,13 @@ from eggroll_llm.config.compare import applies, check_resume, flat
 from eggroll_llm.config.recipe import load_recipe, to_toml
 from eggroll_llm.config.schema import RunConfig
 from eggroll_llm.engine.start import start_engine
-from eggroll_llm.errors import EngineError, TrainingError
+from eggroll_llm.errors import EngineError, SamplesError, TrainingError
 from eggroll_llm.models.called import called
+from eggroll_llm.records.baseline import Constant, Share, by_kind
 from eggroll_llm.records.checkpoint import Checkpoint, clean
 from eggroll_llm.records.diagnosis import Finding, diagnose
 from eggroll_llm.records.journal import Journal
 from eggroll_llm.records.run_dir import OnExisting, RunDir
-from eggroll_llm.tasks.constant import Constant, best_constant
 from eggroll_llm.training.budget import check_memory
 from eggroll_llm.training.es import EsTrainer
 from eggroll_llm.training.evaluation import Evaluation
@@ -46,7 +46,9 @@ class Outcome:
     base_model: str
     """Its name next to its figures."""
     constant: Constant | None
-    """The best fixed answer pattern on the held-out problems; None where the task has none, or `evaluation` is None."""
+    """The best constant answer to the held-out problems; None where the task has none, or it was not recorded."""
+    kinds: Mapping[str, tuple[Share, Share]]
+    """Accuracy of the first and of the last evaluation by kind of problem; empty without kinds."""
     final: Path
     """The model as it was at the end."""
     evaluation: Evaluation | None
@@ -161,7 +163,6 @@ def outcome(run: RunDir, config: RunConfig, evaluation: Evaluation | None = None
     """Read the outcome of a run from its directory."""
     metrics = run.read_metrics()
     evaluated = [row for row in metrics if "eval/accuracy" in row]
-    held_out = [sample.doc for sample in evaluation.samples] if evaluation else []
     return Outcome(
         steps=int(metrics[-1]["step"]),
         wall_time=float(metrics[-1]["wall_time"]),
@@ -169,8 +170,17 @@ def outcome(run: RunDir, config: RunConfig, evaluation: Evaluation | None = None
         last=evaluated[-1],
         metrics=metrics,
         base_model=called(config.model),
-        constant=best_constant(config.task, config.task_options, held_out),
+        constant=run.constant(),
+        kinds=_kinds(run, evaluated[0]["step"], evaluated[-1]["step"]),
         final=run.final,
         evaluation=evaluation,
         findings=diagnose(config, metrics, ended=True),
     )
+
+
+def _kinds(run: RunDir, first: int, last: int) -> dict[str, tuple[Share, Share]]:
+    try:
+        before, after = (by_kind(run.read_evaluation(step)) for step in (first, last))
+    except SamplesError:
+        return {}
+    return {kind: (before[kind], share) for kind, share in after.items() if kind in before}

@@ -23,10 +23,10 @@ from eggroll_llm.config.recipe import load_recipe
 from eggroll_llm.config.schema import RunConfig
 from eggroll_llm.errors import TaskError
 from eggroll_llm.models.embedded import DESCRIPTION
+from eggroll_llm.records.baseline import Constant, Share
 from eggroll_llm.records.diagnosis import Finding
 from eggroll_llm.records.run_dir import RunDir
 from eggroll_llm.system import invocation
-from eggroll_llm.tasks.constant import Constant
 from eggroll_llm.training import session
 from eggroll_llm.training.session import Outcome
 
@@ -483,7 +483,8 @@ def finished(run_path: Path) -> Outcome:
         last=metrics[1],
         metrics=metrics,
         base_model=DESCRIPTION,
-        constant=Constant(pattern="a - b, largest first", accuracy=0.518),
+        constant=Constant(pattern="a - b, largest first", accuracy=0.518, problems=512),
+        kinds={"[/carry]": (Share(accuracy=0.0, problems=4), Share(accuracy=0.5, problems=4))},
         final=run_path / "final",
         evaluation=None,
     )
@@ -516,7 +517,8 @@ def test_a_run_ends_with_its_table_and_how_to_go_on(
     ):
         assert text in output
     words = " ".join(re.sub("[│┃]", " ", output).split())
-    assert "the best constant answer: a - b, largest first 51.8 %" in words
+    assert "the best constant answer: a - b, largest first 51.8 % [47.5, 56.1]" in words
+    assert "[/carry] (4) 0.0 % [0.0, 49.0] 50.0 % [15.0, 85.0] +50.0 points" in words
     assert f"before: the base model, {DESCRIPTION}" in words
     lines = output.splitlines()
     assert f"model: {path / 'final'} (loads in transformers and vLLM)" in lines

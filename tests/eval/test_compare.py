@@ -16,6 +16,7 @@ from rich.console import Console
 
 from eggroll_llm.config.schema import EngineConfig, EvalConfig, GrpoConfig, SamplingConfig
 from eggroll_llm.errors import ConfigError
+from eggroll_llm.records.baseline import Constant
 from eval.compare import Comparison, Mean, compare_runs
 from eval.runs import read_runs
 from eval.statistics import bootstrap_interval, sign_flip_exact
@@ -192,8 +193,30 @@ def test_equal_budgets(tmp_path: Path) -> None:
         ["slow", "0.0 % [0.0, 49.0]", "0"],
         ["quick", "100.0 % [51.0, 100.0]", "8"],
         ["mean of es (1 seed)", "50.0 ± 50.0 %", ""],
+        ["best constant answer: a + b", "100.0 % [51.0, 100.0]", ""],
     ]
     assert "What quick spent" in shown.note
+    assert grid(comparison, "Accuracy of each run").rows[-1] == [
+        "best constant answer: a + b", "4", "", "100.0 % [51.0, 100.0]", "", ""
+    ]  # fmt: skip
+
+
+def test_kinds_of_problem_have_accuracies_of_their_own(tmp_path: Path) -> None:
+    """Of the recorded constant answer every table of accuracies speaks, also where the task is not Countdown."""
+    config, kinds = make_config(task="sums.py:Sums"), ["carry", "carry", "no carry", ""]
+    constant = Constant(pattern="107", accuracy=0.25, problems=4)
+    run = write_run(tmp_path / "a", {0: "0010", 4: "1011"}, config=config, kinds=kinds, constant=constant)
+    comparison = compare([run, write_run(tmp_path / "b", {0: "0000", 4: "1111"}, config=config)])
+    assert grid(comparison, "Accuracy by kind of problem").rows == [
+        ["a", "carry", "2", "0.0 % [0.0, 65.8]", "50.0 % [9.5, 90.5]"],
+        ["a", "no carry", "1", "100.0 % [20.7, 100.0]", "100.0 % [20.7, 100.0]"],
+    ]
+    with_constant = [shown.title for shown in grids(comparison) if shown.rows[-1][0] == "best constant answer: 107"]
+    assert with_constant == [shown.title for shown in grids(comparison) if shown.columns[-1] in ("step", "final")][:-1]
+    assert len(with_constant) == 5
+    one_kind = compare([write_run(tmp_path / "c", {0: "00", 4: "11"}, config=config, kinds=["carry"] * 2)])
+    assert not any("kind" in shown.columns for shown in grids(one_kind))
+    assert not any("constant" in cell for shown in grids(one_kind) for row in shown.rows for cell in row)
 
 
 def test_runs_that_spent_or_recorded_nothing_set_no_budget(tmp_path: Path) -> None:

@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 
 from eggroll_llm.errors import ConfigError
+from eggroll_llm.records.accuracy import wilson
 from eggroll_llm.records.answers import TASK, Graded, Sample
+from eggroll_llm.records.baseline import Constant
 from eggroll_llm.training.scorer import FAILED
 from eval.evaluation import Results, Settings
 from eval.questions import Questions
@@ -64,11 +66,12 @@ def results(answers: list[list[str | None]], grader: str = "robust", available: 
         stop=(),
         max_tokens=256,
         graders={grader: lambda *_: None},  # type: ignore[arg-type, return-value]
+        source=None,  # type: ignore[arg-type]
     )
     settings = Settings(
         subject=Subject(name="it", model_dir=Path("/m"), config=None), task="gsm8k", protocol="lm-eval", task_options={}
     )
-    return Results(settings=settings, questions=questions, samples=samples, facts=FACTS | facts)
+    return Results(settings=settings, questions=questions, samples=samples, facts=FACTS | facts, constant=None)
 
 
 def test_one_greedy_answer_each() -> None:
@@ -154,6 +157,27 @@ def test_the_table(capsys: pytest.CaptureFixture[str]) -> None:
     embedded = table(summarize(results([["r"], ["w"]]), []) | {"model_name": "smollm2-135m-instruct"})
     assert "\nSmolLM2-135M-Instruct, 4-bit GGUF expanded to bfloat16 (bfloat16, weights 0123): " in embedded
     assert "2 problems, 1 completion each, greedy, at most 256" in greedy
+
+
+def test_kinds_and_the_best_constant_answer_are_shown_where_there_are_some() -> None:
+    """Three problems: two of the second kind, one of which is solved in one of two answers."""
+    plain = results([["r", "r"], ["r", "w"], ["w", "w"]], available=3)
+    samples = [dataclasses.replace(s, kind="10 steps" if s.problem else "2 | steps") for s in plain.samples]
+    constant = Constant(pattern="7|", accuracy=1 / 3, problems=3)
+    summary = summarize(dataclasses.replace(plain, samples=samples, constant=constant), [])
+    assert summary["kinds"]["robust"]["10 steps"] == {
+        "accuracy": 0.25, "interval": pytest.approx(wilson(0.25, 2)), "problems": 2
+    }  # fmt: skip
+    lines = table(summary).splitlines()
+    assert "|best constant answer: 7¦| |0.3333| |      |[0.0615, 0.7923]|" in lines[3]
+    assert lines[5:9] == [
+        "|Filter|Kind of problem|Problems| Value|95 % interval   |",
+        "|------|---------------|-------:|-----:|----------------|",
+        "|robust|2 ¦ steps      |       1|1.0000|[0.2065, 1.0000]|",
+        "|robust|10 steps       |       2|0.2500|[0.0267, 0.8021]|",
+    ]
+    one_kind = [dataclasses.replace(s, kind="one") for s in plain.samples]
+    assert "Kind" not in table(summarize(dataclasses.replace(plain, samples=one_kind), []))
 
 
 def test_nothing_solved_is_not_known_exactly() -> None:

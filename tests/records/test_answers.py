@@ -128,6 +128,7 @@ def test_two_processes_do_not_write_one_file(tmp_path: Path) -> None:
         (b"[" * 2000 + b"]" * 2000 + b"\n", r":2: is damaged \(values are nested too deeply\)"),
         (line_of(problem=[1]), r":2: is damaged \(problem and sample are counted\)"),
         (line_of(sample="0"), r":2: is damaged \(problem and sample are counted\)"),
+        (line_of(kind=7), r":2: is damaged \(a kind is text\)"),
         (line_of(scores={"x": {"correct": True, "reward": 10**400, "detail": ""}}), r":2: is damaged \(int too large"),
     ],
 )

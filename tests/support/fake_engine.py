@@ -194,6 +194,15 @@ class Near:
         reward = self.reward(int(member), float(value), problem)
         return Score(reward, reward > -0.5, "near")
 
+    def answer(self, completion: str) -> str | None:
+        return None
+
+    def gold(self, problem: Mapping[str, Any]) -> str | None:
+        return None
+
+    def kind(self, problem: Mapping[str, Any]) -> str:
+        return ""
+
 
 class Constant(Near):
     def reward(self, member: int, value: float, problem: Mapping[str, Any]) -> float:
@@ -288,6 +297,7 @@ def problem_set(task: Any, split: str) -> ProblemSet:
         hashes=[problem["id"] for problem in problems],
         questions=[f"What of {problem['id']}?" for problem in problems],
         example="what is near?",
+        kinds=[task.kind(problem) for problem in problems],
     )
 
 

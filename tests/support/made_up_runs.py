@@ -9,6 +9,7 @@ from eggroll_llm.config.recipe import to_toml
 from eggroll_llm.config.schema import RunConfig
 from eggroll_llm.es.settings import EsSettings
 from eggroll_llm.records.answers import TASK, Graded, Sample, write_samples
+from eggroll_llm.records.baseline import Constant
 from eggroll_llm.records.weights import write_provenance
 from eggroll_llm.system.jsonl import to_json
 
@@ -34,6 +35,8 @@ def write_run(
     finished: bool = True,
     base_model: str = "0123456789abcdef",
     environment: Mapping[str, Any] = ENVIRONMENT,
+    kinds: Sequence[str] = (),
+    constant: Constant | None = None,
 ) -> Path:
     """Write a run directory.
 
@@ -41,6 +44,8 @@ def write_run(
         right: step -> a digit for each problem, "1" when it is solved.
         spent: completions, generated tokens and seconds of each step.
         answer: completion by step, problem and whether it is right.
+        kinds: of each problem.
+        constant: the best constant answer, as the run recorded it.
     """
     path.mkdir(parents=True)
     (path / "evaluations").mkdir()
@@ -74,10 +79,12 @@ def write_run(
                     tokens=3,
                     truncated=False,
                     scores={TASK: Graded(correct=mark, reward=float(mark), detail="")},
+                    kind=kinds[i] if kinds else "",
                 )
                 for i, mark in enumerate(marks)
             ]
-            write_samples(path / "evaluations" / f"step-{step:06}.jsonl", {}, samples)
+            settings = constant.settings() if constant else {}
+            write_samples(path / "evaluations" / f"step-{step:06}.jsonl", settings, samples)
         rows.append(row)
     for name, lines in (("metrics", rows), ("completions", completions)):
         (path / f"{name}.jsonl").write_text("".join(to_json(line) + "\n" for line in lines), encoding="utf-8")

@@ -67,6 +67,7 @@ def test_a_user_task_is_completed(folder):
     assert task.problems("test")[0]["id"] == "test-1"
     assert task.prompt(task.problems("train")[1]) == "Reverse stop:"
     assert (task.stop, task.notes, task.gold(task.problems("test")[0])) == ((), (), None)
+    assert task.kind(task.problems("test")[0]) == ""
     assert task.score("reward", {"word": "drawer"}, truncated=True) == Score(1.0, True, "reward")
     assert task.score("drawer", {"word": "drawer"}) == Score(0.0, False, "reward")
 
@@ -221,6 +222,18 @@ def test_a_prompt_that_is_none(tmp_path, code, said):
     task = load_task("mine.py:Mine", {}, base_dir=tmp_path)
     with pytest.raises(TaskError, match=said):
         task.prompt(task.problems("train")[0])
+
+
+@pytest.mark.parametrize(
+    ("code", "said"), [("1 / 0", "failed:(?s:.)*ZeroDivisionError"), ("return 5", r"is 5\. Return a")]
+)
+def test_a_kind_that_is_no_text(tmp_path, code, said):
+    parts = dict.fromkeys(("init", "problems", "prompt", "score", "gold"), "pass")
+    body = f"def kind(self, problem):\n        {code}"
+    (tmp_path / "mine.py").write_text(LOADS.format(**parts, body=body), encoding="utf-8")
+    task = load_task("mine.py:Mine", {}, base_dir=tmp_path)
+    with pytest.raises(TaskError, match=rf"mine\.py: kind\(\) of problem 'a' {said}"):
+        task.kind(task.problems("test")[0])
 
 
 def test_an_interruption_while_user_code_runs_is_no_mistake_of_the_user(tmp_path):

@@ -66,6 +66,7 @@ def refused(folder: Path, before: str = "", name: str = "Mine", **methods: str) 
         ("gold", "gold = 'a'", r"gold = 'a' is not a method. Write def gold\(self, problem\), or remove it\.$"),
         ("gold", "async def gold(self, problem): return 'a'", "gold is asynchronous"),
         ("answer", "def answer(self, completion, problem): return 'a'", "'problem'"),
+        ("kind", "kind = 'hard'", r"kind = 'hard' is not a method. Write def kind\(self, problem\), or remove it\.$"),
         ("answer", "answer = None", r"answer = None is not a method. .*, or remove it\.$"),
     ],
 )

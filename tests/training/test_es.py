@@ -31,6 +31,7 @@ from eggroll_llm.engine.interface import Decoding, Request, UpdateTimes
 from eggroll_llm.errors import EngineError, TaskError, TrainingError
 from eggroll_llm.es.estimate import NonFiniteUpdate, UpdateSpec
 from eggroll_llm.records.answers import TASK, read_samples
+from eggroll_llm.records.baseline import Constant as BestConstant
 from eggroll_llm.records.checkpoint import verify_checkpoint
 from eggroll_llm.records.journal import Journal, read_journal
 from eggroll_llm.records.run_dir import RunDir
@@ -39,6 +40,7 @@ from eggroll_llm.tasks.load import load_task
 from eggroll_llm.tasks.task import Score
 from eggroll_llm.training import es as trainer
 from eggroll_llm.training import recorder, session
+from eval.runs import read_runs
 
 
 @pytest.fixture
@@ -258,6 +260,35 @@ def test_the_best_checkpoint_is_kept(bench: Bench, checkpoint: CheckpointConfig,
         verified = verify_checkpoint(bench.folder / "run" / "checkpoints" / path)
         card = (verified.path / "README.md").read_text()
         assert f"--step {verified.step} --out DIR" in card
+
+
+class Told(Near):
+    """Near, with gold answers and kinds."""
+
+    def gold(self, problem: Mapping[str, Any]) -> str:
+        return f"0 {problem['target']}"
+
+    def kind(self, problem: Mapping[str, Any]) -> str:
+        return "odd" if problem["x"][0] % 2 else "even"
+
+
+def test_a_run_records_the_best_constant_answer_and_the_kinds_of_problems(bench: Bench) -> None:
+    """Of 2.0, 2.3, ... the first that is nearer than 0.5 to most of 2.0, 2.3, 2.6, 2.9, 3.2, by hand."""
+    found = bench.train("run", task=Told(), steps=2)
+    constant = BestConstant(pattern="0 2.3", accuracy=0.6, problems=5)
+    assert found.constant == constant
+    kinds = {kind: [share.problems for share in shares] for kind, shares in found.kinds.items()}
+    assert kinds == {"even": [3, 3], "odd": [2, 2]}
+    overall = sum(share.accuracy * share.problems for _, share in found.kinds.values()) / 5
+    assert overall == pytest.approx(found.last["eval/accuracy"])
+    assert (
+        "| none: the best constant answer, `0 2.3` | 60.0 % [23.1, 88.2] |" in (found.final / "README.md").read_text()
+    )
+    (run,) = read_runs([found.path])
+    assert run.constant == constant
+    plain = bench.train("plain", steps=2)
+    assert (plain.constant, plain.kinds) == (None, {})
+    assert bench.train("run", "resume", task=Told(), steps=3).constant == constant
 
 
 def test_killed_before_the_best_checkpoint_was_written(bench: Bench) -> None:
