@@ -27,7 +27,18 @@ from eval import plots
 from eval.compare import BUDGETS, Comparison, Example, PairedTest, Seeds, Summary, compare_runs, groups_of
 from eval.runs import Budget, Group, Point, Run, about, read_runs
 from eval.statistics import LEAST_DISCORDANT
-from eval.tables import INTERVAL, Grid, amount, grids, interval_text, mean_text, pair_text, point_text, problem_text
+from eval.tables import (
+    INTERVAL,
+    Grid,
+    amount,
+    grids,
+    interval_text,
+    mean_text,
+    pair_text,
+    point_text,
+    problem_text,
+    reward_grids,
+)
 
 _HERE = Path(__file__).parent
 MOST_TILES = 6  # groups that the head of a page shows; the tables show all
@@ -52,6 +63,7 @@ def write_run_report(run_path: Path | str) -> Path:
         _part("notes", comparison.notes),
         _section("Learning curves", _overview(groups)),
         _section("Evaluations", _table(_evaluations_grid(run))),
+        _section("Rewards", *map(_table, reward_grids(run.rows))),
         _section("Answers that changed", _examples(test)) if test else Markup(),
         _section("Prompt", _prompt(run.directory.example_prompt())),
         _section("Time and tokens", *_costs(run)),
