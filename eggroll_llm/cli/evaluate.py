@@ -11,7 +11,9 @@ from eggroll_llm.system.files import check_output_file
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's own arguments."""
-    parser.add_argument("model", metavar="MODEL_OR_RUN", help="directory, hub id, embedded model, or run directory")
+    parser.add_argument(
+        "model", metavar="MODEL_OR_RUN", help="directory, GGUF file, hub id, embedded model, or run directory"
+    )
     parser.add_argument("--task", help="gsm8k, gsm8k_cot, countdown or file.py:NAME; default: the run's task")
     parser.add_argument(
         "--at", default="final", metavar="STEP", help="step of a run: final (default), best or a number"

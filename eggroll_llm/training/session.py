@@ -13,7 +13,7 @@ from eggroll_llm.config.recipe import load_recipe, to_toml
 from eggroll_llm.config.schema import RunConfig
 from eggroll_llm.engine.start import start_engine
 from eggroll_llm.errors import EngineError, TrainingError
-from eggroll_llm.models import embedded
+from eggroll_llm.models.called import called
 from eggroll_llm.records.checkpoint import Checkpoint, clean
 from eggroll_llm.records.diagnosis import Finding, diagnose
 from eggroll_llm.records.journal import Journal
@@ -168,7 +168,7 @@ def outcome(run: RunDir, config: RunConfig, evaluation: Evaluation | None = None
         first=evaluated[0],
         last=evaluated[-1],
         metrics=metrics,
-        base_model=embedded.called(config.model),
+        base_model=called(config.model),
         constant=best_constant(config.task, config.task_options, held_out),
         final=run.final,
         evaluation=evaluation,

@@ -280,7 +280,7 @@ def test_an_error_that_quotes_an_answer_does_nothing_to_the_terminal(
 
 def test_a_missing_model(refused: Callable[..., str], recipe: Path, tmp_path: Path) -> None:
     message = refused("train", recipe, "--model", "no/such/model", "--run-dir", tmp_path / "run")
-    assert message.startswith("model 'no/such/model' is neither an existing directory, nor a hub id")
+    assert message.startswith("model 'no/such/model' is neither an existing directory, nor a GGUF file, nor a hub id")
     assert message.endswith("correct `model`")
     assert not (tmp_path / "run").exists()
 

@@ -4,10 +4,12 @@ import dataclasses
 import hashlib
 import re
 import tomllib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from gguf_files import write_gguf
 from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 
@@ -108,6 +110,24 @@ def test_a_local_model_is_no_base_model_of_the_hub(journal: Path) -> None:
     text = card(journal, dataclasses.replace(CONFIG, model="/data/models/mine"))
     assert "base_model" not in ModelCard(text).data.to_dict()
     assert f"- Base model: `mine`, a local directory. Identity `{IDENTITY}`." in text
+
+
+def test_a_gguf_is_what_it_says_and_no_more(journal: Path, tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
+    says = {"general__name": "A `Model`", "general__license": "apache-2.0", "general__file_type": 15}
+    page = {"general__source__url": "https://huggingface.co/Qwen/Qwen2.5-0.5B-Instruct"}
+    paths = [tmp_path / f"{name}.gguf" for name in ("says", "silent", "gone")]
+    write_gguf(tiny_model("llama"), paths[0], **says, **page)
+    write_gguf(tiny_model("llama"), paths[1], general__source__url="https://huggingface.co.evil.org/Qwen/Qwen2.5-0.5B")
+    texts = [card(journal, dataclasses.replace(CONFIG, model=str(path))) for path in paths]
+    data = [ModelCard(text).data.to_dict() for text in texts]
+    assert [each.get("base_model") for each in data] == ["Qwen/Qwen2.5-0.5B-Instruct", None, None]
+    assert [each.get("license") for each in data] == ["apache-2.0", None, None]
+    assert (
+        "- Base model: `says.gguf, 4-bit (Q4_K_M) GGUF expanded to bfloat16`, a local file that calls itself "
+        "`` A `Model` ``, from the weights of [`Qwen/Qwen2.5-0.5B-Instruct`]"
+    ) in texts[0]
+    assert "whose file says `apache-2.0`." in texts[0]
+    assert f"- Base model: `gone.gguf, GGUF expanded to bfloat16`, a local file. Identity `{IDENTITY}`." in texts[2]
 
 
 def test_results_from_base_to_this_step(journal: Path) -> None:

@@ -10,7 +10,9 @@ import pytest
 
 from eggroll_llm.errors import CheckpointError, ModelError
 from eggroll_llm.models import embedded
+from eggroll_llm.models.expanded import expanded
 from eggroll_llm.models.files import context_limit
+from eggroll_llm.models.gguf_expand import expand
 from eggroll_llm.models.resolve import check_model, embedded_path, model_identity, resolve_model
 from eggroll_llm.records.checkpoint import save_checkpoint
 from eggroll_llm.system.files import cache_root
@@ -47,7 +49,7 @@ def test_paths_relative_to_the_working_directory_and_home(copied: Path, monkeypa
 
 @pytest.mark.parametrize("name", ["smollm", "no/such/directory", "/absent", "../absent", "a\0b", "x" * 5000, ""])
 def test_names_that_mean_nothing(name: str) -> None:
-    with pytest.raises(ModelError, match="neither an existing directory, nor a hub id") as caught:
+    with pytest.raises(ModelError, match="neither an existing directory, nor a GGUF file, nor a hub id") as caught:
         resolve_model(name)
     assert repr(name) in str(caught.value)
     assert "correct `model`" in str(caught.value)
@@ -175,6 +177,12 @@ def test_directory_without_config(copied: Path) -> None:
         check_model(copied)
 
 
+def test_a_directory_of_gguf_files(tmp_path: Path) -> None:
+    (tmp_path / "m.gguf").touch()
+    with pytest.raises(ModelError, match=r"has no config\.json: name a file, such as .*/m\.gguf"):
+        resolve_model(str(tmp_path))
+
+
 def test_directory_without_weights(copied: Path) -> None:
     (copied / "model.safetensors").unlink()
     with pytest.raises(ModelError, match=r"has no \*\.safetensors"):
@@ -258,24 +266,22 @@ def test_missing_wheel_names_the_command(monkeypatch: pytest.MonkeyPatch, tmp_pa
 def test_cache_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("EGGROLL_CACHE", str(tmp_path / "file"))
-    monkeypatch.setattr(embedded, "find_gguf", lambda: tmp_path / "model.gguf")
     with pytest.raises(ModelError, match="another place in the environment variable EGGROLL_CACHE"):
-        resolve_model(embedded.NAME)
+        expanded(tmp_path / "model.gguf", embedded_path())
 
 
 def test_failed_conversion_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("EGGROLL_CACHE", str(tmp_path))
-    monkeypatch.setattr(embedded, "find_gguf", lambda: tmp_path / "absent.gguf")
-    with pytest.raises(ModelError, match=r"converting .*absent\.gguf failed: .*installation with: .* doctor"):
-        resolve_model(embedded.NAME)
+    monkeypatch.setattr("eggroll_llm.models.expanded.child_python", lambda: [sys.executable, "-c", "1 / 0", "--"])
+    with pytest.raises(ModelError, match=r"failed \(ZeroDivisionError.*the installation with: .* doctor"):
+        expanded(Path("model.gguf"), embedded_path())
     assert [path.name for path in (tmp_path / "models").iterdir() if path.is_dir()] == []
 
 
 FAKE_CONVERSION = """
 import pathlib, time, types
-from eggroll_llm.models import embedded
-from eggroll_llm.models.files import context_limit
-from eggroll_llm.models import resolve as models
+from eggroll_llm.models import expanded
+from eggroll_llm.models.resolve import embedded_path
 
 def convert(command, **options):
     pathlib.Path({log!r}).open("a").write("converted\\n")
@@ -285,9 +291,8 @@ def convert(command, **options):
     (target / "made").write_text("whole")
     return types.SimpleNamespace(returncode=0)
 
-models.subprocess.run = convert
-embedded.find_gguf = lambda: pathlib.Path("model.gguf")
-print((models._embedded_directory() / "made").read_text())
+expanded.subprocess.run = convert
+print((expanded.expanded(pathlib.Path("model.gguf"), embedded_path()) / "made").read_text())
 """
 
 
@@ -323,6 +328,26 @@ def test_embedded_model_is_complete_and_resolves_again(embedded_model: Path) -> 
 
 
 @pytest.mark.model
+def test_the_embedded_model_converts_to_the_weights_that_runs_began_with(tmp_path: Path) -> None:
+    """Journals of runs name them; the cache may have them from an earlier version."""
+    gguf = embedded.find_gguf()
+    assert gguf
+    expand(gguf, tmp_path / "model")
+    assert model_identity(tmp_path / "model") == "e98971856dc27750"
+
+
+SMOLLM2_TOKENS = {
+    "Hello world! 123": [19556, 905, 17, 216, 33, 34, 35],
+    "  multiple   spaces": [216, 2701, 256, 5600],
+    "Caf\u00e9 d\u00e9j\u00e0 vu.": [51, 1939, 2756, 32564, 90, 16739, 386, 101, 30],
+    "<|im_start|>user\nWhat is the capital of France?<|im_end|>\n": [
+        *(1, 4093, 198, 1780, 314, 260, 3575, 282, 4649, 47, 2, 198),
+    ],
+}
+"""Ids that others published, from the original's tokenizer."""
+
+
+@pytest.mark.model
 def test_embedded_tokenizer_cuts_like_the_original(embedded_model: Path) -> None:
     from transformers import AutoTokenizer
 
@@ -331,6 +356,7 @@ def test_embedded_tokenizer_cuts_like_the_original(embedded_model: Path) -> None
     def pieces(text: str) -> list[str]:
         return [tokenizer.decode([token]) for token in tokenizer(text)["input_ids"]]
 
+    assert {text: tokenizer(text)["input_ids"] for text in SMOLLM2_TOKENS} == SMOLLM2_TOKENS
     assert pieces("12+345 = 7") == ["1", "2", "+", "3", "4", "5", " =", " ", "7"]
     assert pieces("So\n\n5") == ["So", "\n\n", "5"]
     assert tokenizer.model_max_length == 8192

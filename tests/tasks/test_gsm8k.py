@@ -65,12 +65,13 @@ def test_a_relative_folder_is_the_recipes(folder):
     assert len(task.problems("test")) == 2
 
 
-def test_chat_prompt(folder):
-    task = load(folder)
+@pytest.mark.parametrize(("style", "asked"), [({}, "####"), ({"prompt_style": "boxed"}, "\\boxed{}")])
+def test_chat_prompt(folder, style, asked):
+    task = load(folder, **style)
     [message] = task.prompt(task.problems("test")[0])
     assert message["role"] == "user"
     assert message["content"].startswith("What is 1 and 1?\n")
-    assert "####" in message["content"]
+    assert asked in message["content"]
     assert task.stop == ()
 
 
@@ -98,7 +99,7 @@ def test_score_and_grader(folder):
     assert not load(folder, grader="strict").score("####1200", problem).correct
 
 
-@pytest.mark.parametrize("style", ["chat", "few_shot"])
+@pytest.mark.parametrize("style", ["chat", "boxed", "few_shot"])
 def test_questions_of_test_are_left_out_of_train(tmp_path, style):
     write(tmp_path, [row(1), row(2), row(3), row(4)], [row(2), row(9)])
     task = load(tmp_path, prompt_style=style, shots=1)

@@ -127,6 +127,10 @@ def test_everything_automatic_is_settled(config: RunConfig, folder: Path, monkey
     said = dataclasses.replace(config, engine=EngineConfig(slots=7, dtype="bfloat16"))
     assert settle(said, folder).engine == said.engine
     assert settle(dataclasses.replace(config, task="gsm8k"), folder).task == "gsm8k"
+    monkeypatch.chdir(folder)
+    for name, is_local in {"m.gguf": True, "me/model": False}.items():
+        settled_name = settle(dataclasses.replace(config, model=name), folder).model
+        assert settled_name == (str(folder.resolve() / name) if is_local else name)
 
 
 def test_masters_are_not_split_from_float32(config: RunConfig, folder: Path) -> None:

@@ -1,0 +1,79 @@
+"""The cache of GGUF files expanded to ordinary directories: each once, whole or not at all.
+
+A directory's name is that of the file, the SHA-256 of its content, and the version of the converter.
+"""
+
+import fcntl
+import hashlib
+import logging
+import re
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+from eggroll_llm.errors import ModelError
+from eggroll_llm.models.gguf_file import check_header, read_header
+from eggroll_llm.system import installed
+from eggroll_llm.system.files import cache_root, fsync_directory, fsync_tree
+from eggroll_llm.system.invocation import child_python, command
+
+log = logging.getLogger(__name__)
+
+CONVERSION = 1  # counts changes in what `gguf_expand.expand` writes, so that an old conversion is not used
+
+
+def models_cache() -> Path:
+    """Return the folder in which converted models lie."""
+    return cache_root() / "models"
+
+
+def expanded_gguf(path: Path) -> Path:
+    """Return the directory of the model of a GGUF file, converted now if it never was. Raises ModelError."""
+    check_header(read_header(path))
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    stem = re.sub(r"[^A-Za-z0-9._-]+", "-", path.stem)[:100]
+    return expanded(path, models_cache() / f"{stem}-{digest[:16]}-{CONVERSION}")
+
+
+def expanded(path: Path, destination: Path) -> Path:
+    """Return `destination`, into which the GGUF file at `path` is converted if it is not there. Raises ModelError."""
+    if destination.is_dir():
+        return destination
+    installed.check(f"converting {path}", "torch", "transformers", "gguf")
+    try:
+        destination.parent.mkdir(parents=True, exist_ok=True)
+        with (destination.parent / f".{destination.name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not destination.is_dir():
+                _convert(path, destination)
+    except OSError as error:
+        raise ModelError(
+            f"{path}: its conversion cannot be written to {destination.parent} ({error}): make room there or name "
+            "another place in the environment variable EGGROLL_CACHE"
+        ) from error
+    return destination
+
+
+def _convert(path: Path, destination: Path) -> None:
+    """Convert beside `destination` and rename: a conversion that was killed is never taken for a model."""
+    prefix = f".{destination.name}.tmp-"
+    for abandoned in destination.parent.glob(f"{prefix}*"):
+        shutil.rmtree(abandoned)
+    log.info("converting %s, once, into %s", path, destination)
+    with tempfile.TemporaryDirectory(prefix=prefix, dir=destination.parent, ignore_cleanup_errors=True) as parent:
+        scratch = Path(parent) / "model"
+        words = [*child_python(), "-m", "eggroll_llm.models.gguf_expand", str(path), str(scratch)]
+        outcome = subprocess.run(words, capture_output=True, text=True, check=False)
+        if outcome.returncode != 0:
+            reason = outcome.stderr.strip().rpartition("\n")[2]
+            if outcome.returncode == 1 and reason.startswith(str(path)):
+                raise ModelError(reason)
+            raise ModelError(
+                f"converting {path} failed ({reason or f'exit status {outcome.returncode}'}): check that "
+                f"{destination.parent} has room for it, and the installation with: {command('doctor')}"
+            )
+        fsync_tree(scratch)
+        scratch.rename(destination)
+        fsync_directory(destination.parent)
