@@ -39,6 +39,7 @@ from eval.tables import (
     pair_text,
     point_text,
     problem_text,
+    reward_grids,
 )
 
 _HERE = Path(__file__).parent
@@ -64,6 +65,7 @@ def write_run_report(run_path: Path | str) -> Path:
         _part("notes", comparison.notes),
         _section("Learning curves", _overview(groups)),
         _section("Evaluations", _table(_evaluations_grid(run)), *map(_table, kinds_grids(comparison))),
+        _section("Rewards", *map(_table, reward_grids(run.rows))),
         _section("Answers that changed", _examples(test)) if test else Markup(),
         _section("Prompt", _prompt(run.directory.example_prompt())),
         _section("Time and tokens", *_costs(run)),

@@ -11,6 +11,7 @@ from rich.text import Text
 
 from eggroll_llm.records.accuracy import accuracy_text, p_number, percent, points
 from eggroll_llm.records.baseline import Constant, Share
+from eggroll_llm.system.jsonl import number
 from eggroll_llm.system.terminal import inert
 from eval.compare import BUDGETS, Comparison, Cut, Mean, PairedTest, Seeds, Summary
 from eval.runs import Point
@@ -151,6 +152,33 @@ def _accuracy_grid(comparison: Comparison) -> Grid:
         note=f"On held-out problems, with {INTERVAL}. Best: the highest evaluation and its step; it was selected on "
         "these problems, so it is optimistic and has no valid interval.",
     )
+
+
+def reward_grids(rows: Sequence[Mapping[str, Any]]) -> list[Grid]:
+    """Return a table of the rewards that are added in a run, from its rows of metrics; none for a single reward."""
+    steps = [row for row in rows if row["step"]]
+    names = dict.fromkeys(key for row in steps for key in row if key.startswith("rewards/") and key.endswith("/mean"))
+    if not names:
+        return []
+    part = max(1, min(10, len(steps) // 2))
+
+    def mean(key: str, rows: Sequence[Mapping[str, Any]]) -> str:
+        values = [value for row in rows if math.isfinite(value := number(row, key))]
+        return f"{math.fsum(values) / len(values):.3f}" if values else "–"
+
+    when = "step" if part == 1 else f"{part} steps"
+    return [
+        Grid(
+            title="Rewards",
+            columns=["reward", f"first {when}", f"last {when}"],
+            rows=[
+                [key.removeprefix("rewards/").removesuffix("/mean"), mean(key, steps[:part]), mean(key, steps[-part:])]
+                for key in names
+            ],
+            note="Mean over the completions in training to which a reward applies, before its weight. A reward that "
+            "rises while accuracy does not is what the model learns instead.",
+        )
+    ]
 
 
 def _spent_grid(comparison: Comparison) -> Grid:

@@ -5,7 +5,7 @@ small grammar, and takes time linear in the length of the text. Standard library
 stack can use it.
 """
 
-from rewards import countdown, gsm8k, trl
+from rewards import choice, countdown, exact, gsm8k, trl
 from rewards.score import Score
 
-__all__ = ["Score", "countdown", "gsm8k", "trl"]
+__all__ = ["Score", "choice", "countdown", "exact", "gsm8k", "trl"]

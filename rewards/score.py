@@ -1,6 +1,7 @@
 """What a grader says of a completion."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True, slots=True)
@@ -13,3 +14,5 @@ class Score:
     """What accuracy counts."""
     detail: str
     """Why: a word of the grader's `DETAILS`."""
+    parts: Mapping[str, float | None] = field(default_factory=dict, hash=False)
+    """Where the reward is a sum of several: each by its name, unweighted; None where it does not apply."""

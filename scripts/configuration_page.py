@@ -7,6 +7,7 @@ from pathlib import Path
 from eggroll_llm.config.help import FieldHelp, field_docs, field_help
 from eggroll_llm.config.schema import RunConfig
 from eggroll_llm.tasks.countdown import CountdownOptions
+from eggroll_llm.tasks.dataset.options import DatasetOptions
 from eggroll_llm.tasks.gsm8k import Gsm8kOptions
 
 PAGE = Path(__file__).parents[1] / "docs" / "configuration.md"
@@ -50,7 +51,7 @@ def page() -> str:
     sections.append(
         "## `[task_options]`\n\nOptions of the task. A task of your own receives them as keyword arguments.\n"
     )
-    for task, options in (("countdown", CountdownOptions), ("gsm8k", Gsm8kOptions)):
+    for task, options in (("dataset", DatasetOptions), ("countdown", CountdownOptions), ("gsm8k", Gsm8kOptions)):
         sections.append(f'### Task `"{task}"`\n\n{_table(field_help(options))}')
     return "\n".join(sections)
 

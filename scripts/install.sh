@@ -24,7 +24,7 @@ fi
 
 has() { # has cpu,dev dev: whether the list holds the extra, by name or inside another one
     local list=,$1,
-    list=${list//,cpu,/,cpu,demo,} list=${list//,cuda,/,cuda,demo,} list=${list//,dev,/,dev,grpo,ray,}
+    list=${list//,cpu,/,cpu,demo,} list=${list//,cuda,/,cuda,demo,} list=${list//,dev,/,dev,data,grpo,math,ray,}
     [[ $list == *,$2,* ]]
 }
 

@@ -117,7 +117,7 @@ def test_changes_install_again(checkout: Path, install: Install, change: str) ->
         (["cpu,dev"], "demo", False),  # a demo after development neither removes nor repeats anything
         (["cuda,dev"], "demo", False),  # nor does it put the CPU's engine beside CUDA's
         (["cpu,dev"], "dev,cpu", False),
-        (["cpu,dev"], "grpo,ray,demo", False),
+        (["cpu,dev"], "data,grpo,math,ray,demo", False),
         (["demo"], "cpu,dev", True),
         (["demo"], "dev", True),
         (["demo", "cpu,dev"], "demo", False),
@@ -139,7 +139,7 @@ def test_an_extra_inside_another_is_one_in_the_project_too() -> None:
     """What the script takes for granted about cpu and dev."""
     extras = tomllib.loads((SCRIPT.parents[1] / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     assert "eggroll-llm[demo]" in extras["cpu"]
-    assert "eggroll-llm[grpo,ray]" in extras["dev"]
+    assert "eggroll-llm[data,grpo,math,ray]" in extras["dev"]
 
 
 def test_the_demo_has_no_tools_of_development() -> None:

@@ -207,7 +207,12 @@ class ConsoleDisplay(AbstractContextManager["ConsoleDisplay"]):
 
     def _sample(self, sample: dict[str, Any]) -> Text:
         """Return question, answer, reward and why, on a terminal in one line of it."""
-        detail = f": {inert(sample['detail'], DETAIL_CHARACTERS)}" if sample["detail"] else ""
+        why = ", ".join(
+            f"{name} {'–' if value is None else format(value, '.3g')}"
+            for name, value in sample.get("rewards", {}).items()
+        )
+        why = inert(why or sample["detail"], DETAIL_CHARACTERS)
+        detail = f": {why}" if why else ""
         verdict = f"  [{'right' if sample['correct'] else 'wrong'}, reward {sample['reward']:g}{detail}]"
         question = Text(inert(str(sample["question"]), QUESTION_CHARACTERS))
         answer = Text(inert(sample["completion"].strip()))

@@ -123,6 +123,7 @@ def _eval_keys() -> list[str]:
 
 _EVAL_EPILOG = "Settings of [task_options], [chat], [engine] and [reward] are --KEY VALUE: --engine.dtype float32."
 COMMANDS: Mapping[str, Command] = {
+    "init": Command(module="init", help="write a task or a recipe to start from"),
     "train": Command(module="train", help="train a model from a recipe", needs=ENGINE, keys=_setting_keys),
     "resume": Command(
         module="resume",

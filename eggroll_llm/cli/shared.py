@@ -2,8 +2,10 @@
 
 import argparse
 import os
+from pathlib import Path
 
-from eggroll_llm.config.flags import whole_number
+from eggroll_llm.config.flags import toml_value, whole_number
+from eggroll_llm.config.toml import format_value
 
 GO_ON = "the same command continues where this one stopped"
 """Follows the interruption of a command whose results so far are on disk."""
@@ -26,6 +28,20 @@ def _whole(text: str, least: int, limit: str) -> int:
     if value < least:
         raise argparse.ArgumentTypeError(f"{text}: {limit}")
     return value
+
+
+def absolute_setting(flag: str, text: str) -> str:
+    """Return the text of a flag with the paths in it resolved against the working directory."""
+    from eggroll_llm.tasks.load import absolute_option
+
+    if flag == "--task":
+        return absolute_task(text)
+    table, _, key = flag[2:].replace("-", "_").partition(".")
+    if table != "task_options":
+        return text
+    if text.startswith("["):
+        return format_value(absolute_option(key, toml_value(text), Path.cwd()))
+    return str(absolute_option(key, text, Path.cwd()))
 
 
 def absolute_task(task: str) -> str:

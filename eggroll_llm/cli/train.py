@@ -4,7 +4,6 @@ Torch and the engine are imported when a command runs: `--help` needs neither.
 """
 
 import argparse
-import os
 from collections.abc import Iterable, Mapping
 from datetime import datetime
 from pathlib import Path
@@ -14,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from eggroll_llm.cli.arguments import Settings
-from eggroll_llm.cli.shared import absolute_task
+from eggroll_llm.cli.shared import absolute_setting
 from eggroll_llm.config.compare import is_scheduled
 from eggroll_llm.config.help import field_help
 from eggroll_llm.config.recipe import load_recipe, to_toml
@@ -26,7 +25,6 @@ from eggroll_llm.records.run_dir import OnExisting, default_run_dir, is_run_dir
 from eggroll_llm.records.weights import best_step
 from eggroll_llm.system.invocation import command
 from eggroll_llm.system.terminal import inert
-from eggroll_llm.tasks.load import PATH_OPTIONS
 
 if TYPE_CHECKING:
     from eggroll_llm.training.harness import Display
@@ -56,12 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace, settings: Settings) -> int:
     """Train from a recipe and flags."""
     # Paths in a recipe are relative to its folder, paths on the command line to where the user stands.
-    path_flags = {f"--task_options.{key}" for keys in PATH_OPTIONS.values() for key in keys}
-    settings = [
-        (key, os.path.abspath(text) if text and f"--{key[2:].replace('-', '_')}" in path_flags else text)
-        for key, text in settings
-    ]
-    settings = [(key, absolute_task(text) if key == "--task" else text) for key, text in settings]
+    settings = [(key, absolute_setting(key, text)) for key, text in settings]
     config = load_recipe(options.recipe, settings)
     recipe_dir = options.recipe.resolve().parent
 

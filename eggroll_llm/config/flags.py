@@ -101,7 +101,7 @@ def _read(kind: Any, text: str, flag: str) -> object:
         return value
     if (get_origin(kind) or kind) in (tuple, list) and not text.strip().startswith("["):
         text = f"[{text}]"
-    return _toml_value(text)
+    return toml_value(text)
 
 
 def _read_union(kinds: Sequence[Any], text: str, flag: str) -> object:
@@ -133,7 +133,8 @@ def whole_number(text: str) -> int | None:
     return int(value) if value.is_integer() and abs(value) <= _EXACT else None
 
 
-def _toml_value(text: str) -> object:
+def toml_value(text: str) -> object:
+    """Return a text as a TOML value, or itself where it is none."""
     text = {"True": "true", "False": "false"}.get(text, text)
     try:
         table = tomllib.loads(f"value = {text}")

@@ -298,15 +298,18 @@ def _data_set(config: RunConfig) -> str | None:
     """Return the hub id of the data set that the problems are from; None for generated ones and those of files."""
     if config.task == "gsm8k":
         return None if config.task_options.get("data_dir") else _GSM8K
-    return _hub_id(str(config.task_options.get("hub", ""))) if config.task == "countdown" else None
+    key = {"countdown": "hub", "dataset": "dataset"}.get(config.task)
+    return _hub_id(str(config.task_options.get(key, ""))) if key else None
 
 
 def _task_name(config: RunConfig) -> str:
+    if config.task == "dataset":
+        return _hub_id(name := str(config.task_options.get("dataset"))) or PurePath(name).name
     return {"countdown": "Countdown", "gsm8k": "GSM8K"}.get(config.task, PurePath(config.task).name)
 
 
 def _task(config: RunConfig) -> str:
-    return _code(_task_name(config)) if ":" in config.task else _task_name(config)
+    return _code(_task_name(config)) if ":" in config.task or config.task == "dataset" else _task_name(config)
 
 
 def _name(config: RunConfig, step: int) -> str:

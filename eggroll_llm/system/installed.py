@@ -19,7 +19,8 @@ from eggroll_llm.system.invocation import NAME, ROOT, command, python_command
 ENGINE = ("torch", "vllm")
 """What everything that samples needs."""
 _BY_PIP = (
-    *("accelerate", "datasets", "gguf", "huggingface_hub", "jinja2", "matplotlib", "numpy", "peft", "ray"),
+    *("accelerate", "datasets", "gguf", "huggingface_hub", "jinja2", "math_verify", "matplotlib"),
+    *("numpy", "peft", "pyarrow", "ray"),
     *("rich", "safetensors", "tensorboard", "tokenizers", "transformers", "trl", "wandb"),
 )
 PACKAGES = frozenset((*ENGINE, *_BY_PIP))

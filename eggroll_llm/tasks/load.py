@@ -10,6 +10,9 @@ from eggroll_llm.config.schema import RewardConfig
 from eggroll_llm.config.toml import Sourced
 from eggroll_llm.errors import TaskError
 from eggroll_llm.tasks.countdown import CountdownOptions, load_countdown
+from eggroll_llm.tasks.dataset.load import load_dataset
+from eggroll_llm.tasks.dataset.options import DatasetOptions
+from eggroll_llm.tasks.dataset.source import is_path
 from eggroll_llm.tasks.gsm8k import Gsm8kOptions, load_gsm8k
 from eggroll_llm.tasks.sandbox.pool import ScorePool
 from eggroll_llm.tasks.task import Task, check_golds
@@ -20,18 +23,40 @@ if TYPE_CHECKING:
 
     Options = TypeVar("Options", bound=DataclassInstance)
 
-PATH_OPTIONS = {"countdown": ("file", "test_file"), "gsm8k": ("data_dir",), "gsm8k_cot": ("data_dir",)}
-"""Options that are paths, relative to the recipe's folder."""
+PATH_OPTIONS = {
+    "countdown": ("file", "test_file"),
+    "gsm8k": ("data_dir",),
+    "gsm8k_cot": ("data_dir",),
+    "dataset": ("dataset", "test_file"),
+}
+"""Options that are paths, relative to the recipe's folder; `dataset` may be a name on the hub instead."""
+NAMES = ("countdown", "gsm8k", "dataset")
+
+
+def absolute_option(key: str, value: Any, base_dir: Path) -> Any:
+    """Return the value of an option that is a path, or has paths in it, with these resolved against a folder."""
+    if isinstance(value, list | tuple):
+        return [absolute_option(key, item, base_dir) for item in value]
+    if not isinstance(value, str) or not value:
+        return value
+    if key == "rewards":
+        path, _, name = value.rpartition(":")
+        return f"{(base_dir / path).resolve()}:{name}" if path.endswith(".py") else value
+    if key not in {option for options in PATH_OPTIONS.values() for option in options}:
+        return value
+    if key == "dataset" and not is_path(value, base_dir):
+        return value
+    return str((base_dir / Path(value).expanduser()).resolve())
 
 
 def load_task(name: str, options: Mapping[str, Any], *, base_dir: Path, limits: RewardConfig | None = None) -> Task:
     """Return the task `name` with its problems loaded and the gold answer of every one checked.
 
     Args:
-        name: "countdown", "gsm8k", or "path/to/file.py:NAME".
+        name: "countdown", "gsm8k", "dataset", or "path/to/file.py:NAME".
         options: those of a recipe know their file and lines.
         base_dir: folder that paths are relative to, the recipe's.
-        limits: of the processes in which a user's task grades its gold answers.
+        limits: of the processes in which a user's code, or another grader that may hang, grades the gold answers.
 
     Raises:
         ConfigError: an unknown option, or one of the wrong type.
@@ -47,15 +72,19 @@ def load_task(name: str, options: Mapping[str, Any], *, base_dir: Path, limits: 
         task = load_countdown(_parse(CountdownOptions, sourced), base_dir, place)
     elif name == "gsm8k":
         task = load_gsm8k(_parse(Gsm8kOptions, sourced), base_dir, place)
+    elif name == "dataset":
+        return load_dataset(_parse(DatasetOptions, sourced), base_dir, place, limits)
     elif ":" in name:
         task = user_task = load_user_task(name, options, base_dir, place)
         with ScorePool(user_task, limits or RewardConfig()) as pool:
             check_golds(task, lambda golds: pool.judge(golds, voted=False))
         return task
     else:
-        nearest = difflib.get_close_matches(name, ["countdown", "gsm8k"], n=1)
+        nearest = difflib.get_close_matches(name, NAMES, n=1)
         hint = f' Did you mean "{nearest[0]}"?' if nearest else ""
-        raise TaskError(f'task = "{name}" is not known. Valid: "countdown", "gsm8k", or "file.py:NAME".{hint}')
+        raise TaskError(
+            f'task = "{name}" is not known. Valid: "countdown", "gsm8k", "dataset", or "file.py:NAME".{hint}'
+        )
     check_golds(task)
     return task
 

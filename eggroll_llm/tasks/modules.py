@@ -95,6 +95,24 @@ def source_hash(source: bytes, modules: Modules) -> str:
     return hashlib.sha256("\n".join([own, *lines]).encode()).hexdigest()
 
 
+def packed(source: bytes, modules: Modules) -> dict[str, Any]:
+    """Return a file's source and its modules as JSON, for another process; bytes as text, a character each."""
+
+    def text(data: bytes | None) -> str | None:
+        return None if data is None else data.decode("latin-1")
+
+    return {"source": text(source), "modules": {name: [m.path, text(m.source)] for name, m in modules.items()}}
+
+
+def unpacked(sent: Mapping[str, Any]) -> tuple[bytes, dict[str, Module]]:
+    """Return the source and the modules that were `packed`."""
+    modules = {
+        name: Module(path=path, source=None if text is None else text.encode("latin-1"))
+        for name, (path, text) in sent["modules"].items()
+    }
+    return sent["source"].encode("latin-1"), modules
+
+
 class _Loader(importlib.machinery.SourceFileLoader):
     """Loads a file as it was when it was read, whatever is in it, and in Python's cache of it, by now."""
 

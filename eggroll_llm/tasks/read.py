@@ -1,8 +1,10 @@
-"""Rows of a data set: a file of JSONL, JSON or parquet, or the Hugging Face hub.
+"""Rows of a data set: a file of JSONL, JSON, CSV, TSV or parquet, or the Hugging Face hub.
 
 A file is taken as it is or refused; nothing is skipped or repaired silently. Errors name file and row.
 """
 
+import csv
+import io
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,11 +18,14 @@ from eggroll_llm.system.jsonl import parse_json
 Row = tuple[str, dict[str, Any]]
 """Where a row stands, for messages, and what it holds."""
 
+ENDINGS = (".jsonl", ".json", ".parquet", ".csv", ".tsv")
+"""Of the names of files that can be read."""
+_SEPARATORS = {".csv": ",", ".tsv": "\t"}
 _PARQUET = b"PAR1"  # how such a file begins and ends
 
 
 def load_file(path: Path) -> list[Row]:
-    """Return the rows of a file: parquet, a JSON array of objects, or one JSON object a line, told apart by content.
+    """Return the rows of a file: CSV or TSV by its name, parquet, a JSON array of objects, or a JSON object a line.
 
     Raises TaskError when the file is missing, empty or damaged, or a row is not an object or not valid Unicode.
     """
@@ -28,13 +33,15 @@ def load_file(path: Path) -> list[Row]:
         data = path.read_bytes()
     except FileNotFoundError:
         raise TaskError(
-            f"{path}: there is no such file. Give the path of a JSONL, JSON or parquet file, relative to the recipe's "
-            "folder."
+            f"{path}: there is no such file. Give the path of a JSONL, JSON, CSV or parquet file, relative to the "
+            "recipe's folder."
         ) from None
     except (OSError, ValueError) as error:
         raise TaskError(f"{path}: cannot be read: {error}.") from None
     if data.startswith(_PARQUET):
         return _parquet(path)
+    if separator := _SEPARATORS.get(path.suffix.lower()):
+        return _csv(data, path, separator)
     if not data.strip():
         raise TaskError(f"{path}:1: the file is empty. One JSON object per line is expected, or an array of them.")
     if data.startswith(b"\xef\xbb\xbf"):
@@ -121,6 +128,34 @@ def _parquet(path: Path) -> list[Row]:
     if not rows:
         raise TaskError(f"{path}: the table is empty.")
     return [(f"{path}[{index}]", row) for index, row in enumerate(rows)]
+
+
+def _csv(data: bytes, path: Path, separator: str) -> list[Row]:
+    """Return rows whose values are all text; the first line has the names of the columns."""
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise TaskError(f"{path}:{line}: is not UTF-8. Save the file as UTF-8.") from None
+    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
+    rows: list[Row] = []
+    try:
+        names = reader.fieldnames or []
+        if len(set(names)) < len(names) or not all(names):
+            raise TaskError(f"{path}:1: the first line has to name the columns, each once, and is {names!a:.80}.")
+        for row in reader:
+            at = f"{path}:{reader.line_num}"
+            if None in row or None in row.values():
+                count = "more" if None in row else "fewer"
+                raise TaskError(
+                    f"{at}: the row has {count} cells than line 1 names columns. Quote cells that hold a comma."
+                )
+            rows.append((at, dict(row)))
+    except csv.Error as error:
+        raise TaskError(f"{path}:{reader.line_num}: is not CSV ({error}). Correct the quotes.") from None
+    if not rows:
+        raise TaskError(f"{path}: the table is empty. A line of column names is expected, then one line a row.")
+    return rows
 
 
 def _lines(data: bytes, path: Path) -> list[Row]:

@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Mapping
+from pathlib import PurePath
 from typing import Any
 
 from eggroll_llm.errors import TaskError
@@ -51,11 +52,8 @@ def check_factory(factory: Any, options: Mapping[str, Any], name: str, place: Pl
     if (signature := _signature(factory)) is None:  # the call itself decides
         return
     if _is_trl(signature) and not isinstance(factory, type):
-        function = name.rpartition(" ")[2]
-        raise TaskError(
-            f"{name}{signature} is a TRL reward function, not a task. {NEEDED}; in its class, write "
-            f"{_adapter(factory, signature, function)}. {_PAGE}."
-        )
+        path, _, function = name.rpartition(": ")
+        raise TaskError(f"{name}{signature} is a TRL reward function, not a task. {_as_reward(path, function)}")
     try:
         signature.bind(**options)
     except TypeError as error:
@@ -89,9 +87,10 @@ def _check_call(method: Any, name: str, arguments: tuple[str, ...], where: str) 
         if first != arguments and sorted(first) == sorted(arguments):
             fault = f"takes its arguments in a different order from {call}"
     if name == "score" and _is_trl(signature) and (fault or _is_for_columns(signature)):
+        path = where.rpartition(": ")[0]
         raise TaskError(
-            f"{where}: score{signature} is a TRL reward function. Move it out of the class as reward, and write "
-            f"{_adapter(method, signature, 'reward')}. {_PAGE}."
+            f"{where}: score{signature} is a TRL reward function. Move it out of the class as reward. "
+            f"{_as_reward(path, 'reward')}"
         )
     if fault:
         known = 'Everything else is in the problem: problem["answer"]. ' if "problem" in arguments else ""
@@ -122,16 +121,9 @@ def _is_for_columns(signature: inspect.Signature) -> bool:
     return names[0] != "completions" or (_takes_any(signature) and "problem" not in names)
 
 
-def _adapter(reward: Any, signature: inspect.Signature, function: str) -> str:
-    """Return the line that calls a reward function of TRL for one completion."""
-    given = {"completions": "[completion]", "prompts": "[self.prompt(problem)]"}
-    names = [name for name, p in signature.parameters.items() if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
-    if _takes_any(signature):
-        arguments = [f"{name}={given[name]}" for name in names if name in given]
-        arguments.append("**{key: [value] for key, value in problem.items()}")
-    else:
-        arguments = [f"{name}={given.get(name, f'[problem[{chr(34)}{name}{chr(34)}]]')}" for name in names]
-    call = f"{function}({', '.join(arguments)})"
-    if inspect.iscoroutinefunction(reward):
-        call = f"asyncio.run({call})"
-    return f"def score(self, completion, problem): return {call}[0]"
+def _as_reward(path: str, function: str) -> str:
+    """Return how a recipe names a reward function of TRL."""
+    return (
+        f'Name it as a reward: task = "dataset", and in [task_options] dataset = "DATA" and rewards = '
+        f'"{PurePath(path).name}:{function}". See docs/coming_from_trl.md.'
+    )

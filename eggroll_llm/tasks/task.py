@@ -5,7 +5,7 @@ import json
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, cast
 
 from eggroll_llm.config.toml import is_unicode
 from eggroll_llm.errors import TaskError
@@ -45,7 +45,20 @@ def _as_json(value: object) -> str | None:
         return None
 
 
-class Task(Protocol):
+class Grading(Protocol):
+    """Grades completions."""
+
+    def score(self, completion: str, problem: Problem, *, truncated: bool = False, thought_open: bool = False) -> Score:
+        """Grade a completion.
+
+        `truncated` says that the length limit cut it off, `thought_open` that the prompt ended in a thought.
+        """
+
+    def answer(self, completion: str, *, truncated: bool = False, thought_open: bool = False) -> str | None:
+        """Return the answer of the completion for majority votes, equal for equal answers; None without one."""
+
+
+class Task(Grading, Protocol):
     """A data set with its prompts and its grader; training and evaluation use the same one."""
 
     @property
@@ -62,20 +75,43 @@ class Task(Protocol):
     def prompt(self, problem: Problem) -> str | list[Message]:
         """Return text to complete, or chat messages."""
 
-    def score(self, completion: str, problem: Problem, *, truncated: bool = False, thought_open: bool = False) -> Score:
-        """Grade a completion.
-
-        `truncated` says that the length limit cut it off, `thought_open` that the prompt ended in a thought.
-        """
-
-    def answer(self, completion: str, *, truncated: bool = False, thought_open: bool = False) -> str | None:
-        """Return the answer of the completion for majority votes, equal for equal answers; None without one."""
-
     def gold(self, problem: Problem) -> str | None:
         """Return a completion that earns reward 1; None where none is known."""
 
     def kind(self, problem: Problem) -> str:
         """Return what kind of problem it is, a few words; accuracies are shown for each. Empty where there are none."""
+
+
+class Sandboxed(Task, Protocol):
+    """A task that is graded in processes of its own (`tasks.sandbox`)."""
+
+    @property
+    def label(self) -> str:
+        """Return what messages call it."""
+
+    @property
+    def hashes(self) -> Mapping[str, str]:
+        """Return the hashes of what such a process loads, which it has to find as well."""
+
+    @property
+    def reloads(self) -> bool:
+        """Return whether such a process loads the problems itself; else each answer comes with its own."""
+
+    @property
+    def batched(self) -> bool:
+        """Return whether several answers are scored in one call."""
+
+    @property
+    def takes_ids(self) -> bool:
+        """Return whether the tokens of answers are needed."""
+
+    def hello(self) -> dict[str, Any]:
+        """Return what such a process loads, as JSON."""
+
+
+def sandboxed(task: Task) -> Sandboxed | None:
+    """Return the task, if it is to be graded in processes of its own."""
+    return cast(Sandboxed, task) if getattr(task, "needs_process", False) else None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -88,6 +124,8 @@ class Answer:
     """Whether the length limit cut it off."""
     thought_open: bool = False
     """Whether the prompt ended in a thought."""
+    token_ids: Sequence[int] = ()
+    """Its tokens, where they are known."""
 
     @property
     def options(self) -> dict[str, bool]:
@@ -110,7 +148,7 @@ class Verdict:
 
 
 def judge(
-    task: Task,
+    task: Grading,
     answer: Answer,
     *,
     voted: bool,
@@ -124,7 +162,7 @@ def judge(
     score, failure, out_of_memory, vote = None, "", False, None
     try:
         given: Any = scored() if scored else task.score(answer.text, answer.problem, **answer.options)
-        score = Score(reward=float(given.reward), correct=bool(given.correct), detail=str(given.detail))
+        score = Score(float(given.reward), bool(given.correct), str(given.detail), dict(given.parts))
     except catch as error:
         failure, out_of_memory = short_traceback(error), isinstance(error, MemoryError)
     if voted:

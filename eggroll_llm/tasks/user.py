@@ -25,9 +25,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from eggroll_llm.config.toml import is_unicode
+from eggroll_llm.config.toml import is_unicode, write_toml
 from eggroll_llm.errors import TaskError
-from eggroll_llm.tasks.modules import Modules, find_modules, is_hidden, load_module, source_hash
+from eggroll_llm.tasks.modules import Modules, find_modules, is_hidden, load_module, packed, source_hash
 from eggroll_llm.tasks.signatures import check_calls, check_factory, optional_arguments
 from eggroll_llm.tasks.task import Answer, Message, Place, Problem, Split, no_place, problem_text, short_traceback
 from rewards import Score
@@ -58,6 +58,36 @@ class UserTask:
     """Which of the optional arguments, `truncated` and `thought_open`, the user's score has."""
     batch_takes: frozenset[str] | None
     """Which of them the user's score_batch has; None when there is no such method."""
+
+    @property
+    def label(self) -> str:
+        """Return what messages call it."""
+        return str(self.path)
+
+    @property
+    def needs_process(self) -> bool:
+        """Return that the user's code may hang, exit or take all memory."""
+        return True
+
+    @property
+    def reloads(self) -> bool:
+        """Return that a process that scores loads the problems itself: they may hold what JSON cannot."""
+        return True
+
+    @property
+    def batched(self) -> bool:
+        """Return whether there is a score_batch."""
+        return self.batch_takes is not None
+
+    @property
+    def takes_ids(self) -> bool:
+        """Return that no score gets the tokens of completions."""
+        return False
+
+    def hello(self) -> dict[str, Any]:
+        """Return what a process that scores loads."""
+        name, options = f"{self.path.absolute()}:{self.name}", write_toml(dict(self.options))
+        return {"name": name, "options": options, **packed(self.source, self.modules)}
 
     @property
     def file_hash(self) -> str:
@@ -139,8 +169,8 @@ class WrongCountError(Exception):
     """A batch has another number of scores than of completions."""
 
 
-def as_score(value: object) -> Score:
-    """Return a Score from what a user's score returned: a Score, a number, or a tensor or array with one number.
+def as_score(value: object, what: str = "score()") -> Score:
+    """Return a Score from what a user's function returned: a Score, a number, or a tensor or array with one number.
 
     Raises TypeError, saying what it was, for anything else.
     """
@@ -151,7 +181,7 @@ def as_score(value: object) -> Score:
         with contextlib.suppress(TypeError, ValueError, RuntimeError):  # several numbers, or none
             number = item()
     if not isinstance(number, bool | int | float):
-        raise TypeError(f"score() returned {value!r:.80}; return a number or a rewards.Score")
+        raise TypeError(f"{what} returned {value!r:.80}; return a number or a rewards.Score")
     return Score(float(number), number >= 1, "reward")
 
 
@@ -169,8 +199,8 @@ def load_user_task(
     """
     file, _, attribute = name.rpartition(":")
     path = base_dir / file
-    source, modules = read or _read(path)
-    inner, where = _attribute(_import(path, source, modules), attribute, path), f"{path}: {attribute}"
+    source, modules = read or read_file(path)
+    inner, where = named(import_file(path, source, modules), attribute, path), f"{path}: {attribute}"
     if isinstance(inner, type) or (callable(inner) and not hasattr(inner, "problems")):
         check_factory(inner, options, where, place)
         with _calling(path, f"{attribute}({', '.join(options)})"):
@@ -208,7 +238,7 @@ def _calling(path: Path, what: str) -> Iterator[None]:
         raise TaskError(f"{path}: {what} failed:\n{short_traceback(error)}") from error
 
 
-def _import(path: Path, source: bytes, modules: Modules) -> Any:
+def import_file(path: Path, source: bytes, modules: Modules) -> Any:
     """Import the file's `source` and return the module."""
     try:
         with _calling(path, "importing it"):
@@ -223,9 +253,10 @@ def _import(path: Path, source: bytes, modules: Modules) -> Any:
         raise
 
 
-def _read(path: Path) -> tuple[bytes, Modules]:
+def read_file(path: Path) -> tuple[bytes, Modules]:
+    """Return what a user's file and the modules beside it hold. Raises TaskError."""
     if not path.is_file():
-        raise TaskError(f"{path}: there is no such file. Give task as file.py:NAME, relative to the recipe's folder.")
+        raise TaskError(f"{path}: there is no such file. Name it as file.py:NAME, relative to the recipe's folder.")
     if path.suffix != ".py":
         raise TaskError(f"{path}: this is not a Python file. Its name must end with .py.")
     with _calling(path, "reading it"):
@@ -233,7 +264,8 @@ def _read(path: Path) -> tuple[bytes, Modules]:
         return source, find_modules(path, source)
 
 
-def _attribute(module: Any, name: str, path: Path) -> Any:
+def named(module: Any, name: str, path: Path) -> Any:
+    """Return what a user's module calls `name`. Raises TaskError."""
     if hasattr(module, name):
         return getattr(module, name)
     names = [other for other in vars(module) if not other.startswith("_")]

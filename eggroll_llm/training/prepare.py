@@ -21,7 +21,7 @@ from eggroll_llm.system import installed
 from eggroll_llm.system.hardware import resolve_dtype, serves_on_cpu
 from eggroll_llm.system.jsonl import to_json
 from eggroll_llm.tasks.chat import check_chat
-from eggroll_llm.tasks.load import PATH_OPTIONS, load_task
+from eggroll_llm.tasks.load import absolute_option, load_task
 from eggroll_llm.tasks.prompts import ProblemSet, Prompter, needed_context, problems_hash
 from eggroll_llm.tasks.task import Problem, Task
 
@@ -49,9 +49,8 @@ def with_absolute_paths(config: RunConfig, recipe_dir: Path) -> RunConfig:
     if separator and path.endswith(".py"):
         task = f"{(recipe_dir / path).resolve()}:{name}"
     options: Any = copy.copy(config.task_options)
-    for key in PATH_OPTIONS.get(task, ()):
-        if options.get(key) and isinstance(options[key], str):
-            options[key] = str((recipe_dir / options[key]).resolve())
+    for key in [] if separator else options:
+        options[key] = absolute_option(key, options[key], recipe_dir)
     return dataclasses.replace(config, task=task, task_options=options)
 
 

@@ -160,9 +160,14 @@ class Recorder:
 
 
 def reward_metrics(rollouts: Sequence[ScoredRollout], rewards: Tensor) -> Metrics:
-    """Return mean of the finite rewards, and accuracy of the completions."""
+    """Return mean of the finite rewards, of each where several are added, and accuracy of the completions."""
     finite = rewards[rewards.isfinite()]
+    parts: dict[str, list[float]] = {}
+    for rollout in rollouts:
+        for name, value in rollout.score.parts.items():
+            parts.setdefault(name, []).extend([] if value is None else [value])
     return {
+        **{f"rewards/{name}/mean": sum(given) / len(given) for name, given in parts.items() if given},
         "reward/mean": float(finite.mean()) if len(finite) else math.nan,
         "reward/accuracy": sum(rollout.score.correct for rollout in rollouts) / len(rollouts),
     }
@@ -213,9 +218,7 @@ def to_record(shown: Sequence[ScoredRollout], rollouts: Sequence[ScoredRollout],
     return recorded
 
 
-def completion_row(
-    rollout: ScoredRollout, step: int, problems: ProblemSet, indices_P: Sequence[int]
-) -> dict[str, str | float]:
+def completion_row(rollout: ScoredRollout, step: int, problems: ProblemSet, indices_P: Sequence[int]) -> dict[str, Any]:
     """Return a rollout's line of completions.jsonl."""
     index, score = indices_P[rollout.prompt], rollout.score
     who = {"sample": rollout.sample} if rollout.member is None else {"member": rollout.member}
@@ -227,6 +230,7 @@ def completion_row(
         "completion": rollout.completion.text,
         "truncated": rollout.completion.truncated,
         "reward": score.reward,
+        **({"rewards": dict(score.parts)} if score.parts else {}),
         "correct": score.correct,
         "detail": score.detail,
     }

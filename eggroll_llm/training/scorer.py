@@ -23,8 +23,7 @@ from eggroll_llm.system import signals
 from eggroll_llm.system.terminal import inert
 from eggroll_llm.tasks.prompts import ProblemSet
 from eggroll_llm.tasks.sandbox.pool import ScorePool
-from eggroll_llm.tasks.task import Answer, Problem, Score, Task, Verdict, judge
-from eggroll_llm.tasks.user import UserTask
+from eggroll_llm.tasks.task import Answer, Problem, Score, Task, Verdict, judge, sandboxed
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -78,7 +77,8 @@ class Scorer(AbstractContextManager["Scorer"]):
     ) -> None:
         """Apply the limits to a user's task; `say` gets a sentence on the first failure."""
         self._task = task
-        self._pool = ScorePool(task, limits or RewardConfig()) if isinstance(task, UserTask) else None
+        own = sandboxed(task)
+        self._pool = ScorePool(own, limits or RewardConfig()) if own else None
         self.say = say
         self.first_failure = self.first_dropped = ""
         """The first answer without a score and the end of the traceback; what led to the first NaN."""
@@ -183,11 +183,15 @@ class Scoring:
 
     def put(self, number: int, completion: Completion, problem: Problem) -> None:
         """Have a completion scored. Numbers start from 0, leave none out at the end, and come in any order."""
-        c = completion
         self._given[number] = completion, problem
-        self._judging.put(
-            number, Answer(text=c.text, problem=problem, truncated=c.truncated, thought_open=c.thought_open)
+        answer = Answer(
+            text=completion.text,
+            problem=problem,
+            truncated=completion.truncated,
+            thought_open=completion.thought_open,
+            token_ids=completion.token_ids,
         )
+        self._judging.put(number, answer)
 
     def ready(self) -> list[tuple[int, Verdict]]:
         """Return the verdicts that have come since, by number, without waiting for any."""

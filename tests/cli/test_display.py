@@ -105,6 +105,8 @@ def test_a_step_is_one_line_and_one_a_sample_when_not_on_a_terminal() -> None:
     assert lines[2].startswith("           Make 9 from 4 and 5: → xxx")
     assert lines[2].endswith("x…  [wrong, reward 0.1: wrong_value]")
     assert len(lines) == 3
+    several = sample("4+5=9", True) | {"rewards": {"right": 1.0, "short": None}}
+    assert shown([several]).splitlines()[1].endswith("[right, reward 1: right 1, short –]")
     assert shown(width=20) == "step    7  reward 0.250  accuracy 0.125  1,234 tokens/s  3.1 s\n"
 
 

@@ -89,6 +89,17 @@ def hostile_run(folder: Path) -> Path:
     return path
 
 
+def test_a_run_report_has_each_reward_of_a_sum(tmp_path: Path) -> None:
+    run, _ = two_runs(tmp_path)
+    assert "before its weight" not in Page(write_run_report(run)).text
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for row in rows[1:]:
+        row |= {"rewards/right/mean": row["step"] / 8} | ({"rewards/short/mean": 0.5} if row["step"] > 2 else {})
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = " ".join(Page(write_run_report(run)).text.split())
+    assert "rewardfirst 2 stepslast 2 steps right0.1880.438 short–0.500" in words
+
+
 def test_a_run_report_says_what_was_reached(tmp_path: Path) -> None:
     run, _ = two_runs(tmp_path)
     path = write_run_report(run)

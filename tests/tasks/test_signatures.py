@@ -115,36 +115,22 @@ def test_a_batch_takes_the_place_of_a_score(tmp_path: Path) -> None:
     assert load(tmp_path).batch_takes is None
 
 
-TRL = [
-    "def reward(completions, **kwargs): return [float(c == a) for c, a in zip(completions, kwargs['answer'])]",
-    "def reward(prompts, completions, answer, **kwargs): return [float(c == a) for c, a in zip(completions, answer)]",
-    "def reward(completions, answer, word): return [float(c == a) for c, a in zip(completions, answer)]",
-    "def reward(completions, answer, prompts): return [float(c == a and p == '?') for c, a, p in "
-    "zip(completions, answer, prompts)]",
-    "def reward(completions=(), word=(), **kwargs): return [float(c == a) for c, a in zip(completions, word)]",
-]
-ASYNCHRONOUS = f"import asyncio\nasync {TRL[0]}"
-
-
-@pytest.mark.parametrize("reward", TRL)
-def test_a_reward_of_trl_comes_with_the_line_that_makes_it_a_score(tmp_path: Path, reward: str) -> None:
-    """As the object named, or as the class's score; the line that is printed works."""
+@pytest.mark.parametrize(
+    "reward",
+    [
+        "def reward(completions, **kwargs): return []",
+        "def reward(prompts, completions, answer): return []",
+        "async def reward(completions=(), word=(), **kwargs): return []",
+    ],
+)
+def test_a_reward_of_trl_is_told_where_it_belongs(tmp_path: Path, reward: str) -> None:
+    """As the object named, or as the class's score; that it works there is shown in tests/tasks/dataset."""
     named = refused(tmp_path, before=reward, name="reward")
-    inside = refused(tmp_path, score=reward.replace("reward(", "score(self, "))
-    for message in (named, inside):
-        assert "is a TRL reward function" in message
-        assert message.endswith("See docs/your_own_reward.md.")
-        (line,) = re.findall(r"write (def score\(self, completion, problem\): return reward\(.*\)\[0\])\. ", message)
-        task = load(tmp_path, before=reward, score=line)
-        problem = task.problems("train")[0]
-        assert [task.score(text, problem).reward for text in "ab"] == [1.0, 0.0]
-
-
-def test_an_asynchronous_reward_of_trl_is_run_to_its_end(tmp_path: Path) -> None:
-    message = refused(tmp_path, before=ASYNCHRONOUS, name="reward")
-    (line,) = re.findall(r"write (def score\(self, completion, problem\): return .*\[0\])\. ", message)
-    task = load(tmp_path, before=ASYNCHRONOUS, score=line)
-    assert [task.score(text, task.problems("train")[0]).reward for text in "ab"] == [1.0, 0.0]
+    assert "is a TRL reward function, not a task" in named
+    assert re.search(r'rewards = "\w+\.py:reward"\. See docs/coming_from_trl\.md\.$', named)
+    if "async" not in reward:
+        inside = refused(tmp_path, score=reward.replace("reward(", "score(self, "))
+        assert "is a TRL reward function. Move it out of the class as reward. Name it as a reward" in inside
 
 
 @pytest.mark.parametrize(

@@ -16,8 +16,7 @@ from contextlib import AbstractContextManager
 from eggroll_llm.config.schema import RewardConfig
 from eggroll_llm.tasks.sandbox.child import CancelledError
 from eggroll_llm.tasks.sandbox.process import UserProcess
-from eggroll_llm.tasks.task import Answer, Verdict
-from eggroll_llm.tasks.user import UserTask
+from eggroll_llm.tasks.task import Answer, Sandboxed, Verdict
 
 _AT_ONCE = 64
 """Answers that are sent to a process together; those after one that it dies of are sent again."""
@@ -61,9 +60,9 @@ class Judging:
 class ScorePool(AbstractContextManager["ScorePool"]):
     """The processes of a user's task, started on first use. Use as a context manager or call `close`."""
 
-    def __init__(self, task: UserTask, limits: RewardConfig) -> None:
+    def __init__(self, task: Sandboxed, limits: RewardConfig) -> None:
         self._task, self._limits = task, limits
-        self._batched = task.batch_takes is not None
+        self._batched = task.batched
         self._lock = threading.Lock()
         self._work, self._done = threading.Condition(self._lock), threading.Condition(self._lock)
         self._threads: list[threading.Thread] = []

@@ -1,10 +1,11 @@
 """A user's `score` in its own process: if it hangs, exits or runs out of memory, only that completion scores 0.
 
-The process (`worker`) imports the user's file as it was first read, and loads the problems itself. A completion is sent
-with the index of its problem, so problems may hold what JSON cannot; at the start both sides check that they loaded the
-same problems. Many completions are sent at once and answered one by one, each within the time limit; the process has a
-memory limit. When it is late or exits, it is killed with everything it has started, the completion it was scoring
-fails, and a new process continues with the next one. It ends with this process, however that ends.
+The process (`worker`) imports the user's files as they were first read. It loads the problems of a user's own task
+itself, and a completion is sent with the index of its problem, so problems may hold what JSON cannot; at the start both
+sides check that they loaded the same problems. For a data set, a completion is sent with its problem. Many completions
+are sent at once and answered one by one, each within the time limit; the process has a memory limit. When it is late or
+exits, it is killed with everything it has started, the completion it was scoring fails, and a new process continues
+with the next one. It ends with this process, however that ends.
 """
 
 import json
@@ -13,11 +14,9 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 from eggroll_llm.config.schema import RewardConfig
-from eggroll_llm.config.toml import write_toml
 from eggroll_llm.errors import TaskError
 from eggroll_llm.tasks.sandbox.child import GARBLED, Child, EndedError
-from eggroll_llm.tasks.task import SPLITS, Answer, Verdict
-from eggroll_llm.tasks.user import UserTask
+from eggroll_llm.tasks.task import SPLITS, Answer, Sandboxed, Verdict
 from rewards import Score
 
 START_SECONDS = 300.0  # patience with what the user's file imports and loads
@@ -26,10 +25,14 @@ START_SECONDS = 300.0  # patience with what the user's file imports and loads
 class UserProcess(AbstractContextManager["UserProcess"]):
     """The process of a user's task, started on first use. Use as a context manager or call `close`."""
 
-    def __init__(self, task: UserTask, limits: RewardConfig, cancel: int | None = None) -> None:
+    def __init__(self, task: Sandboxed, limits: RewardConfig, cancel: int | None = None) -> None:
         """When the file descriptor `cancel` becomes readable, whatever waits for the process raises CancelledError."""
         self._task, self._limits = task, limits
-        self._places = {id(problem): (split, i) for split in SPLITS for i, problem in enumerate(task.problems(split))}
+        self._places = {
+            id(problem): {"split": split, "index": i}
+            for split in SPLITS
+            for i, problem in enumerate(task.problems(split) if task.reloads else ())
+        }
         self._child = Child(cancel)
 
     def judge(self, answers: Sequence[Answer], *, voted: bool) -> Iterator[Verdict]:
@@ -76,31 +79,22 @@ class UserProcess(AbstractContextManager["UserProcess"]):
             return
         self.close()
         task = self._task
-        hello = {
-            "name": f"{task.path.absolute()}:{task.name}",
-            "source": task.source.decode("latin-1"),  # any bytes as text
-            "modules": {
-                name: [module.path, None if module.source is None else module.source.decode("latin-1")]
-                for name, module in task.modules.items()
-            },
-            "options": write_toml(dict(task.options)),
-            "memory": min(int(self._limits.memory_gib * 2**30), 2**62),
-        }
+        hello = task.hello() | {"memory": min(int(self._limits.memory_gib * 2**30), 2**62)}
         try:
             self._child.start()
             (ready,) = self._child.talk([_json(hello)], START_SECONDS)
             if failed := ready.get("failed"):
-                raise TaskError(f"{task.path}: in the scoring process (reward.memory_gib = {self._gib}): {failed}")
+                raise TaskError(f"{task.label}: in the scoring process (reward.memory_gib = {self._gib}): {failed}")
             if ready != task.hashes:
                 raise TaskError(
-                    f"{task.path}: problems() returns different problems each time. Make it deterministic: seed random "
-                    "choices, sort sets and directory listings, and do not change the files that it reads."
+                    f"{task.label}: problems() returns different problems each time. Make it deterministic: seed "
+                    "random choices, sort sets and directory listings, and do not change the files that it reads."
                 )
         except EndedError as error:
             self.close()
             raise TaskError(
-                f"{task.path}: loading it again in the scoring process (reward.memory_gib = {self._gib}) {error}. Make "
-                "it load there as it does here."
+                f"{task.label}: loading it again in the scoring process (reward.memory_gib = {self._gib}) {error}. "
+                "Make it load there as it does here."
             ) from error
         except BaseException:
             self.close()
@@ -114,9 +108,11 @@ class UserProcess(AbstractContextManager["UserProcess"]):
         self._child.close()
 
     def _line(self, answer: Answer, voted: bool, batch: int = 0) -> bytes:
-        split, index = self._places[id(answer.problem)]
-        request = {"split": split, "index": index, "text": answer.text, "options": answer.options, "voted": voted}
-        return _json(request | ({"batch": batch} if batch else {}))
+        task = self._task
+        problem = self._places[id(answer.problem)] if task.reloads else {"problem": dict(answer.problem)}
+        request = {**problem, "text": answer.text, "options": answer.options, "voted": voted}
+        ids = {"ids": list(answer.token_ids)} if task.takes_ids else {}
+        return _json(request | ids | ({"batch": batch} if batch else {}))
 
     def _verdict(self, reply: dict[str, Any]) -> Verdict:
         try:
@@ -124,9 +120,10 @@ class UserProcess(AbstractContextManager["UserProcess"]):
             if "failed" in reply:
                 hint = f" (reward.memory_gib = {self._gib})" if out_of_memory else ""
                 return Verdict(failure=f"{reply['failed']}{hint}", vote=vote, out_of_memory=out_of_memory)
-            reward, correct, detail = reply["score"]
-            return Verdict(score=Score(float(reward), bool(correct), str(detail)), vote=vote)
-        except (KeyError, TypeError, ValueError) as error:
+            reward, correct, detail, parts = reply["score"]
+            values = {str(name): None if value is None else float(value) for name, value in parts.items()}
+            return Verdict(score=Score(float(reward), bool(correct), str(detail), values), vote=vote)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise EndedError(GARBLED) from error
 
     @property

@@ -4,7 +4,10 @@
      "options": "digits = 2\\n", "memory": 4294967296}
         -> {"train": "60303a...", "test": "fd61a0..."}                               or {"failed": "Traceback ..."}
     {"split": "train", "index": 5, "text": " 82", "options": {"truncated": false}, "voted": true}
-        -> {"score": [1.0, true, "sum"], "vote": "82"}                or {"failed": "Traceback ...", "vote": "82"}
+        -> {"score": [1.0, true, "sum", {}], "vote": "82"}                or {"failed": "Traceback ...", "vote": "82"}
+
+For a data set the first line holds {"dataset": {...}}, what `tasks.dataset.rewards.describe` returns, and the answer
+is {}; the others hold "problem" in the place of split and index, and "ids" where a reward wants the tokens.
 
 Lines of a batch, with "batch": 3, 2, 1, are answered when the last has come, a line each. "again" in the replies says
 that the call of score_batch failed as a whole.
@@ -31,7 +34,8 @@ from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
 from eggroll_llm.errors import UserError
 from eggroll_llm.system.terminal import inert
-from eggroll_llm.tasks.modules import Module
+from eggroll_llm.tasks.dataset.rewards import Rewards
+from eggroll_llm.tasks.modules import unpacked
 from eggroll_llm.tasks.task import Answer, Verdict, judge, short_traceback
 from eggroll_llm.tasks.user import UserTask, WrongCountError, as_score, load_user_task
 from rewards import Score
@@ -63,14 +67,7 @@ def main(parent: int, requests: int, replies: int) -> None:
         try:
             hello = json.loads(text)
             _limit_memory(hello["memory"])
-            read = (
-                _bytes(hello["source"]),
-                {
-                    name: Module(path=path, source=None if text is None else _bytes(text))
-                    for name, (path, text) in hello["modules"].items()
-                },
-            )
-            task = load_user_task(hello["name"], tomllib.loads(hello["options"]), Path(), read=read)
+            task = _load(hello)
             reply(number, task.hashes)
         except BaseException as error:
             reply(number, {"failed": str(error) if isinstance(error, UserError) else short_traceback(error)})
@@ -89,17 +86,18 @@ def main(parent: int, requests: int, replies: int) -> None:
     os._exit(0)  # without waiting for what the user's code has left running
 
 
-def _bytes(text: str) -> bytes:
-    """Return what `process` has sent as text, a character a byte."""
-    return text.encode("latin-1")
+def _load(hello: Mapping[str, Any]) -> UserTask | Rewards:
+    if "dataset" in hello:
+        return Rewards(hello["dataset"])
+    return load_user_task(hello["name"], tomllib.loads(hello["options"]), Path(), read=unpacked(hello))
 
 
-def _answer(task: UserTask, request: Mapping[str, Any]) -> Answer:
-    problem = task.problems(request["split"])[request["index"]]
-    return Answer(text=request["text"], problem=problem, **request["options"])
+def _answer(task: UserTask | Rewards, request: Mapping[str, Any]) -> Answer:
+    problem = request["problem"] if isinstance(task, Rewards) else task.problems(request["split"])[request["index"]]
+    return Answer(text=request["text"], problem=problem, token_ids=request.get("ids", ()), **request["options"])
 
 
-def _batch(task: UserTask, requests: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def _batch(task: UserTask | Rewards, requests: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Return the replies to a batch."""
     answers = [_answer(task, request) for request in requests]
     try:
@@ -112,16 +110,26 @@ def _batch(task: UserTask, requests: Sequence[Mapping[str, Any]]) -> list[dict[s
     return [_verdict(task, r, partial(as_score, value)) for r, value in zip(requests, values, strict=True)]
 
 
-def _verdict(task: UserTask, request: Mapping[str, Any], scored: Callable[[], Score] | None = None) -> dict[str, Any]:
+def _only(task: Rewards, answer: Answer) -> Score:
+    (score,) = task.score_batch([answer])
+    return score
+
+
+def _verdict(
+    task: UserTask | Rewards, request: Mapping[str, Any], scored: Callable[[], Score] | None = None
+) -> dict[str, Any]:
+    answer = _answer(task, request)
+    if isinstance(task, Rewards) and scored is None:
+        scored = partial(_only, task, answer)
     try:
-        verdict = judge(task, _answer(task, request), voted=request["voted"], catch=BaseException, scored=scored)
+        verdict = judge(task, answer, voted=request["voted"], catch=BaseException, scored=scored)
     except MemoryError:  # there was too little even for a traceback
         verdict = Verdict(failure="MemoryError", out_of_memory=True)
     vote = None if verdict.vote is None else verdict.vote[:_LONGEST]
     if verdict.score is None:
         return {"failed": verdict.failure, "vote": vote, "out_of_memory": verdict.out_of_memory}
     score = verdict.score
-    return {"score": [score.reward, score.correct, score.detail[:_LONGEST]], "vote": vote}
+    return {"score": [score.reward, score.correct, score.detail[:_LONGEST], dict(score.parts)], "vote": vote}
 
 
 def _die_with(parent: int) -> None:

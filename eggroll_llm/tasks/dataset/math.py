@@ -1,0 +1,62 @@
+r"""Answers in LaTeX, compared by the package math-verify (github.com/huggingface/Math-Verify): \boxed{\frac12}, $0.5$.
+
+Only LaTeX is read, by a grammar: math-verify's other way to read text calls Python's eval. What is parsed is sympy on
+hostile input, which may take any time or memory: this belongs into a process of its own (`tasks.sandbox`).
+"""
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+from rewards import Score
+from rewards.turns import visible
+
+DETAILS = ("correct", "wrong", "no_math", "truncated", "bad_gold")
+"""Vocabulary of `Score.detail`."""
+_SECONDS = 3
+"""Of each of three calls; the process has a limit for all of them."""
+
+
+def score(completion: str, answer: str, *, truncated: bool = False, thought_open: bool = False) -> Score:
+    """Score a completion against an answer in LaTeX, with or without a box or dollar signs."""
+    gold = _gold(answer)
+    if not gold:
+        return Score(0.0, False, "bad_gold")
+    text = visible(completion, thought_open=thought_open)
+    if truncated and "\\boxed" not in text:
+        return Score(0.0, False, "truncated")
+    found = _parse(text)
+    if not found:
+        return Score(0.0, False, "no_math")
+    correct = bool(_verify()(list(gold), found, timeout_seconds=_SECONDS))
+    return Score(float(correct), correct, "correct" if correct else "wrong")
+
+
+def read_answer(completion: str, *, truncated: bool = False, thought_open: bool = False) -> str | None:
+    """Return the answer as sympy writes it; None without one."""
+    text = visible(completion, thought_open=thought_open)
+    found = [] if truncated and "\\boxed" not in text else _parse(text)
+    return str(found[0]) if found else None
+
+
+def boxed(answer: str) -> str:
+    """Return an answer, or a whole solution, as a completion would give it."""
+    return answer if "\\boxed" in answer or "$" in answer.replace("\\$", "") else f"\\boxed{{{answer}}}"
+
+
+@lru_cache(maxsize=4096)
+def _gold(answer: str) -> tuple[Any, ...]:
+    return tuple(_parse(boxed(answer)))
+
+
+def _parse(text: str) -> list[Any]:
+    from math_verify import LatexExtractionConfig, parse
+
+    latex = [LatexExtractionConfig(boxed_match_priority=0)]
+    return list(parse(text, extraction_config=latex, fallback_mode="no_fallback", parsing_timeout=_SECONDS))
+
+
+def _verify() -> Callable[..., bool]:
+    from math_verify import verify
+
+    return verify

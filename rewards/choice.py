@@ -1,0 +1,51 @@
+r"""Multiple choice: the letter that a completion gives as its answer is the gold letter.
+
+    B    (b)    **B**    B. Paris    The answer is (B).    \boxed{B}    <answer>B</answer>
+
+The answer is what the last marker holds, else the whole text outside thoughts (`marked`): a letter from A to Z alone,
+or first and then a bracket, a full stop, a colon or a comma. "A dog" names no letter, and "A) or B)" names two.
+
+Reward: 1 if it is the gold letter, else 0.
+"""
+
+import re
+
+from rewards.marked import marked
+from rewards.plain_number import RefusedError
+from rewards.score import Score
+from rewards.turns import visible
+
+DETAILS = ("correct", "wrong", "no_letter", "several", "no_answer", "unclosed", "too_long", "truncated", "bad_gold")
+"""Vocabulary of `Score.detail`."""
+_LETTER = re.compile(r"(?:\\text\{)?[\s*_`\"'(\[$]*([A-Za-z])(?:[\s*_`\"')\]$}]*[.]?[\s*_`]*\Z|[*_`\"'$]{0,2}[).\]:,])")
+_OTHER = re.compile(r"(?:\b(?:or|and)\b|[/&,])[\s*_`\"'(\[]*[A-Za-z](?:[).\]:,*]|\s*\Z)")
+
+
+def score(completion: str, answer: str, *, truncated: bool = False, thought_open: bool = False) -> Score:
+    """Score a completion against the gold letter, which may have brackets or a full stop."""
+    try:
+        gold = _letter(answer.strip())
+    except RefusedError:
+        return Score(0.0, False, "bad_gold")
+    try:
+        found = _letter(marked(visible(completion, thought_open=thought_open), truncated=truncated))
+    except RefusedError as refusal:
+        return Score(0.0, False, str(refusal))
+    return Score(float(found == gold), found == gold, "correct" if found == gold else "wrong")
+
+
+def read_answer(completion: str, *, truncated: bool = False, thought_open: bool = False) -> str | None:
+    """Return the letter, as a capital; None without one."""
+    try:
+        return _letter(marked(visible(completion, thought_open=thought_open), truncated=truncated))
+    except RefusedError:
+        return None
+
+
+def _letter(text: str) -> str:
+    match = _LETTER.match(text)
+    if not match:
+        raise RefusedError("no_letter")
+    if _OTHER.search(text, match.end(1)):
+        raise RefusedError("several")
+    return match[1].upper()
