@@ -2,7 +2,7 @@
 MountainCarContinuous-v0, equal step for step (tests/recipes/test_rl.py).
 
 An environment is pure functions over a state [N, S]: no object remembers anything, so that all members of a population
-can start from the same states. `SCALE` brings observations to about 1; gymnasium does not have it.
+can start from the same states. `scale` brings observations to about 1; gymnasium does not have it.
 """
 
 import math
