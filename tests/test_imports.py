@@ -19,7 +19,7 @@ ORDER = (
     {"system"},
     {"config", "kernels"},
     {"records"},
-    {"models", "tasks", "module"},
+    {"models", "tasks", "module", "integer"},
     {"engine"},
     {"training"},
     {"bench", "eval"},

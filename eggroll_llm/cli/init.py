@@ -135,7 +135,8 @@ def _dataset_recipe(dataset: str, recipe: Path) -> str:
         lines.append(f"prompt_column = {format_value(asked)}")
     if columns.answer:
         lines.append(f"answer_column = {format_value(columns.answer)}")
-    lines.append(f'rewards = "{grader}"         # or "math", "exact", "choice", "gsm8k", "my_rewards.py:function"')
+    others = ", ".join(f'"{name}"' for name in (*_ASKING, "my_rewards.py:function") if name != grader)
+    lines.append(f'rewards = "{grader}"         # or {others}')
     return _recipe(lines, _MAX_TOKENS.get(grader, 32))
 
 

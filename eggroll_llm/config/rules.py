@@ -153,7 +153,7 @@ class _Check:
                 "es.population",
                 "es.antithetic",
             )
-        if es.layers and (len(es.layers) != 2 or es.layers[0] > es.layers[1]):
+        if es.layers and (len(es.layers) != 2 or not 0 <= es.layers[0] <= es.layers[1]):
             self.fail("is not a range of decoder blocks", "Set es.layers to [first, last]", "es.layers")
         if es.fitness == "sign" and not es.antithetic:
             self.fail(

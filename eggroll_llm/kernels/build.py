@@ -21,6 +21,7 @@ SOURCES: dict[str, tuple[str, ...]] = {  # with flags of their own
     "member_term.cpp": (),
     "norms.cpp": (),
     "fold.cpp": (),
+    "integer.cpp": (),
     "noise.cpp": ("-ffp-contract=off", "-fno-math-errno"),  # a fused multiply-add would change the bits
 }
 HEADERS = ("vector.h",)

@@ -32,7 +32,7 @@ from eggroll_llm.es.plan import StepPlan, plan_step
 from eggroll_llm.es.weight_change import UpdateReport
 from eggroll_llm.kernels.fold import fold_for
 from eggroll_llm.kernels.noise import RowLayout, served_factors_of
-from eggroll_llm.module.layers import Buffers, find_layers
+from eggroll_llm.module.layers import Buffers, find_layers, version_of
 from eggroll_llm.module.members import MATRICES, Members, forward_of
 from eggroll_llm.module.settings import checked_settings, settings_hash
 from eggroll_llm.records.journal import Journal, JournalEntry, JournalHeader, check_same_run, read_journal
@@ -98,6 +98,8 @@ class ES:
         shapes = tuple(shape_of(name, weight.shape) for name, weight in weights.items())
         self._layout = RowLayout(shapes, self._settings.rank)
         self._members: Members | None = None
+        self._asked, self._uncalled = False, {layer.name for layer in self._layers}
+        self._written = self._states()
         scheduled = {self._settings.sigma_schedule, self._settings.learning_rate_schedule} != {"constant"}
         frozen_hash = settings_hash(self._settings, seed=seed, full=rank is None, steps=steps if scheduled else 0)
         self._header = JournalHeader(frozen_hash=frozen_hash, base_model=f"module {self.checksum()}")
@@ -117,9 +119,10 @@ class ES:
         gradients inside. Outside, the module computes with its own weights, the mean of the population.
 
         Raises PopulationError for members that do not exist, for a batch of other rows and when the module is not
-        called, and ModelError when a buffer of the module changes.
+        called, and ModelError when a buffer of the module changes or its weights did since the last step.
         """
         self._check_outside("ask")
+        self._check_weights("ask")
         members_N = self._checked_members(self.members() if members is None else members)
         buffers = Buffers(self.module)
         self._members = asked = self._of(members_N)
@@ -138,14 +141,23 @@ class ES:
                 f"ask(): no layer of this {type(self.module).__name__} was called inside: evaluate there the very "
                 "module that ES was given"
             )
+        self._asked = True
+        self._uncalled -= asked.called
 
     def tell(self, fitness: Tensor | Sequence[float]) -> UpdateReport:
         """Update the module with what each member has earned, [population] or [population, problems], to be maximised.
 
         It is in the journal, on disk, before it is applied. Raises PopulationError for fitness of another length or
-        that is not finite, and JournalError when the journal cannot be written; nothing has changed then.
+        that is not finite, and for a layer that no member has called, ModelError when the module's weights are not
+        those of the last step, and JournalError when the journal cannot be written; nothing has changed then.
         """
         self._check_outside("tell")
+        self._check_weights("tell")
+        if self._asked and self._uncalled:
+            raise PopulationError(
+                f"layer {min(self._uncalled)!r} was not called inside ask(), so noise alone would move its weights: "
+                "freeze it with requires_grad_(False), or call it as a module"
+            )
         shaped = shape_fitness(
             self._checked_fitness(fitness), self._settings.fitness, antithetic=self._settings.antithetic
         )
@@ -253,6 +265,19 @@ class ES:
         """Give the module the rounding of the masters."""
         for name, parameter in self._parameters.items():
             parameter.copy_(self._masters.served(name).view(parameter.shape))
+        self._written = self._states()
+
+    def _states(self) -> dict[str, tuple[int, torch.dtype, torch.device]]:
+        """Return what tells whether somebody else has written to a parameter or moved it."""
+        return {name: (version_of(p), p.dtype, p.device) for name, p in self._parameters.items()}
+
+    def _check_weights(self, what: str) -> None:
+        now = self._states()
+        if changed := [name for name in now if now[name] != self._written[name]]:
+            raise ModelError(
+                f"{what}(): parameter {changed[0]!r} was changed or moved since the last step, and ES would overwrite "
+                "it: load weights and move the module before ES is made"
+            )
 
     def _check_outside(self, what: str) -> None:
         if self._members is not None:

@@ -6,7 +6,7 @@ are known (`members.FORWARD`): a parameter that is perturbed in silence nowhere 
 
 from collections import defaultdict
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from eggroll_llm.errors import ModelError
@@ -78,6 +78,11 @@ def _check_parameters(module: nn.Module, known: set[str]) -> None:
             )
 
 
+def version_of(tensor: Tensor) -> int:
+    """Return a number that changes with every write to a tensor; 0 for inference tensors, which have none."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
 class Buffers:
     """The buffers of a module, and whether a forward pass has changed them."""
 
@@ -87,10 +92,7 @@ class Buffers:
 
     @staticmethod
     def _now(module: nn.Module) -> dict[str, tuple[int, int]]:
-        return {
-            name: (id(buffer), 0 if buffer.is_inference() else buffer._version)
-            for name, buffer in module.named_buffers()
-        }
+        return {name: (id(buffer), version_of(buffer)) for name, buffer in module.named_buffers()}
 
     def check(self) -> None:
         """Raise ModelError when one has changed."""

@@ -75,8 +75,8 @@ class Members:
             else:
                 E_SO = A_SV if layout.rank == 1 else A_SV.unflatten(1, (layout.rank, out)).sum(1)
                 self.whole[name] = E_SO.unflatten(1, sizes[name])
-        self.called = False
-        """A layer has computed."""
+        self.called: set[str] = set()
+        """Layers that have computed."""
         self._slots_of_tokens: dict[int, Tensor] = {}
         self._vectors: dict[str, Tensor] = {}
 
@@ -85,7 +85,8 @@ class Members:
 
         Raises PopulationError when its rows are not those of the members.
         """
-        rows, self.called = len(self.slot_N), True
+        self.called.add(layer.name)
+        rows = len(self.slot_N)
         if x.ndim <= features or len(x) != rows:
             raise PopulationError(
                 f"layer {layer.name!r} got a batch of shape {[*x.shape]} inside ask() of {rows} members: its first "

@@ -114,6 +114,9 @@ def test_files_that_are_no_recipe(recipe: Path) -> None:
         ({"es.population": "31"}, "es.population = 31, es.antithetic = true: pairs need an even population. "
          "Set es.population to 32, or es.antithetic to false."),
         ({"es.population": "0"}, "es.population = 0: must be at least 2. Set es.population to 2 or more."),
+        ({"es.layers": "[5, 3]"}, "es.layers = [5, 3]: is not a range of decoder blocks. Set es.layers to [first, last]."),
+        ({"es.layers": "[5]"}, "es.layers = [5]: is not a range of decoder blocks. Set es.layers to [first, last]."),
+        ({"es.layers": "[-4, -1]"}, "es.layers = [-4, -1]: is not a range of decoder blocks. Set es.layers to [first, last]."),
         ({"es.population": "1", "es.antithetic": "false"}, "es.population = 1: must be at least 2. "
          "Set es.population to 2 or more."),
         ({"es.sigma": "0"}, 'es.sigma = 0.0: must be above 0 with method "es". Set es.sigma to a positive number.'),

@@ -6,7 +6,7 @@ import multiprocessing
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -381,6 +381,39 @@ def test_what_belongs_outside_of_ask_is_refused_inside() -> None:
     with pytest.raises(PopulationError, match="no layer of this Linear was called inside"), es.ask():
         nn.Linear(2, 2)(torch.zeros(8, 2))
     assert module(torch.zeros(1, 2)).requires_grad
+
+
+def test_weights_that_noise_alone_would_move_are_refused() -> None:
+    """A layer counts as called once members have called it, in whichever part of a step."""
+    module = nn.ModuleDict({"a": nn.Linear(2, 2), "b": nn.Linear(2, 2)})
+    es, checksum = es_of(module), es_of(module).checksum()
+    for part, layer in ((range(4), "b"), (range(4, 8), "a")):
+        with es.ask(part):
+            module[layer](torch.zeros(4, 2))
+        if layer == "b":
+            with pytest.raises(PopulationError, match=r"layer 'a' was not called inside ask\(\)"):
+                es.tell(fitness(1))
+            assert es.checksum() == checksum
+    es.tell(fitness(1))
+    with es.ask():
+        module["b"](torch.zeros(8, 2))
+    es.tell(fitness(2))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [lambda module: module.load_state_dict(nn.Linear(2, 2).state_dict()), nn.Module.bfloat16],
+    ids=["loaded", "converted"],
+)
+def test_weights_that_an_update_would_overwrite_are_refused(change: Callable[[nn.Module], Any]) -> None:
+    module = nn.Linear(2, 2)
+    es = es_of(module)
+    es.tell(fitness(1))
+    change(module)
+    with pytest.raises(ModelError, match=r"ask\(\): parameter 'weight' was changed or moved"), es.ask():
+        pass
+    with pytest.raises(ModelError, match=r"tell\(\): parameter 'weight' was changed or moved"):
+        es.tell(fitness(2))
 
 
 def test_a_buffer_may_be_there_but_not_change() -> None:

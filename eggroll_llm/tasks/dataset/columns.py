@@ -3,6 +3,7 @@
 import datetime
 import difflib
 import json
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -60,6 +61,10 @@ class Columns:
     def gold(self, row: Mapping[str, Any]) -> str:
         """Return the right answer. Raises BadRowError."""
         value = lookup(row, self.answer)
+        if isinstance(value, float):
+            if not math.isfinite(value):
+                raise BadRowError(f"{self.answer} is missing or {value}")
+            value = int(value) if value.is_integer() else value  # integers beside a null are floats in many a table
         if isinstance(value, int | float) and not isinstance(value, bool):
             return str(value)
         return _text(str(value) if isinstance(value, bool) else value, self.answer)

@@ -53,9 +53,9 @@ def load_dataset(
     bad = {**bad_train, **bad_test, **dict(_bad_golds({**train, **test}, spec, limits))}
     reasons = listed([f"{at}: {reason}" for at, reason in bad.items()])
     if bad and not options.skip_bad_rows:
-        rows_are = "row is" if len(bad) == 1 else "rows are"
+        are = "is" if len(bad) == 1 else "are"
         raise TaskError(
-            f"{len(bad):,} of {len(rows):,} {rows_are} not usable: {reasons}. Correct them, or set skip_bad_rows = "
+            f"{len(bad):,} of {len(rows):,} rows {are} not usable: {reasons}. Correct them, or set skip_bad_rows = "
             "true in [task_options]."
         )
     notes = [f"data set: {splits.told}; {_told(columns)}; rewards: {_listed(names, weights)}"]
@@ -151,17 +151,16 @@ def _judge(task: DatasetTask, answers: Sequence[Answer], limits: RewardConfig) -
 
 
 def _try(task: DatasetTask, limits: RewardConfig) -> None:
-    """Call the functions once. Raises TaskError when they fail on an answer to the first problem."""
-    problem = task.train[0]
+    """Call the functions once. Raises TaskError when they fail on answers to the first two problems."""
     columns = task.rewards.columns
-    text = columns.gold(problem) if columns.answer else "1"
-    (verdict,) = _judge(task, [Answer(text=text, problem=problem)], limits)
-    if verdict.score is None and NONE_APPLIES not in verdict.failure:
-        form = "messages" if task.rewards.messages else "texts"
-        raise TaskError(
-            f"the rewards fail on the completion {text!a:.60} of problem {problem['id']!a:.60} (as {form}: "
-            f"task_options.completions):\n{verdict.failure}"
-        )
+    answers = [Answer(text=columns.gold(p) if columns.answer else "1", problem=p) for p in task.train[:2]]
+    for answer, verdict in zip(answers, _judge(task, answers, limits), strict=True):
+        if verdict.score is None and NONE_APPLIES not in verdict.failure:
+            form = "messages" if task.rewards.messages else "texts"
+            raise TaskError(
+                f"the rewards fail on the completion {answer.text!a:.60} of problem {answer.problem['id']!a:.60} (as "
+                f"{form}: task_options.completions):\n{verdict.failure}"
+            )
 
 
 def _once(problems: _Problems, taken: _Problems, columns: Columns, split: str, notes: list[str]) -> _Problems:

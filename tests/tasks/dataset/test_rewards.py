@@ -124,7 +124,8 @@ def test_none_of_all_rewards_says_nothing_and_is_counted(load):
 
 
 def test_a_wrong_number_of_rewards_fails_all_of_the_batch(load):
-    found, failures = judged(load(code="def reward(completions): return [1.0]", rewards="my.py:reward"), ["a", "b"])
+    code = "def reward(completions): return [1.0] * (1 if 'a' in completions else len(completions))"
+    found, failures = judged(load(code=code, rewards="my.py:reward"), ["a", "b"])
     assert failures == 2
     assert found[0].failure == "reward() returned 1 rewards for 2 completions; return one for each"
 
@@ -146,7 +147,8 @@ def reward(completions):
     ("code", "said"),
     [
         ("def reward(completions): return 1.0", r"reward\(\) returned 1\.0; return a list"),
-        ("def reward(completions): return ['a']", r"reward\(\) returned 'a'; return a number"),
+        ("def reward(completions): return [1.0]", r"reward\(\) returned 1 rewards for 2 completions"),
+        ("def reward(completions): return ['a'] * len(completions)", r"reward\(\) returned 'a'; return a number"),
         ("def reward(completions): return [c['content'] for c in completions]", r"\(as texts: (?s:.)*TypeError"),
         ("def reward(completions, anwser): pass", r"reward\(\) needs anwser, but the columns .* Did you mean answer"),
         ("def reward(completions, trainer_state): pass", r"needs trainer_state, which only TRL's trainer has"),

@@ -1,0 +1,119 @@
+"""The integer model: compiled equals defined, no floating point in it, replay, learning, and memory of a generation."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from live_memory import LiveMemory
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from eggroll_llm.errors import JournalError
+from eggroll_llm.integer import model, native, pretrain, update
+from eggroll_llm.integer.pretrain import Pretraining, Settings
+from eggroll_llm.integer.text import load_text, unigram_bits
+from eggroll_llm.kernels import build
+
+needs_library = pytest.mark.skipif(build.library() is None, reason="needs a C++ compiler")
+GENERATOR = torch.Generator().manual_seed(1)
+
+
+class NoFloats(TorchDispatchMode):
+    """Within it, an operation that takes or makes a tensor of floating-point numbers fails."""
+
+    def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = operation(*args, **kwargs or {})
+        for leaf in tree_leaves((args, kwargs, result)):
+            assert not (isinstance(leaf, Tensor) and leaf.is_floating_point()), operation
+        return result
+
+
+def case(members: int) -> tuple[dict[str, Tensor], Tensor, Tensor, Tensor, Tensor]:
+    """Return extreme weights, text, state, noise and coefficients."""
+    weights = {name: random_int8(*weight.shape) for name, weight in model.initial_weights(0).items()}
+    text_MT = torch.randint(256, (members, 6), generator=GENERATOR).to(torch.uint8)
+    pairs = -(-members // 2)
+    coefficient_K = torch.randint(-32, 33, (pairs,), generator=GENERATOR).int()
+    return weights, text_MT, random_int8(members, 64), update.rows_of(3, 1, torch.arange(pairs)), coefficient_K
+
+
+def random_int8(*shape: int) -> Tensor:
+    return torch.randint(-127, 128, shape, generator=GENERATOR).to(torch.int8)
+
+
+@needs_library
+@pytest.mark.parametrize("members", [1, 2, 7, 12])
+@pytest.mark.parametrize("noisy", [True, False])
+def test_compiled_and_torch_have_the_same_bits(members: int, noisy: bool) -> None:
+    weights, text_MT, state_MD, rows_KV, coefficient_K = case(members)
+    forward, add_pairs = native.functions()
+    states = state_MD.clone(), state_MD.clone()
+    noise = rows_KV if noisy else None
+    assert torch.equal(
+        forward(weights, text_MT, states[0], noise), model.forward_with_torch(weights, text_MT, states[1], noise)
+    )
+    assert torch.equal(*states)
+    assert not torch.equal(states[0], state_MD)
+    sums = update.zero_sums(), update.zero_sums()
+    add_pairs(sums[0], rows_KV, coefficient_K)
+    update.add_pairs_with_torch(sums[1], rows_KV, coefficient_K)
+    assert all(torch.equal(sums[0][name], sums[1][name]) for name in sums[0])
+
+
+def test_forward_loss_and_update_have_no_floats() -> None:
+    weights, text_MT, state_MD, rows_KV, coefficient_K = case(4)
+    with NoFloats():
+        model.forward_with_torch(weights, text_MT, state_MD, rows_KV)
+        sums = update.zero_sums()
+        update.add_pairs_with_torch(sums, rows_KV, coefficient_K)
+        moved = update.move(weights, sums, int(coefficient_K.square().sum()), update.threshold(0.5))
+        with pytest.raises(AssertionError):
+            torch.zeros(1) + 1
+    assert moved > 0
+    assert all(weight.dtype is torch.int8 for weight in weights.values())
+
+
+def test_noise_alone_moves_the_fraction_asked_for() -> None:
+    weights, sums = model.initial_weights(0), update.zero_sums()
+    coefficient_K = torch.randint(-32, 33, (256,), generator=GENERATOR).int()
+    update.add_pairs_with_torch(sums, update.rows_of(0, 1, torch.arange(256)), coefficient_K)
+    before = {name: weight.clone() for name, weight in weights.items()}
+    moved = update.move(weights, sums, int(coefficient_K.square().sum()), update.threshold(0.25))
+    assert 0.24 < moved / model.PARAMETERS < 0.26
+    assert max(int((weights[name].int() - before[name].int()).abs().max()) for name in weights) == 1
+
+
+@needs_library
+def test_it_learns_and_its_journal_gives_the_same_weights(tmp_path: Path) -> None:
+    train_T, held_out_T = load_text()
+    settings = Settings(population=256, length=20, steps=20)
+    run = Pretraining(train_T, settings, tmp_path / "journal.jsonl")
+    before = run.bits_per_byte(held_out_T)
+    for _ in range(settings.steps):
+        run.take_step()
+    run.close()
+    assert run.bits_per_byte(held_out_T) < before - 0.5
+    assert 4.5 < unigram_bits(train_T, held_out_T) < 5
+    again = Pretraining(train_T, settings)
+    again.replay(tmp_path / "journal.jsonl")
+    assert (again.step, again.checksum()) == (settings.steps, run.checksum())
+    with pytest.raises(JournalError, match="20 steps already"):
+        Pretraining(train_T, settings, tmp_path / "journal.jsonl")
+    with pytest.raises(JournalError, match="other settings"):
+        Pretraining(train_T, Settings(seed=0, steps=21, population=256)).replay(tmp_path / "journal.jsonl")
+
+
+@needs_library
+def test_memory_of_a_generation_is_that_of_a_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Besides a few bytes a member: its state of 64, its loss and its fitness."""
+    monkeypatch.setattr(pretrain, "PART", 256)
+    train_T, _ = load_text()
+    peaks = []
+    for population in (512, 4096):
+        run = Pretraining(train_T, Settings(population=population, length=2, steps=1, fitness="sign"))
+        with LiveMemory() as memory:
+            run.take_step()
+        peaks.append(memory.peak)
+    assert peaks[1] - peaks[0] < 150 * (4096 - 512)
