@@ -1,0 +1,82 @@
+"""Time of a generation by width and population: `python recipes/claims/rl/throughput.py`. Writes throughput.json.
+
+The policy is one square layer with tanh, one row for each member. Timed are the shared weights (all members the same),
+EGGROLL (rank 1) and OpenES (full rank), by turns in one process, in the processor's time: the least of several. A
+generation is the noise, 200 forward passes and the update; environments are left out.
+"""
+
+import json
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from eggroll_llm import ES
+
+RESULTS = Path(__file__).with_suffix(".json")
+CASES = [(width, 64) for width in (64, 128, 256, 512, 1024, 2048)] + [(256, population) for population in (16, 256)]
+STEPS, TURNS, METHODS = 200, 3, {"EGGROLL": 1, "OpenES": None}
+
+
+def seconds(work: Callable[[], object], repeat: int = 1) -> float:
+    """Return the processor's time of one call."""
+    begin = time.process_time()
+    for _ in range(repeat):
+        work()
+    return (time.process_time() - begin) / repeat
+
+
+@torch.no_grad()
+def measure(width: int, population: int) -> dict[str, float]:
+    """Return milliseconds: forward passes, and noise and update together."""
+    policies = {method: nn.Sequential(nn.Linear(width, width), nn.Tanh()) for method in METHODS}
+    strategies = {
+        method: ES(policy, population=population, rank=METHODS[method], sigma=0.05, lr=0.01)
+        for method, policy in policies.items()
+    }
+    x, fitness = torch.randn(population, width), torch.randn(population)
+    repeat = max(1, int(5e7 / (width * width * population)))
+    least: dict[str, float] = {}
+
+    def note(what: str, value: float) -> None:
+        least[what] = min(least.get(what, math.inf), 1e3 * value)
+
+    for _ in range(TURNS):
+        for method, es in strategies.items():
+            policy = policies[method]
+            policy(x)
+            note("shared", seconds(lambda policy=policy: policy(x), repeat))
+            begin = time.process_time()
+            with es.ask():
+                made = time.process_time() - begin
+                policy(x)
+                note(f"{method} forward", seconds(lambda policy=policy: policy(x), repeat))
+            note(f"{method} noise and update", made + seconds(lambda es=es: es.tell(fitness)))
+    return least
+
+
+def main() -> None:
+    """Measure every case, print it and write all."""
+    rows = []
+    print("| width | population | EGGROLL / shared | OpenES / EGGROLL, forward | OpenES / EGGROLL, generation |")
+    print("|---|---|---|---|---|")
+    for width, population in CASES:
+        found = measure(width, population)
+        whole = {m: STEPS * found[f"{m} forward"] + found[f"{m} noise and update"] for m in METHODS}
+        ratios = (
+            found["shared"] / found["EGGROLL forward"],
+            found["OpenES forward"] / found["EGGROLL forward"],
+            whole["OpenES"] / whole["EGGROLL"],
+        )
+        print(f"| {width} | {population} | {ratios[0]:.0%} | {ratios[1]:.1f} | {ratios[2]:.1f} |", flush=True)
+        milliseconds = {what: round(value, 4) for what, value in found.items()}
+        rows.append({"width": width, "population": population, "milliseconds": milliseconds})
+    RESULTS.write_text(json.dumps({"rows": rows}, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main()
