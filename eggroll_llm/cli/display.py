@@ -41,7 +41,7 @@ def duration(seconds: float) -> str:
 
 def give_up(file: IO[str]) -> None:
     """Send nowhere what is written, and what is still buffered: it would fail once more when the interpreter exits."""
-    with contextlib.suppress(OSError):  # it may be no file
+    with contextlib.suppress(OSError, ValueError):  # it may be no file, or closed
         os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())
 
 
@@ -67,6 +67,7 @@ class _Live(Live):
             super().refresh()
         except (OSError, ValueError):
             self.console.quiet = True
+            give_up(self.console.file)
 
 
 class Line:
@@ -233,3 +234,4 @@ class ConsoleDisplay(AbstractContextManager["ConsoleDisplay"]):
             yield
         except (OSError, ValueError):
             self.console.quiet = True
+            give_up(self.console.file)

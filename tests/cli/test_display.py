@@ -306,9 +306,10 @@ def test_a_reader_that_goes_away_stops_nothing() -> None:
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-def test_a_full_disk_behind_standard_output() -> None:
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_full_disk_behind_standard_output(unbuffered: str) -> None:
     with Path("/dev/full").open("w") as full:
-        result = chatter(stdout=full)
+        result = chatter(stdout=full, env={**os.environ, "PYTHONUNBUFFERED": unbuffered})
     assert (result.returncode, result.stderr) == (0, "survived\n")
 
 

@@ -382,7 +382,7 @@ def test_replay_refuses_what_is_no_run_and_an_existing_directory(refused: Callab
         ([], "the following arguments are required: COMMAND"),
         (["trian"], "'trian' is not a command. Did you mean train?"),
         (["evaluate", "m"], "'evaluate' is not a command. Did you mean eval?"),
-        (["frobnicate"], "'frobnicate' is not a command. Commands: train, resume, eval,"),
+        (["frobnicate"], "'frobnicate' is not a command. Commands: init, train, resume, eval,"),
         (["my.toml", "--seed", "3"], f"Did you mean: {invocation.command('train', 'my.toml', '--seed', '3')}"),
         (["--verison"], "unknown flag --verison. Did you mean --version?"),
         (["train"], "the following arguments are required: RECIPE.toml"),

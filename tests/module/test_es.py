@@ -187,7 +187,8 @@ def _work(pipe: Connection, part: int) -> None:
     pipe.send(es.checksum())
 
 
-def test_processes_that_exchange_only_fitness_end_with_equal_weights() -> None:
+def test_processes_that_exchange_only_fitness_end_with_equal_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(Path(__file__).parents[2])  # where a process that is started finds this module
     context = multiprocessing.get_context("spawn")
     pipes, processes = [], []
     for part in range(2):
