@@ -58,8 +58,10 @@ def trained_parameters(model_dir: Path, layers: Sequence[int] = ()) -> list[Shap
 
 def check_layers(model_dir: Path, layers: Sequence[int]) -> None:
     """Raise ConfigError for `es.layers` that the model does not have."""
+    if not layers:
+        return
     last = max(block_of(name) for name, _, _ in trained_parameters(model_dir))
-    if layers and layers[-1] > last:
+    if layers[-1] > last:
         raise ConfigError(
             f"es.layers = {list(layers)}: the model's decoder blocks have the numbers 0 to {last}: lower es.layers"
         )

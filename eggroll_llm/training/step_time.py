@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 from eggroll_llm.es.noise import Shape
 from eggroll_llm.models.files import tensor_shapes
-from eggroll_llm.models.targets import block_of, trained_parameters
+from eggroll_llm.models.targets import block_of, is_trained, trained_parameters
 from eggroll_llm.system.hardware import serves_on_cpu
 from eggroll_llm.training.plan import members_that_answer
 
@@ -174,7 +174,7 @@ def model_sizes(prepared: "Prepared") -> Model:
         head=max(embeddings, default=0),
         every=sum(math.prod(shape) for shape in tensors.values()),
         attention=sum(queries),
-        trained=_values(trained_parameters(prepared.model_dir, layers)),
+        trained=_values([shape for shape in every if is_trained(shape[0], layers)]),
         members_own=_values(own) / _values(every),
     )
 

@@ -37,7 +37,7 @@ class Scorer:
     def __init__(self, model: Any, vllm_config: VllmConfig, first_block: int = 0) -> None:
         """Take a loaded model; members differ from `first_block` on."""
         self._model, self._vllm_config = model, vllm_config
-        self._own_blocks = decoder_blocks(model)[first_block:]
+        self._own_blocks = decoder_blocks(model)[first_block:] if first_block else []
         self._first_block = first_block if self._own_blocks else 0
         self._layers: dict[str, Any] = {
             name: layer
@@ -123,7 +123,7 @@ class Scorer:
             return position_T.repeat(members), *states_TD
 
         with contextlib.ExitStack() as hooks:
-            for i, block in enumerate(self._own_blocks if self._first_block else ()):
+            for i, block in enumerate(self._own_blocks):
                 hooks.enter_context(block.register_forward_pre_hook(follow if i else enter))
             yield
 
