@@ -31,17 +31,17 @@ def returns() -> None:
     """Draw the return of each task's policy over processor time and over environment steps, a line for each run."""
     names = ("rl.jsonl", "ppo.jsonl")
     runs = [json.loads(line) for name in names for line in (MEASURED / name).read_text(encoding="utf-8").splitlines()]
-    tasks = [*dict.fromkeys(run["task"] for run in runs)]
+    tasks = sorted({(run["task"], run["width"]) for run in runs})
     figure, grid = plt.subplots(2, len(tasks), figsize=(3.2 * len(tasks), 5), layout="constrained", squeeze=False)
     for column, task in enumerate(tasks):
         for row, what in enumerate(("processor seconds", "environment steps")):
             axes = grid[row][column]
-            for run in (run for run in runs if run["task"] == task):
+            for run in (run for run in runs if (run["task"], run["width"]) == task):
                 x, y = [point[row] for point in run["history"]], [point[2] for point in run["history"]]
                 axes.plot(x, y, ".-", color=COLOURS[run["method"]], label=run["method"], linewidth=1)
             axes.set_xlabel(what)
             axes.set_xscale("log")
-        grid[0][column].set_title(task)
+        grid[0][column].set_title("{}, 3 × {}".format(*task))
         named = dict(zip(*reversed(grid[0][column].get_legend_handles_labels()), strict=True))
         grid[0][column].legend(named.values(), named.keys(), frameon=False)
     for row in grid:

@@ -57,7 +57,7 @@ class Counting:
 
     def score(self, completion: str, problem: dict[str, Any]) -> Score:
         """Return something that differs between answers."""
-        return Score(reward=len(set(completion.split())) / LENGTH, correct=False)
+        return Score(reward=len(set(completion.split())) / LENGTH, correct=False, detail="")
 
 
 def configuration(method: str, sequences: int) -> RunConfig:

@@ -103,14 +103,14 @@ def generations(folder: Path) -> str:
     return grid([*head, "in 4 GiB", "8", "16"], rows)
 
 
-def runs_of(folder: Path) -> dict[tuple[str, str], list[dict[str, Any]]]:
-    """Return the runs of each task and method, by seed; `reached` is where the tests that learned the task begin."""
-    found: dict[tuple[str, str], list[dict[str, Any]]] = {}
+def runs_of(folder: Path) -> dict[tuple[str, int, str], list[dict[str, Any]]]:
+    """Return the runs by task, width and method; `reached` is where the tests that learned the task begin."""
+    found: dict[tuple[str, int, str], list[dict[str, Any]]] = {}
     for path in (folder / "rl.jsonl", folder / "ppo.jsonl"):
         for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
             run = json.loads(line)
             run["reached"] = len(run["history"]) - run["held"] if run["solved"] else None
-            found.setdefault((run["task"], run["method"]), []).append(run)
+            found.setdefault((run["task"], run["width"], run["method"]), []).append(run)
     if not found:
         raise FileNotFoundError(2, "no runs", str(folder / "rl.jsonl"))
     return {key: sorted(runs, key=lambda run: run["seed"]) for key, runs in sorted(found.items())}
@@ -119,7 +119,7 @@ def runs_of(folder: Path) -> dict[tuple[str, str], list[dict[str, Any]]]:
 def returns(folder: Path) -> str:
     """Return what each method took to learn each task, a number for each seed."""
     rows = []
-    for (task, method), runs in runs_of(folder).items():
+    for (task, width, method), runs in runs_of(folder).items():
         marks = [None if run["reached"] is None else (run["reached"], *run["history"][run["reached"]]) for run in runs]
         cells = (
             [str(mark[0] + 1) if mark else "–" for mark in marks],
@@ -127,23 +127,23 @@ def returns(folder: Path) -> str:
             [f"{mark[1]:.1f}" if mark else "–" for mark in marks],
             [f"{statistics.fmean(point[2] for point in run['history'][-5:]):.0f}" for run in runs],
         )
-        rows.append([task, method, *map(", ".join, cells)])
-    head = ["task", "method", "generations to the mark", "thousand environment steps", "processor s"]
+        rows.append([task, f"3 × {width}", method, *map(", ".join, cells)])
+    head = ["task", "network", "method", "generations to the mark", "thousand environment steps", "processor s"]
     return grid([*head, "mean of the last five tests"], rows)
 
 
 def ratios(folder: Path) -> str:
     """Return EGGROLL's generations and time to the mark over those of OpenES, where both have learned all seeds."""
     runs, rows = runs_of(folder), []
-    for task in dict.fromkeys(task for task, _ in runs):
-        both = [runs.get((task, method), []) for method in ("EGGROLL", "OpenES")]
+    for task, width in dict.fromkeys((task, width) for task, width, _ in runs):
+        both = [runs.get((task, width, method), []) for method in ("EGGROLL", "OpenES")]
         if not all(own and all(run["solved"] for run in own) for own in both):
             continue
         generations = [statistics.fmean(run["reached"] + 1 for run in own) for own in both]
         seconds = [statistics.fmean(run["history"][run["reached"]][0] for run in own) for own in both]
         found = (f"{mine / theirs:.2f}" for mine, theirs in (generations, seconds))
-        rows.append([task, str(len(both[0])), *found])
-    head = ["task", "seeds", "generations, EGGROLL / OpenES", "processor time, EGGROLL / OpenES"]
+        rows.append([task, f"3 × {width}", str(len(both[0])), *found])
+    head = ["task", "network", "seeds", "generations, EGGROLL / OpenES", "processor time, EGGROLL / OpenES"]
     return grid(head, rows) if rows else ""
 
 

@@ -47,15 +47,16 @@ def test_what_fits_is_what_the_line_leaves(script, tmp_path):
 def test_a_task_is_learned_where_the_tests_that_reach_its_mark_begin(script, tmp_path):
     history = [[0.5, 100, 20.0], [1.0, 2000, 490.0], [2.0, 9000, 480.0]]
     runs = [
-        {"task": "cartpole", "seed": seed, "held": 2, "solved": True, "history": history} | {"method": method}
+        {"task": "cartpole", "width": 64, "seed": seed, "held": 2, "solved": True, "history": history}
+        | {"method": method}
         for method, seed in (("EGGROLL", 1), ("EGGROLL", 0), ("OpenES", 0), ("OpenES", 1))
     ]
     runs[0] |= {"solved": False}
     (tmp_path / "rl.jsonl").write_text("".join(json.dumps(run) + "\n" for run in runs))
-    assert "| cartpole | EGGROLL | 2, – | 2, – | 1.0, – | 330, 330 |" in script.returns(tmp_path)
+    assert "| cartpole | 3 × 64 | EGGROLL | 2, – | 2, – | 1.0, – | 330, 330 |" in script.returns(tmp_path)
     assert "cartpole" not in script.ratios(tmp_path)
     (tmp_path / "rl.jsonl").write_text("".join(json.dumps(run) + "\n" for run in runs[1:]))
-    assert "| cartpole | 1 | 1.00 | 1.00 |" in script.ratios(tmp_path)
+    assert "| cartpole | 3 × 64 | 1 | 1.00 | 1.00 |" in script.ratios(tmp_path)
 
 
 @pytest.mark.parametrize("script", ["run"], indirect=True)
