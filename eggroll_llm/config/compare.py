@@ -25,6 +25,10 @@ _ADDED = {
     "es.problems": "shared",
     "es.skip_tied": False,
     "engine.quantization": "none",
+    "sampling.top_k": 0,
+    "sampling.min_p": 0.0,
+    "sampling.repetition_penalty": 1.0,
+    "sampling.stop": (),
 }
 """Settings that were added since, with their defaults: the hash of a run that does not use them stays what it was."""
 MAY_CHANGE = f"{', '.join(_MAY_CHANGE)}, [log], [checkpoint], [reward], [engine] except dtype and quantization"

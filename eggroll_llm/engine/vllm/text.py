@@ -89,6 +89,9 @@ def sampling_params(decoding: Decoding, rules: TextRules, *, own_sampler: bool) 
         "max_tokens": decoding.max_tokens,
         "temperature": decoding.temperature,
         "top_p": decoding.top_p,
+        "top_k": decoding.top_k,
+        "min_p": decoding.min_p,
+        "repetition_penalty": decoding.repetition_penalty,
         "output_kind": RequestOutputKind.FINAL_ONLY,
         "ignore_eos": decoding.ignore_eos,
         "logprobs": 0 if decoding.logprobs else None,  # of the sampled token, and of no other
