@@ -27,7 +27,7 @@ from eggroll_llm.records.answers import Sample, SampleFile, sample_line
 from eggroll_llm.records.baseline import Constant
 from eggroll_llm.system.hardware import resolve_dtype, serves_on_cpu
 from eggroll_llm.system.versions import package_versions
-from eggroll_llm.tasks.chat import check_chat, is_chat
+from eggroll_llm.tasks.chat import check_chat, check_thoughts, is_chat
 from eggroll_llm.tasks.constant import best_constant
 from eggroll_llm.tasks.load import PATH_OPTIONS
 from eggroll_llm.tasks.prompts import ProblemSet, Prompter, needed_context, set_hash
@@ -37,7 +37,7 @@ from eval import lm_eval
 from eval.questions import DEFAULT_MAX_TOKENS, Protocol, Questions, lm_eval_questions, task_questions
 from eval.subject import Subject
 
-OF_THE_RUN = ("repetition_penalty", "stop")
+OF_THE_RUN = ("repetition_penalty", "stop", "thinking_token_budget")
 """Settings of [sampling] that a run's evaluations have, and so this one has."""
 
 
@@ -72,6 +72,8 @@ class Settings:
     """As in [sampling]."""
     stop: tuple[str, ...] = ()
     """Texts at which an answer ends, besides those of the task or the protocol."""
+    thinking_token_budget: int = 0
+    """As in [sampling]."""
     seed: int = 0
     """Seed of sampling."""
     chat: ChatConfig = field(default_factory=ChatConfig)
@@ -171,15 +173,16 @@ def settings_for(
 
 
 def _sampling(settings: Settings) -> SamplingConfig:
-    """Return the settings as those of a run; a length limit that the questions set is 1 here."""
+    """Return the settings as those of a run; a length limit that the questions set is as small as it may be."""
     return SamplingConfig(
-        max_tokens=settings.max_tokens or 1,
+        max_tokens=settings.max_tokens or settings.thinking_token_budget + 1,
         temperature=settings.temperature,
         top_p=settings.top_p,
         top_k=settings.top_k,
         min_p=settings.min_p,
         repetition_penalty=settings.repetition_penalty,
         stop=settings.stop,
+        thinking_token_budget=settings.thinking_token_budget,
     )
 
 
@@ -239,7 +242,8 @@ def evaluate_subject(
             on_progress(len(samples), total)
 
         if len(samples) < total:
-            engine = start_engine(settings.subject.model_dir, asked.engine, say=say)
+            thinking = settings.thinking_token_budget > 0
+            engine = start_engine(settings.subject.model_dir, asked.engine, thinking=thinking, say=say)
             stack.callback(engine.close)
             answer(
                 engine,
@@ -281,6 +285,7 @@ def _ask(settings: Settings, questions: Questions) -> _Asked:
         raise ConfigError(f"--apply-chat-template: {model_dir} has no chat template: leave the flag out")
     published = settings.protocol == "lm-eval"
     check_chat(prompter, questions.prompts, *(["add --apply-chat-template"] if published else []))
+    check_thoughts(prompter, settings.thinking_token_budget, "--thinking-token-budget")
     kinds = [questions.source.kind(problem) for problem in questions.problems]
     problems = prompter.encode_all(questions.problems, questions.prompts, kinds=kinds, bos_by_text=published)
     eos = prompter.tokenizer.eos_token
@@ -309,6 +314,11 @@ def _chat(settings: Settings, questions: Questions) -> ChatConfig:
     return ChatConfig() if plain else settings.chat
 
 
+def _chat_facts(chat: ChatConfig) -> dict[str, Any]:
+    """Return the settings but for where a template lies: the prompts say what it makes of them."""
+    return {key: value for key, value in dataclasses.asdict(chat).items() if key != "template_file"}
+
+
 def _grade_again(file: SampleFile, problems: ProblemSet, graders: Mapping[str, Grader]) -> None:
     """Graders and gold answers may have been corrected since the completions were sampled."""
     graded = {(s.problem, s.sample): s for s in grade_again(file.samples.values(), problems, graders)}
@@ -330,7 +340,7 @@ def _facts(settings: Settings, questions: Questions, asked: _Asked) -> dict[str,
         },
         "num_fewshot": questions.shots,
         "apply_chat_template": settings.apply_chat_template,
-        **({} if (chat := _chat(settings, questions)) == ChatConfig() else {"chat": dataclasses.asdict(chat)}),
+        **({} if (chat := _chat(settings, questions)) == ChatConfig() else {"chat": _chat_facts(chat)}),
         "problems": len(asked.problems.problems),
         "prompts": set_hash(asked.problems.hashes),
         "max_tokens": decoding.max_tokens,

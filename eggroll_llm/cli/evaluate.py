@@ -52,6 +52,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="TEXT",
         help="one more text at which answers end (may be repeated); default: the run's",
     )
+    parser.add_argument(
+        "--thinking-token-budget",
+        type=not_negative,
+        metavar="N",
+        help="tokens of an answer in thoughts before </think> is forced; default: the run's, or no limit (0)",
+    )
     parser.add_argument("--seed", type=not_negative, default=0, metavar="N", help="seed of sampling")
     parser.add_argument(
         "--k", type=_ks, metavar="K,K", help="values of k for pass@k and maj@k; default: the number of samples"
@@ -96,6 +102,7 @@ def run(options: argparse.Namespace, settings: Settings) -> int:
         min_p=options.min_p,
         repetition_penalty=options.repetition_penalty,
         stop=tuple(options.stop) if options.stop else None,
+        thinking_token_budget=options.thinking_token_budget,
         seed=options.seed,
     )
     ks = [k for k in (options.k or [options.samples]) if k > 1]

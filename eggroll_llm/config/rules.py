@@ -122,6 +122,13 @@ class _Check:
                 )
         if not all(text and is_unicode(text) for text in self.config.sampling.stop):
             self.fail("every completion would end at an empty text", "Remove it", "sampling.stop")
+        if self.config.sampling.max_tokens <= self.config.sampling.thinking_token_budget:
+            self.fail(
+                "leaves no room for an answer",
+                "Set sampling.max_tokens to more than sampling.thinking_token_budget",
+                "sampling.thinking_token_budget",
+                "sampling.max_tokens",
+            )
 
     def schedules(self, *keys: str) -> None:
         for key in keys:
@@ -270,7 +277,8 @@ class _Check:
                 "sampling.temperature",
                 because=because,
             )
-        for name, off in {"top_p": 1, "top_k": 0, "min_p": 0, "repetition_penalty": 1}.items():
+        usual = {"top_p": 1, "top_k": 0, "min_p": 0, "repetition_penalty": 1, "thinking_token_budget": 0}
+        for name, off in usual.items():
             if getattr(sampling, name) != off:
                 key = f"sampling.{name}"
                 problem = f"{who} needs answers drawn from the model's own probabilities"

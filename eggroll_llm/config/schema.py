@@ -34,6 +34,8 @@ class SamplingConfig:
     """Factor against tokens of prompt and answer so far, as in vLLM, also in greedy evaluations; 1 is none."""
     stop: tuple[str, ...] = ()
     """Texts at which a completion ends, in evaluations too, besides those of the task."""
+    thinking_token_budget: Annotated[int, Ge(0)] = 0
+    """Tokens of a completion in thoughts, in evaluations too, before </think> is forced; 0 sets no limit."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,6 +44,8 @@ class ChatConfig:
 
     system: str = ""
     """System prompt, put before the task's messages; empty for none."""
+    template_file: str = ""
+    """File with a chat template (Jinja) in place of the model's, relative to the recipe's folder; empty for none."""
     template_args: Mapping[str, Any] = field(default_factory=dict)
     """Arguments of the model's chat template, such as enable_thinking = false."""
 

@@ -32,6 +32,8 @@ class Decoding:
     """Least probability of a token that is sampled, relative to the most probable one's."""
     repetition_penalty: float = 1.0
     """What positive logits of tokens in prompt and completion are divided by, and negative ones multiplied with."""
+    thinking_token_budget: int = 0
+    """Tokens in thoughts after which the tag that closes one is forced; 0 is no limit."""
     stop: tuple[str, ...] = ()
     """Strings that end a completion; the text ends before the first."""
     special_tokens: bool = False

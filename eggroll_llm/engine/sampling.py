@@ -33,7 +33,7 @@ class Rollout:
 
 
 OnRollout = Callable[[int, Rollout], None]
-ADDED = ("top_k", "min_p", "repetition_penalty")
+ADDED = ("top_k", "min_p", "repetition_penalty", "thinking_token_budget")
 """Fields of `Decoding` that older records do not have: written where they are not at their defaults."""
 
 
@@ -46,6 +46,7 @@ def decoding_of(sampling: SamplingConfig, stop: Sequence[str]) -> Decoding:
         top_k=sampling.top_k,
         min_p=sampling.min_p,
         repetition_penalty=sampling.repetition_penalty,
+        thinking_token_budget=sampling.thinking_token_budget,
         stop=tuple(dict.fromkeys((*stop, *sampling.stop))),
     )
 

@@ -1,10 +1,16 @@
-"""What each setting of sampling does, next to the logits of transformers: a tiny float32 model, one start for all."""
+"""What each setting of sampling does, next to the logits of transformers: a tiny float32 model, one start for all.
 
-from collections.abc import Callable, Iterator
+Its tokenizer has tags of thoughts, and the engine so little memory that long answers are preempted.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from tokenizers import AddedToken
 from torch import Tensor
 
 from eggroll_llm.config.schema import EngineConfig, SamplingConfig
@@ -19,16 +25,25 @@ REQUESTS = [Request(prompt_ids=tuple((7 * i + j) % 300 + 3 for j in range(9 + i)
 
 
 class Served:
-    def __init__(self, model_dir: Path) -> None:
-        from transformers import AutoModelForCausalLM
+    def __init__(self, model_dir: Path, thinker: Path) -> None:
+        from transformers import AutoModelForCausalLM, AutoTokenizer
 
+        tokenizer = AutoTokenizer.from_pretrained(model_dir)
+        tokenizer.add_tokens([AddedToken(tag, special=False) for tag in ("<think>", "</think>")])
+        self.open, self.close = tokenizer.convert_tokens_to_ids(["<think>", "</think>"])
         self.model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
-        config = EngineConfig(dtype="float32", kv_cache_gib=0.05, max_sequences=8)
-        self.engine = VllmEngine(model_dir, config, slots=1, rank=1, max_model_len=128, trainable=False)
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+        self.model.save_pretrained(thinker)
+        tokenizer.save_pretrained(thinker)
+        config = EngineConfig(dtype="float32", kv_cache_gib=0.0009, max_sequences=8)
+        self.engine = VllmEngine(thinker, config, slots=1, rank=1, max_model_len=192, trainable=False, thinking=True)
 
-    def answers(self, **sampling: object) -> list[Completion]:
-        """Answers to all requests, of 20 tokens unless they end before."""
-        return self.engine.generate(REQUESTS, decoding_of(SamplingConfig(**{"max_tokens": 20, **sampling}), ()))
+    def answers(self, requests: Sequence[Request] = REQUESTS, **sampling: Any) -> list[Completion]:
+        """Answers of 20 tokens unless they end before, and with `max_tokens` in any case."""
+        decoding = decoding_of(SamplingConfig(**{"max_tokens": 20, **sampling}), ())
+        return self.engine.generate(requests, dataclasses.replace(decoding, ignore_eos="max_tokens" in sampling))
 
     def logits(self, completion: Completion, request: Request) -> Tensor:
         """[tokens, vocabulary], each before its token."""
@@ -56,8 +71,8 @@ class Served:
 
 
 @pytest.fixture(scope="module")
-def served(tiny_model: Callable[[str], Path]) -> Iterator[Served]:
-    served = Served(tiny_model("llama"))
+def served(tiny_model: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    served = Served(tiny_model("llama"), tmp_path_factory.mktemp("thinker"))
     yield served
     served.engine.close()
 
@@ -92,3 +107,42 @@ def test_stop_ends_an_answer_before_it(served: Served) -> None:
     texts = (free[0].text[3], free[1].text[4:6])
     for stop in (texts[:1], texts):  # a character by its token ids, a longer text by detokenising
         assert [stopped.text for stopped in served.answers(stop=stop)] == [before_stop(a.text, stop) for a in free]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_thought_that_has_taken_its_budget_is_closed(
+    served: Served, temperature: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There and nowhere else, in thoughts that prompt or answer opens, whatever rows a request is in and however often
+    it is preempted."""
+    scheduler = served.engine._llm.engine_core.engine_core.scheduler
+    preempted, preempt = list[str](), scheduler._preempt_request
+
+    def note(request: Any, *arguments: Any, **keywords: Any) -> None:
+        preempted.append(request.request_id)
+        preempt(request, *arguments, **keywords)
+
+    monkeypatch.setattr(scheduler, "_preempt_request", note)
+    ends = ((served.open,), (), (served.open, 9, served.close), (served.close, served.open, 9))
+    requests = [
+        dataclasses.replace(request, prompt_ids=request.prompt_ids + ends[i % 4]) for i, request in enumerate(REQUESTS)
+    ]
+    free = served.answers(requests, max_tokens=120, temperature=temperature)
+    forced = opened = 0
+    for budget in (1, 30):
+        limited = served.answers(requests, max_tokens=120, temperature=temperature, thinking_token_budget=budget)
+        for i, (completion, unlimited) in enumerate(zip(limited, free, strict=True)):
+            inside, spent, same = i % 4 in (0, 3), 0, True
+            opened += not inside and served.open in completion.token_ids
+            for token, other in zip(completion.token_ids, unlimited.token_ids, strict=True):
+                if inside and spent == budget:
+                    assert token == served.close
+                    forced += 1
+                    same &= other == token
+                elif same:
+                    assert token == other
+                spent += inside and token != served.close
+                inside = token != served.close if inside else token == served.open
+    assert forced > 10
+    assert opened > 0
+    assert preempted

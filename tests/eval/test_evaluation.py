@@ -59,17 +59,20 @@ def test_a_run_is_asked_what_it_was_trained_on() -> None:
 
 def test_a_run_is_asked_as_its_own_evaluations_ask() -> None:
     """Flags go before it, and another task or protocol has none of it."""
-    sampling = SamplingConfig(repetition_penalty=1.2, stop=("###",), top_p=0.5, top_k=7, temperature=0.5)
+    sampling = SamplingConfig(
+        repetition_penalty=1.2, stop=("###",), top_p=0.5, temperature=0.5, thinking_token_budget=9
+    )
     run = dataclasses.replace(CONFIG, sampling=sampling)
 
     def asked(**how: Any) -> tuple[Any, ...]:
         settings = decide(run, **how)
-        return settings.repetition_penalty, settings.stop, settings.top_p, settings.top_k, settings.temperature
+        assert (settings.top_p, settings.temperature) == (1.0, 0.0)
+        return settings.repetition_penalty, settings.stop, settings.thinking_token_budget
 
-    assert asked() == (1.2, ("###",), 1.0, 0, 0.0)
+    assert asked() == (1.2, ("###",), 9)
     assert asked(repetition_penalty=None, stop=None) == asked()
-    assert asked(repetition_penalty=1.0, stop=("Q:",)) == (1.0, ("Q:",), 1.0, 0, 0.0)
-    assert asked(task="gsm8k") == asked(task="countdown") == (1.0, (), 1.0, 0, 0.0)
+    assert asked(repetition_penalty=1.0, stop=("Q:",), thinking_token_budget=0) == (1.0, ("Q:",), 0)
+    assert asked(task="gsm8k") == asked(task="countdown") == (1.0, (), 0)
 
 
 def test_flags_of_sampling_are_in_the_result(
