@@ -96,7 +96,7 @@ def recorded_origin(directory: Path) -> tuple[int | None, str]:
     """Return the step and the identity of the base model that `write_provenance` wrote; None and "" without them."""
     try:
         found = parse_json((directory / PROVENANCE).read_bytes())
-        return int(found["step"]), str(found["base_model"])
+        return int(found["step"]), str(found.get("base_model", ""))
     except (OSError, ValueError, KeyError, TypeError, OverflowError):
         return None, ""
 
