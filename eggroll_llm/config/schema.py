@@ -187,7 +187,7 @@ class RunConfig:
     """A whole run."""
 
     model: str = "smollm2-135m-instruct"
-    """Model to train: the embedded default, a local directory or GGUF file, or a name on the Hugging Face hub."""
+    """Model to train: the embedded default, a directory, GGUF file or hub name, RUN[@STEP], or LoRA ADAPTER[@BASE]."""
     task: str
     """Task: "countdown", "gsm8k", "dataset" (a file or hub data set), or "file.py:NAME" next to the recipe."""
     method: Literal["es", "grpo"] = "es"

@@ -173,11 +173,17 @@ class RunDir(AbstractContextManager["RunDir"]):
 
     def has_updates_in_journal(self) -> bool:
         """Return whether the journal holds updates, as that of method "es" does."""
+        return self._recorded("method", "es") == "es"
+
+    def recorded_model(self) -> str:
+        """Return the model that the run began from, as config.toml names it; empty where it does not."""
+        return self._recorded("model", "")
+
+    def _recorded(self, key: str, default: str) -> str:
         try:
-            method = tomllib.loads(self.config.read_text(encoding="utf-8-sig")).get("method", "es")
+            return str(tomllib.loads(self.config.read_text(encoding="utf-8-sig")).get(key, default))
         except (OSError, ValueError, RecursionError):
-            return True
-        return bool(method == "es")
+            return default
 
     def last_logged_step(self) -> int | None:
         """Return the `step` of the last complete line of metrics.jsonl; None without one."""
