@@ -64,7 +64,7 @@ def test_mistakes_are_user_errors(recipe: Path) -> None:
 
 
 def test_the_package_lists_its_public_names_and_loads_nothing() -> None:
-    assert dir(eggroll_llm) == ["ES", "evaluate", "load_recipe", "plot", "train"]
+    assert dir(eggroll_llm) == ["Callback", "ES", "StopTraining", "evaluate", "load_recipe", "plot", "train"]
     with pytest.raises(AttributeError, match="no attribute 'trian'"):
         _ = eggroll_llm.trian
     code = "import sys, eggroll_llm; print({'torch', 'vllm', 'rich', 'eggroll_llm.api'} & set(sys.modules))"
