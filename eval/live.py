@@ -83,7 +83,7 @@ def live_page(path: Path) -> str:
             notes = [str(finding) for finding in diagnose(run.config, run.rows, ended=ended)]
             headline = part("status", status) + run_headline(comparison, "Final" if ended else "Latest")
             body = run_parts(run, comparison, notes, _signal(run))
-    except UserError as error:
+    except (UserError, OSError) as error:  # a run that is overwritten just now
         headline = part("status", f"cannot be shown now: {error}")
     return render("Live", name, headline, body, script=_SCRIPT, footer=FOOTER)
 
@@ -121,7 +121,10 @@ def _standing(run: Run) -> tuple[str, bool]:
     step, at = " ".join(limits.label(last.step).split()), datetime.fromtimestamp(run.directory.metrics.stat().st_mtime)
     if run.directory.holder():
         left = limits.seconds_left(last.step, last.seconds)
-        return f"running, {step}{'' if left is None else f', {_duration(left)} left'} (written {at:%H:%M:%S})", False
+        return (
+            f"running, {step}{'' if left is None else f', {_duration(left)} left'} (last result at {at:%H:%M:%S})",
+            False,
+        )
     if run.finished:
         return f"ended after step {last.step}, {at:%Y-%m-%d %H:%M}", True
     return f"stopped after {step}, {at:%Y-%m-%d %H:%M}; continue it with: {command('resume', run.directory.path)}", True

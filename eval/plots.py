@@ -113,9 +113,9 @@ def signal_figure(run: Run, theme: Theme = PAPER) -> Figure:
                 ax.plot(x, running_mean(y, _window(len(y))), color=theme.series[0], linewidth=1.6, label=ANSWERS)
             ax.set_ylabel(name)
             ax.set_xlabel("Training steps")
-            ax.set_ylim(bottom=0)
             ax.margins(x=0.03)
             ax.xaxis.set_major_locator(MaxNLocator("auto", integer=True, steps=[1, 2, 5, 10]))
+        tied.set_ylim(-3, 103)
         x, y = _curve(run.evaluations, "step", "accuracy", 1, 100)
         look = {"color": theme.series[1], "linestyle": _DASHES[1], "linewidth": 1.3, "marker": "o", "markersize": 3.5}
         accuracy.plot(x, y, label="weights, held-out problems", **look)

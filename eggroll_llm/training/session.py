@@ -119,6 +119,10 @@ def _train_from(step: int, checkpoint: Checkpoint | None, opened: _Opened) -> Ev
     """Start the engine, continue after `step` and write `final/`; return the last evaluation if it was done here."""
     prepared, run, display = opened.prepared, opened.directory, opened.display
     config, is_es = prepared.config, prepared.config.method == "es"
+    settings = {key: value for key, value in flat(config).items() if applies(key, config)}
+    metrics = run.read_metrics() if step else ()
+    tracking = trackers(config.log, run.path, settings, metrics, display.message)
+    callbacks = Callbacks([*tracking, *opened.callbacks])
     display.working("starting the engine")
     engine = start_engine(
         prepared.model_dir,
@@ -129,10 +133,6 @@ def _train_from(step: int, checkpoint: Checkpoint | None, opened: _Opened) -> Ev
         logs=run.path / "engines",
         say=display.message,
     )
-    settings = {key: value for key, value in flat(config).items() if applies(key, config)}
-    metrics = run.read_metrics() if step else ()
-    tracking = trackers(config.log, run.path, settings, metrics, display.message)
-    callbacks = Callbacks([*tracking, *opened.callbacks])
     with contextlib.closing(engine), contextlib.closing(callbacks):
         recorder = Recorder(config, run, opened.journal, metrics=metrics, callbacks=callbacks)
         harness = Harness(

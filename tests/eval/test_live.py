@@ -75,11 +75,11 @@ def test_what_it_says_from_before_the_start_to_the_end(tmp_path: Path, monkeypat
     assert status(page()) == "starting: the model is loaded and the base model evaluated first"
     assert "steps = 50" in page()
     metrics.write_text(rows)
-    assert re.fullmatch(r"running, step 0 of 50 \(written \d\d:\d\d:\d\d\)", status(page()))
+    assert re.fullmatch(r"running, step 0 of 50 \(last result at \d\d:\d\d:\d\d\)", status(page()))
     assert "The base model's accuracy is 50.0 % on 2 held-out problems." in words(page())
     with metrics.open("a") as file:
         file.write(json.dumps({"step": 20, "wall_time": 120.0, "reward/mean": 0.5}) + "\n" + '{"step": 21, "cut sh')
-    assert re.fullmatch(r"running, step 20 of 50, 3 min left \(written .*\)", status(page()))
+    assert re.fullmatch(r"running, step 20 of 50, 3 min left \(last result at .*\)", status(page()))
     assert "Latest" in words(page())
     lock.close()
     assert re.fullmatch(r"stopped after step 20 of 50, .*; continue it with: .* resume .*run", status(page()))
