@@ -158,7 +158,7 @@ def _parser(words: Sequence[str]) -> tuple[argparse.ArgumentParser, Mapping[str,
         prog=NAME,
         description="Fine-tune language models for math reasoning\nwith evolution strategies at inference speed.",
         formatter_class=argparse.RawDescriptionHelpFormatter,  # does not wrap the command below
-        epilog=f"Start with: {command('train', 'recipes/countdown_smollm2.toml')}",
+        epilog=f"Start with: {command('train', 'recipes/addition_smollm2.toml')}",
         allow_abbrev=False,
     )
     version = package_versions(NAME).get(NAME, "(not installed, used from a clone)")
