@@ -173,7 +173,7 @@ class LogConfig:
     """What is shown and recorded besides the metrics."""
 
     samples: Annotated[int, Ge(0)] = 2
-    """Completions shown per step."""
+    """Completions shown per step, and answers per evaluation that go to TensorBoard and W&B as a table."""
     completions: Annotated[int, Ge(0)] = 8
     """Completions per step recorded in completions.jsonl."""
     tensorboard: bool = False
