@@ -75,6 +75,12 @@ def evaluate(
     limit: int = 0,
     samples: int = 1,
     temperature: float = 0.0,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    min_p: float = 0.0,
+    repetition_penalty: float | None = None,
+    stop: Sequence[str] | None = None,
+    thinking_token_budget: int | None = None,
     max_tokens: int = 0,
     num_fewshot: int | None = None,
     apply_chat_template: bool = False,
@@ -84,7 +90,9 @@ def evaluate(
 
     `model` is a name, a model directory or a run directory, whose model is taken `at` "final", "best" or a step. A run
     is evaluated on its own task unless another is named. `settings` are those of the tables [task_options], [engine]
-    and [reward], by dotted name. `limit` takes that many problems, 0 all. Raises UserError.
+    and [reward], by dotted name. `limit` takes that many problems, 0 all. Where they are None, `stop` (texts at
+    which answers end besides the task's), `repetition_penalty` and `thinking_token_budget` are the run's. Raises
+    UserError.
     """
     installed.check("evaluate", *installed.ENGINE)
     from eval.evaluation import evaluate_subject, settings_for
@@ -101,6 +109,12 @@ def evaluate(
         max_tokens=max_tokens,
         samples=samples,
         temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        stop=None if stop is None else tuple(stop),
+        thinking_token_budget=thinking_token_budget,
     )
     with _shown(display) as shown:
         results = evaluate_subject(

@@ -12,8 +12,8 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from eggroll_llm.engine.interface import Decoding, Engine
-from eggroll_llm.engine.sampling import OnRollout, Rollout
+from eggroll_llm.engine.interface import Engine
+from eggroll_llm.engine.sampling import OnRollout, Rollout, added, decoding_of, greedy
 from eggroll_llm.records.baseline import Constant
 from eggroll_llm.records.diagnosis import diagnose, news
 from eggroll_llm.system import signals
@@ -71,18 +71,13 @@ class Harness:
     def __init__(self, run: Run, *, step: int = 0) -> None:
         """Continue after `step`, which the recorder's rows lead up to."""
         self.run, self.config, self.step = run, run.prepared.config, step
-        config, stop, rows = self.config, tuple(run.prepared.task.stop), run.recorder.rows
+        config, rows = self.config, run.recorder.rows
         self.limits = Limits(steps=config.steps, minutes=config.minutes)
         self.wall_time = float(rows[-1]["wall_time"]) if rows else 0.0
         """Seconds in steps so far, without evaluations."""
-        self.decoding = Decoding(
-            max_tokens=config.sampling.max_tokens,
-            temperature=config.sampling.temperature,
-            top_p=config.sampling.top_p,
-            stop=stop,
-        )
+        self.decoding = decoding_of(config.sampling, run.prepared.task.stop)
         """How completions are sampled in training."""
-        self.greedy = Decoding(max_tokens=config.eval.max_tokens or config.sampling.max_tokens, stop=stop)
+        self.greedy = greedy(self.decoding, max_tokens=config.eval.max_tokens)
         """How they are in an evaluation."""
         self._scoring: Scoring | None = None  # of the current step
         self._said: dict[str, int] = {}  # kinds of findings that were shown, with their level
@@ -204,6 +199,7 @@ class Harness:
             "prompt": held_out.example,
             "max_tokens": self.greedy.max_tokens,
             "temperature": self.greedy.temperature,
+            **added(self.greedy),
             **(constant.settings() if constant else {}),
         }
         run.recorder.record_evaluation(self.step, settings, evaluation)

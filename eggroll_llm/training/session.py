@@ -129,6 +129,7 @@ def _train_from(step: int, checkpoint: Checkpoint | None, opened: _Opened) -> Ev
         config.engine,
         es=config.es if is_es else None,
         logprobs=not is_es,
+        thinking=config.sampling.thinking_token_budget > 0,
         model=config.model,
         logs=run.path / "engines",
         say=display.message,

@@ -696,6 +696,18 @@ def test_evaluation_takes_the_length_of_sampling_when_it_has_none(bench: Bench) 
     ]
 
 
+def test_evaluation_penalises_and_stops_as_training_does(bench: Bench) -> None:
+    """What only cuts the distribution means nothing to greedy decoding; stop texts come after those of the task."""
+    drawn = {"temperature": 0.7, "top_k": 5, "min_p": 0.1, "repetition_penalty": 1.2, "thinking_token_budget": 3}
+    sampling = SamplingConfig(prompts_per_step=2, max_tokens=9, stop=("###", "\n"), **drawn)
+    bench.train("run", steps=1, sampling=sampling, eval=EvalConfig(every=0))
+    evaluated = Decoding(max_tokens=9, repetition_penalty=1.2, thinking_token_budget=3, stop=("\n", "###"))
+    trained = Decoding(max_tokens=9, stop=("\n", "###"), **drawn)
+    assert bench.engine.decodings == [evaluated, trained, evaluated]
+    settings, _ = read_samples(sorted((bench.folder / "run" / "evaluations").iterdir())[0])
+    assert (settings["repetition_penalty"], settings["thinking_token_budget"]) == (1.2, 3)
+
+
 def test_checkpoints_come_at_the_cadence_and_old_ones_go(bench: Bench) -> None:
     bench.train("run", steps=7, checkpoint=CheckpointConfig(every=2, keep=2))
     folder = bench.folder / "run" / "checkpoints"
