@@ -12,7 +12,7 @@ from eggroll_llm.system.files import check_output_file
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's own arguments."""
     parser.add_argument(
-        "model", metavar="MODEL_OR_RUN", help="directory, GGUF file, hub id, embedded model, or run directory"
+        "model", metavar="MODEL_OR_RUN", help="run directory (or RUN@STEP), or a model as in `model`, adapters included"
     )
     parser.add_argument("--task", help="gsm8k, gsm8k_cot, countdown or file.py:NAME; default: the run's task")
     parser.add_argument(

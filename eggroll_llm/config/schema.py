@@ -185,7 +185,7 @@ class LogConfig:
     """What is shown and recorded besides the metrics."""
 
     samples: Annotated[int, Ge(0)] = 2
-    """Completions shown per step."""
+    """Completions shown per step, and answers per evaluation that go to TensorBoard and W&B as a table."""
     completions: Annotated[int, Ge(0)] = 8
     """Completions per step recorded in completions.jsonl."""
     tensorboard: bool = False
@@ -199,7 +199,7 @@ class RunConfig:
     """A whole run."""
 
     model: str = "smollm2-135m-instruct"
-    """Model to train: the embedded default, a local directory or GGUF file, or a name on the Hugging Face hub."""
+    """Model to train: the embedded default, a directory, GGUF file or hub name, RUN[@STEP], or LoRA ADAPTER[@BASE]."""
     task: str
     """Task: "countdown", "gsm8k", "dataset" (a file or hub data set), or "file.py:NAME" next to the recipe."""
     method: Literal["es", "grpo"] = "es"

@@ -84,9 +84,9 @@ class Harness:
         self._show_course()
 
     def finished(self) -> bool:
-        """Return whether a limit of the configuration is reached."""
+        """Return whether a limit of the configuration is reached, or a callback has ended the run."""
         signals.check()
-        return self.limits.reached(self.step, self.wall_time)
+        return self.run.recorder.callbacks.stopped or self.limits.reached(self.step, self.wall_time)
 
     def problems(self) -> list[int]:
         """Return the indices of the problems of the current step."""
@@ -133,7 +133,9 @@ class Harness:
         train, held_out = prepared.train.problems, prepared.held_out.problems
         constant = best_constant(prepared.task, train, held_out, self.run.scorer.judge)
         evaluation = self._evaluate(constant)
-        self.run.recorder.record_metrics({"step": 0, "wall_time": 0.0, **evaluation.metrics})
+        self.run.recorder.record_metrics(
+            {"step": 0, "wall_time": 0.0, **evaluation.metrics}, answers=evaluation.samples
+        )
         self._show_course()
         return evaluation
 
@@ -158,7 +160,8 @@ class Harness:
         if evaluation:
             row |= evaluation.metrics | recorder.against_base(evaluation)
         recorded = to_record(shown, rollouts, config.log.completions)
-        recorder.record_step(row, [completion_row(rollout, self.step, train, indices_P) for rollout in recorded])
+        completions = [completion_row(rollout, self.step, train, indices_P) for rollout in recorded]
+        recorder.record_step(row, completions, evaluation.samples if evaluation else ())
         self._show_course()
         for finding in news(self._said, diagnose(config, recorder.rows)):
             self._said[finding.kind] = finding.level

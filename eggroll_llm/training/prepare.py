@@ -10,11 +10,9 @@ from typing import Any
 from eggroll_llm.config.compare import frozen_hash
 from eggroll_llm.config.schema import RunConfig
 from eggroll_llm.errors import ConfigError, TaskError
-from eggroll_llm.models import embedded
 from eggroll_llm.models.architectures import check_method, check_tensor_parallel, check_tested
-from eggroll_llm.models.called import is_gguf
 from eggroll_llm.models.files import architecture_of, context_limit, read_config
-from eggroll_llm.models.resolve import model_identity, resolve_model
+from eggroll_llm.models.resolve import model_identity, resolve_model, settled_name
 from eggroll_llm.models.targets import check_layers, check_rank
 from eggroll_llm.records.journal import JournalHeader
 from eggroll_llm.system import installed
@@ -76,11 +74,9 @@ def settle(config: RunConfig, recipe_dir: Path) -> RunConfig:
             f'engine.quantization = "fp8": FP8 is rounded from bfloat16 weights of method "es", and here method = '
             f'"{config.method}" and engine.dtype = "{dtype}". Set engine.quantization to "none", or change these.'
         )
-    model = Path(config.model).expanduser()
-    is_local = model.is_dir() or is_gguf(config.model)
     return dataclasses.replace(
         with_absolute_paths(config, recipe_dir),
-        model=str(model.resolve()) if is_local and config.model != embedded.NAME else config.model,
+        model=settled_name(config.model),
         grpo=dataclasses.replace(grpo, dtype=resolve_dtype(grpo.dtype)) if config.method == "grpo" else grpo,
         engine=dataclasses.replace(
             engine,

@@ -764,26 +764,6 @@ def test_completions_shown_and_recorded_are_of_different_members_and_problems(be
             assert (row["detail"], row["correct"]) == ("near", row["reward"] > -0.5)
 
 
-def test_trackers_get_the_rows_of_the_metrics_and_are_closed(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    logged: list[dict[str, Any]] = []
-    closed = []
-
-    class Tracked:
-        def __init__(self, config: LogConfig, path: Path, settings: Mapping[str, Any], warn: Any) -> None:
-            assert (config.wandb, path.name, settings["es.sigma"]) == ("mine", "run", 0.05)
-
-        def log(self, row: dict[str, Any]) -> None:
-            logged.append(dict(row))
-
-        def close(self) -> None:
-            closed.append(len(logged))
-
-    monkeypatch.setattr(session, "Trackers", Tracked)
-    bench.train("run", steps=2, log=LogConfig(wandb="mine"))
-    assert logged == rows(bench.folder / "run")
-    assert closed == [3]
-
-
 @pytest.mark.parametrize(("when", "step", "saved"), [("sampling", 3, 2), ("evaluation", 2, 1), ("base", 0, 0)])
 def test_when_the_engine_fails_it_is_said_how_to_go_on_and_nothing_is_lost(
     bench: Bench, when: str, step: int, saved: int
