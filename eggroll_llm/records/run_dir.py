@@ -23,7 +23,7 @@ from typing import Any, Literal, Self
 from eggroll_llm.errors import RunDirError, SamplesError
 from eggroll_llm.records.answers import Sample, read_samples, samples_text
 from eggroll_llm.records.baseline import Constant
-from eggroll_llm.records.lock import RunLock
+from eggroll_llm.records.lock import RunLock, holder_of
 from eggroll_llm.system.files import (
     append,
     describe_failure,
@@ -121,6 +121,10 @@ class RunDir(AbstractContextManager["RunDir"]):
             run.close()
             raise
         return run
+
+    def holder(self) -> str:
+        """Return the process that trains here now, as far as its lock says; empty without one. Changes nothing."""
+        return holder_of(self.path / LOCK)
 
     def write_config(self, config_toml: str) -> None:
         """Replace config.toml, whole or not at all."""

@@ -18,7 +18,7 @@ from eggroll_llm.records.journal import JournalHeader
 from eggroll_llm.system import installed
 from eggroll_llm.system.hardware import resolve_dtype, serves_on_cpu
 from eggroll_llm.system.jsonl import to_json
-from eggroll_llm.tasks.chat import check_chat
+from eggroll_llm.tasks.chat import check_chat, check_thoughts
 from eggroll_llm.tasks.load import absolute_option, load_task
 from eggroll_llm.tasks.prompts import ProblemSet, Prompter, needed_context, problems_hash
 from eggroll_llm.tasks.task import Problem, Task
@@ -49,7 +49,11 @@ def with_absolute_paths(config: RunConfig, recipe_dir: Path) -> RunConfig:
     options: Any = copy.copy(config.task_options)
     for key in [] if separator else options:
         options[key] = absolute_option(key, options[key], recipe_dir)
-    return dataclasses.replace(config, task=task, task_options=options)
+    chat = config.chat
+    if chat.template_file:
+        file = (recipe_dir / Path(chat.template_file).expanduser()).resolve()
+        chat = dataclasses.replace(chat, template_file=str(file))
+    return dataclasses.replace(config, task=task, task_options=options, chat=chat)
 
 
 def settle(config: RunConfig, recipe_dir: Path) -> RunConfig:
@@ -101,6 +105,7 @@ def prepare(config: RunConfig, recipe_dir: Path) -> Prepared:
         check_rank(model_dir, "grpo.lora_rank", config.grpo.lora_rank)
     prompter = Prompter(model_dir, config.chat)
     check_chat(prompter, [task.prompt(problem) for problem in train])
+    check_thoughts(prompter, config.sampling.thinking_token_budget)
     train_set = encode(prompter, task, train)
     held_out_set = encode(prompter, task, held_out)
     context = needed_context(
