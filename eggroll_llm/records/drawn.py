@@ -1,4 +1,8 @@
-"""The answers of the weights that several steps learn from, kept so that an interrupted run goes on with the same."""
+"""Answers of the weights whose log-probabilities are needed later, so that an interrupted run goes on with the same.
+
+Several steps may learn from the answers of one (drawn.json), and all later weights are compared with those that gave
+the first (reference.json).
+"""
 
 import json
 import math
