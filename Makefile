@@ -3,7 +3,8 @@
 # (`PYTHON=python3.12`) can be named, see scripts/install.sh.
 
 BIN := .venv/bin
-RECIPE := recipes/countdown_smollm2.toml
+RECIPE := recipes/addition_smollm2.toml
+BENCH := recipes/countdown_smollm2.toml
 # Most tests use one core; two engines would disturb each other's look at a GPU's free memory.
 PROCESSES := $(if $(shell command -v nvidia-smi),1,2)
 
@@ -40,7 +41,7 @@ check: install  ## lint, formatting and types
 	$(BIN)/mypy
 
 bench: install-demo  ## sampling and update speed next to plain vLLM
-	$(BIN)/eggroll-llm bench $(RECIPE)
+	$(BIN)/eggroll-llm bench $(BENCH)
 
 docs:  ## build the documentation into build/site; warnings are errors
 	test -x build/docs/bin/mkdocs || python3 -m venv build/docs

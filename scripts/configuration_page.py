@@ -18,7 +18,7 @@ INTRODUCTION = """\
 
 A recipe is a TOML file. Every setting of a recipe can also be given as a flag, and the last value wins:
 
-    eggroll-llm train recipes/countdown_smollm2.toml --es.sigma 5e-4 --steps 40
+    eggroll-llm train recipes/addition_smollm2.toml --es.sigma 5e-4 --steps 40
 
 `eggroll-llm train --settings` prints the list below, and `eggroll-llm train RECIPE.toml --dry-run` prints the resolved
 recipe, what a step costs, and an estimate of its time. Unknown keys, wrong types and contradictory settings are

@@ -148,6 +148,10 @@ COMMANDS: Mapping[str, Command] = {
         module="sweep", help="train several runs from one file, and compare them", needs=ENGINE, keys=_setting_keys
     ),
     "compare": Command(module="compare", help="compare runs: accuracy, paired tests and plots", needs=PLOTS),
+    "export": Command(
+        module="export", help="write a model as a LoRA adapter or a GGUF file", needs=["torch", "safetensors"]
+    ),
+    "watch": Command(module="watch", help="show a run in the browser while it goes on", needs=PLOTS),
     "push": Command(module="push", help="upload a model to the Hugging Face hub"),
     "bench": Command(module="bench", help="speed next to plain vLLM", needs=ENGINE, keys=_setting_keys),
     "doctor": Command(module="doctor", help="report what is installed, what will run here and what is wrong"),
@@ -160,7 +164,7 @@ def _parser(words: Sequence[str]) -> tuple[argparse.ArgumentParser, Mapping[str,
         prog=NAME,
         description="Fine-tune language models for math reasoning\nwith evolution strategies at inference speed.",
         formatter_class=argparse.RawDescriptionHelpFormatter,  # does not wrap the command below
-        epilog=f"Start with: {command('train', 'recipes/countdown_smollm2.toml')}",
+        epilog=f"Start with: {command('train', 'recipes/addition_smollm2.toml')}",
         allow_abbrev=False,
     )
     version = package_versions(NAME).get(NAME, "(not installed, used from a clone)")

@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from rich.table import Table
 from rich.text import Text
 
-from eggroll_llm.cli.arguments import Settings
-from eggroll_llm.cli.shared import absolute_setting
+from eggroll_llm.cli.arguments import Settings, absolute_setting
 from eggroll_llm.config.compare import is_scheduled
 from eggroll_llm.config.help import field_help
 from eggroll_llm.config.recipe import load_recipe, to_toml

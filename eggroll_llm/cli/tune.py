@@ -6,8 +6,7 @@ from typing import TYPE_CHECKING
 
 from rich.table import Table
 
-from eggroll_llm.cli.arguments import Settings
-from eggroll_llm.cli.shared import absolute_setting
+from eggroll_llm.cli.arguments import Settings, absolute_setting
 from eggroll_llm.config.recipe import load_recipe
 from eggroll_llm.config.toml import read_toml
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from dataclasses import dataclass
 
 from eggroll_llm.engine.interface import Completion, Decoding, Engine, Progress, Request, Sampler, Scored
-from eggroll_llm.engine.sampling import sampling_seed
+from eggroll_llm.engine.sampling import plain, sampling_seed
 from eggroll_llm.records.answers import TASK, Graded, Sample
 from eggroll_llm.records.drawn import Drawn
 from eggroll_llm.system import signals
@@ -132,8 +132,7 @@ def draw_reference(engine: Engine, problems: ProblemSet, decoding: Decoding) -> 
     """
     indices = range(min(REFERENCES, len(problems.prompts)))
     requests = [Request(prompt_ids=problems.prompts[p], seed=sampling_seed(0, 0, p, 0)) for p in indices]
-    limit = min(decoding.max_tokens, REFERENCE_TOKENS)
-    completions = engine.generate(requests, dataclasses.replace(decoding, max_tokens=limit, temperature=1.0))
+    completions = engine.generate(requests, plain(decoding, max_tokens=REFERENCE_TOKENS))
     drawn = Drawn(
         step=0,
         indices=tuple(indices),

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from eggroll_llm.config.schema import RunConfig
-from eggroll_llm.engine.interface import Decoding, Engine, Request, Scored
-from eggroll_llm.engine.sampling import sampling_seed
+from eggroll_llm.engine.interface import Engine, Request, Scored
+from eggroll_llm.engine.sampling import decoding_of, plain, sampling_seed
 from eggroll_llm.engine.start import start_engine
 from eggroll_llm.errors import ConfigError, TrainingError
 from eggroll_llm.es.likelihood import divergence
@@ -92,14 +92,13 @@ def tune(config: RunConfig, recipe_dir: Path, working: Callable[[str], None]) ->
 def _answers(engine: Engine, prepared: Prepared) -> list[Scored]:
     """Return prompts and answers of the weights."""
     config, prompts = prepared.config, prepared.train.prompts
-    limit = min(config.sampling.max_tokens, TOKENS)
-    count = min(len(prompts), ALL_TOKENS // limit)
+    decoding = plain(decoding_of(config.sampling, prepared.task.stop), max_tokens=TOKENS)
+    count = min(len(prompts), ALL_TOKENS // decoding.max_tokens)
     problems = problems_of_step(len(prompts), count, seed=config.seed, step=1)
     requests = [
         Request(prompt_ids=prompts[problem], seed=sampling_seed(config.seed, 0, i, 0))
         for i, problem in enumerate(problems)
     ]
-    decoding = Decoding(max_tokens=limit, temperature=1.0, stop=tuple(prepared.task.stop))
     completions = engine.generate(requests, decoding)
     return [
         (request.prompt_ids, completion.token_ids) for request, completion in zip(requests, completions, strict=True)

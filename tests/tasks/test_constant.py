@@ -120,8 +120,8 @@ def test_sums_and_their_kinds() -> None:
     assert task.kind({"a": 15, "b": 14}) == "no carry"
 
 
-def test_the_grader_agrees_about_the_demo() -> None:
-    """What the terminal says of the demo is what the demo's own grader gives a model that always subtracts."""
+def test_the_grader_agrees_about_two_numbers() -> None:
+    """What the terminal says of Countdown is what its own grader gives a model that always subtracts."""
     config = load_recipe(RECIPES / "countdown_smollm2.toml")
     task = load_task(config.task, config.task_options, base_dir=RECIPES)
     held_out = task.problems("test")[: config.eval.problems]
