@@ -36,7 +36,12 @@ class Drawn:
 
 def write_drawn(path: Path, drawn: Drawn) -> None:
     """Write answers in the place of earlier ones, at once or not at all."""
-    write_text(path, json.dumps(asdict(drawn)))
+    write_text(path, drawn_text(drawn))
+
+
+def drawn_text(drawn: Drawn) -> str:
+    """Return what `read_drawn` reads."""
+    return json.dumps(asdict(drawn))
 
 
 def read_drawn(path: Path) -> Drawn | None:

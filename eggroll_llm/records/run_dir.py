@@ -144,6 +144,10 @@ class RunDir(AbstractContextManager["RunDir"]):
         """Add a line a row, each with its `step`, to completions.jsonl; half surrogates become U+FFFD."""
         self._append(self.completions, rows)
 
+    def write_reference(self, text: str) -> None:
+        """Replace reference.json, whole or not at all."""
+        self._write_text(self.reference, text)
+
     def write_evaluation(self, step: int, settings: Mapping[str, Any], samples: Iterable[Sample]) -> None:
         """Write the graded answers of an evaluation to evaluations/, whole or not at all."""
         self._write_text(self.evaluations / f"step-{step:06d}.jsonl", samples_text(settings, samples))

@@ -14,7 +14,7 @@ from eggroll_llm.errors import SamplesError
 from eggroll_llm.models.card import Trained, write_card
 from eggroll_llm.records.answers import Sample
 from eggroll_llm.records.checkpoint import checkpoint_path, is_valid, list_checkpoints, prune, save_checkpoint
-from eggroll_llm.records.drawn import Drawn, read_drawn, write_drawn
+from eggroll_llm.records.drawn import Drawn, drawn_text, read_drawn, write_drawn
 from eggroll_llm.records.journal import Journal
 from eggroll_llm.records.run_dir import RunDir
 from eggroll_llm.records.weights import best_step, write_provenance
@@ -96,7 +96,7 @@ class Recorder:
     def keep_reference(self, drawn: Drawn) -> None:
         """Write the base model's own answers with their log-probabilities, which later weights are compared with."""
         with self.saving():
-            write_drawn(self.directory.reference, drawn)
+            self.directory.write_reference(drawn_text(drawn))
 
     def reference(self) -> Drawn | None:
         """Return what `keep_reference` wrote; None when there is nothing."""
