@@ -2,6 +2,7 @@
 
     config.toml  environment.json  metrics.jsonl  completions.jsonl  journal.jsonl  evaluations/  checkpoints/  final/
     drawn.json, where several steps learn from the same answers
+    reference.json, answers of the base model by which its divergence from later weights is measured
 
 One process at a time holds a run. A directory counts as a run when it has our lock file, or both config.toml
 and journal.jsonl; nothing else is ever deleted.
@@ -23,7 +24,7 @@ from typing import Any, Literal, Self
 from eggroll_llm.errors import RunDirError, SamplesError
 from eggroll_llm.records.answers import Sample, read_samples, samples_text
 from eggroll_llm.records.baseline import Constant
-from eggroll_llm.records.lock import RunLock
+from eggroll_llm.records.lock import RunLock, holder_of
 from eggroll_llm.system.files import (
     append,
     describe_failure,
@@ -63,6 +64,7 @@ class RunDir(AbstractContextManager["RunDir"]):
         self.completions = path / "completions.jsonl"
         self.journal = path / "journal.jsonl"
         self.drawn = path / "drawn.json"
+        self.reference = path / "reference.json"
         self.evaluations = path / "evaluations"
         self.checkpoints = path / "checkpoints"
         self.final = path / "final"
@@ -122,6 +124,10 @@ class RunDir(AbstractContextManager["RunDir"]):
             raise
         return run
 
+    def holder(self) -> str:
+        """Return the process that trains here now, as far as its lock says; empty without one. Changes nothing."""
+        return holder_of(self.path / LOCK)
+
     def write_config(self, config_toml: str) -> None:
         """Replace config.toml, whole or not at all."""
         self._write_text(self.config, config_toml)
@@ -137,6 +143,10 @@ class RunDir(AbstractContextManager["RunDir"]):
     def append_completions(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Add a line a row, each with its `step`, to completions.jsonl; half surrogates become U+FFFD."""
         self._append(self.completions, rows)
+
+    def write_reference(self, text: str) -> None:
+        """Replace reference.json, whole or not at all."""
+        self._write_text(self.reference, text)
 
     def write_evaluation(self, step: int, settings: Mapping[str, Any], samples: Iterable[Sample]) -> None:
         """Write the graded answers of an evaluation to evaluations/, whole or not at all."""
@@ -173,11 +183,17 @@ class RunDir(AbstractContextManager["RunDir"]):
 
     def has_updates_in_journal(self) -> bool:
         """Return whether the journal holds updates, as that of method "es" does."""
+        return self._recorded("method", "es") == "es"
+
+    def recorded_model(self) -> str:
+        """Return the model that the run began from, as config.toml names it; empty where it does not."""
+        return self._recorded("model", "")
+
+    def _recorded(self, key: str, default: str) -> str:
         try:
-            method = tomllib.loads(self.config.read_text(encoding="utf-8-sig")).get("method", "es")
+            return str(tomllib.loads(self.config.read_text(encoding="utf-8-sig")).get(key, default))
         except (OSError, ValueError, RecursionError):
-            return True
-        return bool(method == "es")
+            return default
 
     def last_logged_step(self) -> int | None:
         """Return the `step` of the last complete line of metrics.jsonl; None without one."""
