@@ -20,8 +20,8 @@ from eggroll_llm import ES
 RANKS = {"EGGROLL": 1, "OpenES": None}
 SETTINGS: dict[str, dict[str, Any]] = {
     "cartpole": {"population": 64, "episodes": 2, "sigma": 0.025, "lr": 0.015, "generations": 30},
-    "acrobot": {"population": 64, "episodes": 2, "sigma": 0.05, "lr": 0.008, "generations": 40},
-    "mountaincar": {"population": 64, "episodes": 1, "sigma": 0.1, "lr": 0.03, "generations": 40},
+    "acrobot": {"population": 64, "episodes": 1, "sigma": 0.025, "lr": 0.015, "generations": 20},
+    "mountaincar": {"population": 64, "episodes": 1, "sigma": 0.1, "lr": 0.03, "generations": 20},
     "pendulum": {"population": 256, "episodes": 8, "sigma": 0.05, "lr": 0.008, "generations": 100},
 }
 """For networks of 3 x 256. The learning rate falls to a tenth in a straight line."""
