@@ -137,7 +137,8 @@ def ratios(folder: Path) -> str:
     runs, rows = runs_of(folder), []
     for task, width in dict.fromkeys((task, width) for task, width, _ in runs):
         both = [runs.get((task, width, method), []) for method in ("EGGROLL", "OpenES")]
-        if not all(own and all(run["solved"] for run in own) for own in both):
+        seeds = [[run["seed"] for run in own if run["solved"]] for own in both]
+        if not seeds[0] or seeds[0] != seeds[1] or any(len(own) > len(seeds[0]) for own in both):
             continue
         generations = [statistics.fmean(run["reached"] + 1 for run in own) for own in both]
         seconds = [statistics.fmean(run["history"][run["reached"]][0] for run in own) for own in both]
