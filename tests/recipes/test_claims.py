@@ -55,7 +55,7 @@ def test_a_task_is_learned_where_the_tests_that_reach_its_mark_begin(script, tmp
     (tmp_path / "rl.jsonl").write_text("".join(json.dumps(run) + "\n" for run in runs))
     assert "| cartpole | 3 × 64 | EGGROLL | 2, – | 2, – | 1.0, – | 330, 330 |" in script.returns(tmp_path)
     assert "cartpole" not in script.ratios(tmp_path)
-    (tmp_path / "rl.jsonl").write_text("".join(json.dumps(run) + "\n" for run in runs[1:]))
+    (tmp_path / "rl.jsonl").write_text("".join(json.dumps(run) + "\n" for run in runs[1:3]))
     assert "| cartpole | 3 × 64 | 1 | 1.00 | 1.00 |" in script.ratios(tmp_path)
 
 
