@@ -287,6 +287,12 @@ def test_after_an_update_the_exported_model_is_what_is_served(served: Served, tm
     assert report.rms == pytest.approx(0.02, rel=0.05)
     assert (after - before).abs().max() > served.case.apart
     assert (after - transformers_logprobs(tmp_path / "model")).abs().max() < served.case.tolerance
+    if served.case.masters == "float32":
+        masters, base = engine.state(), load_file(served.model_dir / "model.safetensors")
+        exported = load_file(tmp_path / "model" / "model.safetensors")
+        assert exported.keys() == base.keys() > engine.shapes.keys()
+        for name, tensor in exported.items():
+            assert torch.equal(tensor, masters.get(f"master/{name}", base[name]).to(engine.dtype))
 
 
 def test_an_update_without_sampled_noise_has_the_same_bits(served: Served) -> None:

@@ -357,7 +357,7 @@ def test_adapters_are_merged_into_copies(step_of: Callable[..., Step]) -> None:
     assert largest_difference(dict(step.engine.model.state_dict()), merged) == 0
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "qwen3moe"])  # which GRPO does not train
 def test_adapters_are_on_the_layers_that_es_perturbs(
     tiny_model: Callable[[str], Path], tmp_path: Path, kind: str
 ) -> None:
