@@ -110,6 +110,13 @@ class _Check:
                     "engine.max_model_len",
                     key,
                 )
+            if 0 < self.number(key) <= sampling.thinking_token_budget:
+                self.fail(
+                    "leaves no room for an answer",
+                    f"Set {key} to more than sampling.thinking_token_budget",
+                    "sampling.thinking_token_budget",
+                    key,
+                )
 
     def of_sampling(self) -> None:
         for name in ("top_k", "min_p"):
@@ -122,13 +129,6 @@ class _Check:
                 )
         if not all(text and is_unicode(text) for text in self.config.sampling.stop):
             self.fail("every completion would end at an empty text", "Remove it", "sampling.stop")
-        if self.config.sampling.max_tokens <= self.config.sampling.thinking_token_budget:
-            self.fail(
-                "leaves no room for an answer",
-                "Set sampling.max_tokens to more than sampling.thinking_token_budget",
-                "sampling.thinking_token_budget",
-                "sampling.max_tokens",
-            )
 
     def schedules(self, *keys: str) -> None:
         for key in keys:

@@ -31,7 +31,7 @@ class Decoding:
     min_p: float = 0.0
     """Least probability of a token that is sampled, relative to the most probable one's."""
     repetition_penalty: float = 1.0
-    """What positive logits of tokens in prompt and completion are divided by, and negative ones multiplied with."""
+    """What positive logits of tokens in prompt and completion are divided by, and negative ones multiplied by."""
     thinking_token_budget: int = 0
     """Tokens in thoughts after which the tag that closes one is forced; 0 is no limit."""
     stop: tuple[str, ...] = ()

@@ -161,6 +161,8 @@ def test_files_that_are_no_recipe(recipe: Path) -> None:
          "Set sampling.repetition_penalty to a positive number."),
         ({"sampling.thinking_token_budget": "256"}, "sampling.thinking_token_budget = 256, sampling.max_tokens = 256: leaves no room "
          "for an answer. Set sampling.max_tokens to more than sampling.thinking_token_budget."),
+        ({"eval.max_tokens": "9", "sampling.thinking_token_budget": "9"}, "sampling.thinking_token_budget = 9, eval.max_tokens = 9: "
+         "leaves no room for an answer. Set eval.max_tokens to more than sampling.thinking_token_budget."),
         ({"sampling.stop": '["###", ""]'}, 'sampling.stop = ["###", ""]: every completion would end at an empty text. Remove it.'),
         ({"es.fitness_from": "probabilities", "sampling.samples_per_prompt": "2", "sampling.temperature": "1",
           "sampling.min_p": "0.1"}, "sampling.min_p = 0.1: fitness from probabilities needs answers drawn from the model's own "

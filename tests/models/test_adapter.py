@@ -146,12 +146,12 @@ def test_what_is_lost_is_said(tiny_model: TinyModel, tmp_path: Path, capsys: pyt
 
 
 def test_shares_are_of_all_weights() -> None:
-    layers = (Layer(name="a.0.q_proj.weight", change=3.0, lost=0.0), Layer(name="a.1.q_proj.weight", change=0, lost=0))
+    layers = (Layer(name="a.0.q_proj.weight", change=3.0, lost=1.0), Layer(name="a.1.q_proj.weight", change=0, lost=0))
     kept = Kept(rank=1, layers=layers, left_out={"norm.weight": 4.0}, needed={})
-    assert kept.share == pytest.approx(9 / 25)
+    assert kept.share == pytest.approx(8 / 25)
     assert kept.share_left_out == pytest.approx(16 / 25)
     assert layers[1].error == 0
-    assert kept.lines()[1] == "relative error of a layer: q_proj 0.000 to 0.000"
+    assert kept.lines()[1] == "relative error of a layer: q_proj 0.333 to 0.333"
 
 
 def test_large_matrices_are_approximated_at_random(monkeypatch: pytest.MonkeyPatch) -> None:

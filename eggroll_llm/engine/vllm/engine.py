@@ -152,7 +152,7 @@ class VllmEngine:
 
     def submit(self, requests: Mapping[int, Request], decoding: Decoding) -> None:
         """Take requests, by keys that are not in use; `poll` answers them."""
-        assert self._thinking or not decoding.thinking_token_budget
+        assert not decoding.thinking_token_budget or self._thinking
         params = sampling_params(decoding, self.text_rules, own_sampler=self.own_sampler)
         self._queue(requests, params, lambda output: completion(output, decoding, self.text_rules))
 

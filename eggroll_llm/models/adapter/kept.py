@@ -64,7 +64,8 @@ class Kept:
 
     def lines(self) -> list[str]:
         """Return the figures as sentences."""
-        by_module = sorted(self.layers, key=lambda layer: TARGET_MODULES.index(layer.module))
+        changed = [layer for layer in self.layers if layer.change]
+        by_module = sorted(changed, key=lambda layer: TARGET_MODULES.index(layer.module))
         errors = {name: [one.error for one in group] for name, group in groupby(by_module, lambda one: one.module)}
         lines = [
             f"kept: {self.share:.1%} of the change of weights (its squared Frobenius norm), relative error "

@@ -35,7 +35,7 @@ def write_adapter(
 ) -> Kept:
     """Write the adapter of a rank, for PEFT's `base_name`, into a directory that exists; return what it keeps.
 
-    Raises ModelError when the two are not of the same architecture, or have the same weights.
+    Raises ModelError when the two are not of the same architecture, or no layer changed.
     """
     import torch
     from safetensors.torch import save_file
@@ -63,11 +63,11 @@ def write_adapter(
             else:
                 squares[: len(found.squares)] += found.squares
             on_layer(done, len(names))
-    total = math.hypot(*(layer.change for layer in layers), *left_out.values()) ** 2
-    if not total:
-        raise ModelError(f"{trained_dir} has the weights of its base {base_dir}: there is no change to export")
     blocks = {block_of(layer.name) for layer in layers}
     changed = sorted({block_of(layer.name) for layer in layers if layer.change})
+    if not changed:
+        raise ModelError(f"{trained_dir} has the linear layers of its base {base_dir}: there is no change to export")
+    total = math.hypot(*(layer.change for layer in layers), *left_out.values()) ** 2
     factors = {key: factor for key, factor in factors.items() if block_of(key) in changed}
     config = {
         **{"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base_name, "inference_mode": True},
