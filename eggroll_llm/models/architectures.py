@@ -17,11 +17,12 @@ log = logging.getLogger(__name__)
 # vLLM's Transformers backend serves these: activations are [1, T, I], and it changes the class in transformers.
 BY_TRANSFORMERS = ("SmolLM3ForCausalLM", "Olmo2ForCausalLM", "Olmo3ForCausalLM")
 
-MIXTURES = ("Qwen3MoeForCausalLM",)
-"""Mixtures of experts, of which attention is trained; vLLM serves experts and routers as the checkpoint has them."""
+MIXTURES = ("Qwen3MoeForCausalLM", "OlmoeForCausalLM")
+"""Mixtures of experts, of which attention is trained: experts and routers stay as the checkpoint has them."""
 
 # Of each, with tiny random weights in vLLM on a CPU (tests/engine/test_engine.py): every member's logits are those that
-# transformers computes with W + sigma E, an updated model is the one exported, and weights from outside are served.
+# transformers computes with W + sigma E, an updated model is the one exported, and weights from outside are served,
+# except where experts are among them.
 TESTED = (
     "LlamaForCausalLM",
     "Qwen2ForCausalLM",

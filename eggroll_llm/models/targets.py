@@ -1,6 +1,6 @@
 """Which weights are trained: the linear layers of the decoder blocks, or of some of them. All others stay frozen.
 
-Experts of a mixture do, too: vLLM computes all those of a block at once, where adapters of ours do not reach.
+So do the experts of a mixture: vLLM computes all those of a block in one kernel, where members have no factors.
 """
 
 import math

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from kinds import KINDS
+from kinds import KINDS, MIXTURES
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from without_vllm import dense_logprobs, dense_scores
@@ -71,6 +71,7 @@ CPU_CASES = [
     Case(kind="phi3", rank=2),
     Case(kind="granite", rank=1),
     Case(kind="qwen3moe", rank=2),
+    Case(kind="olmoe", rank=1),
     Case(kind="qwen3moe", rank=1, dtype="bfloat16", tolerance=0.2, apart=0.6),
     Case(kind="llama", rank=2, layers=(1, 1)),
     Case(kind="granite", rank=1, layers=(1, 2)),
@@ -341,7 +342,7 @@ def test_members_follow_the_updated_weights(served: Served, tmp_path: Path) -> N
 
 def test_weights_from_outside_are_served(served: Served, tmp_path: Path) -> None:
     """Every tensor of the checkpoint, moved by more than bfloat16 can hide; and back to the start, to the bit."""
-    if served.case.layers or served.case.kind == "qwen3moe":
+    if served.case.layers or served.case.kind in MIXTURES:
         pytest.skip("only GRPO sends weights, and it trains every layer and no mixtures of experts")
     engine, before = served.engine, served_logprobs(served.engine, [None])[0]
     base = load_file(served.model_dir / "model.safetensors")

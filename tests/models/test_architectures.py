@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from kinds import KINDS
+from kinds import KINDS, MIXTURES
 from safetensors.torch import load_file, save_file
 
 from eggroll_llm.config.compare import frozen_hash
@@ -154,7 +154,8 @@ def test_an_architecture_that_is_not_tested_needs_a_setting(
 
 @pytest.mark.parametrize(
     ("kind", "why"),
-    [(kind, "which vLLM patches in") for kind in ("smollm3", "olmo2", "olmo3")] + [("qwen3moe", "whose experts the")],
+    [(kind, "which vLLM patches in") for kind in ("smollm3", "olmo2", "olmo3")]
+    + [(kind, "whose experts the") for kind in MIXTURES],
 )
 def test_grpo_does_not_train_what_the_engine_cannot_take_over(
     tiny_model: Callable[[str], Path], model: Path, tmp_path: Path, kind: str, why: str

@@ -29,4 +29,7 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
         "Qwen3MoeConfig",
         {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "mlp_only_layers": [0]},
     ),
+    "olmoe": ("OlmoeConfig", {"num_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 64}),
 }
+MIXTURES = ("qwen3moe", "olmoe")
+"""Kinds with experts, which ES does not train, and GRPO not at all."""

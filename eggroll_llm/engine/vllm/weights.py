@@ -76,9 +76,9 @@ def keep_linear_weights() -> None:
 
 
 def leave_experts_alone() -> None:
-    """Make vLLM compute the experts of a mixture as it does without adapters: members have none for them.
+    """Make vLLM compute the experts of a mixture as it does without adapters: members have no factors for them.
 
-    With adapters it takes a Triton kernel whatever the device, and there is none for a CPU.
+    With adapters it takes a Triton kernel on every device, and a CPU has no Triton.
     """
     complete = FusedMoEConfig.__post_init__
 
