@@ -381,6 +381,8 @@ def test_time_of_a_step_of_es(model: Path) -> None:
     update = 2 * 1000 * 3 * 4 / 1e5 + (4 + 4 + 2) * 1000 / 1e6  # three pairs of rank 4; masters and served weights
     found = step_seconds(prepared(model), SMALL, SLOW, length=1.0)
     assert found == pytest.approx(sampling + update) == pytest.approx(15.756)
+    mixture = dataclasses.replace(SMALL, idle=700)  # experts that a token does not use are read for others
+    assert step_seconds(prepared(model), mixture, SLOW, length=1.0) == pytest.approx(found + 50 * 2 * 700 / 1e6)
 
 
 def test_time_of_a_step_whose_members_score(model: Path) -> None:
