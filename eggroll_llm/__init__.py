@@ -9,9 +9,18 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from eggroll_llm.api import evaluate, load_recipe, plot, train
     from eggroll_llm.module.es import ES
+    from eggroll_llm.training.callbacks.base import Callback, StopTraining
 
-_PLACES = {"ES": "module.es", "evaluate": "api", "load_recipe": "api", "plot": "api", "train": "api"}
-__all__ = ["ES", "evaluate", "load_recipe", "plot", "train"]
+_PLACES = {
+    "Callback": "training.callbacks.base",
+    "ES": "module.es",
+    "StopTraining": "training.callbacks.base",
+    "evaluate": "api",
+    "load_recipe": "api",
+    "plot": "api",
+    "train": "api",
+}
+__all__ = ["ES", "Callback", "StopTraining", "evaluate", "load_recipe", "plot", "train"]
 
 
 def __getattr__(name: str) -> Any:

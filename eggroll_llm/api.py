@@ -11,7 +11,7 @@ The command line calls the same functions. They raise `UserError` for mistakes t
 may be alive in a process; `train` and `evaluate` close theirs before they return.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from eggroll_llm.records.run_dir import OnExisting
+    from eggroll_llm.training.callbacks.base import Callback, OnStep
     from eggroll_llm.training.harness import Display
     from eggroll_llm.training.session import Outcome
 
@@ -45,20 +46,24 @@ def train(
     run_dir: Path | str,
     *,
     on_existing: "OnExisting" = "fail",
-    on_step: Callable[[Mapping[str, Any]], None] | None = None,
+    on_step: "OnStep | None" = None,
+    callbacks: "Sequence[Callback]" = (),
     display: "Display | None" = None,
 ) -> "Outcome":
     """Train to the limit of the configuration, write `final/` into the run directory and return the outcome.
 
     `on_existing` says what to do about an existing run directory: "fail", "resume" or "overwrite". `on_step` gets
-    the row of metrics of each finished step, and of step 0, the evaluation of the base model; what it raises ends the
-    run, which can be resumed. Progress goes to the terminal or to `display`. Raises UserError.
+    the row of metrics of each finished step, and of step 0, the evaluation of the base model; `callbacks` get samples
+    and evaluations, too. What they raise ends the run, which can be resumed; StopTraining ends it as its limit would.
+    Progress goes to the terminal or to `display`. Raises UserError.
     """
     installed.check("train", *installed.ENGINE)
     from eggroll_llm.training import session
+    from eggroll_llm.training.callbacks.base import FunctionOfStep
 
+    every = [*callbacks, *([FunctionOfStep(on_step)] if on_step else [])]
     with _shown(display) as shown:
-        return session.train(config, Path.cwd(), Path(run_dir), on_existing, shown, on_step=on_step)
+        return session.train(config, Path.cwd(), Path(run_dir), on_existing, shown, callbacks=every)
 
 
 def evaluate(
@@ -70,6 +75,12 @@ def evaluate(
     limit: int = 0,
     samples: int = 1,
     temperature: float = 0.0,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    min_p: float = 0.0,
+    repetition_penalty: float | None = None,
+    stop: Sequence[str] | None = None,
+    thinking_token_budget: int | None = None,
     max_tokens: int = 0,
     num_fewshot: int | None = None,
     apply_chat_template: bool = False,
@@ -79,7 +90,9 @@ def evaluate(
 
     `model` is a name, a model directory or a run directory, whose model is taken `at` "final", "best" or a step. A run
     is evaluated on its own task unless another is named. `settings` are those of the tables [task_options], [engine]
-    and [reward], by dotted name. `limit` takes that many problems, 0 all. Raises UserError.
+    and [reward], by dotted name. `limit` takes that many problems, 0 all. Where they are None, `stop` (texts at
+    which answers end besides the task's), `repetition_penalty` and `thinking_token_budget` are the run's. Raises
+    UserError.
     """
     installed.check("evaluate", *installed.ENGINE)
     from eval.evaluation import evaluate_subject, settings_for
@@ -96,6 +109,12 @@ def evaluate(
         max_tokens=max_tokens,
         samples=samples,
         temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        stop=None if stop is None else tuple(stop),
+        thinking_token_budget=thinking_token_budget,
     )
     with _shown(display) as shown:
         results = evaluate_subject(

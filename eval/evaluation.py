@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from eggroll_llm.config.flags import apply_overrides, flags_by_key
-from eggroll_llm.config.parse import parse_table
+from eggroll_llm.config.parse import field_types, parse_table
 from eggroll_llm.config.recipe import sourced
 from eggroll_llm.config.rules import validate
-from eggroll_llm.config.schema import ChatConfig, EngineConfig, RewardConfig, RunConfig
+from eggroll_llm.config.schema import ChatConfig, EngineConfig, RewardConfig, RunConfig, SamplingConfig
 from eggroll_llm.config.toml import Origin, Sourced
 from eggroll_llm.engine.interface import Decoding, Progress
+from eggroll_llm.engine.sampling import added, decoding_of
 from eggroll_llm.engine.start import start_engine
 from eggroll_llm.errors import ConfigError
 from eggroll_llm.es.settings import EsSettings
@@ -26,7 +27,7 @@ from eggroll_llm.records.answers import Sample, SampleFile, sample_line
 from eggroll_llm.records.baseline import Constant
 from eggroll_llm.system.hardware import resolve_dtype, serves_on_cpu
 from eggroll_llm.system.versions import package_versions
-from eggroll_llm.tasks.chat import check_chat, is_chat
+from eggroll_llm.tasks.chat import check_chat, check_thoughts, is_chat
 from eggroll_llm.tasks.constant import best_constant
 from eggroll_llm.tasks.load import PATH_OPTIONS
 from eggroll_llm.tasks.prompts import ProblemSet, Prompter, needed_context, set_hash
@@ -35,6 +36,9 @@ from eggroll_llm.training.scorer import Scorer
 from eval import lm_eval
 from eval.questions import DEFAULT_MAX_TOKENS, Protocol, Questions, lm_eval_questions, task_questions
 from eval.subject import Subject
+
+OF_THE_RUN = ("repetition_penalty", "stop", "thinking_token_budget")
+"""Settings of [sampling] that a run's evaluations have, and so this one has."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +64,16 @@ class Settings:
     """Sampling temperature; 0 is greedy."""
     top_p: float = 1.0
     """Probability mass that nucleus sampling keeps."""
+    top_k: int = 0
+    """Most probable tokens that are sampled from; 0 is all."""
+    min_p: float = 0.0
+    """Least probability of a token that is sampled, relative to the most probable one's."""
+    repetition_penalty: float = 1.0
+    """As in [sampling]."""
+    stop: tuple[str, ...] = ()
+    """Texts at which an answer ends, besides those of the task or the protocol."""
+    thinking_token_budget: int = 0
+    """As in [sampling]."""
     seed: int = 0
     """Seed of sampling."""
     chat: ChatConfig = field(default_factory=ChatConfig)
@@ -125,12 +139,11 @@ def settings_for(
         engine = dataclasses.asdict(config.engine) | {"max_model_len": 0}
         base = {"task_options": options, "engine": engine, "reward": dataclasses.asdict(config.reward)}
         base["chat"] = dataclasses.asdict(config.chat)
-        if protocol == "task" and name == config.task and not how.get("max_tokens"):
-            how["max_tokens"] = config.eval.max_tokens or config.sampling.max_tokens
+        if protocol == "task" and name == config.task:
+            how["max_tokens"] = how.get("max_tokens") or config.eval.max_tokens or config.sampling.max_tokens
+            given = {key: value for key, value in how.items() if value is not None}
+            how |= {key: getattr(config.sampling, key) for key in OF_THE_RUN} | given
     changed = parse_table(Changeable, apply_overrides(Changeable, base, flags), where="", source="flags")
-    step = EsSettings(sigma=1.0, learning_rate=1.0)
-    ranges = RunConfig(task="-", steps=1, es=step, chat=changed.chat, engine=changed.engine, reward=changed.reward)
-    validate(ranges, Origin(name="flags", flags=flags_by_key(flags)))
     settings = Settings(
         subject=subject,
         task=name,
@@ -139,17 +152,38 @@ def settings_for(
         chat=changed.chat,
         engine=changed.engine,
         reward=changed.reward,
-        **how,
+        **{key: value for key, value in how.items() if value is not None},
     )
     if settings.samples > 1 and settings.temperature == 0:
         raise ConfigError(
             f"--samples {settings.samples}: greedy decoding gives the same answer every time: add --temperature 0.7"
         )
-    if not 0 <= settings.temperature < float("inf"):
-        raise ConfigError(f"--temperature {settings.temperature}: must be 0 or more")
-    if not 0 < settings.top_p <= 1:
-        raise ConfigError(f"--top-p {settings.top_p}: must be above 0 and at most 1")
+    own = {f"sampling.{name}": f"--{name.replace('_', '-')}" for name in field_types(SamplingConfig)}
+    ranges = RunConfig(
+        task="-",
+        steps=1,
+        es=EsSettings(sigma=1.0, learning_rate=1.0),
+        chat=settings.chat,
+        sampling=_sampling(settings),
+        engine=settings.engine,
+        reward=settings.reward,
+    )
+    validate(ranges, Origin(name="flags", flags=own | flags_by_key(flags)))
     return settings
+
+
+def _sampling(settings: Settings) -> SamplingConfig:
+    """Return the settings as those of a run; a length limit that the questions set is as small as it may be."""
+    return SamplingConfig(
+        max_tokens=settings.max_tokens or settings.thinking_token_budget + 1,
+        temperature=settings.temperature,
+        top_p=settings.top_p,
+        top_k=settings.top_k,
+        min_p=settings.min_p,
+        repetition_penalty=settings.repetition_penalty,
+        stop=settings.stop,
+        thinking_token_budget=settings.thinking_token_budget,
+    )
 
 
 def questions_for(settings: Settings, base_dir: Path) -> Questions:
@@ -208,7 +242,8 @@ def evaluate_subject(
             on_progress(len(samples), total)
 
         if len(samples) < total:
-            engine = start_engine(settings.subject.model_dir, asked.engine, say=say)
+            thinking = settings.thinking_token_budget > 0
+            engine = start_engine(settings.subject.model_dir, asked.engine, thinking=thinking, say=say)
             stack.callback(engine.close)
             answer(
                 engine,
@@ -250,14 +285,13 @@ def _ask(settings: Settings, questions: Questions) -> _Asked:
         raise ConfigError(f"--apply-chat-template: {model_dir} has no chat template: leave the flag out")
     published = settings.protocol == "lm-eval"
     check_chat(prompter, questions.prompts, *(["add --apply-chat-template"] if published else []))
+    check_thoughts(prompter, settings.thinking_token_budget, "--thinking-token-budget")
     kinds = [questions.source.kind(problem) for problem in questions.problems]
     problems = prompter.encode_all(questions.problems, questions.prompts, kinds=kinds, bos_by_text=published)
     eos = prompter.tokenizer.eos_token
-    decoding = Decoding(
+    decoding = dataclasses.replace(
+        decoding_of(_sampling(settings), (*questions.stop, eos) if published and eos else questions.stop),
         max_tokens=settings.max_tokens or questions.max_tokens,
-        temperature=settings.temperature,
-        top_p=settings.top_p,
-        stop=(*questions.stop, eos) if published and eos and eos not in questions.stop else questions.stop,
         special_tokens=published,
     )
     context = needed_context(
@@ -278,6 +312,11 @@ def _chat(settings: Settings, questions: Questions) -> ChatConfig:
     run = settings.subject.config
     plain = run is not None and settings.chat == run.chat and not is_chat(questions.prompts)
     return ChatConfig() if plain else settings.chat
+
+
+def _chat_facts(chat: ChatConfig) -> dict[str, Any]:
+    """Return the settings but for where a template lies: the prompts say what it makes of them."""
+    return {key: value for key, value in dataclasses.asdict(chat).items() if key != "template_file"}
 
 
 def _grade_again(file: SampleFile, problems: ProblemSet, graders: Mapping[str, Grader]) -> None:
@@ -301,12 +340,13 @@ def _facts(settings: Settings, questions: Questions, asked: _Asked) -> dict[str,
         },
         "num_fewshot": questions.shots,
         "apply_chat_template": settings.apply_chat_template,
-        **({} if (chat := _chat(settings, questions)) == ChatConfig() else {"chat": dataclasses.asdict(chat)}),
+        **({} if (chat := _chat(settings, questions)) == ChatConfig() else {"chat": _chat_facts(chat)}),
         "problems": len(asked.problems.problems),
         "prompts": set_hash(asked.problems.hashes),
         "max_tokens": decoding.max_tokens,
         "temperature": decoding.temperature,
         "top_p": decoding.top_p,
+        **added(decoding),
         "stop": list(decoding.stop),
         "samples": settings.samples,
         "seed": settings.seed if decoding.temperature else None,

@@ -28,6 +28,7 @@ from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from eggroll_llm.records.accuracy import wilson
+from eggroll_llm.system.jsonl import number
 from eval.runs import Group, Point, Run, constants_of
 
 Axis = Literal["step", "tokens", "seconds"]
@@ -35,6 +36,7 @@ AXES: tuple[Axis, ...] = ("step", "tokens", "seconds")
 Array = NDArray[np.float64]
 
 DPI = 200
+ANSWERS = "answers in training"
 RAW_POINTS = 300  # of a run's rewards that are drawn: more cannot be told apart
 WHISKERS = 4  # lone runs in a panel that whiskers can still be told apart for
 
@@ -84,6 +86,40 @@ def overview_figure(groups: Sequence[Group], theme: Theme = PAPER) -> Figure:
         rows[1, 0].set_ylabel("Training reward")
         figure.align_ylabels()
         _legend(figure, groups, theme)
+    return figure
+
+
+def signal_figure(run: Run, theme: Theme = PAPER) -> Figure:
+    """Draw what the steps of a run learn from: the share of problems that tied, and the answers' accuracy.
+
+    The accuracy of the weights on held-out problems, which are not those of a step, is drawn beside it.
+    """
+    steps = [row for row in run.rows if row["step"]]
+    with _styled(theme):
+        figure = _figure(10, 2.9)
+        tied, accuracy = figure.subplots(1, 2, squeeze=True)
+        for ax, key, of, name in (
+            (tied, "prompts/tied", run.config.problems_per_step, "Problems with tied rewards (%)"),
+            (accuracy, "reward/accuracy", 1, "Accuracy (%)"),
+        ):
+            x, y = (
+                np.array(column, dtype=np.float64)
+                for column in ([r["step"] for r in steps], [number(r, key) for r in steps])
+            )
+            x, y = x[np.isfinite(y)], 100 * y[np.isfinite(y)] / of
+            stride = _stride(len(x)) or 1
+            ax.scatter(x[::stride], y[::stride], s=5, color=theme.series[0], alpha=0.45, linewidths=0)
+            if len(x):
+                ax.plot(x, running_mean(y, _window(len(y))), color=theme.series[0], linewidth=1.6, label=ANSWERS)
+            ax.set_ylabel(name)
+            ax.set_xlabel("Training steps")
+            ax.margins(x=0.03)
+            ax.xaxis.set_major_locator(MaxNLocator("auto", integer=True, steps=[1, 2, 5, 10]))
+        tied.set_ylim(-3, 103)
+        x, y = _curve(run.evaluations, "step", "accuracy", 1, 100)
+        look = {"color": theme.series[1], "linestyle": _DASHES[1], "linewidth": 1.3, "marker": "o", "markersize": 3.5}
+        accuracy.plot(x, y, label="weights, held-out problems", **look)
+        accuracy.legend(frameon=False)
     return figure
 
 

@@ -1,8 +1,6 @@
 """Reports as one self-contained HTML file: no network, no script, figures inside, light and dark.
 
-Every text of a run (completions, problems, names, settings) is untrusted. The markup is in parts.html and report.html;
-jinja2 escapes everything inserted there, after `_finalize` has made control and direction characters visible. A content
-security policy forbids the rest.
+Every text of a run (completions, problems, names, settings) is untrusted: `eval.page`.
 """
 
 import base64
@@ -13,18 +11,18 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup, escape
+from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from eggroll_llm.config.recipe import to_toml
+from eggroll_llm.config.schema import RunConfig
 from eggroll_llm.errors import RunDirError
 from eggroll_llm.records.accuracy import p_text, percent, points
 from eggroll_llm.system.files import describe_failure, write_text
 from eggroll_llm.system.jsonl import number, read_rows
-from eggroll_llm.system.terminal import inert_lines
 from eval import plots
-from eval.compare import BUDGETS, Comparison, Example, PairedTest, Seeds, Summary, compare_runs, groups_of
+from eval.compare import BUDGETS, Comparison, Example, PairedTest, Seeds, compare_runs, groups_of
+from eval.page import inert_text, part, render, section, table
 from eval.runs import Budget, Group, Point, Run, about, read_runs
 from eval.statistics import LEAST_DISCORDANT
 from eval.tables import (
@@ -42,10 +40,8 @@ from eval.tables import (
     reward_grids,
 )
 
-_HERE = Path(__file__).parent
 MOST_TILES = 6  # groups that the head of a page shows; the tables show all
 TILE_BUDGET: Budget = "tokens"  # at which they are shown: the one that depends on no machine and on lengths of answers
-TEXT_LIMIT = 4000  # characters of one text; a completion can be a megabyte
 SETTINGS_LIMIT = 1_000_000
 PROMPT_LIMIT = 50_000
 
@@ -58,28 +54,30 @@ def write_run_report(run_path: Path | str) -> Path:
         ConfigError: its configuration cannot be read.
     """
     runs = read_runs([run_path])
-    run, comparison, groups = runs[0], compare_runs(runs), groups_of(runs)
-    test = comparison.tests[0] if comparison.tests else None
-    body = [
-        _part("source", " ".join(about(runs))),
-        _part("notes", comparison.notes),
-        _section("Learning curves", _overview(groups)),
-        _section("Evaluations", _table(_evaluations_grid(run)), *map(_table, kinds_grids(comparison))),
-        _section("Rewards", *map(_table, reward_grids(run.rows))),
-        _section("Answers that changed", _examples(test)) if test else Markup(),
-        _section("Prompt", _prompt(run.directory.example_prompt())),
-        _section("Time and tokens", *_costs(run)),
-        _section("Last completions", *_last_completions(run)),
-        _section("Reproduce", *_reproduce(run)),
-        _section(
-            "Settings",
-            _part("details", "All settings, as resolved", _part("pre", _text(to_toml(run.config), SETTINGS_LIMIT))),
-        ),
-        _section("Environment", *_environment(run)),
-    ]
-    page = _page("Training run", run.name, _run_headline(comparison.runs[0], test), body)
+    run, comparison = runs[0], compare_runs(runs)
+    page = render("Training run", run.name, run_headline(comparison), run_parts(run, comparison, comparison.notes))
     folder = run.directory.path
-    return _saved(folder, lambda: _write(folder, page, groups))
+    return _saved(folder, lambda: _write(folder, page, groups_of(runs)))
+
+
+def run_parts(run: Run, comparison: Comparison, notes: Sequence[str], signal: Markup | None = None) -> list[Markup]:
+    """Return the body of a run's page; `comparison` is of this run alone, `signal` comes below the learning curves."""
+    test = comparison.tests[0] if comparison.tests else None
+    return [
+        part("source", " ".join(about([run]))),
+        part("notes", notes),
+        section("Learning curves", _overview(groups_of([run]))),
+        signal or Markup(),
+        section("Evaluations", table(_evaluations_grid(run)), *map(table, kinds_grids(comparison))),
+        section("Rewards", *map(table, reward_grids(run.rows))),
+        section("Answers that changed", _examples(test)) if test else Markup(),
+        section("Prompt", _prompt(run.directory.example_prompt())),
+        section("Time and tokens", *_costs(run)),
+        section("Last completions", *_last_completions(run)),
+        section("Reproduce", *_reproduce(run)),
+        settings(run.config),
+        section("Environment", *_environment(run)),
+    ]
 
 
 def write_comparison(runs: Sequence[Run], comparison: Comparison, out_dir: Path | str) -> Path:
@@ -89,7 +87,7 @@ def write_comparison(runs: Sequence[Run], comparison: Comparison, out_dir: Path 
     """
     groups = groups_of(runs)
     details = (
-        _part(
+        part(
             "details",
             f"{pair_text(test)}: {len(test.result.wins)} won, {len(test.result.losses)} lost",
             _examples(test),
@@ -98,14 +96,14 @@ def write_comparison(runs: Sequence[Run], comparison: Comparison, out_dir: Path 
         if test.won or test.lost
     )
     body = [
-        _part("source", " ".join(about(runs))),
-        _part("notes", comparison.notes),
-        _section("Learning curves", _overview(groups)),
-        *(_section(grid.title, _table(grid)) for grid in grids(comparison)),
-        _section("Answers that changed", *details),
+        part("source", " ".join(about(runs))),
+        part("notes", comparison.notes),
+        section("Learning curves", _overview(groups)),
+        *(section(grid.title, table(grid)) for grid in grids(comparison)),
+        section("Answers that changed", *details),
     ]
     title = "One run" if len(runs) == 1 else f"{len(runs)} runs compared"
-    page = _page("Comparison", title, _comparison_headline(comparison), body)
+    page = render("Comparison", title, _comparison_headline(comparison), body)
     folder = Path(out_dir)
 
     def write() -> Path:
@@ -114,6 +112,12 @@ def write_comparison(runs: Sequence[Run], comparison: Comparison, out_dir: Path 
         return _write(folder, page, groups)
 
     return _saved(folder, write)
+
+
+def settings(config: RunConfig) -> Markup:
+    """Return the section with the settings of a run."""
+    text = part("pre", inert_text(to_toml(config), SETTINGS_LIMIT))
+    return section("Settings", part("details", "All settings, as resolved", text))
 
 
 def _saved(folder: Path, write: Callable[[], Path]) -> Path:
@@ -132,56 +136,16 @@ def _write(folder: Path, page: str, groups: Sequence[Group]) -> Path:
     return folder / "report.html"
 
 
-def _text(value: object, limit: int = TEXT_LIMIT) -> Markup:
-    """Return text for HTML in which nothing acts on a browser or on the order of letters; its lines are kept."""
-    return escape(inert_lines(str(value), limit))
-
-
-def _finalize(value: object) -> Markup:
-    """Make what a template prints inert, unless it is markup already."""
-    return value if isinstance(value, Markup) else _text(value)
-
-
-_TEMPLATES = Environment(
-    loader=FileSystemLoader(_HERE),
-    autoescape=True,
-    finalize=_finalize,
-    undefined=StrictUndefined,
-    trim_blocks=True,
-    lstrip_blocks=True,
-)
-_PARTS: Any = _TEMPLATES.get_template("parts.html").module
-"""The macros of parts.html; each returns Markup."""
-
-
-def _page(kind: str, title: str, headline: Markup, body: Iterable[Markup]) -> str:
-    style = Markup((_HERE / "report.css").read_text(encoding="utf-8"))
-    parts = [part for part in body if part]
-    return _TEMPLATES.get_template("report.html").render(
-        kind=kind, title=title, style=style, headline=headline, parts=parts
-    )
-
-
-def _section(title: str, *parts: Markup) -> Markup:
-    shown = [part for part in parts if part]
-    return _part("section", title, shown) if shown else Markup()
-
-
-def _part(name: str, *values: object) -> Markup:
-    """Return a part of the page, made by the macro `name`."""
-    return Markup(getattr(_PARTS, name)(*values).strip("\n"))
-
-
-def _table(grid: Grid, shares: Sequence[float] = ()) -> Markup:
-    """Return a table; `shares` (0 to 1) are drawn as bars next to its rows."""
-    return _part("table", grid, shares)
+def figure(draw: Callable[[plots.Theme], Figure], name: str, alt: str, caption: str) -> Markup:
+    """Return a figure with its caption, drawn in light and in dark; `name` and `alt` describe it to screen readers."""
+    return part("figure", *(_data_uri(draw(theme)) for theme in (plots.LIGHT, plots.DARK)), name, alt, caption)
 
 
 def _overview(groups: Sequence[Group]) -> Markup:
-    light, dark = (_data_uri(plots.overview_figure(groups, theme)) for theme in (plots.LIGHT, plots.DARK))
     runs = "; ".join(f"{run.name} {_course(run)}" for group in groups for run in group.runs)
     alt = f"Held-out accuracy and training reward against steps, generated tokens and training time. Accuracy: {runs}."
-    return _part("overview", light, dark, alt, plots.caption(groups, reward=True))
+    caption = plots.caption(groups, reward=True)
+    return figure(lambda theme: plots.overview_figure(groups, theme), "Learning curves", alt, caption)
 
 
 def _course(run: Run) -> str:
@@ -193,7 +157,9 @@ def _data_uri(figure: Figure) -> Markup:
     return Markup("data:image/svg+xml;base64," + base64.b64encode(plots.svg(figure).encode()).decode())
 
 
-def _run_headline(run: Summary, test: PairedTest | None) -> Markup:
+def run_headline(comparison: Comparison, last: str = "Final") -> Markup:
+    """Return what a run has reached; `comparison` is of this run alone, `last` names its last evaluation."""
+    run, test = comparison.runs[0], comparison.tests[0] if comparison.tests else None
     spent = f"{run.final.step} steps and {run.final.seconds / 60:.1f} minutes of training"
     if run.final.step == 0:
         sentence = (
@@ -216,16 +182,16 @@ def _run_headline(run: Summary, test: PairedTest | None) -> Markup:
         )
     tiles = [
         ("Base model", _tile(run.base)),
-        ("Final", _tile(run.final)),
+        (last, _tile(run.final)),
         ("Best, optimistic", _tile(run.best)),
         ("Completions", (amount(run.total.completions), f"{amount(run.total.tokens)} generated tokens")),
     ]
-    return _part("headline", sentence, tiles)
+    return part("headline", sentence, tiles)
 
 
 def _comparison_headline(comparison: Comparison) -> Markup:
     if not comparison.comparable:
-        return _part("headline", "The accuracies of these runs are not comparable: see the notes.", [])
+        return part("headline", "The accuracies of these runs are not comparable: see the notes.", [])
     groups = comparison.groups
     if len(groups) == 1:
         sentence = f"Final accuracy: {mean_text(groups[0].final)}."
@@ -236,7 +202,7 @@ def _comparison_headline(comparison: Comparison) -> Markup:
     if any(math.isfinite(group.final.stderr) for group in groups):
         sentence += " Means over seeds ± standard error over seeds."
     tiles = [_group_tile(group, ranked=len(groups) > 1) for group in groups[:MOST_TILES]]
-    return _part("headline", sentence, tiles)
+    return part("headline", sentence, tiles)
 
 
 def _places(comparison: Comparison) -> list[str]:
@@ -295,19 +261,19 @@ def _examples(test: PairedTest) -> Markup:
         f"often: {p_text(result.p_value)} by an exact sign-flip test. Examples, with one answer of each side:"
     )
     shown = [("won", example) for example in test.won] + [("lost", example) for example in test.lost]
-    return Markup("\n").join([_part("paragraph", text), *(_example(word, example, test) for word, example in shown)])
+    return Markup("\n").join([part("paragraph", text), *(_example(word, example, test) for word, example in shown)])
 
 
 def _example(word: str, example: Example, test: PairedTest) -> Markup:
     answers = [(test.first, example.first.strip()), (test.second, example.second.strip())]
-    return _part("example", word, example.id, problem_text(example.problem), answers)
+    return part("example", word, example.id, problem_text(example.problem), answers)
 
 
 def _prompt(text: str) -> Markup:
     if not text:
         return Markup()
     words = "The first held-out problem as the model sees it, with the chat template where the task uses one:"
-    return _part("paragraph", words) + "\n" + _part("pre", _text(text, PROMPT_LIMIT))
+    return part("paragraph", words) + "\n" + part("pre", inert_text(text, PROMPT_LIMIT))
 
 
 def _costs(run: Run) -> list[Markup]:
@@ -342,7 +308,7 @@ def _costs(run: Run) -> list[Markup]:
         ],
         note=f"Over {amount(completions)} completions in training.",
     )
-    return [_table(time, shares), _table(tokens)]
+    return [table(time, shares), table(tokens)]
 
 
 def _sum(rows: Iterable[Mapping[str, Any]], key: str) -> float:
@@ -358,7 +324,7 @@ def _last_completions(run: Run) -> list[Markup]:
 def _last_completion(row: Mapping[str, Any]) -> Markup:
     question = row.get("question") or f"problem {row.get('problem')}"
     text = str(row.get("completion", "")).strip()
-    return _part("completion", bool(row.get("correct")), row.get("step"), question, text)
+    return part("completion", bool(row.get("correct")), row.get("step"), question, text)
 
 
 def _reproduce(run: Run) -> list[Markup]:
@@ -372,8 +338,8 @@ def _reproduce(run: Run) -> list[Markup]:
             "The base model and journal.jsonl rebuild the weights of every step. The journal has "
             f"{_size(len(journal))}{_beside(run.directory.final)};"
         )
-        parts.append(_part("journal", sentence, hashlib.sha256(journal).hexdigest()))
-    return [_part("pre", "\n".join(commands)), *parts]
+        parts.append(part("journal", sentence, hashlib.sha256(journal).hexdigest()))
+    return [part("pre", "\n".join(commands)), *parts]
 
 
 def _beside(final: Path) -> str:
@@ -395,4 +361,4 @@ def _environment(run: Run) -> list[Markup]:
     grid = Grid(
         title="Environment", columns=["", "value"], rows=[[key, f"{value}"] for key, value in rows], note=note, texts=2
     )
-    return [_part("details", "Machine and versions", _table(grid))]
+    return [part("details", "Machine and versions", table(grid))]

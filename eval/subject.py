@@ -9,8 +9,7 @@ from eggroll_llm.errors import ConfigError
 from eggroll_llm.models.architectures import check_tested
 from eggroll_llm.models.files import architecture_of
 from eggroll_llm.models.resolve import check_model, resolve_model
-from eggroll_llm.records.run_dir import RunDir, is_run_dir
-from eggroll_llm.records.weights import weights_at
+from eggroll_llm.records.weights import named_run, weights_at
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,17 +27,17 @@ class Subject:
 
 def find_subject(name: str, at: str = "final") -> Subject:
     """Return the model of a run `at` "final", "best" or a step, or the model of that name. Raises UserError."""
-    path = Path(name)
-    if not is_run_dir(path):
+    found = named_run(name, at)
+    if found is None:
         if at != "final":
             raise ConfigError(f"--at {at}: {name} is not a run directory, so it has no steps: leave --at out")
         model_dir = resolve_model(name)
         check_tested(architecture_of(model_dir), model_dir, allow_untested=True)
         return Subject(name=name, model_dir=model_dir, config=None)
-    run = RunDir.open(path)
+    run, at = found
     directory, step = weights_at(run, at)
     check_model(directory)
-    shown = name if at == "final" else f"{name} (step {step})"
+    shown = str(run.path) if at == "final" else f"{run.path} (step {step})"
     config = load_recipe(run.config)
     selected_on = config.eval.problems if at == "best" and config.eval.split == "test" else 0
     return Subject(name=shown, model_dir=directory.resolve(), config=config, selected_on=selected_on)

@@ -21,6 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from eggroll_llm.engine.sampling import ADDED
 from eggroll_llm.models.called import called
 from eggroll_llm.records.accuracy import wilson
 from eggroll_llm.records.answers import TASK, Sample
@@ -178,6 +179,7 @@ def _conditions(summary: Mapping[str, Any]) -> str:
         if config["temperature"]
         else "greedy"
     )
+    how += "".join(f", {key.replace('_', '-')} {config[key]:g}" for key in ADDED if key in config)
     answers = "completion" if config["samples"] == 1 else "completions"
     chat = ", chat template" if config["apply_chat_template"] else ""
     return (

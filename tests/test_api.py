@@ -10,7 +10,7 @@ import pytest
 from grpo_stub import Recorder, StubEngine, write_recipe
 
 import eggroll_llm
-from eggroll_llm import evaluate, load_recipe, plot, train
+from eggroll_llm import StopTraining, evaluate, load_recipe, plot, train
 from eggroll_llm.errors import ConfigError
 from eggroll_llm.training import session
 
@@ -56,6 +56,21 @@ def test_a_callback_that_raises_leaves_a_run_to_resume(recipe: Path, tmp_path: P
     assert [row["step"] for row in rows] == [2, 3]  # the checkpoint of step 2 was not written yet
 
 
+def test_a_callback_ends_a_run_as_its_limit_would(recipe: Path, tmp_path: Path) -> None:
+    """With GRPO, whose loop is TRL's; the model of that step is there, and the run trains on from it."""
+    config = load_recipe(recipe, {"steps": 3, "eval.every": 0})
+
+    def stop(row: Any) -> None:
+        if row["step"] == 2:
+            raise StopTraining
+
+    run = train(config, tmp_path / "run", on_step=stop, display=Recorder())
+    assert (run.steps, (run.final / "model.safetensors").is_file()) == (2, True)
+    rows: list[Any] = []
+    train(config, tmp_path / "run", on_existing="resume", on_step=rows.append, display=Recorder())
+    assert [row["step"] for row in rows] == [3]
+
+
 def test_mistakes_are_user_errors(recipe: Path) -> None:
     with pytest.raises(ConfigError, match=r"es\.sigm\b.*Did you mean --es\.sigma"):
         load_recipe(recipe, {"es.sigm": 1})
@@ -64,7 +79,7 @@ def test_mistakes_are_user_errors(recipe: Path) -> None:
 
 
 def test_the_package_lists_its_public_names_and_loads_nothing() -> None:
-    assert dir(eggroll_llm) == ["ES", "evaluate", "load_recipe", "plot", "train"]
+    assert dir(eggroll_llm) == ["Callback", "ES", "StopTraining", "evaluate", "load_recipe", "plot", "train"]
     with pytest.raises(AttributeError, match="no attribute 'trian'"):
         _ = eggroll_llm.trian
     code = "import sys, eggroll_llm; print({'torch', 'vllm', 'rich', 'eggroll_llm.api'} & set(sys.modules))"

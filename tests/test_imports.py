@@ -163,7 +163,7 @@ def test_the_method_opens_no_files(module: str) -> None:
     assert calls & {"open", "torch.load", "torch.save"} == set()
 
 
-@pytest.mark.parametrize("module", ["eval.compare", "eval.report", "eggroll_llm.cli.display"])
+@pytest.mark.parametrize("module", ["eval.compare", "eval.live", "eggroll_llm.cli.display"])
 def test_reports_need_no_torch(module: str) -> None:
     code = f"import sys, {module}; print('torch' in sys.modules)"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)

@@ -12,7 +12,7 @@ from eggroll_llm.system.files import check_output_file
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's own arguments."""
     parser.add_argument(
-        "model", metavar="MODEL_OR_RUN", help="directory, GGUF file, hub id, embedded model, or run directory"
+        "model", metavar="MODEL_OR_RUN", help="run directory (or RUN@STEP), or a model as in `model`, adapters included"
     )
     parser.add_argument("--task", help="gsm8k, gsm8k_cot, countdown or file.py:NAME; default: the run's task")
     parser.add_argument(
@@ -37,6 +37,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--temperature", type=float, default=0.0, metavar="T", help="sampling temperature; 0 (default) is greedy"
     )
     parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="probability mass of nucleus sampling")
+    parser.add_argument(
+        "--top-k", type=not_negative, default=0, metavar="K", help="most probable tokens to sample from"
+    )
+    parser.add_argument(
+        "--min-p", type=float, default=0.0, metavar="P", help="least probability, relative to the most probable token's"
+    )
+    parser.add_argument(
+        "--repetition-penalty", type=float, metavar="F", help="factor against repeated tokens; default: the run's, or 1"
+    )
+    parser.add_argument(
+        "--stop",
+        action="append",
+        metavar="TEXT",
+        help="one more text at which answers end (may be repeated); default: the run's",
+    )
+    parser.add_argument(
+        "--thinking-token-budget",
+        type=not_negative,
+        metavar="N",
+        help="tokens of an answer in thoughts before </think> is forced; default: the run's, or no limit (0)",
+    )
     parser.add_argument("--seed", type=not_negative, default=0, metavar="N", help="seed of sampling")
     parser.add_argument(
         "--k", type=_ks, metavar="K,K", help="values of k for pass@k and maj@k; default: the number of samples"
@@ -77,6 +98,11 @@ def run(options: argparse.Namespace, settings: Settings) -> int:
         samples=options.samples,
         temperature=options.temperature,
         top_p=options.top_p,
+        top_k=options.top_k,
+        min_p=options.min_p,
+        repetition_penalty=options.repetition_penalty,
+        stop=tuple(options.stop) if options.stop else None,
+        thinking_token_budget=options.thinking_token_budget,
         seed=options.seed,
     )
     ks = [k for k in (options.k or [options.samples]) if k > 1]

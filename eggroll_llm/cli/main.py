@@ -145,6 +145,10 @@ COMMANDS: Mapping[str, Command] = {
         module="sweep", help="train several runs from one file, and compare them", needs=ENGINE, keys=_setting_keys
     ),
     "compare": Command(module="compare", help="compare runs: accuracy, paired tests and plots", needs=PLOTS),
+    "export": Command(
+        module="export", help="write a model as a LoRA adapter or a GGUF file", needs=["torch", "safetensors"]
+    ),
+    "watch": Command(module="watch", help="show a run in the browser while it goes on", needs=PLOTS),
     "push": Command(module="push", help="upload a model to the Hugging Face hub"),
     "bench": Command(module="bench", help="speed next to plain vLLM", needs=ENGINE, keys=_setting_keys),
     "doctor": Command(module="doctor", help="report what is installed, what will run here and what is wrong"),

@@ -9,7 +9,9 @@ from eggroll_llm.models.push import plan_push, push
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's own arguments."""
-    parser.add_argument("model", type=Path, metavar="RUN_OR_DIR", help="run directory or model directory")
+    parser.add_argument(
+        "model", type=Path, metavar="RUN_OR_DIR", help="directory of a run (or RUN@STEP), a model or an adapter"
+    )
     parser.add_argument("repo_id", metavar="OWNER/NAME", help="repository on the hub")
     parser.add_argument(
         "--at", default="final", metavar="STEP", help="step of a run: final (default), best or a number"

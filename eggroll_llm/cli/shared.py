@@ -37,6 +37,8 @@ def absolute_setting(flag: str, text: str) -> str:
     if flag == "--task":
         return absolute_task(text)
     table, _, key = flag[2:].replace("-", "_").partition(".")
+    if (table, key) == ("chat", "template_file"):
+        return os.path.abspath(os.path.expanduser(text)) if text else text
     if table != "task_options":
         return text
     if text.startswith("["):

@@ -16,6 +16,7 @@ from eggroll_llm.es.settings import EsSettings
 _MAY_CHANGE = ("steps", "minutes", "eval.every", "grpo.gradient_checkpointing")
 _ADDED = {
     "chat.system": "",
+    "chat.template_file": "",
     "es.masters": "float32",
     "es.fitness_from": "rewards",
     "es.weighting": "ratio",
@@ -25,6 +26,11 @@ _ADDED = {
     "es.problems": "shared",
     "es.skip_tied": False,
     "engine.quantization": "none",
+    "sampling.top_k": 0,
+    "sampling.min_p": 0.0,
+    "sampling.repetition_penalty": 1.0,
+    "sampling.stop": (),
+    "sampling.thinking_token_budget": 0,
 }
 """Settings that were added since, with their defaults: the hash of a run that does not use them stays what it was."""
 MAY_CHANGE = f"{', '.join(_MAY_CHANGE)}, [log], [checkpoint], [reward], [engine] except dtype and quantization"

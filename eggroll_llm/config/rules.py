@@ -101,6 +101,7 @@ class _Check:
                 "sampling.samples_per_prompt",
                 "sampling.temperature",
             )
+        self.of_sampling()
         for key in ("sampling.max_tokens", "eval.max_tokens"):
             if 0 < config.engine.max_model_len <= self.number(key):
                 self.fail(
@@ -109,6 +110,25 @@ class _Check:
                     "engine.max_model_len",
                     key,
                 )
+            if 0 < self.number(key) <= sampling.thinking_token_budget:
+                self.fail(
+                    "leaves no room for an answer",
+                    f"Set {key} to more than sampling.thinking_token_budget",
+                    "sampling.thinking_token_budget",
+                    key,
+                )
+
+    def of_sampling(self) -> None:
+        for name in ("top_k", "min_p"):
+            if self.config.sampling.temperature == 0 and getattr(self.config.sampling, name):
+                self.fail(
+                    "greedy decoding takes the most probable token in any case",
+                    f"Set sampling.temperature above 0, or sampling.{name} to 0",
+                    f"sampling.{name}",
+                    "sampling.temperature",
+                )
+        if not all(text and is_unicode(text) for text in self.config.sampling.stop):
+            self.fail("every completion would end at an empty text", "Remove it", "sampling.stop")
 
     def schedules(self, *keys: str) -> None:
         for key in keys:
@@ -257,13 +277,12 @@ class _Check:
                 "sampling.temperature",
                 because=because,
             )
-        if sampling.top_p < 1:
-            self.fail(
-                "probabilities are over the whole vocabulary",
-                "Set sampling.top_p to 1",
-                "sampling.top_p",
-                because=because,
-            )
+        usual = {"top_p": 1, "top_k": 0, "min_p": 0, "repetition_penalty": 1, "thinking_token_budget": 0}
+        for name, off in usual.items():
+            if getattr(sampling, name) != off:
+                key = f"sampling.{name}"
+                problem = f"{who} needs answers drawn from the model's own probabilities"
+                self.fail(problem, f"Set {key} to {off}", key, because=because)
 
     def of_grpo(self) -> None:
         grpo, sampling = self.config.grpo, self.config.sampling

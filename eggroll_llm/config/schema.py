@@ -26,6 +26,16 @@ class SamplingConfig:
     """Sampling temperature; 0 is greedy, so that only the population explores."""
     top_p: Annotated[float, Gt(0), Le(1)] = 1.0
     """Probability mass that nucleus sampling keeps; 1 keeps all."""
+    top_k: Annotated[int, Ge(0)] = 0
+    """Number of the most probable tokens that sampling keeps; 0 keeps all."""
+    min_p: Annotated[float, Ge(0), Le(1)] = 0.0
+    """Least probability of a token that sampling keeps, as a fraction of the most probable one's; 0 keeps all."""
+    repetition_penalty: Annotated[float, Gt(0)] = 1.0
+    """Factor against tokens of prompt and answer so far, as in vLLM, also in greedy evaluations; 1 is none."""
+    stop: tuple[str, ...] = ()
+    """Texts at which a completion ends, in evaluations too, besides those of the task."""
+    thinking_token_budget: Annotated[int, Ge(0)] = 0
+    """Tokens of a completion in thoughts, in evaluations too, before </think> is forced; 0 sets no limit."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,6 +44,8 @@ class ChatConfig:
 
     system: str = ""
     """System prompt, put before the task's messages; empty for none."""
+    template_file: str = ""
+    """File with a chat template (Jinja) in place of the model's, relative to the recipe's folder; empty for none."""
     template_args: Mapping[str, Any] = field(default_factory=dict)
     """Arguments of the model's chat template, such as enable_thinking = false."""
 
@@ -173,7 +185,7 @@ class LogConfig:
     """What is shown and recorded besides the metrics."""
 
     samples: Annotated[int, Ge(0)] = 2
-    """Completions shown per step."""
+    """Completions shown per step, and answers per evaluation that go to TensorBoard and W&B as a table."""
     completions: Annotated[int, Ge(0)] = 8
     """Completions per step recorded in completions.jsonl."""
     tensorboard: bool = False
@@ -187,10 +199,9 @@ class RunConfig:
     """A whole run."""
 
     model: str = "smollm2-135m-instruct"
-    """Model to train: the embedded default, a local directory or GGUF file, or a name on the Hugging Face hub."""
+    """Model to train: the embedded default, a directory, GGUF file or hub name, RUN[@STEP], or LoRA ADAPTER[@BASE]."""
     task: str
-    """Task: "countdown", "gsm8k", "dataset" (a file or hub data set), "verifiers" (an environment of that package), or
-    "file.py:NAME" next to the recipe."""
+    """Task: "countdown", "gsm8k", "dataset" (file or hub data set), "verifiers" (an environment), or "file.py:NAME"."""
     method: Literal["es", "grpo"] = "es"
     """Training method: evolution strategies, or GRPO (needs the extra "grpo")."""
     seed: Annotated[int, Ge(0), Le(2**63 - 1)] = 0

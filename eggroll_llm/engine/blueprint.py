@@ -27,6 +27,7 @@ class Blueprint:
     es: EsSettings | None = None
     """None: the engine has no masters, and its weights are those of the model or come from a trainer."""
     logprobs: bool = False
+    thinking: bool = False
     identity: str = ""
     """Of the model; empty where it need not be checked."""
 
@@ -46,4 +47,5 @@ class Blueprint:
             es=self.es,
             trainable=self.es is not None,
             logprobs=self.logprobs,
+            thinking=self.thinking,
         )

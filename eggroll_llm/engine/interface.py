@@ -26,6 +26,14 @@ class Decoding:
     """0 is greedy decoding."""
     top_p: float = 1.0
     """Nucleus of the distribution that is sampled from."""
+    top_k: int = 0
+    """Most probable tokens that are sampled from; 0 is all."""
+    min_p: float = 0.0
+    """Least probability of a token that is sampled, relative to the most probable one's."""
+    repetition_penalty: float = 1.0
+    """What positive logits of tokens in prompt and completion are divided by, and negative ones multiplied by."""
+    thinking_token_budget: int = 0
+    """Tokens in thoughts after which the tag that closes one is forced; 0 is no limit."""
     stop: tuple[str, ...] = ()
     """Strings that end a completion; the text ends before the first."""
     special_tokens: bool = False

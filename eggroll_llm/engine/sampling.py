@@ -8,10 +8,13 @@ Shapes: M member, P prompt, S sample.
 """
 
 import contextlib
+import dataclasses
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+from eggroll_llm.config.schema import SamplingConfig
 from eggroll_llm.engine.interface import Completion, Decoding, Progress, Request, Sampler, Stream
 from eggroll_llm.errors import EngineError
 
@@ -30,6 +33,35 @@ class Rollout:
 
 
 OnRollout = Callable[[int, Rollout], None]
+ADDED = ("top_k", "min_p", "repetition_penalty", "thinking_token_budget")
+"""Fields of `Decoding` that older records do not have: written where they are not at their defaults."""
+
+
+def decoding_of(sampling: SamplingConfig, stop: Sequence[str]) -> Decoding:
+    """Return how completions are drawn by these settings, for a task that stops at these texts."""
+    return Decoding(
+        max_tokens=sampling.max_tokens,
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        top_k=sampling.top_k,
+        min_p=sampling.min_p,
+        repetition_penalty=sampling.repetition_penalty,
+        thinking_token_budget=sampling.thinking_token_budget,
+        stop=tuple(dict.fromkeys((*stop, *sampling.stop))),
+    )
+
+
+def greedy(decoding: Decoding, *, max_tokens: int = 0) -> Decoding:
+    """Return the same without chance, and with another length limit unless it is 0."""
+    return dataclasses.replace(
+        decoding, max_tokens=max_tokens or decoding.max_tokens, temperature=0.0, top_p=1.0, top_k=0, min_p=0.0
+    )
+
+
+def added(decoding: Decoding) -> dict[str, Any]:
+    """Return the fields of `ADDED` that are not at their defaults, by name."""
+    defaults = Decoding(max_tokens=1)
+    return {name: value for name in ADDED if (value := getattr(decoding, name)) != getattr(defaults, name)}
 
 
 def in_order(stream: Stream, requests: int, on_progress: Progress | None) -> list[Completion]:

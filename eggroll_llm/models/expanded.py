@@ -1,4 +1,5 @@
-"""The cache of GGUF files expanded to ordinary directories: each once, whole or not at all.
+"""The cache of models that were made from others, GGUF files expanded to ordinary directories among them: each once,
+whole or not at all.
 
 A directory's name is that of the file, the SHA-256 of its content, and the version of the converter.
 """
@@ -9,13 +10,14 @@ import logging
 import re
 import shutil
 import subprocess
-import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from eggroll_llm.errors import ModelError
 from eggroll_llm.models.gguf_file import check_header, read_header
 from eggroll_llm.system import installed
-from eggroll_llm.system.files import cache_root, fsync_directory, fsync_tree
+from eggroll_llm.system.files import cache_root, fsync_directory, fsync_tree, of_the_system
 from eggroll_llm.system.invocation import child_python, command
 
 log = logging.getLogger(__name__)
@@ -42,38 +44,50 @@ def expanded(path: Path, destination: Path) -> Path:
     if destination.is_dir():
         return destination
     installed.check(f"converting {path}", "torch", "transformers", "gguf")
+    return made_once(destination, f"{path}: its conversion", lambda scratch: _convert(path, scratch))
+
+
+def made_once(destination: Path, what: str, make: Callable[[Path], None]) -> Path:
+    """Return `destination`, which `make` writes if it is not there; `what` names it in errors. Raises ModelError.
+
+    It is made beside its place and renamed: what was being made when the process was killed is never taken for a model.
+    """
+    if destination.is_dir():
+        return destination
+    prefix = f".{destination.name}.tmp-"
     try:
         destination.parent.mkdir(parents=True, exist_ok=True)
         with (destination.parent / f".{destination.name}.lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            if not destination.is_dir():
-                _convert(path, destination)
-    except OSError as error:
+            if destination.is_dir():
+                return destination
+            for abandoned in destination.parent.glob(f"{prefix}*"):
+                shutil.rmtree(abandoned)
+            with TemporaryDirectory(prefix=prefix, dir=destination.parent, ignore_cleanup_errors=True) as parent:
+                scratch = Path(parent) / "model"
+                make(scratch)
+                fsync_tree(scratch)
+                scratch.rename(destination)
+            fsync_directory(destination.parent)
+    except Exception as error:
+        if not (cause := of_the_system(error)):
+            raise
         raise ModelError(
-            f"{path}: its conversion cannot be written to {destination.parent} ({error}): make room there or name "
-            "another place in the environment variable EGGROLL_CACHE"
+            f"{what} cannot be written to {destination.parent} ({cause}): make room there or name another place in the "
+            "environment variable EGGROLL_CACHE"
         ) from error
     return destination
 
 
-def _convert(path: Path, destination: Path) -> None:
-    """Convert beside `destination` and rename: a conversion that was killed is never taken for a model."""
-    prefix = f".{destination.name}.tmp-"
-    for abandoned in destination.parent.glob(f"{prefix}*"):
-        shutil.rmtree(abandoned)
-    log.info("converting %s, once, into %s", path, destination)
-    with tempfile.TemporaryDirectory(prefix=prefix, dir=destination.parent, ignore_cleanup_errors=True) as parent:
-        scratch = Path(parent) / "model"
-        words = [*child_python(), "-m", "eggroll_llm.models.gguf_expand", str(path), str(scratch)]
-        outcome = subprocess.run(words, capture_output=True, text=True, check=False)
-        if outcome.returncode != 0:
-            reason = outcome.stderr.strip().rpartition("\n")[2]
-            if outcome.returncode == 1 and reason.startswith(str(path)):
-                raise ModelError(reason)
-            raise ModelError(
-                f"converting {path} failed ({reason or f'exit status {outcome.returncode}'}): check that "
-                f"{destination.parent} has room for it, and the installation with: {command('doctor')}"
-            )
-        fsync_tree(scratch)
-        scratch.rename(destination)
-        fsync_directory(destination.parent)
+def _convert(path: Path, scratch: Path) -> None:
+    log.info("converting %s, once", path)
+    words = [*child_python(), "-m", "eggroll_llm.models.gguf_expand", str(path), str(scratch)]
+    outcome = subprocess.run(words, capture_output=True, text=True, check=False)
+    if outcome.returncode != 0:
+        reason = outcome.stderr.strip().rpartition("\n")[2]
+        if outcome.returncode == 1 and reason.startswith(str(path)):
+            raise ModelError(reason)
+        raise ModelError(
+            f"converting {path} failed ({reason or f'exit status {outcome.returncode}'}): check that "
+            f"{models_cache()} has room for it, and the installation with: {command('doctor')}"
+        )

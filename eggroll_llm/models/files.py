@@ -8,6 +8,7 @@ imported. Each raises `ModelError` with a remedy.
 import hashlib
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -119,16 +120,20 @@ def weight_files(directory: Path) -> list[Path]:
 
 def tensor_shapes(directory: Path) -> dict[str, tuple[int, ...]]:
     """Return the shape of every stored tensor by name, read from the headers."""
-    return {
-        name: tuple(entry["shape"])
-        for weights in weight_files(directory)
-        for name, entry in _read_header(weights)[0].items()
-        if name != "__metadata__"
-    }
+    return {name: shape for weights in weight_files(directory) for name, shape in _shapes(_read_header(weights)[0])}
 
 
-def _check_complete(weights: Path) -> None:
-    """Compare the file's size with what its safetensors header promises: truncated copies are common."""
+def header_shapes(weights: Path) -> dict[str, tuple[int, ...]]:
+    """Return the shape of every tensor of a safetensors file by name. Raises ModelError for a damaged file."""
+    return dict(_shapes(_check_complete(weights)))
+
+
+def _shapes(header: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
+    return ((name, tuple(entry["shape"])) for name, entry in header.items() if name != "__metadata__")
+
+
+def _check_complete(weights: Path) -> dict[str, Any]:
+    """Return the header, after comparing the file's size with what it promises: truncated copies are common."""
     size = weights.stat().st_size
     try:
         header, header_size = _read_header(weights)
@@ -142,6 +147,7 @@ def _check_complete(weights: Path) -> None:
         raise ModelError(
             f"{weights} is damaged: {size} bytes, but its header promises {expected}: copy or download it again"
         )
+    return header
 
 
 def _read_header(weights: Path) -> tuple[dict[str, Any], int]:

@@ -16,10 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from eggroll_llm.errors import UserError
+from eggroll_llm.models.adapter.peft_format import CONFIG, is_adapter
 from eggroll_llm.models.files import weight_files
 from eggroll_llm.records.journal import read_journal
-from eggroll_llm.records.run_dir import RunDir, is_run_dir
-from eggroll_llm.records.weights import PROVENANCE, weights_at
+from eggroll_llm.records.run_dir import RunDir
+from eggroll_llm.records.weights import PROVENANCE, named_run, weights_at
 from eggroll_llm.system.terminal import inert
 
 _MODEL_FILES = (
@@ -28,7 +29,7 @@ _MODEL_FILES = (
     # By name: a credentials.json or token.json must not match.
     *("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
     *("added_tokens.json", "vocab.json", "preprocessor_config.json", "processor_config.json", "chat_template.json"),
-    PROVENANCE,
+    *(PROVENANCE, CONFIG),
 )
 # An assignment in TOML whose value, or an item of it, is a path from the root or from someone's home; not "/+-*".
 _LOCAL_PATH = re.compile(r"""^\s*[^\s=#][^=]*=\s.*"(?:/[\w.]|~|file:|[A-Za-z]:(?:/|\\\\))""")
@@ -101,7 +102,7 @@ def plan_push(
     """Return what pushing a run or a Hugging Face directory would upload; nothing is sent or changed.
 
     Args:
-        source: run directory, or directory of a model.
+        source: run directory, also as "RUN@STEP", or directory of a model or an adapter.
         repo_id: repository on the hub: OWNER/NAME.
         at: of a run, which weights, see `weights_at`.
         private: whether a new repository is private; an existing one must be already.
@@ -111,11 +112,10 @@ def plan_push(
         UserError: nothing that can be pushed, or not a repository id.
     """
     _check_repo_id(repo_id)
-    source = Path(source)
-    run = RunDir.open(source) if is_run_dir(source) else None
+    run, at = named_run(str(source), at) or (None, at)
     if run is None and at != "final":
         raise PushError(f"--at {at}: {source} is not a run directory. Leave --at out, or name a run directory.")
-    directory, step = weights_at(run, at) if run else (source, None)
+    directory, step = weights_at(run, at) if run else (Path(source), None)
     notes = []
     files, left_out = _model_files(directory)
     if run is not None and step is not None:
@@ -198,7 +198,7 @@ def _check_repo_id(repo_id: str) -> None:
 
 def _model_files(directory: Path) -> tuple[list[PushFile], list[str]]:
     """Return the files of a model to upload, and the names of what else lies there."""
-    if not (directory / "config.json").is_file():
+    if not (directory / "config.json").is_file() and not is_adapter(directory):
         raise PushError(f"{directory}: has no config.json. Name a run, or the directory of a Hugging Face model.")
     weight_files(directory)  # all there, or it says which is not
     files, left_out = [], []
@@ -242,14 +242,14 @@ def _private_settings(files: Sequence[PushFile]) -> list[str]:
     """Return a warning for each setting that looks secret or is a path of this machine."""
     where: dict[str, list[str]] = {}
     for file in files:
-        if file.path in ("README.md", "eggroll/config.toml", "eggroll/report.html"):
+        if file.path in ("README.md", CONFIG, "eggroll/config.toml", "eggroll/report.html"):
             text, folder = file.source.read_text(encoding="utf-8", errors="replace"), str(file.source.resolve().parent)
             if file.path.endswith(".html"):
                 text = html.unescape(re.sub("<[^>]*>", "", text))
             for line in text.splitlines():
                 if secret := _SECRET.search(line):  # its value is not repeated
                     where.setdefault(f"{secret[1]} looks like the name of a secret", []).append(file.path)
-                elif _LOCAL_PATH.match(line):
+                elif _LOCAL_PATH.match(line.replace('": ', '" = ', 1) if file.path == CONFIG else line):
                     where.setdefault(f"{line.strip()} is a path of this machine", []).append(file.path)
                 elif folder in line:
                     where.setdefault(f"{folder} is a path of this machine", []).append(file.path)

@@ -56,6 +56,22 @@ class RunLock:
             self._descriptor = None
 
 
+def holder_of(file: Path) -> str:
+    """Return which process holds the lock, as its file says; empty when none does, or one that is dead.
+
+    The lock itself is not tried, which would be in the way of a run that starts.
+    """
+    try:
+        descriptor = os.open(file, os.O_RDONLY)
+    except OSError:
+        return ""
+    try:
+        holder = _read_holder(descriptor)
+    finally:
+        os.close(descriptor)
+    return _describe_process(holder) if holder and not _is_dead(holder) else ""
+
+
 def _read_holder(descriptor: int) -> dict[str, Any]:
     """Content of the lock file; empty after a proper end."""
     try:
@@ -71,8 +87,12 @@ def _describe_process(holder: Mapping[str, Any]) -> str:
 
 def _name_holder(holder: Mapping[str, Any]) -> str:
     """Return the process named in the file or, when that one is gone, a child that inherited the lock."""
+    name = _describe_process(holder)
+    return f"a child of {name} (which has ended)" if _is_dead(holder) else name
+
+
+def _is_dead(holder: Mapping[str, Any]) -> bool:
+    """Return whether the process was one of this machine and has ended."""
     pid = holder.get("pid")
     here = holder.get("host") == socket.gethostname() and Path("/proc/self").exists()
-    if here and isinstance(pid, int) and not Path(f"/proc/{pid}").exists():
-        return f"a child of {_describe_process(holder)} (which has ended)"
-    return _describe_process(holder)
+    return here and isinstance(pid, int) and not Path(f"/proc/{pid}").exists()

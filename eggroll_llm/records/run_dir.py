@@ -23,7 +23,7 @@ from typing import Any, Literal, Self
 from eggroll_llm.errors import RunDirError, SamplesError
 from eggroll_llm.records.answers import Sample, read_samples, samples_text
 from eggroll_llm.records.baseline import Constant
-from eggroll_llm.records.lock import RunLock
+from eggroll_llm.records.lock import RunLock, holder_of
 from eggroll_llm.system.files import (
     append,
     describe_failure,
@@ -122,6 +122,10 @@ class RunDir(AbstractContextManager["RunDir"]):
             raise
         return run
 
+    def holder(self) -> str:
+        """Return the process that trains here now, as far as its lock says; empty without one. Changes nothing."""
+        return holder_of(self.path / LOCK)
+
     def write_config(self, config_toml: str) -> None:
         """Replace config.toml, whole or not at all."""
         self._write_text(self.config, config_toml)
@@ -173,11 +177,17 @@ class RunDir(AbstractContextManager["RunDir"]):
 
     def has_updates_in_journal(self) -> bool:
         """Return whether the journal holds updates, as that of method "es" does."""
+        return self._recorded("method", "es") == "es"
+
+    def recorded_model(self) -> str:
+        """Return the model that the run began from, as config.toml names it; empty where it does not."""
+        return self._recorded("model", "")
+
+    def _recorded(self, key: str, default: str) -> str:
         try:
-            method = tomllib.loads(self.config.read_text(encoding="utf-8-sig")).get("method", "es")
+            return str(tomllib.loads(self.config.read_text(encoding="utf-8-sig")).get(key, default))
         except (OSError, ValueError, RecursionError):
-            return True
-        return bool(method == "es")
+            return default
 
     def last_logged_step(self) -> int | None:
         """Return the `step` of the last complete line of metrics.jsonl; None without one."""

@@ -90,14 +90,14 @@ def replace_directory(target: Path, write: Callable[[Path], None]) -> None:
         shutil.rmtree(staging, ignore_errors=True)
         if retired.exists() and not target.exists():
             retired.rename(target)
-        if cause := _of_the_system(error):
+        if cause := of_the_system(error):
             reason = f"{cause.strerror or cause} after {written} bytes, which were removed again"
             raise OSError(cause.errno, reason, cause.filename) from error
         raise
     shutil.rmtree(retired, ignore_errors=True)
 
 
-def _of_the_system(error: BaseException) -> OSError | None:
+def of_the_system(error: BaseException) -> OSError | None:
     """Return the system's error behind this one, which safetensors or `torch.save` may have wrapped; else None."""
     if isinstance(error, OSError):
         return error

@@ -1,12 +1,17 @@
-"""The settings of [chat]: a system prompt, and arguments of the chat template; refused where they do nothing."""
+"""The settings of [chat]: a system prompt, a chat template and its arguments; refused where they do nothing.
+
+And thoughts, which the templates of reasoning models open.
+"""
 
 import difflib
 import re
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from eggroll_llm.config.schema import ChatConfig
 from eggroll_llm.errors import ConfigError, ModelError
 from eggroll_llm.tasks.prompts import Prompt, Prompter
+from rewards.turns import THOUGHT
 
 # Tags that transformers adds to Jinja.
 _GENERATION = re.compile(r"\{%[-+]?\s*(?:end)?generation\s*[-+]?%\}")
@@ -26,24 +31,42 @@ def check_chat(
         return
     messages = next((prompt for prompt in prompts if not isinstance(prompt, str)), None)
     if messages is None:
-        key = "chat.system" if chat.system else "chat.template_args"
+        key = next(f"chat.{name}" for name in ("system", "template_file", "template_args") if getattr(chat, name))
         raise ConfigError(
             f"{key} is set, but the prompts are plain text, to which no chat template is applied: remove it, or "
             f"{remedy}"
         )
     text = prompter.render(messages)
-    free, likely = _arguments(prompter.tokenizer.get_chat_template(), chat.template_args)
+    free, likely = _arguments(prompter.chat_template, chat.template_args)
     if unknown := [name for name in chat.template_args if name not in free]:
         nearest = difflib.get_close_matches(unknown[0], likely, n=1)
         hint = f"Did you mean {nearest[0]}?" if nearest else f"It has: {', '.join(sorted(likely)) or 'none'}."
         raise ConfigError(
-            f"chat.template_args.{unknown[0]}: the chat template of {prompter.model_dir} has no such argument. {hint}"
+            f"chat.template_args.{unknown[0]}: the chat template of {prompter.template_place} has no such argument. "
+            f"{hint}"
         )
     # The text itself may be there although nothing changes: as the template's own default.
     if chat.system and chat.system.strip() not in text and text == prompter.apply_template(messages):
         raise ModelError(
-            f"{prompter.model_dir}: the chat template ignores the system prompt: remove chat.system, or put it into "
-            "the task's prompt"
+            f"{prompter.template_place}: the chat template ignores the system prompt: remove chat.system, or put it "
+            "into the task's prompt"
+        )
+
+
+def thought_tags(tokenizer: Any) -> dict[int, int]:
+    """Return the tokens that open a thought, each with the one that closes it; {} for a tokenizer without them."""
+    added = getattr(tokenizer, "added_tokens_decoder", {})  # mistral-common's has none
+    ids = {token.content: token_id for token_id, token in added.items() if THOUGHT.fullmatch(token.content)}
+    closing = {text: f"{text[0]}/{text[1:]}" for text in ids}
+    return {token_id: ids[closing[text]] for text, token_id in ids.items() if closing[text] in ids}
+
+
+def check_thoughts(prompter: Prompter, budget: int, key: str = "sampling.thinking_token_budget") -> None:
+    """Raise ConfigError where thoughts have a budget, set by `key`, and the model has no tokens that mark them."""
+    if budget and not thought_tags(prompter.tokenizer):
+        raise ConfigError(
+            f"{key} = {budget}: the tokenizer of {prompter.model_dir} has no pair of tokens such as <think> and "
+            "</think>: leave it out, or use a reasoning model"
         )
 
 

@@ -44,10 +44,15 @@ class Prompter:
     """Turns prompts into tokens with a model's tokenizer and chat template."""
 
     def __init__(self, model_dir: Path, chat: ChatConfig | None = None) -> None:
-        """Load the tokenizer. Raises ModelError when it is missing or damaged, or would run its own code."""
+        """Load the tokenizer, and the chat template if one is named.
+
+        Raises ModelError when the tokenizer is missing or damaged, or would run its own code, and ConfigError when the
+        template cannot be read.
+        """
         from transformers import AutoTokenizer
 
         self.model_dir, self.chat = model_dir, chat or ChatConfig()
+        self._template = _read_template(self.chat.template_file)
         if not any(found for pattern in _VOCABULARIES for found in model_dir.glob(pattern)):
             raise ModelError(
                 f"{model_dir} has no tokenizer (none of {', '.join(_VOCABULARIES)}): copy it from the original model"
@@ -71,7 +76,17 @@ class Prompter:
     @property
     def has_chat_template(self) -> bool:
         """Return whether chat messages can be rendered."""
-        return self.tokenizer.chat_template is not None
+        return bool(self._template) or self.tokenizer.chat_template is not None
+
+    @property
+    def chat_template(self) -> str:
+        """Return the template of chat messages: that of `chat.template_file`, else the model's."""
+        return self._template or str(self.tokenizer.get_chat_template())
+
+    @property
+    def template_place(self) -> Path | str:
+        """Return where it comes from."""
+        return self.chat.template_file or self.model_dir
 
     def render(self, prompt: Prompt) -> str:
         """Return the prompt's text, chat template applied.
@@ -83,22 +98,26 @@ class Prompter:
         if not self.has_chat_template:
             raise ModelError(
                 f"{self.model_dir}: the tokenizer has no chat template, which the task's chat messages need: "
-                'use prompt_style = "few_shot" in [task_options], or an instruct model'
+                'use prompt_style = "few_shot" in [task_options], an instruct model, or chat.template_file'
             )
         return self.apply_template(with_system(self.chat, prompt))
 
     def apply_template(self, messages: Sequence[Mapping[str, str]]) -> str:
-        """Return the text of messages, no system prompt added. Raises ModelError when the template does."""
+        """Return the text of messages, no system prompt added. Raises ModelError when the template does.
+
+        transformers runs templates in Jinja's sandbox, from which they reach no files and no code.
+        """
+        own = {"chat_template": self._template} if self._template else {}
         try:
             return str(
                 self.tokenizer.apply_chat_template(
-                    [*messages], add_generation_prompt=True, tokenize=False, **self.chat.template_args
+                    [*messages], add_generation_prompt=True, tokenize=False, **self.chat.template_args, **own
                 )
             )
         except Exception as error:
             remedy = "remove chat.system, or change" if self.chat.system else "change"
             raise ModelError(
-                f"{self.model_dir}: the chat template does not take the task's messages ({type(error).__name__}: "
+                f"{self.template_place}: the chat template does not take the task's messages ({type(error).__name__}: "
                 f"{_shown(error, 200)}): {remedy} the task's prompt, or use another model"
             ) from error
 
@@ -219,6 +238,20 @@ def needed_context(
 def _shown(value: object, limit: int) -> str:
     """Return the text of something from a file, on one line, cut, and without anything that acts on a terminal."""
     return repr(" ".join(str(value).split())[:limit])[1:-1]
+
+
+def _read_template(file: str) -> str:
+    if not file:
+        return ""
+    try:
+        text = Path(file).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"chat.template_file = {file!r}: cannot be read ({_shown(error, 200)}): name a text file in UTF-8"
+        ) from error
+    if not text.strip():
+        raise ConfigError(f"chat.template_file = {file!r}: is empty: write a chat template into it, or leave it out")
+    return text
 
 
 def _read_object(path: Path) -> Mapping[str, Any]:

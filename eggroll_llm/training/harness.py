@@ -12,8 +12,8 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from eggroll_llm.engine.interface import Decoding, Engine
-from eggroll_llm.engine.sampling import OnRollout, Rollout
+from eggroll_llm.engine.interface import Engine
+from eggroll_llm.engine.sampling import OnRollout, Rollout, added, decoding_of, greedy
 from eggroll_llm.records.baseline import Constant
 from eggroll_llm.records.diagnosis import diagnose, news
 from eggroll_llm.system import signals
@@ -71,27 +71,22 @@ class Harness:
     def __init__(self, run: Run, *, step: int = 0) -> None:
         """Continue after `step`, which the recorder's rows lead up to."""
         self.run, self.config, self.step = run, run.prepared.config, step
-        config, stop, rows = self.config, tuple(run.prepared.task.stop), run.recorder.rows
+        config, rows = self.config, run.recorder.rows
         self.limits = Limits(steps=config.steps, minutes=config.minutes)
         self.wall_time = float(rows[-1]["wall_time"]) if rows else 0.0
         """Seconds in steps so far, without evaluations."""
-        self.decoding = Decoding(
-            max_tokens=config.sampling.max_tokens,
-            temperature=config.sampling.temperature,
-            top_p=config.sampling.top_p,
-            stop=stop,
-        )
+        self.decoding = decoding_of(config.sampling, run.prepared.task.stop)
         """How completions are sampled in training."""
-        self.greedy = Decoding(max_tokens=config.eval.max_tokens or config.sampling.max_tokens, stop=stop)
+        self.greedy = greedy(self.decoding, max_tokens=config.eval.max_tokens)
         """How they are in an evaluation."""
         self._scoring: Scoring | None = None  # of the current step
         self._said: dict[str, int] = {}  # kinds of findings that were shown, with their level
         self._show_course()
 
     def finished(self) -> bool:
-        """Return whether a limit of the configuration is reached."""
+        """Return whether a limit of the configuration is reached, or a callback has ended the run."""
         signals.check()
-        return self.limits.reached(self.step, self.wall_time)
+        return self.run.recorder.callbacks.stopped or self.limits.reached(self.step, self.wall_time)
 
     def problems(self) -> list[int]:
         """Return the indices of the problems of the current step."""
@@ -138,7 +133,9 @@ class Harness:
         train, held_out = prepared.train.problems, prepared.held_out.problems
         constant = best_constant(prepared.task, train, held_out, self.run.scorer.judge)
         evaluation = self._evaluate(constant)
-        self.run.recorder.record_metrics({"step": 0, "wall_time": 0.0, **evaluation.metrics})
+        self.run.recorder.record_metrics(
+            {"step": 0, "wall_time": 0.0, **evaluation.metrics}, answers=evaluation.samples
+        )
         self._show_course()
         return evaluation
 
@@ -163,7 +160,8 @@ class Harness:
         if evaluation:
             row |= evaluation.metrics | recorder.against_base(evaluation)
         recorded = to_record(shown, rollouts, config.log.completions)
-        recorder.record_step(row, [completion_row(rollout, self.step, train, indices_P) for rollout in recorded])
+        completions = [completion_row(rollout, self.step, train, indices_P) for rollout in recorded]
+        recorder.record_step(row, completions, evaluation.samples if evaluation else ())
         self._show_course()
         for finding in news(self._said, diagnose(config, recorder.rows)):
             self._said[finding.kind] = finding.level
@@ -201,6 +199,7 @@ class Harness:
             "prompt": held_out.example,
             "max_tokens": self.greedy.max_tokens,
             "temperature": self.greedy.temperature,
+            **added(self.greedy),
             **(constant.settings() if constant else {}),
         }
         run.recorder.record_evaluation(self.step, settings, evaluation)

@@ -10,17 +10,15 @@ from typing import Any
 from eggroll_llm.config.compare import frozen_hash
 from eggroll_llm.config.schema import RunConfig
 from eggroll_llm.errors import ConfigError, TaskError
-from eggroll_llm.models import embedded
 from eggroll_llm.models.architectures import check_method, check_tensor_parallel, check_tested
-from eggroll_llm.models.called import is_gguf
 from eggroll_llm.models.files import architecture_of, context_limit, read_config
-from eggroll_llm.models.resolve import model_identity, resolve_model
+from eggroll_llm.models.resolve import model_identity, resolve_model, settled_name
 from eggroll_llm.models.targets import check_layers, check_rank
 from eggroll_llm.records.journal import JournalHeader
 from eggroll_llm.system import installed
 from eggroll_llm.system.hardware import resolve_dtype, serves_on_cpu
 from eggroll_llm.system.jsonl import to_json
-from eggroll_llm.tasks.chat import check_chat
+from eggroll_llm.tasks.chat import check_chat, check_thoughts
 from eggroll_llm.tasks.load import absolute_option, load_task
 from eggroll_llm.tasks.prompts import ProblemSet, Prompter, needed_context, problems_hash
 from eggroll_llm.tasks.task import Problem, Task
@@ -51,7 +49,11 @@ def with_absolute_paths(config: RunConfig, recipe_dir: Path) -> RunConfig:
     options: Any = copy.copy(config.task_options)
     for key in [] if separator else options:
         options[key] = absolute_option(key, options[key], recipe_dir)
-    return dataclasses.replace(config, task=task, task_options=options)
+    chat = config.chat
+    if chat.template_file:
+        file = (recipe_dir / Path(chat.template_file).expanduser()).resolve()
+        chat = dataclasses.replace(chat, template_file=str(file))
+    return dataclasses.replace(config, task=task, task_options=options, chat=chat)
 
 
 def settle(config: RunConfig, recipe_dir: Path) -> RunConfig:
@@ -72,11 +74,9 @@ def settle(config: RunConfig, recipe_dir: Path) -> RunConfig:
             f'engine.quantization = "fp8": FP8 is rounded from bfloat16 weights of method "es", and here method = '
             f'"{config.method}" and engine.dtype = "{dtype}". Set engine.quantization to "none", or change these.'
         )
-    model = Path(config.model).expanduser()
-    is_local = model.is_dir() or is_gguf(config.model)
     return dataclasses.replace(
         with_absolute_paths(config, recipe_dir),
-        model=str(model.resolve()) if is_local and config.model != embedded.NAME else config.model,
+        model=settled_name(config.model),
         grpo=dataclasses.replace(grpo, dtype=resolve_dtype(grpo.dtype)) if config.method == "grpo" else grpo,
         engine=dataclasses.replace(
             engine,
@@ -105,6 +105,7 @@ def prepare(config: RunConfig, recipe_dir: Path) -> Prepared:
         check_rank(model_dir, "grpo.lora_rank", config.grpo.lora_rank)
     prompter = Prompter(model_dir, config.chat)
     check_chat(prompter, [task.prompt(problem) for problem in train])
+    check_thoughts(prompter, config.sampling.thinking_token_budget)
     train_set = encode(prompter, task, train)
     held_out_set = encode(prompter, task, held_out)
     context = needed_context(

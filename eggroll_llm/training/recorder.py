@@ -12,6 +12,7 @@ from torch import Tensor
 from eggroll_llm.config.schema import RunConfig
 from eggroll_llm.errors import SamplesError
 from eggroll_llm.models.card import Trained, write_card
+from eggroll_llm.records.answers import Sample
 from eggroll_llm.records.checkpoint import checkpoint_path, is_valid, list_checkpoints, prune, save_checkpoint
 from eggroll_llm.records.drawn import Drawn, read_drawn, write_drawn
 from eggroll_llm.records.journal import Journal
@@ -20,14 +21,12 @@ from eggroll_llm.records.weights import best_step, write_provenance
 from eggroll_llm.system.hardware import peak_memory
 from eggroll_llm.system.invocation import command
 from eggroll_llm.tasks.prompts import ProblemSet
+from eggroll_llm.training.callbacks.base import Callbacks
 from eggroll_llm.training.evaluation import Evaluation
 from eggroll_llm.training.scorer import ScoredRollout
-from eggroll_llm.training.trackers import Trackers
 
 Metrics = dict[str, float]
 """One row of metrics.jsonl."""
-OnStep = Callable[[Mapping[str, Any]], None]
-"""Called with the row of metrics of each finished step, evaluation included, when it is on disk."""
 
 
 class Recorder:
@@ -40,10 +39,9 @@ class Recorder:
         journal: Journal,
         *,
         metrics: Sequence[Mapping[str, Any]] = (),
-        trackers: Trackers | None = None,
-        on_step: OnStep | None = None,
+        callbacks: Callbacks | None = None,
     ) -> None:
-        """Continue after the rows of `metrics`. Trackers and `on_step` get each row that is recorded."""
+        """Continue after the rows of `metrics`. Callbacks get each step that is recorded."""
         self.config, self.directory, self.journal = config, directory, journal
         self.rows = [*metrics]
         """Rows of metrics so far."""
@@ -51,7 +49,7 @@ class Recorder:
         """Row of the best evaluation so far."""
         self.resumed_from: Path | None = None
         """Checkpoint that this process resumed from; it is kept."""
-        self._trackers, self._on_step = trackers, on_step
+        self.callbacks = callbacks or Callbacks([])
         self._seconds = 0.0
 
     @contextmanager
@@ -61,24 +59,25 @@ class Recorder:
         yield
         self._seconds += time.perf_counter() - start
 
-    def record_step(self, row: Metrics, completions: Sequence[Mapping[str, Any]]) -> None:
+    def record_step(
+        self, row: Metrics, completions: Sequence[Mapping[str, Any]], answers: Sequence[Sample] = ()
+    ) -> None:
         """Record a step: its completions, then its metrics, which mark the step as complete."""
         row["memory/peak_gib"] = max(peak_memory() / 2**30, row.get("memory/peak_gib", 0.0))
         with self.saving():
             self.directory.append_completions(completions)
         row["time/save"], self._seconds = self._seconds, 0.0
-        self.record_metrics(row)
+        self.record_metrics(row, completions, answers)
 
-    def record_metrics(self, row: Metrics) -> None:
-        """Add a row to metrics.jsonl, and pass it to trackers and `on_step`."""
+    def record_metrics(
+        self, row: Metrics, completions: Sequence[Mapping[str, Any]] = (), answers: Sequence[Sample] = ()
+    ) -> None:
+        """Add a row to metrics.jsonl, and report the step to the callbacks; `answers` are those of its evaluation."""
         with self.saving():
             self.directory.append_metrics(row)
         self.rows.append(row)
         self.best = best_step([*([self.best] if self.best else []), row])
-        if self._trackers:
-            self._trackers.log(row)
-        if self._on_step:
-            self._on_step(row)
+        self.callbacks.end_step(row, completions, answers)
 
     def record_evaluation(self, step: int, settings: Mapping[str, Any], evaluation: Evaluation) -> None:
         """Write the graded answers of an evaluation."""

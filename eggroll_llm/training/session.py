@@ -3,6 +3,7 @@
 Everything that can be known without the engine is checked before it starts.
 """
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,15 +21,16 @@ from eggroll_llm.records.diagnosis import Finding, diagnose
 from eggroll_llm.records.journal import Journal
 from eggroll_llm.records.run_dir import OnExisting, RunDir
 from eggroll_llm.training.budget import check_memory
+from eggroll_llm.training.callbacks.base import Callback, Callbacks, check_callbacks
+from eggroll_llm.training.callbacks.trackers import trackers
 from eggroll_llm.training.es import EsTrainer
 from eggroll_llm.training.evaluation import Evaluation
 from eggroll_llm.training.grpo import GrpoTrainer
 from eggroll_llm.training.harness import Display, Harness, Run
 from eggroll_llm.training.prepare import Prepared, journal_header, prepare
-from eggroll_llm.training.recorder import OnStep, Recorder
+from eggroll_llm.training.recorder import Recorder
 from eggroll_llm.training.resume import by_checkpoint, by_journal, restore, say_what_was_found
 from eggroll_llm.training.scorer import Scorer
-from eggroll_llm.training.trackers import Trackers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +73,7 @@ class _Opened:
     journal: Journal
     scorer: Scorer
     display: Display
-    on_step: OnStep | None
+    callbacks: Sequence[Callback]
 
 
 def train(
@@ -81,9 +83,10 @@ def train(
     on_existing: OnExisting,
     display: Display,
     *,
-    on_step: OnStep | None = None,
+    callbacks: Sequence[Callback] = (),
 ) -> Outcome:
-    """Train to the limit, write `final/` and return the outcome. Raises UserError."""
+    """Train to the limit, write `final/` and return the outcome. Raises UserError, and what a callback raises."""
+    check_callbacks(callbacks)
     RunDir.check(run_path, on_existing)
     prepared = prepare(config, recipe_dir)
     check_memory(prepared)
@@ -106,7 +109,7 @@ def train(
             else:
                 step, checkpoint = by_checkpoint(run, display)
             opened = _Opened(
-                prepared=prepared, directory=run, journal=journal, scorer=scorer, display=display, on_step=on_step
+                prepared=prepared, directory=run, journal=journal, scorer=scorer, display=display, callbacks=callbacks
             )
             evaluation = _train_from(step, checkpoint, opened)
         return outcome(run, config, evaluation)
@@ -116,47 +119,50 @@ def _train_from(step: int, checkpoint: Checkpoint | None, opened: _Opened) -> Ev
     """Start the engine, continue after `step` and write `final/`; return the last evaluation if it was done here."""
     prepared, run, display = opened.prepared, opened.directory, opened.display
     config, is_es = prepared.config, prepared.config.method == "es"
+    settings = {key: value for key, value in flat(config).items() if applies(key, config)}
+    metrics = run.read_metrics() if step else ()
+    tracking = trackers(config.log, run.path, settings, metrics, display.message)
+    callbacks = Callbacks([*tracking, *opened.callbacks])
     display.working("starting the engine")
     engine = start_engine(
         prepared.model_dir,
         config.engine,
         es=config.es if is_es else None,
         logprobs=not is_es,
+        thinking=config.sampling.thinking_token_budget > 0,
         model=config.model,
         logs=run.path / "engines",
         say=display.message,
     )
-    settings = {key: value for key, value in flat(config).items() if applies(key, config)}
-    trackers = Trackers(config.log, run.path, settings, display.message)
-    try:
-        metrics = run.read_metrics() if step else ()
-        recorder = Recorder(config, run, opened.journal, metrics=metrics, trackers=trackers, on_step=opened.on_step)
+    with contextlib.closing(engine), contextlib.closing(callbacks):
+        recorder = Recorder(config, run, opened.journal, metrics=metrics, callbacks=callbacks)
         harness = Harness(
             Run(prepared=prepared, engine=engine, scorer=opened.scorer, recorder=recorder, display=display), step=step
         )
         engine.watchdog.describe = harness.stopped_by
-        trainer: EsTrainer | GrpoTrainer
-        if is_es:
-            checkpoint = restore(engine, config, run, opened.journal, display)
-            trainer = EsTrainer(harness)
-        else:
-            if run.resumed:
-                display.message(_FROM.format(step) if step else _FROM_START)
-            trainer = GrpoTrainer(harness, checkpoint=checkpoint)
-        recorder.resumed_from = checkpoint.path if checkpoint else None
-        evaluation = trainer.run()
-        display.working("writing the model")
-        run.write_final(trainer.export)
-    except EngineError as error:
-        raise TrainingError(harness.stopped_by(str(error))) from error
-    finally:
-        trackers.close()
-        engine.close()
+        try:
+            trainer: EsTrainer | GrpoTrainer
+            if is_es:
+                checkpoint = restore(engine, config, run, opened.journal, display)
+                trainer = EsTrainer(harness)
+            else:
+                if run.resumed:
+                    display.message(_FROM.format(step) if step else _FROM_START)
+                trainer = GrpoTrainer(harness, checkpoint=checkpoint)
+            recorder.resumed_from = checkpoint.path if checkpoint else None
+            evaluation = trainer.run()
+            if callbacks.stopped:
+                display.message(_STOPPED.format(harness.step, callbacks.reason or "no reason given"))
+            display.working("writing the model")
+            run.write_final(trainer.export)
+        except EngineError as error:
+            raise TrainingError(harness.stopped_by(str(error))) from error
     return evaluation
 
 
 _FROM = "resuming from the checkpoint of step {}; later steps are repeated"
 _FROM_START = "no checkpoint yet: starting from the beginning"
+_STOPPED = "a callback ended the run after step {}: {}"
 
 
 def outcome(run: RunDir, config: RunConfig, evaluation: Evaluation | None = None) -> Outcome:

@@ -69,7 +69,8 @@ def test_byte_order_mark_and_crlf_are_read(recipe: Path) -> None:
         ("steps = 30", "steps = 1979-05-27", "recipe.toml:3: steps = 1979-05-27 is a date, but an integer is expected. "
          "Write steps = <an integer>."),
         ("steps = 30", "sampling = 30", "recipe.toml:3: sampling = 30 is an integer, but sampling is a table. Write a table "
-         "[sampling] with keys from: prompts_per_step, samples_per_prompt, max_tokens, temperature, top_p."),
+         "[sampling] with keys from: prompts_per_step, samples_per_prompt, max_tokens, temperature, top_p, top_k, min_p, repetition_penalty, stop, "
+         "thinking_token_budget."),
         ("steps = 30", "sigma = 30", "recipe.toml:3: unknown key sigma. Did you mean es.sigma?"),
         ("steps = 30", "qqq = 30", "recipe.toml:3: unknown key qqq. Valid keys: model, task, method, seed, steps, minutes, "
          "task_options, chat, sampling, reward, es, grpo, engine, eval, checkpoint, log."),
@@ -153,6 +154,19 @@ def test_files_that_are_no_recipe(recipe: Path) -> None:
         ({"sampling.samples_per_prompt": "2"}, "sampling.samples_per_prompt = 2, sampling.temperature = 0.0: greedy decoding "
          "gives the same completion every time. Set sampling.temperature above 0, or sampling.samples_per_prompt to 1."),
         ({"sampling.top_p": "0"}, "sampling.top_p = 0.0: must be above 0. Set sampling.top_p to a positive number."),
+        ({"sampling.top_k": "20"}, "sampling.top_k = 20, sampling.temperature = 0.0: greedy decoding takes the most probable "
+         "token in any case. Set sampling.temperature above 0, or sampling.top_k to 0."),
+        ({"sampling.min_p": "1.5"}, "sampling.min_p = 1.5: must be at most 1. Set sampling.min_p to 1 or less."),
+        ({"sampling.repetition_penalty": "0"}, "sampling.repetition_penalty = 0.0: must be above 0. "
+         "Set sampling.repetition_penalty to a positive number."),
+        ({"sampling.thinking_token_budget": "256"}, "sampling.thinking_token_budget = 256, sampling.max_tokens = 256: leaves no room "
+         "for an answer. Set sampling.max_tokens to more than sampling.thinking_token_budget."),
+        ({"eval.max_tokens": "9", "sampling.thinking_token_budget": "9"}, "sampling.thinking_token_budget = 9, eval.max_tokens = 9: "
+         "leaves no room for an answer. Set eval.max_tokens to more than sampling.thinking_token_budget."),
+        ({"sampling.stop": '["###", ""]'}, 'sampling.stop = ["###", ""]: every completion would end at an empty text. Remove it.'),
+        ({"es.fitness_from": "probabilities", "sampling.samples_per_prompt": "2", "sampling.temperature": "1",
+          "sampling.min_p": "0.1"}, "sampling.min_p = 0.1: fitness from probabilities needs answers drawn from the model's own "
+         "probabilities. Set sampling.min_p to 0."),
         ({"sampling.temperature": "-0.1"}, "sampling.temperature = -0.1: must be at least 0. "
          "Set sampling.temperature to 0 or more."),
         ({"steps": "0"}, "steps = 0, minutes = 0.0: the run would never end. Set steps or minutes (or both) above 0."),
@@ -194,8 +208,16 @@ learning_rate = 1e-6
     [
         ({"grpo.learning_rate": "0"}, 'grpo.learning_rate = 0.0: must be above 0 with method "grpo". '
          'Set grpo.learning_rate to a positive number.'),
-        ({"sampling.top_p": "0.9"}, "sampling.top_p = 0.9: probabilities are over the whole vocabulary. "
+        ({"sampling.top_p": "0.9"}, "sampling.top_p = 0.9: GRPO needs answers drawn from the model's own probabilities. "
          "Set sampling.top_p to 1."),
+        ({"sampling.top_k": "20"}, "sampling.top_k = 20: GRPO needs answers drawn from the model's own probabilities. "
+         "Set sampling.top_k to 0."),
+        ({"sampling.min_p": "0.1"}, "sampling.min_p = 0.1: GRPO needs answers drawn from the model's own probabilities. "
+         "Set sampling.min_p to 0."),
+        ({"sampling.repetition_penalty": "1.1"}, "sampling.repetition_penalty = 1.1: GRPO needs answers drawn from the model's "
+         "own probabilities. Set sampling.repetition_penalty to 1."),
+        ({"sampling.thinking_token_budget": "9"}, "sampling.thinking_token_budget = 9: GRPO needs answers drawn from the model's "
+         "own probabilities. Set sampling.thinking_token_budget to 0."),
         ({"sampling.samples_per_prompt": "1"}, "sampling.samples_per_prompt = 1: GRPO compares the completions of a problem "
          "with each other. Set sampling.samples_per_prompt to 2 or more, such as 8."),
         ({"sampling.temperature": "0"}, "sampling.temperature = 0.0: greedy completions of a problem are all the same. "
@@ -248,6 +270,18 @@ def test_the_table_of_another_method_is_not_written(recipe: Path, tmp_path: Path
     assert written.read_text().count("\nlearning_rate = ") == 2
     assert load_recipe(written) == config
     assert frozen_hash(both) == frozen_hash(config)
+
+
+@pytest.mark.parametrize(
+    "flag", ["top_k 5", "min_p 0.1", "repetition_penalty 1.2", 'stop ["###"]', "thinking_token_budget 9"]
+)
+def test_what_draws_completions_may_not_change(recipe: Path, flag: str) -> None:
+    saved = load_recipe(recipe, [("sampling.temperature", "1")])
+    key, value = flag.split()
+    now = load_recipe(recipe, [("sampling.temperature", "1"), (f"sampling.{key}", value)])
+    assert frozen_hash(saved) != frozen_hash(now)
+    with pytest.raises(ConfigError, match=rf"cannot resume with changed settings: sampling\.{key} was"):
+        check_resume(saved, now, saved_in="config.toml")
 
 
 def test_steps_may_not_change_under_a_schedule_of_grpo(recipe: Path) -> None:

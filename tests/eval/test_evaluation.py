@@ -57,6 +57,49 @@ def test_a_run_is_asked_what_it_was_trained_on() -> None:
     assert decide(CONFIG, max_tokens=7).max_tokens == 7
 
 
+def test_a_run_is_asked_as_its_own_evaluations_ask() -> None:
+    """Flags go before it, and another task or protocol has none of it."""
+    sampling = SamplingConfig(
+        repetition_penalty=1.2, stop=("###",), top_p=0.5, temperature=0.5, thinking_token_budget=9
+    )
+    run = dataclasses.replace(CONFIG, sampling=sampling)
+
+    def asked(**how: Any) -> tuple[Any, ...]:
+        settings = decide(run, **how)
+        assert (settings.top_p, settings.temperature) == (1.0, 0.0)
+        return settings.repetition_penalty, settings.stop, settings.thinking_token_budget
+
+    assert asked() == (1.2, ("###",), 9)
+    assert asked(repetition_penalty=None, stop=None) == asked()
+    assert asked(repetition_penalty=1.0, stop=("Q:",), thinking_token_budget=0) == (1.0, ("Q:",), 0)
+    assert asked(task="gsm8k") == asked(task="countdown") == (1.0, (), 0)
+
+
+def test_flags_of_sampling_are_in_the_result(
+    data: Path, tiny_model: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And in its table; without them it is named as before there were such flags."""
+    parrots: list[Parrot] = []
+
+    def start(*_: Any, **__: Any) -> Parrot:
+        parrots.append(Parrot(breaks_after=99))
+        return parrots[-1]
+
+    monkeypatch.setattr(evaluation, "start_engine", start)
+    command = f"eval {tiny_model('llama')} --task gsm8k --data-dir {data} --num-fewshot 0 --limit 2 --temperature 1"
+    flags = "--top-k 5 --min-p 0.1 --repetition-penalty 1.2 --stop Aha --stop Q:"
+    facts = []
+    for name, more in (("plain", ""), ("set", flags)):
+        out = tmp_path / f"{name}.json"
+        assert main([*command.split(), "--out", str(out), *more.split()]) == 0
+        facts.append(json.loads(out.read_text())["config"])
+    new = {"top_k": 5, "min_p": 0.1, "repetition_penalty": 1.2}
+    stop = (*lm_eval.STOP["gsm8k"], "Aha", "Q:")
+    assert parrots[-1].decoding == Decoding(max_tokens=256, temperature=1.0, stop=stop, special_tokens=True, **new)
+    assert facts[1] == facts[0] | new | {"stop": list(stop)}
+    assert not facts[0].keys() & new.keys()
+
+
 def test_gsm8k_by_name_is_lm_evals() -> None:
     """With the run's data, and nothing else of how it was trained."""
     for task in lm_eval.TASKS:
@@ -93,9 +136,12 @@ def test_another_task_takes_the_engine_alone() -> None:
         ({"task": "countdown", "apply_chat_template": True}, [], "belong to --protocol lm-eval"),
         ({"task": "countdown", "shots": 0}, [], "belong to --protocol lm-eval"),
         ({"task": "gsm8k", "samples": 4}, [], "--samples 4: greedy decoding gives the same answer"),
-        ({"task": "gsm8k", "temperature": -1.0}, [], "--temperature -1.0: must be 0 or more"),
-        ({"task": "gsm8k", "temperature": float("nan")}, [], "--temperature nan: must be 0 or more"),
-        ({"task": "gsm8k", "top_p": 0.0}, [], "--top-p 0.0: must be above 0 and at most 1"),
+        ({"task": "gsm8k", "temperature": -1.0}, [], "--temperature: sampling.temperature = -1.0: must be at least 0"),
+        ({"task": "gsm8k", "temperature": float("nan")}, [], "--temperature: sampling.temperature = nan is not finite"),
+        ({"task": "gsm8k", "top_p": 0.0}, [], "--top-p: sampling.top_p = 0.0: must be above 0"),
+        ({"task": "gsm8k", "top_k": 5}, [], "--top-k: sampling.top_k = 5, sampling.temperature = 0.0: greedy decoding"),
+        ({"task": "gsm8k", "repetition_penalty": 0.0}, [], "--repetition-penalty: sampling.repetition_penalty = 0.0"),
+        ({"task": "gsm8k", "stop": ("",)}, [], '--stop: sampling.stop = [""]: every completion would end at'),
     ],
 )
 def test_what_is_refused(how: dict[str, Any], flags: list[tuple[str, str]], said: str) -> None:
@@ -126,7 +172,7 @@ class Parrot:
         self.breaks_after, self.closed, self.asked = breaks_after, False, 0
 
     def stream(self, requests: Sequence[Request], decoding: Decoding) -> Generator[tuple[int, Completion], None, None]:
-        self.asked = len(requests)
+        self.asked, self.decoding = len(requests), decoding
         for count, i in enumerate(reversed(range(len(requests)))):
             if count == self.breaks_after:
                 raise KeyboardInterrupt
@@ -170,7 +216,7 @@ def test_interrupted_anywhere_it_comes_to_the_same(
     assert run(path, 0) == whole  # complete: no engine is started
     assert parrots[-1].asked == 0
     assert len(path.read_text().splitlines()) == 21
-    for change in ({"seed": 1}, {"temperature": 0.5}, {"limit": 6}, {"apply_chat_template": True}):
+    for change in ({"seed": 1}, {"temperature": 0.5}, {"limit": 6}, {"apply_chat_template": True}, {"min_p": 0.1}):
         with pytest.raises(SamplesError, match="belongs to another evaluation"):
             run(path, 99, **change)
     assert run(None, 99, seed=1) != whole

@@ -12,6 +12,7 @@ from eggroll_llm.config.recipe import to_toml
 from eggroll_llm.config.schema import RunConfig
 from eggroll_llm.errors import CheckpointError, ConfigError, ModelError
 from eggroll_llm.es.settings import EsSettings
+from eggroll_llm.models.resolve import resolve_model, settled_name
 from eggroll_llm.records.checkpoint import save_checkpoint
 from eggroll_llm.records.run_dir import RunDir
 from eggroll_llm.records.weights import final_step, weights_at, write_provenance
@@ -93,6 +94,25 @@ def test_or_at_its_best_step_or_at_a_checkpoint(run: tuple[Path, RunConfig], at:
     (directory / "model.safetensors").write_bytes(b"")
     with pytest.raises(CheckpointError, match="0 bytes, but"):
         find_subject(str(path), at)
+
+
+def test_a_run_is_a_model_by_its_name_and_step(run: tuple[Path, RunConfig], model: Path) -> None:
+    """To `eval` it is the run, with its task and prompts; to `train`, a model."""
+    path, _ = run
+    assert find_subject(f"{path}@best") == find_subject(str(path), "best")
+    with pytest.raises(ConfigError, match="both choose a step"):
+        find_subject(f"{path}@best", "10")
+    directory = path / "checkpoints" / "step-000010"
+    for at in ("best", "10"):
+        assert resolve_model(f"{path}@{at}") == directory
+        assert settled_name(f"{path}@{at}") == f"{path}@10"
+    for resolve in (resolve_model, settled_name):
+        with pytest.raises(ModelError, match=f"has no final/ yet: choose a checkpoint, {path}@STEP"):
+            resolve(str(path))
+    copy_of(model)(path / "final")
+    write_provenance(path / "final", step=20, base_model="ab")
+    assert resolve_model(str(path)) == resolve_model(f"{path}@20") == path / "final"
+    assert settled_name(str(path)) == f"{path}@20"
 
 
 def test_what_a_run_does_not_have(run: tuple[Path, RunConfig]) -> None:

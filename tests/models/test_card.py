@@ -17,6 +17,7 @@ from eggroll_llm.config.recipe import to_toml
 from eggroll_llm.config.schema import EvalConfig, RunConfig
 from eggroll_llm.errors import JournalError
 from eggroll_llm.es.settings import EsSettings
+from eggroll_llm.models.called import called
 from eggroll_llm.models.card import Trained, card_text, write_card
 from eggroll_llm.records.journal import Journal, JournalEntry, JournalHeader
 
@@ -304,3 +305,27 @@ def test_text_of_a_user_stays_text(journal: Path, text: str) -> None:
     spans = [child.content for child in inline if child.type == "code_inline"]
     name = " ".join(f"{text}.py:{text}".rsplit("/", 1)[-1].split())
     assert name in spans
+
+
+def test_what_a_base_model_was_made_from(journal: Path, tmp_path: Path) -> None:
+    """A run from a step of a run from an adapter; while their files are there."""
+    (tmp_path / "lora").mkdir()
+    (tmp_path / "lora" / "adapter_config.json").write_text("{}")
+    (tmp_path / "first").mkdir()
+    (tmp_path / "first" / "journal.jsonl").write_text("")
+    lora = f"{tmp_path / 'lora'}@Qwen/Qwen2.5-0.5B"
+    (tmp_path / "first" / "config.toml").write_text(f'model = "{lora}"\n')
+    config = dataclasses.replace(CONFIG, model=f"{tmp_path / 'first'}@20")
+    text = card(journal, config)
+    assert (
+        "- Base model: step 20 of the run `first`, which began from the LoRA adapter `lora`, merged into "
+        "[`Qwen/Qwen2.5-0.5B`](https://huggingface.co/Qwen/Qwen2.5-0.5B). Identity `0123456789abcdef`."
+    ) in text
+    assert ModelCard(text).data.base_model == "Qwen/Qwen2.5-0.5B"
+    assert "# first-20-countdown-" in text
+    assert called(lora) == "lora@Qwen2.5-0.5B"
+    # Two runs, each from the other: overwritten, or made up.
+    (tmp_path / "first" / "config.toml").write_text(f'model = "{config.model}"\n')
+    assert "step 20 of the run `first`, which began from `first@20`, a local directory" in card(journal, config)
+    (tmp_path / "first" / "config.toml").unlink()
+    assert "- Base model: `first@20`, a local directory." in card(journal, config)

@@ -295,6 +295,22 @@ class TestPlan:
         with pytest.raises(UserError, match=f"step {at} has no checkpoint|--at {at}: write"):
             plan_push(run, "me/mine", at=at)
 
+    def test_takes_the_step_from_the_name_of_the_run(self, run: Path) -> None:
+        for at in ("best", "2"):
+            assert plan_push(f"{run}@{at}", "me/mine") == plan_push(run, "me/mine", at=at)
+
+    def test_uploads_an_adapter_as_it_is(self, tmp_path: Path) -> None:
+        adapter = tmp_path / "adapter"
+        adapter.mkdir()
+        (adapter / "adapter_config.json").write_text('{\n  "base_model_name_or_path": "/home/me/base"\n}\n')
+        for name in ("README.md", "adapter_model.safetensors", "optimizer.pt"):
+            (adapter / name).write_bytes(b"x")
+        plan = plan_push(adapter, "me/mine")
+        assert [file.path for file in plan.files] == ["README.md", "adapter_config.json", "adapter_model.safetensors"]
+        assert plan.left_out == ("optimizer.pt",)
+        (warning,) = plan.warnings
+        assert '"base_model_name_or_path": "/home/me/base" is a path' in warning
+
     def test_refuses_a_step_of_a_plain_model(self, model: Path) -> None:
         with pytest.raises(PushError, match=r"--at best: .*model is not a run directory. Leave --at out"):
             plan_push(model, "me/mine", at="best")

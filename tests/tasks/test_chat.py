@@ -4,6 +4,7 @@ import dataclasses
 import tomllib
 from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from eggroll_llm.config.schema import ChatConfig, EvalConfig, GrpoConfig, RunCon
 from eggroll_llm.engine.interface import Completion, Decoding, Request
 from eggroll_llm.errors import ConfigError, ModelError, TaskError, UserError
 from eggroll_llm.es.settings import EsSettings
-from eggroll_llm.tasks.chat import check_chat
+from eggroll_llm.tasks.chat import check_chat, thought_tags
 from eggroll_llm.tasks.prompts import Prompter
 from eggroll_llm.training import session
 from eggroll_llm.training.prepare import Prepared, prepare
@@ -145,7 +146,7 @@ def test_a_run_from_before_there_were_such_settings_resumes(tmp_path: Path) -> N
     assert frozen_hash(grpo) == "f4347e4730e3114b37e401baa7002d7537f4493e4d5ead655a670b20143147a5"
     old = {key: value for key, value in tomllib.loads(to_toml(es)).items() if key != "chat"}
     (tmp_path / "config.toml").write_text(
-        session.to_toml(es).replace('[chat]\nsystem = ""\n\n[chat.template_args]\n', "")
+        session.to_toml(es).replace('[chat]\nsystem = ""\ntemplate_file = ""\n\n[chat.template_args]\n', "")
     )
     assert tomllib.loads((tmp_path / "config.toml").read_text()) == old
     check_resume(load_recipe(tmp_path / "config.toml"), es, saved_in="config.toml")
@@ -253,6 +254,61 @@ def test_half_a_surrogate_pair_in_a_system_prompt_is_named(config: RunConfig) ->
         validate(dataclasses.replace(config, chat=ChatConfig(system="\ud83d x")))
 
 
+def test_a_template_file_takes_the_place_of_the_models(config: RunConfig, folder: Path) -> None:
+    """Beside the recipe; in evaluations of the run from anywhere, which are the same wherever it lies."""
+    (folder / "mine.jinja").write_text("{% for m in messages %}[{{ m.role }}] {{ m.content }}{{ mark }}{% endfor %} =")
+    chat = ChatConfig(system="Add.", template_file="mine.jinja", template_args={"mark": "!"})
+    prepared = prepare(dataclasses.replace(config, chat=chat), folder)
+    assert texts(prepared) == [f"[system] Add.![user] {word}! =" for word in WORDS]
+    assert prepared.config.chat.template_file == str(folder / "mine.jinja")
+    assert frozen_hash(prepared.config) != frozen_hash(
+        dataclasses.replace(prepared.config, chat=dataclasses.replace(chat, template_file=""))
+    )
+
+
+@pytest.mark.parametrize(
+    ("template", "kind", "said"),
+    [
+        (None, ConfigError, r"chat\.template_file = '.*mine\.jinja': cannot be read \(.*No such file"),
+        (b"\xff", ConfigError, "cannot be read .*codec"),
+        (b" \n", ConfigError, "is empty: write a chat template into it"),
+        (b"{% for %}", ModelError, r"mine\.jinja: the chat template does not take .* \(TemplateSyntaxError"),
+        (b"{{ messages.__class__.__mro__ }}", ModelError, r"mine\.jinja: .* \(SecurityError: access to attribute"),
+        (b"{{ messages.clear() }}", ModelError, r"mine\.jinja: .* \(SecurityError"),
+        (b"{% include '/etc/passwd' %}", ModelError, r"mine\.jinja: .* \(TypeError: no loader"),
+    ],
+)
+def test_templates_that_are_none_or_leave_their_sandbox(
+    config: RunConfig, folder: Path, template: bytes | None, kind: type[UserError], said: str
+) -> None:
+    if template is not None:
+        (folder / "mine.jinja").write_bytes(template)
+    with pytest.raises(kind, match=said):
+        prepare(dataclasses.replace(config, chat=ChatConfig(template_file="mine.jinja")), folder)
+
+
+def test_a_budget_needs_tokens_that_mark_thoughts(config: RunConfig, folder: Path) -> None:
+    sampling = dataclasses.replace(config.sampling, thinking_token_budget=9)
+    with pytest.raises(ConfigError, match=r"sampling\.thinking_token_budget = 9: .* no pair of tokens such as <think>"):
+        prepare(dataclasses.replace(config, sampling=sampling), folder)
+
+
+def test_tags_are_paired_by_their_names() -> None:
+    written = [
+        "</think>",
+        "<think>",
+        "[THINK]",
+        "[/THINK]",
+        "<|im_end|>",
+        "<thought>",
+        "\u25c1think\u25b7",
+        "\u25c1/think\u25b7",
+    ]
+    added = {100 + i: SimpleNamespace(content=text) for i, text in enumerate(written)}
+    assert thought_tags(SimpleNamespace(added_tokens_decoder=added)) == {101: 100, 102: 103, 106: 107}
+    assert thought_tags(object()) == {}
+
+
 class Asked:
     """An engine that keeps what it was asked."""
 
@@ -283,10 +339,13 @@ def test_an_evaluation_asks_like_the_run_and_flags_go_before_it(
         results = evaluate_subject(settings_for(subject, flags, task=how.pop("task", task), **how), folder)
         return tokenizer.decode(engine.prompts[0]), results.facts.get("chat")
 
-    assert asked(run) == (expected("test 0"), dataclasses.asdict(OFF))
+    assert asked(run) == (expected("test 0"), {"system": OFF.system, "template_args": OFF.template_args})
     assert asked(run, task=f"{folder}/words.py:Words")[0] == expected("test 0")
     flags = [("chat.system", "Answer in one word."), ("chat.template_args.enable_thinking", "false")]
-    assert asked(base, *flags) == (expected("test 0"), dataclasses.asdict(OFF))
+    (folder / "mine.jinja").write_text("{{ messages[0].content }}")
+    file = ("chat.template_file", str(folder / "mine.jinja"))
+    assert asked(base, file) == ("test 0", {"system": "", "template_args": {}})
+    assert asked(base, *flags) == (expected("test 0"), {"system": OFF.system, "template_args": OFF.template_args})
     text, facts = asked(base)
     assert ("Be kind." in text, "<think>" in text, facts) == (True, False, None)
     text, facts = asked(run, ("chat.system", ""))

@@ -1,31 +1,45 @@
-"""TensorBoard and W&B get every row, and nothing that they do reaches the run. The packages are stand-ins."""
+"""TensorBoard and W&B get every row and a few answers, and nothing that they do reaches the run.
+
+The packages are stand-ins. As the real one, that of W&B keeps the steps of an id and drops a step before its next one.
+"""
 
 import dataclasses
+import html
 import importlib.util
 import json
+import re
 import sys
 import textwrap
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
-from fake_engine import CONFIG, Bench, Near, rows, same_run
+from fake_engine import CONFIG, Bench, rows, same_run
 
 from eggroll_llm.config.schema import LogConfig
-from eggroll_llm.tasks.task import Score
-from eggroll_llm.training.trackers import Trackers
+from eggroll_llm.records.answers import TASK, Graded, Sample
+from eggroll_llm.training.callbacks.base import Callbacks
+from eggroll_llm.training.callbacks.trackers import trackers
 
 WANDB = """
     import json, pathlib
     def say(*values):
         with pathlib.Path({log!r}).open("a") as file:
             file.write(json.dumps(values) + "\\n")
+    class Table(dict):
+        pass
     class Run:
+        def __init__(self, id):
+            self.kept = pathlib.Path({log!r} + id)
+            self.step = int(self.kept.read_text()) + 1 if self.kept.exists() else 0
         def log(self, row, step):
-            say("log", row, step)
             {in_log}
+            assert step >= self.step, "dropped"
+            self.step = step
+            self.kept.write_text(str(step))
+            say("log", row, step)
         def finish(self):
             {in_finish}
             say("finish")
@@ -34,7 +48,7 @@ WANDB = """
     def init(**options):
         {in_init}
         say("init", options)
-        return Run()
+        return Run(options["id"])
     {on_import}
 """
 WRITER = """
@@ -47,13 +61,15 @@ WRITER = """
                 file.write(json.dumps(values) + "\\n")
         def add_scalar(self, key, value, step):
             self.say(key, value, step)
+        add_text = add_scalar
         def flush(self):
             pass
         def close(self):
             self.say("close")
 """
-BOTH = LogConfig(tensorboard=True, wandb="mine")
+BOTH = LogConfig(tensorboard=True, wandb="mine", samples=1)
 ONLY_WANDB = LogConfig(wandb="mine")
+HOSTILE = "</script>\n|`*_[x](y)\x1b[2J\x00\u202e \ud800"
 ROW = {"step": 3, "reward/mean": 0.5, "eval/accuracy": float("nan"), "completions": 24}
 
 
@@ -87,15 +103,17 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., No
     return write
 
 
-def run(path: Path, config: LogConfig, *rows: dict[str, Any]) -> list[str]:
-    """Log the rows and close; return the warnings."""
+def run(
+    path: Path, config: LogConfig, *rows: dict[str, Any], earlier: Sequence[Any] = (), answers: Sequence[Sample] = ()
+) -> list[str]:
+    """Log the rows, the last with an evaluation, and close; return the warnings."""
     warnings: list[str] = []
     (path / "run").mkdir(exist_ok=True)
-    logged = Trackers(config, path / "run", {"es.sigma": 0.01, "seed": 3}, warnings.append)
+    settings = {"es.sigma": 0.01, "note": HOSTILE}
+    callbacks = Callbacks(trackers(config, path / "run", settings, earlier, warnings.append))
     for row in rows:
-        logged.log(row)
-    logged.close()
-    logged.close()
+        callbacks.end_step(row, [{"completion": "not theirs"}], answers if row is rows[-1] else ())
+    callbacks.close()
     return warnings
 
 
@@ -119,7 +137,7 @@ def test_both_get_every_number_of_every_row(
                 "resume": "allow",
                 "name": "run",
                 "dir": str(tmp_path / "run"),
-                "config": {"es.sigma": 0.01, "seed": 3},
+                "config": {"es.sigma": 0.01, "note": HOSTILE.replace("\ud800", "\ufffd")},
                 "settings": {"console": "off"},
             },
         ],
@@ -155,7 +173,8 @@ def test_a_resumed_run_goes_on_in_the_same_run_of_both(
     assert first == second == third
     assert len({first, fourth, fifth}) == 3
     assert {start["resume"] for start in starts} == {"allow"}
-    assert [line[2] for line in said("wandb") if line[0] == "log"][:6] == [0, 1, 2, 3, 4, 5]
+    metrics = [line[2] for line in said("wandb") if line[0] == "log" and "eval/samples" not in line[1]]
+    assert metrics[:6] == [0, 1, 2, 3, 4, 5]
     opened = [line[1:] for line in said("tensorboard") if line[0] == "open"]
     assert [purge_step for _, purge_step in opened] == [0, 3, 5, 0, 0]
 
@@ -212,29 +231,53 @@ def test_a_run_comes_to_the_same_whatever_its_trackers_do(
     assert [row["step"] for row in rows(tmp_path / "run")] == [0, 1, 2, 3, 4]
 
 
-HOSTILE = "</script>\x1b[2J\x00\u202e \ud800"
+def test_wandb_has_each_step_once_whatever_was_lost_in_between(
+    tmp_path: Path, install: Callable[..., None], said: Callable[[str], list[Any]]
+) -> None:
+    """A step that is done again keeps its values; those that a killed process had not uploaded are given later."""
+    install()
+    rows = [{"step": step, "x": step} for step in range(8)]
+    assert run(tmp_path, ONLY_WANDB, *rows[:4], answers=[answer("1")]) == []
+    assert run(tmp_path, ONLY_WANDB, *rows[3:5], earlier=rows[:3]) == []
+    assert run(tmp_path, ONLY_WANDB, *rows[7:], earlier=rows[:7]) == []
+    numbers = [line[1]["x"] for line in said("wandb") if line[0] == "log" and "x" in line[1]]
+    assert numbers == list(range(8))
 
 
-def test_they_get_no_text_of_a_model_and_settings_as_valid_text(
-    tmp_path: Path, install: Callable[..., None], said: Callable[[str], list[Any]], monkeypatch: pytest.MonkeyPatch
+def answer(text: str) -> Sample:
+    return Sample(
+        problem=0,
+        sample=0,
+        id="p",
+        doc={"question": text},
+        prompt_hash="",
+        completion=text,
+        tokens=1,
+        truncated=False,
+        scores={TASK: Graded(correct=True, reward=0.5, detail="")},
+    )
+
+
+def test_a_few_answers_are_a_table_in_which_no_text_acts(
+    tmp_path: Path, install: Callable[..., None], said: Callable[[str], list[Any]]
 ) -> None:
     install()
-    (tmp_path / "run").mkdir()
-    logged = Trackers(BOTH, tmp_path / "run", {"task_options.note": HOSTILE}, pytest.fail)
-    logged.log(ROW)
-    logged.close()
-    assert said("wandb")[0][1]["config"] == {"task_options.note": HOSTILE.replace("\ud800", "\ufffd")}
-
-    class Shouting(Near):
-        def score(self, completion: str, problem: Mapping[str, Any], *, truncated: bool = False) -> Score:
-            score = super().score(completion, problem, truncated=truncated)
-            return dataclasses.replace(score, detail=HOSTILE)
-
-    bench = Bench(tmp_path, monkeypatch)
-    bench.train("bench", task=Shouting(), log=dataclasses.replace(CONFIG.log, wandb="mine", tensorboard=True))
-    values = [value for line in said("wandb") if line[0] == "log" for value in line[1].values()]
-    assert {type(value) for value in values} == {int, float}
-    assert HOSTILE[:9] in (tmp_path / "bench" / "completions.jsonl").read_text()  # where it belongs
+    assert run(tmp_path, BOTH, ROW, answers=[answer(HOSTILE), answer("the second is not shown")]) == []
+    (table,) = (line[1]["eval/samples"] for line in said("wandb") if line[0] == "log" and "eval/samples" in line[1])
+    assert table["columns"] == ["problem", "answer", "reward", "correct"]
+    ((problem, text, reward, correct),) = table["data"]
+    assert (reward, correct) == (0.5, True)
+    assert text == "</script>\n" + r"|`*_[x](y)\x1b[2J\x00\u202e \ud800"
+    assert problem.startswith('{"id": "p", "question": "</script>')
+    assert (problem + text).replace("\n", "").isprintable()
+    (markdown,) = (line[1] for line in said("tensorboard") if line[0] == "eval/samples")
+    head, rule, row = markdown.splitlines()
+    assert (head, rule) == ("| problem | answer | reward | correct |", "| --- | --- | --- | --- |")
+    assert re.fullmatch(r"(\| ([\w ]|&#\d+;)+ ){4}\|", row)
+    assert r"</script>\n|`*_[x](y)\x1b[2J\x00\u202e \ud800" in html.unescape(row)
+    (tmp_path / "none").mkdir()
+    run(tmp_path / "none", LogConfig(tensorboard=True, wandb="mine", samples=0), ROW, answers=[answer("x")])
+    assert len([line for name in ("wandb", "tensorboard") for line in said(name) if "eval/samples" in str(line)]) == 2
 
 
 def test_a_package_that_is_not_installed(tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ from eggroll_llm.engine.token_tree import trees_of
 from eggroll_llm.engine.vllm.arguments import VLLM_RANKS, engine_args, population_settings
 from eggroll_llm.engine.vllm.failures import REFUSALS, Refused, call_error, rank_error, start_error
 from eggroll_llm.engine.vllm.ranks import environment
+from eggroll_llm.engine.vllm.sampler import ThoughtBudget
 from eggroll_llm.engine.vllm.text import TextRules, completion, sampling_params
 from eggroll_llm.engine.watchdog import Watchdog
 from eggroll_llm.errors import EngineError, ModelError, UserError
@@ -65,13 +66,15 @@ class VllmEngine:
         trainable: bool = True,
         stock: bool = False,
         logprobs: bool = False,
+        thinking: bool = False,
         vllm_args: Mapping[str, Any] | None = None,
     ) -> None:
         """Start vLLM on a checked model directory.
 
         `slots` members are resident at once, of rank `rank`. Without `trainable` there are no float32 masters, and only
         `generate`, `stream`, `next_token_logprobs` and `load_weights` may be called. `stock` leaves a CPU to vLLM's own
-        adapter arithmetic, for comparison. With `logprobs` decoding may ask for them, which costs a softmax per token.
+        adapter arithmetic, for comparison. With `logprobs` decoding may ask for them, which costs a softmax per token;
+        with `thinking` it may limit thoughts, which takes the tokens of every step to the processor before the next.
         `vllm_args` replace arguments of vLLM, such as `load_format`, for measurements.
         Raises ModelError when the model cannot be adapted, ConfigError when memory is short, else EngineError.
         """
@@ -94,6 +97,9 @@ class VllmEngine:
         args = dataclasses.replace(args, enable_prefix_caching=prefix_caching, **(vllm_args or {}))
         if logprobs:  # those of the distribution that is sampled from
             args.logprobs_mode = "processed_logprobs"
+        if thinking:
+            args.logits_processors = [ThoughtBudget]
+        self._thinking = thinking
         self._batch_tokens = args.max_num_batched_tokens
         settings = dataclasses.asdict(es or EsSettings()) if trainable else None
         args.additional_config = population_settings(config, rank=rank, es=settings, stock=stock)
@@ -146,6 +152,7 @@ class VllmEngine:
 
     def submit(self, requests: Mapping[int, Request], decoding: Decoding) -> None:
         """Take requests, by keys that are not in use; `poll` answers them."""
+        assert not decoding.thinking_token_budget or self._thinking
         params = sampling_params(decoding, self.text_rules, own_sampler=self.own_sampler)
         self._queue(requests, params, lambda output: completion(output, decoding, self.text_rules))
 

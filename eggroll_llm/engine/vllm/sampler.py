@@ -1,20 +1,28 @@
-"""Seeded sampling on a GPU without a loop over requests (`sampling_triton`).
+"""What we change in vLLM's sampling: seeds on a GPU without a loop over requests, and a budget for thoughts.
 
 A request of a population has its own seed. vLLM's first model runner would give each a generator and fill a row of
-noise for each in a launch of its own, hundreds in a step. Here seeds and positions of the batch go to one kernel, and
-requests carry their seed as an extra argument, which vLLM leaves alone.
+noise for each in a launch of its own, hundreds in a step. Here seeds and positions of the batch go to one kernel
+(`sampling_triton`), and requests carry their seed as an extra argument, which vLLM leaves alone.
+
+vLLM's own `thinking_token_budget` does not serve: it forgets what it has counted when a request is preempted, and
+searches the whole completion at every token.
 """
 
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from vllm import SamplingParams
+from vllm.config import VllmConfig
+from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor
+from vllm.v1.sample.logits_processor.builtin import process_dict_updates
 from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p
 
-_SEED = "seed"
+_SEED, _THOUGHTS, _BUDGET = "seed", "thoughts", "thinking_token_budget"
 
 
 def seed_argument(seed: int | None) -> dict[str, Any]:
@@ -50,3 +58,79 @@ def _forward(
     seeds[: len(arguments)] = torch.tensor([(extra or {}).get(_SEED, 0) for extra in arguments], dtype=torch.int64)
     last_token_Q = runner.query_start_loc.gpu[1 : rows + 1].long() - 1
     return sample(logits_QV, seeds.to(device, non_blocking=True), runner.positions[last_token_Q]), returned
+
+
+def thought_argument(tags: Mapping[int, int], budget: int) -> dict[str, Any]:
+    """Return the `SamplingParams.extra_args` of a request with a budget; tags open a thought -> close it."""
+    return {_THOUGHTS: dict(tags), _BUDGET: budget}
+
+
+class ThoughtBudget(LogitsProcessor):
+    """Leaves a completion whose thoughts have taken their budget of tokens no token but the one that closes them.
+
+    What it does depends on prompt and completion alone, so a preempted request goes on as it would have.
+    """
+
+    def __init__(self, vllm_config: VllmConfig, device: torch.device, is_pin_memory: bool) -> None:
+        self._device = device
+        self._by_row: dict[int, _Thoughts] = {}
+
+    def is_argmax_invariant(self) -> bool:
+        """Return that greedy decoding is changed, too."""
+        return False
+
+    def update_state(self, batch_update: BatchUpdate | None) -> None:
+        """Follow the requests to their rows in the batch."""
+        process_dict_updates(self._by_row, batch_update, _thoughts)
+
+    def apply(self, logits: Tensor) -> Tensor:
+        """Force the closing tag in the rows [requests, vocabulary] where it is due."""
+        due = [(row, tag) for row, thoughts in self._by_row.items() if (tag := thoughts.due()) is not None]
+        if due:
+            row_D, tag_D = torch.tensor(due, device=self._device).T
+            logits[row_D] = -torch.inf
+            logits[row_D, tag_D] = 0.0
+        return logits
+
+
+@dataclass(slots=True)
+class _Thoughts:
+    """The thoughts of a request."""
+
+    tags: Mapping[int, int]
+    budget: int
+    completion: list[int]
+    """vLLM's own list, which grows."""
+    closing: int | None = None
+    """The tag that closes the thought that is open."""
+    seen: int = 0
+    """Tokens of the completion that were read."""
+    spent: int = 0
+    """Those of them in thoughts."""
+
+    def due(self) -> int | None:
+        """Return the tag that has to be next."""
+        self.spent += self.read(self.completion[self.seen :])
+        self.seen = len(self.completion)
+        return self.closing if self.spent >= self.budget else None
+
+    def read(self, token_ids: Sequence[int]) -> int:
+        """Return how many of the next tokens are in thoughts, tags excluded but for those that open one within one."""
+        inside = 0
+        for token_id in token_ids:
+            if self.closing is None:
+                self.closing = self.tags.get(token_id)
+            elif token_id == self.closing:
+                self.closing = None
+            else:
+                inside += 1
+        return inside
+
+
+def _thoughts(params: SamplingParams, prompt: list[int] | None, completion: list[int]) -> _Thoughts | None:
+    extra = params.extra_args or {}
+    if _BUDGET not in extra:
+        return None
+    thoughts = _Thoughts(extra[_THOUGHTS], extra[_BUDGET], completion)
+    thoughts.read(prompt or ())
+    return thoughts

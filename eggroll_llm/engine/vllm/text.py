@@ -15,8 +15,9 @@ from vllm import RequestOutput, SamplingParams
 from vllm.sampling_params import RequestOutputKind
 
 from eggroll_llm.engine.interface import Completion, Decoding, Request
-from eggroll_llm.engine.vllm.sampler import seed_argument
+from eggroll_llm.engine.vllm.sampler import seed_argument, thought_argument
 from eggroll_llm.errors import EngineError
+from eggroll_llm.tasks.chat import thought_tags
 from rewards.turns import THOUGHT, TURN_END, TURN_START
 
 
@@ -76,6 +77,11 @@ class TextRules:
     def _thoughts(self) -> dict[int, str]:
         return {token_id: content for token_id, content in self._special.items() if THOUGHT.fullmatch(content)}
 
+    @cached_property
+    def thought_tags(self) -> dict[int, int]:
+        """Return the tokens that open a thought, each with the one that closes it."""
+        return thought_tags(self._tokenizer)
+
     def _find_ids_with(self, character: str) -> list[int]:
         ids = range(len(self._tokenizer))
         texts = self._tokenizer.batch_decode([[token_id] for token_id in ids])
@@ -85,10 +91,15 @@ class TextRules:
 def sampling_params(decoding: Decoding, rules: TextRules, *, own_sampler: bool) -> Callable[[Request], SamplingParams]:
     """Return what makes a request's parameters; with `own_sampler` the seed goes where `sampler` looks for it."""
     stop_ids = None if decoding.special_tokens else rules.stop_token_ids(decoding.stop)
+    budget = decoding.thinking_token_budget
+    extra = thought_argument(rules.thought_tags, budget) if budget else {}
     common: dict[str, Any] = {
         "max_tokens": decoding.max_tokens,
         "temperature": decoding.temperature,
         "top_p": decoding.top_p,
+        "top_k": decoding.top_k,
+        "min_p": decoding.min_p,
+        "repetition_penalty": decoding.repetition_penalty,
         "output_kind": RequestOutputKind.FINAL_ONLY,
         "ignore_eos": decoding.ignore_eos,
         "logprobs": 0 if decoding.logprobs else None,  # of the sampled token, and of no other
@@ -102,11 +113,11 @@ def sampling_params(decoding: Decoding, rules: TextRules, *, own_sampler: bool) 
     else:
         common |= {"stop_token_ids": stop_ids, "detokenize": False}
     if decoding.temperature == 0:
-        params = SamplingParams(**common)
+        params = SamplingParams(**common, extra_args=extra)
         return lambda request: params
     if own_sampler:
-        return lambda request: SamplingParams(**common, extra_args=seed_argument(request.seed))
-    return lambda request: SamplingParams(**common, seed=request.seed)
+        return lambda request: SamplingParams(**common, extra_args=extra | seed_argument(request.seed))
+    return lambda request: SamplingParams(**common, extra_args=extra, seed=request.seed)
 
 
 def completion(output: RequestOutput, decoding: Decoding, rules: TextRules) -> Completion:

@@ -33,7 +33,7 @@ def load_verifiers(
     check_package()
     spec, file_hash = describe(options, base_dir, place)
     label = f"{place('environment')}: environment {options.environment!a}"
-    task = VerifiersTask(label=label, spec=spec, file_hash=file_hash, hashes={}, stop=options.stop)
+    task = VerifiersTask(label=label, spec=spec, file_hash=file_hash, hashes={})
     with UserProcess(task, limits or RewardConfig()) as process:
         train, test = process.problems("train"), process.problems("test")
         tried = [Answer(text=str(problem.get("answer", "1")), problem=problem) for problem in train[:2]]

@@ -18,5 +18,3 @@ class VerifiersOptions:
     """Share of the training rows that is held out where the environment has no evaluation data set."""
     seed: int = 0
     """Seed that chooses the rows held out, independent of the seed of the run."""
-    stop: tuple[str, ...] = ()
-    """Texts at which an answer ends."""

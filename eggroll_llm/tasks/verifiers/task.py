@@ -33,8 +33,12 @@ class VerifiersTask:
     """SHA-256 of the rows of each split, as loaded; empty before."""
     train: Sequence[Problem] = ()
     test: Sequence[Problem] = ()
-    stop: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+
+    @property
+    def stop(self) -> tuple[str, ...]:
+        """Return nothing: where answers end is the recipe's, as all of sampling is."""
+        return ()
 
     @property
     def needs_process(self) -> bool:
