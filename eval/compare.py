@@ -24,6 +24,7 @@ from eggroll_llm.errors import RunDirError, SamplesError
 from eggroll_llm.records.answers import TASK, Sample
 from eggroll_llm.records.baseline import Constant, Share, by_kind
 from eggroll_llm.records.diagnosis import diagnose
+from eggroll_llm.records.figures import figures
 from eggroll_llm.system.jsonl import to_json
 from eval.runs import Budget, Group, Point, Run, constants_of, group_seeds
 from eval.statistics import Paired, compare_paired, mean, stderr
@@ -56,6 +57,8 @@ class Summary:
     """First of the evaluations with the highest accuracy."""
     kinds: Mapping[str, tuple[Share | None, Share]]
     """Accuracy at `base` and at `final` by kind of problem; empty without kinds."""
+    figures: Mapping[str, str]
+    """What its diagnosis rests on, see `records.figures`; empty before the first update."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -165,7 +168,7 @@ def compare_runs(runs: Sequence[Run]) -> Comparison:
     """Compare runs; other groups are tested against the group of the first run."""
     notes = [_unfinished(run) for run in runs if not run.finished]
     for run in runs:
-        found = diagnose(run.config, run.rows, ended=True)
+        found = diagnose(run.config, run.rows, ended=run.finished)
         notes += [f"{run.name}: {finding}" for finding in found if finding.severity != "note"]
     answers = _Answers(notes)
     groups = groups_of(runs)
@@ -256,6 +259,7 @@ def _summary(run: Run, answers: _Answers) -> Summary:
         final=run.evaluations[-1],
         best=run.best,
         kinds=_kinds(run, answers),
+        figures=figures(run.config, run.rows),
     )
 
 

@@ -11,6 +11,7 @@ from rich.text import Text
 
 from eggroll_llm.records.accuracy import accuracy_text, p_number, percent, points
 from eggroll_llm.records.baseline import Constant, Share
+from eggroll_llm.records.diagnosis import RECENT
 from eggroll_llm.system.jsonl import number
 from eggroll_llm.system.terminal import inert
 from eval.compare import BUDGETS, Comparison, Cut, Mean, PairedTest, Seeds, Summary
@@ -50,6 +51,7 @@ def grids(comparison: Comparison) -> list[Grid]:
         *([_tests_grid(comparison)] if comparison.tests else []),
         *(_cut_grid(cut, comparison) for cut in comparison.cuts if several),
         *kinds_grids(comparison),
+        *figures_grids(comparison.runs),
     ]
 
 
@@ -177,6 +179,22 @@ def reward_grids(rows: Sequence[Mapping[str, Any]]) -> list[Grid]:
             ],
             note="Mean over the completions in training to which a reward applies, before its weight. A reward that "
             "rises while accuracy does not is what the model learns instead.",
+        )
+    ]
+
+
+def figures_grids(runs: Sequence[Summary]) -> list[Grid]:
+    """Return a table of what there is to learn from, a column for each run; none before the first update."""
+    names = dict.fromkeys(name for run in runs for name in run.figures)
+    if not names:
+        return []
+    return [
+        Grid(
+            title="What there is to learn from",
+            columns=["", *(run.name for run in runs)],
+            rows=[[name, *(run.figures.get(name, "–") for run in runs)] for name in names],
+            note=f"Means of the last {RECENT} steps. Twins are the two members of a pair. What is wrong with them is "
+            "among the notes, with the setting to change.",
         )
     ]
 

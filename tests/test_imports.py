@@ -22,7 +22,7 @@ ORDER = (
     {"models", "tasks", "module", "integer"},
     {"engine"},
     {"training"},
-    {"bench", "eval"},
+    {"bench", "eval", "tuning"},
     {"cli"},
     {"api"},
 )

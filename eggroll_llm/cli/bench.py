@@ -6,8 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from eggroll_llm.cli.arguments import Settings
-from eggroll_llm.cli.shared import positive
+from eggroll_llm.cli.arguments import Settings, positive
 from eggroll_llm.config.flags import apply_overrides
 from eggroll_llm.config.parse import parse_table
 from eggroll_llm.config.recipe import load_recipe

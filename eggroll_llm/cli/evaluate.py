@@ -3,8 +3,7 @@
 import argparse
 from pathlib import Path
 
-from eggroll_llm.cli.arguments import Settings
-from eggroll_llm.cli.shared import GO_ON, absolute_task, not_negative, positive
+from eggroll_llm.cli.arguments import GO_ON, Settings, absolute_task, not_negative, positive
 from eggroll_llm.errors import ConfigError
 from eggroll_llm.system.files import check_output_file
 

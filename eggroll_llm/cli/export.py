@@ -4,9 +4,8 @@ import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
-from eggroll_llm.cli.arguments import Settings
+from eggroll_llm.cli.arguments import Settings, positive
 from eggroll_llm.cli.display import ConsoleDisplay
-from eggroll_llm.cli.shared import positive
 from eggroll_llm.config.recipe import load_recipe
 from eggroll_llm.errors import ConfigError
 from eggroll_llm.models.adapter.card import adapter_card

@@ -141,6 +141,9 @@ COMMANDS: Mapping[str, Command] = {
         epilog=_EVAL_EPILOG,
     ),
     "replay": Command(module="replay", help="rebuild the weights of a step from a run's journal", needs=["torch"]),
+    "tune": Command(
+        module="tune", help="find sigma and learning rate of a recipe in minutes", needs=ENGINE, keys=_setting_keys
+    ),
     "sweep": Command(
         module="sweep", help="train several runs from one file, and compare them", needs=ENGINE, keys=_setting_keys
     ),

@@ -3,8 +3,7 @@
 import argparse
 from pathlib import Path
 
-from eggroll_llm.cli.arguments import Settings
-from eggroll_llm.cli.shared import not_negative
+from eggroll_llm.cli.arguments import Settings, not_negative
 from eggroll_llm.config.recipe import load_recipe
 from eggroll_llm.errors import ConfigError
 from eggroll_llm.models.card import Trained, write_card

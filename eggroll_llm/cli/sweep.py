@@ -25,9 +25,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from eggroll_llm.cli.arguments import Settings
+from eggroll_llm.cli.arguments import GO_ON, Settings
 from eggroll_llm.cli.compare import show_comparison
-from eggroll_llm.cli.shared import GO_ON
 from eggroll_llm.config.compare import applies, flat, may_change
 from eggroll_llm.config.parse import parse_table
 from eggroll_llm.config.recipe import load_recipe

@@ -12,15 +12,15 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from rich.table import Table
 from rich.text import Text
 
-from eggroll_llm.cli.arguments import Settings
-from eggroll_llm.cli.shared import absolute_setting
+from eggroll_llm.cli.arguments import Settings, absolute_setting
 from eggroll_llm.config.compare import is_scheduled
 from eggroll_llm.config.help import field_help
 from eggroll_llm.config.recipe import load_recipe, to_toml
 from eggroll_llm.config.schema import RunConfig
 from eggroll_llm.errors import UserError
 from eggroll_llm.records.accuracy import accuracy_text, p_text, points
-from eggroll_llm.records.diagnosis import p_value
+from eggroll_llm.records.diagnosis import RECENT, p_value
+from eggroll_llm.records.figures import figures
 from eggroll_llm.records.run_dir import OnExisting, default_run_dir, is_run_dir
 from eggroll_llm.records.weights import best_step
 from eggroll_llm.system.invocation import command
@@ -98,6 +98,8 @@ def train_and_report(
             options.again = f"resume with: {command('resume', run_path)}"
         raise
     display.table(_outcome_table(outcome))
+    if seen := figures(config, outcome.metrics):
+        display.table(_figures_table(seen))
     _report(run_path, display)
     display.message(f"model: {outcome.final} (loads in transformers and vLLM)")
     if longer := _twice_as_long(config, outcome.steps):
@@ -124,6 +126,15 @@ def _report(run_path: Path, display: "Display") -> None:
         display.message(f"report: {write_run_report(run_path)}")
     except (UserError, ImportError, OSError) as error:
         display.message(f"no report was written: {error}")
+
+
+def _figures_table(seen: Mapping[str, str]) -> Table:
+    table = Table(title=f"what there was to learn from, in the last {RECENT} steps", show_header=False)
+    table.add_column()
+    table.add_column(justify="right")
+    for name, figure in seen.items():
+        table.add_row(name, figure)
+    return table
 
 
 def _outcome_table(outcome: "Outcome") -> Table:

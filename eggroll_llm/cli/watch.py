@@ -5,8 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from eggroll_llm.cli.arguments import Settings
-from eggroll_llm.cli.shared import not_negative
+from eggroll_llm.cli.arguments import Settings, not_negative
 from eggroll_llm.system.local_page import LocalPage
 
 

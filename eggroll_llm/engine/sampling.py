@@ -58,6 +58,12 @@ def greedy(decoding: Decoding, *, max_tokens: int = 0) -> Decoding:
     )
 
 
+def plain(decoding: Decoding, *, max_tokens: int) -> Decoding:
+    """Return how a model's own distribution is sampled, to no more than so many tokens."""
+    limit = min(max_tokens, decoding.max_tokens)
+    return Decoding(max_tokens=limit, temperature=1.0, stop=decoding.stop)
+
+
 def added(decoding: Decoding) -> dict[str, Any]:
     """Return the fields of `ADDED` that are not at their defaults, by name."""
     defaults = Decoding(max_tokens=1)

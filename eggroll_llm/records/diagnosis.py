@@ -4,6 +4,8 @@ Pure: the loop asks after every step, the summary, the report and the model card
 and says nothing below it:
 
     no signal       steps in which every reward was the same, so nothing could be learned
+    tied            problems that all members earned the same on, in steps that had others
+    form            twins of which one is right, and of the other the form was refused
     cut off         answers that the length limit ended
     unscored        answers on which the user's score() failed
     step size       RMS of an update next to the RMS of the base model's weights
@@ -12,8 +14,9 @@ and says nothing below it:
     worse           accuracy below the base model's, by McNemar's exact test on the same problems
 
 The members' accuracy is of training problems and the weights' of held-out ones; the members of a step share its
-problems. So each problem of a step counts once in the interval of the members, however many answered it, and only a
-drop to less than half with intervals apart is reported. Of the evaluations around those steps the lowest is taken.
+problems. So each problem of a step counts once in the interval of the members, however many answered it, and only the
+loss of a third (of half, where members answer at a temperature) with intervals apart is reported. Of the evaluations
+around those steps the lowest is taken.
 """
 
 import math
@@ -32,6 +35,10 @@ Severity = Literal["note", "warning", "failure"]
 RECENT = 10  # last steps that a share is taken over
 TIED_IN_A_ROW = 3  # steps without signal in a row, in a run that continues
 TIED_SHARE = 0.2  # of all steps
+TIED_PROBLEMS = 0.8  # of the problems: recipes learn with 0.75
+REFUSED = 0.5  # of the twins of which one is right
+ENOUGH_TWINS = 30  # to speak of their share
+LOST, LOST_WHEN_HOT = 1 / 3, 1 / 2  # of the weights' accuracy, by members; at a temperature, which costs some, too
 CUT_OFF = 0.3  # of the answers
 UNSCORED = 0.1  # of the answers
 # Random changes of rank 16 to SmolLM2-135M by 3, 5, 10 and 20 % of its weights' RMS take its loss on plain text from
@@ -39,6 +46,9 @@ UNSCORED = 0.1  # of the answers
 LARGE_STEP = 0.05  # update over weights
 DESTRUCTIVE = 0.2  # the same, of an update or a perturbation
 GOOD_STEP, GOOD_SIGMA = 0.003, 0.02  # what is recommended instead
+# Nats a token from the base model, where nothing was gained: near is rounding of bfloat16 or little more, and far ten
+# times what the random part of all updates should cost (docs/tuning.md).
+NEAR, FAR, GOOD_DRIFT = 0.01, 0.5, 0.05
 SHORT_PATH = 5e-5  # sum of all updates over weights: bfloat16 keeps 1/256
 SIGNIFICANT = 0.01  # p of a loss, which is tested after each evaluation
 CHANCE = 0.05  # p of a change at the end
@@ -70,7 +80,7 @@ def diagnose(config: RunConfig, rows: Sequence[Row], *, ended: bool = False) -> 
     """
     run = _Course(config, rows)
     checks = [run.worse_than_base(), run.step_size(), run.sigma_size(), run.members_worse(), run.cut_off()]
-    checks += [run.unscored(), run.no_signal(ended=ended)]
+    checks += [run.unscored(), run.no_signal(ended=ended) or run.tied_problems(), run.refused_form()]
     if ended:
         checks += [run.short_path(), run.no_gain()]
     found = [finding for finding in checks if finding]
@@ -121,9 +131,37 @@ class _Course:
         severity: Severity = "failure" if nothing else "warning"
         return Finding(kind="no signal", severity=severity, text=text, remedy=self._more_signal(tied), level=level)
 
+    def tied_problems(self) -> Finding | None:
+        """Problems whose rewards were all equal, in steps that had others."""
+        share = tied_share(self.config, self.recent)
+        if len(self.recent) < RECENT or not share >= TIED_PROBLEMS:
+            return None
+        same = "all members" if self.config.members_answer else "all answers"
+        return Finding(
+            kind="tied",
+            severity="warning",
+            text=f"{percent(share)} of the last problems taught nothing, because {same} got the same reward",
+            remedy=self._more_signal([True] * len(self.steps)),
+        )
+
+    def refused_form(self) -> Finding | None:
+        """Twins that differ because the form of one answer was refused."""
+        share = unread_share(self.recent)
+        differ = sum(n for row in self.recent if math.isfinite(n := _differing(row)))
+        if differ < ENOUGH_TWINS or not share >= REFUSED:
+            return None
+        return Finding(
+            kind="form",
+            severity="warning",
+            text=f"of the last twins of which one was right, the other's form was refused in {percent(share)}, "
+            "whatever its answer was worth",
+            remedy="show the form in the prompt (examples, or chat.system), or take a grader or "
+            f"sampling.max_tokens (now {self.config.sampling.max_tokens}) that accepts more",
+        )
+
     def cut_off(self) -> Finding | None:
         """Answers that the length limit ended."""
-        share = _share(self.recent, "completions/truncated")
+        share = share_of(self.recent, "completions/truncated")
         if not share >= CUT_OFF:
             return None
         limit = self.config.sampling.max_tokens
@@ -189,10 +227,12 @@ class _Course:
         reference = min(before + during, key=lambda row: number(row, "eval/accuracy"))
         expected, held_out = number(reference, "eval/accuracy"), _problems(reference)
         problems = len(self.recent) * self.config.problems_per_step
-        reached = _share(self.recent, "reward/accuracy")
-        if not (reached < expected / 2 and wilson(reached, problems)[1] < wilson(expected, held_out)[0]):
-            return None
+        reached = share_of(self.recent, "reward/accuracy")
         temperature = self.config.sampling.temperature
+        lost = 1 - reached / expected if expected else 0.0
+        apart = wilson(reached, problems)[1] < wilson(expected, held_out)[0]
+        if not (lost > (LOST_WHEN_HOT if temperature else LOST) and apart):
+            return None
         hot = f" (at temperature {temperature:g})" if temperature else ""
         sigma = self.config.es.sigma
         return Finding(
@@ -200,7 +240,7 @@ class _Course:
             severity="warning",
             text=f"members solve {percent(reached)} of the training problems{hot}, the weights that they perturb "
             f"solve {percent(expected)} of the held-out ones",
-            remedy=f"es.sigma = {sigma:g} is probably too large: try {sigma / 4:.1g}",
+            remedy=f"es.sigma = {sigma:g} is probably too large: try {sigma / (4 if lost > 0.5 else 2):.1g}",
         )
 
     def worse_than_base(self) -> Finding | None:
@@ -243,12 +283,15 @@ class _Course:
         if not self.base or not last or last is self.base or (p := p_value(self.base, last)) < CHANCE:
             return None
         gain = number(last, "eval/accuracy") - number(self.base, "eval/accuracy")
-        return Finding(
-            kind="no gain",
-            severity="note",
-            text=f"accuracy changed by {points(gain)} points, which chance explains ({p_text(p)})",
-            remedy="train for longer, or evaluate on more problems (eval.problems)",
-        )
+        text = f"accuracy changed by {points(gain)} points, which chance explains ({p_text(p)})"
+        remedy = "train for longer, or evaluate on more problems (eval.problems)"
+        drift, (key, rate) = number(last, "base/divergence"), self._rate()
+        if drift < NEAR or drift > FAR:
+            text += f", and the weights are {drift:.2g} nats a token from the base model"
+            factor = min(max(math.sqrt(GOOD_DRIFT / max(drift, 1e-9)), 1 / 4), 4)
+            change = "lower" if drift > FAR else "raise"
+            remedy = f"{change} {key} from {rate:g} to about {rate * factor:.1g}"
+        return Finding(kind="no gain", severity="note", text=text, remedy=remedy)
 
     def _gained(self) -> bool:
         """Return whether accuracy rose above the base model's, by more than chance explains."""
@@ -267,13 +310,13 @@ class _Course:
         sampling = self.config.sampling
         without = [row for row, one in zip(self.steps, tied, strict=True) if one][-RECENT:]
         easier = "or choose problems that the model solves now and then"
-        if _share(without, "reward/accuracy") >= ALL_RIGHT:
+        if share_of(without, "reward/accuracy") >= ALL_RIGHT:
             return "every answer was right: choose harder problems"
         if self.sigma_size() or self.members_worse():
             hopeless = self.base and not number(self.base, "eval/accuracy")
             smaller = f"lower es.sigma (now {self.config.es.sigma:g}), with which members solve nothing"
             return f"{smaller}, {easier}" if hopeless else smaller
-        if _share(without, "completions/truncated") > 2 * CUT_OFF:
+        if share_of(without, "completions/truncated") > 2 * CUT_OFF:
             return f"raise sampling.max_tokens (now {sampling.max_tokens}): the answers were cut off"
         if not self.config.members_answer:
             return (
@@ -299,8 +342,27 @@ def _sum(rows: Sequence[Row], key: str) -> float:
     return sum(value for row in rows if math.isfinite(value := number(row, key)))
 
 
-def _share(rows: Sequence[Row], key: str) -> float:
-    """Mean of a share of completions over steps; NaN of none."""
+def tied_share(config: RunConfig, rows: Sequence[Row]) -> float:
+    """Return the share of the problems of steps whose rewards were all equal; NaN of none."""
+    counts = [count for row in rows if math.isfinite(count := number(row, "prompts/tied"))]
+    return sum(counts) / (len(counts) * config.problems_per_step) if counts else math.nan
+
+
+def unread_share(rows: Sequence[Row]) -> float:
+    """Return the share, of twins of which one is right, of those whose other's form was refused; NaN of none."""
+    pairs = [(number(row, "twins/unread"), _differing(row)) for row in rows]
+    pairs = [(share, count) for share, count in pairs if math.isfinite(share * count)]
+    total = sum(count for _, count in pairs)
+    return sum(share * count for share, count in pairs) / total if total else math.nan
+
+
+def _differing(row: Row) -> float:
+    """Return how many answers of twins differ in whether they are right."""
+    return number(row, "twins/differ") * number(row, "completions") / 2
+
+
+def share_of(rows: Sequence[Row], key: str) -> float:
+    """Return the mean of a share of completions over steps; NaN of none."""
     pairs = [(number(row, key), number(row, "completions")) for row in rows]
     pairs = [(share, count) for share, count in pairs if math.isfinite(share * count)]
     total = sum(count for _, count in pairs)

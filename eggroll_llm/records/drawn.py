@@ -1,4 +1,8 @@
-"""The answers of the weights that several steps learn from, kept so that an interrupted run goes on with the same."""
+"""Answers of the weights whose log-probabilities are needed later, so that an interrupted run goes on with the same.
+
+Several steps may learn from the answers of one (drawn.json), and all later weights are compared with those that gave
+the first (reference.json).
+"""
 
 import json
 import math
@@ -32,7 +36,12 @@ class Drawn:
 
 def write_drawn(path: Path, drawn: Drawn) -> None:
     """Write answers in the place of earlier ones, at once or not at all."""
-    write_text(path, json.dumps(asdict(drawn)))
+    write_text(path, drawn_text(drawn))
+
+
+def drawn_text(drawn: Drawn) -> str:
+    """Return what `read_drawn` reads."""
+    return json.dumps(asdict(drawn))
 
 
 def read_drawn(path: Path) -> Drawn | None:

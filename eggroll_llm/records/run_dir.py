@@ -2,6 +2,7 @@
 
     config.toml  environment.json  metrics.jsonl  completions.jsonl  journal.jsonl  evaluations/  checkpoints/  final/
     drawn.json, where several steps learn from the same answers
+    reference.json, answers of the base model by which its divergence from later weights is measured
 
 One process at a time holds a run. A directory counts as a run when it has our lock file, or both config.toml
 and journal.jsonl; nothing else is ever deleted.
@@ -63,6 +64,7 @@ class RunDir(AbstractContextManager["RunDir"]):
         self.completions = path / "completions.jsonl"
         self.journal = path / "journal.jsonl"
         self.drawn = path / "drawn.json"
+        self.reference = path / "reference.json"
         self.evaluations = path / "evaluations"
         self.checkpoints = path / "checkpoints"
         self.final = path / "final"
@@ -141,6 +143,10 @@ class RunDir(AbstractContextManager["RunDir"]):
     def append_completions(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Add a line a row, each with its `step`, to completions.jsonl; half surrogates become U+FFFD."""
         self._append(self.completions, rows)
+
+    def write_reference(self, text: str) -> None:
+        """Replace reference.json, whole or not at all."""
+        self._write_text(self.reference, text)
 
     def write_evaluation(self, step: int, settings: Mapping[str, Any], samples: Iterable[Sample]) -> None:
         """Write the graded answers of an evaluation to evaluations/, whole or not at all."""

@@ -43,7 +43,7 @@ from eggroll_llm.tasks.order import SkippingOrder
 from eggroll_llm.training.evaluation import Evaluation
 from eggroll_llm.training.harness import Harness
 from eggroll_llm.training.plan import plan_of
-from eggroll_llm.training.recorder import Metrics, reward_metrics, sampling_metrics
+from eggroll_llm.training.recorder import Metrics, reward_metrics, sampling_metrics, twin_metrics
 from eggroll_llm.training.scorer import ScoredRollout, rewards_of
 
 NOTHING_SAMPLED = {
@@ -158,6 +158,8 @@ class EsTrainer:
         else:
             fitness = shape_fitness(rewards_MP, es.fitness, antithetic=plan.antithetic)
         metrics |= {**reward_metrics(scored, rewards_MP), "time/noise": noise_time}
+        if plan.antithetic:
+            metrics |= twin_metrics(scored, es.population)
         return Judged(rollouts=scored, fitness=fitness, metrics=metrics)
 
     def _by_probabilities(self, plan: StepPlan, indices_P: Sequence[int]) -> Judged:

@@ -13,13 +13,17 @@ import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from eggroll_llm.engine.interface import Completion, Decoding, Progress, Request, Sampler
-from eggroll_llm.engine.sampling import sampling_seed
+from eggroll_llm.engine.interface import Completion, Decoding, Engine, Progress, Request, Sampler, Scored
+from eggroll_llm.engine.sampling import plain, sampling_seed
 from eggroll_llm.records.answers import TASK, Graded, Sample
+from eggroll_llm.records.drawn import Drawn
 from eggroll_llm.system import signals
 from eggroll_llm.tasks.prompts import ProblemSet
 from eggroll_llm.tasks.task import Problem
 from eggroll_llm.training.scorer import Scorer, answered, graded
+
+REFERENCES, REFERENCE_TOKENS = 8, 64
+"""Answers of the base model that later weights are compared on, and the length limit of each."""
 
 Grader = Callable[[Completion, Problem], Graded] | Scorer
 """Total: any completion has a grade. One that takes its time is a `Scorer`, which grades while others are sampled."""
@@ -119,6 +123,39 @@ def evaluate(
     answer(engine, problems, {TASK: scorer}, decoding, keep)
     samples.sort(key=lambda sample: sample.problem)
     return Evaluation(samples=tuple(samples), seconds=time.perf_counter() - start)
+
+
+def draw_reference(engine: Engine, problems: ProblemSet, decoding: Decoding) -> Drawn:
+    """Return answers of the weights to the first problems, at temperature 1, with their log-probabilities.
+
+    Raises ModelError when the engine cannot score with this architecture.
+    """
+    indices = range(min(REFERENCES, len(problems.prompts)))
+    requests = [Request(prompt_ids=problems.prompts[p], seed=sampling_seed(0, 0, p, 0)) for p in indices]
+    completions = engine.generate(requests, plain(decoding, max_tokens=REFERENCE_TOKENS))
+    drawn = Drawn(
+        step=0,
+        indices=tuple(indices),
+        token_ids=tuple((completion.token_ids,) for completion in completions),
+        rewards=(),
+        logprobs=(),
+        metrics={},
+    )
+    (logprob_N,) = engine.score(_scored(problems, drawn), [None])
+    return dataclasses.replace(drawn, logprobs=tuple(logprob_N.tolist()))
+
+
+def divergence_from(reference: Drawn, engine: Engine, problems: ProblemSet) -> float:
+    """Return the mean divergence of the weights from those that gave the reference, in nats a token."""
+    import torch  # evaluations are compared without it
+
+    from eggroll_llm.es.likelihood import divergence
+
+    return divergence(engine.score(_scored(problems, reference), [None]), torch.tensor(reference.logprobs))
+
+
+def _scored(problems: ProblemSet, drawn: Drawn) -> list[Scored]:
+    return [(problems.prompts[p], ids) for p, (ids,) in zip(drawn.indices, drawn.token_ids, strict=True)]
 
 
 def answer(

@@ -5,6 +5,7 @@ therefore see the same problems, are scored and evaluated in the same way, end b
 files.
 """
 
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,13 +15,14 @@ from torch import Tensor
 
 from eggroll_llm.engine.interface import Engine
 from eggroll_llm.engine.sampling import OnRollout, Rollout, added, decoding_of, greedy
+from eggroll_llm.errors import ModelError
 from eggroll_llm.records.baseline import Constant
 from eggroll_llm.records.diagnosis import diagnose, news
 from eggroll_llm.system import signals
 from eggroll_llm.tasks.constant import best_constant
 from eggroll_llm.tasks.order import problems_of_step
 from eggroll_llm.tasks.prompts import set_hash
-from eggroll_llm.training.evaluation import Evaluation, evaluate
+from eggroll_llm.training.evaluation import Evaluation, divergence_from, draw_reference, evaluate
 from eggroll_llm.training.limits import Course, Limits
 from eggroll_llm.training.prepare import Prepared
 from eggroll_llm.training.recorder import Metrics, Recorder, completion_row, in_order_of_interest, to_record
@@ -133,6 +135,9 @@ class Harness:
         train, held_out = prepared.train.problems, prepared.held_out.problems
         constant = best_constant(prepared.task, train, held_out, self.run.scorer.judge)
         evaluation = self._evaluate(constant)
+        if self.config.method == "es":
+            with contextlib.suppress(ModelError):  # an architecture that cannot score is trained without
+                self.run.recorder.keep_reference(draw_reference(self.run.engine, prepared.held_out, self.greedy))
         self.run.recorder.record_metrics(
             {"step": 0, "wall_time": 0.0, **evaluation.metrics}, answers=evaluation.samples
         )
@@ -159,6 +164,8 @@ class Harness:
         evaluation = self._evaluate() if self._evaluation_due() else None
         if evaluation:
             row |= evaluation.metrics | recorder.against_base(evaluation)
+            if reference := recorder.reference():
+                row["base/divergence"] = divergence_from(reference, self.run.engine, self.run.prepared.held_out)
         recorded = to_record(shown, rollouts, config.log.completions)
         completions = [completion_row(rollout, self.step, train, indices_P) for rollout in recorded]
         recorder.record_step(row, completions, evaluation.samples if evaluation else ())

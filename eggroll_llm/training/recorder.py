@@ -14,7 +14,7 @@ from eggroll_llm.errors import SamplesError
 from eggroll_llm.models.card import Trained, write_card
 from eggroll_llm.records.answers import Sample
 from eggroll_llm.records.checkpoint import checkpoint_path, is_valid, list_checkpoints, prune, save_checkpoint
-from eggroll_llm.records.drawn import Drawn, read_drawn, write_drawn
+from eggroll_llm.records.drawn import Drawn, drawn_text, read_drawn, write_drawn
 from eggroll_llm.records.journal import Journal
 from eggroll_llm.records.run_dir import RunDir
 from eggroll_llm.records.weights import best_step, write_provenance
@@ -93,6 +93,15 @@ class Recorder:
         """Return the answers that an earlier process kept; None when there are none."""
         return read_drawn(self.directory.drawn)
 
+    def keep_reference(self, drawn: Drawn) -> None:
+        """Write the base model's own answers with their log-probabilities, which later weights are compared with."""
+        with self.saving():
+            self.directory.write_reference(drawn_text(drawn))
+
+    def reference(self) -> Drawn | None:
+        """Return what `keep_reference` wrote; None when there is nothing."""
+        return read_drawn(self.directory.reference)
+
     def against_base(self, evaluation: Evaluation) -> Metrics:
         """Compare with the base model's answers, problem by problem; {} where they are missing or of other problems."""
         try:
@@ -170,6 +179,21 @@ def reward_metrics(rollouts: Sequence[ScoredRollout], rewards: Tensor) -> Metric
         "reward/mean": float(finite.mean()) if len(finite) else math.nan,
         "reward/accuracy": sum(rollout.score.correct for rollout in rollouts) / len(rollouts),
     }
+
+
+def twin_metrics(rollouts: Sequence[ScoredRollout], members: int) -> Metrics:
+    """Return the share of answers of twins of which one is right, and of those the share whose other was not read.
+
+    `rollouts` are in member-major order, as many of each member. The second share is left out where there is none.
+    """
+    each = len(rollouts) // members
+    differ = unread = 0
+    for first in range(0, len(rollouts), 2 * each):
+        twins = zip(rollouts[first : first + each], rollouts[first + each : first + 2 * each], strict=True)
+        for one, other in twins:
+            differ += one.score.correct != other.score.correct
+            unread += one.score.correct != other.score.correct and (one.score.unread or other.score.unread)
+    return {"twins/differ": 2 * differ / len(rollouts), **({"twins/unread": unread / differ} if differ else {})}
 
 
 def sampling_metrics(rollouts: Sequence[ScoredRollout], seconds: float) -> Metrics:

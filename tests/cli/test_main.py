@@ -22,6 +22,7 @@ from eggroll_llm.config.help import field_help
 from eggroll_llm.config.recipe import load_recipe
 from eggroll_llm.config.schema import RunConfig
 from eggroll_llm.errors import TaskError
+from eggroll_llm.es.sizes import Law, Measured
 from eggroll_llm.models.embedded import DESCRIPTION
 from eggroll_llm.records.baseline import Constant, Share
 from eggroll_llm.records.diagnosis import Finding
@@ -29,6 +30,7 @@ from eggroll_llm.records.run_dir import RunDir
 from eggroll_llm.system import invocation
 from eggroll_llm.training import session
 from eggroll_llm.training.session import Outcome
+from eggroll_llm.tuning.tune import Tuned
 
 ROOT = Path(__file__).parents[2]
 RECIPE = """\
@@ -639,3 +641,29 @@ def test_a_reader_that_goes_away() -> None:
     )
     os.close(writing)
     assert (result.returncode, result.stderr) == (128 + signal.SIGPIPE, "")
+
+
+def test_tune_prints_settings_that_paste(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], refused: Callable[..., str]
+) -> None:
+    """Of a recipe that has neither of them; what is printed makes a recipe, and flags, with the same values."""
+    recipe.write_text(recipe.read_text().replace("sigma = 0.01\n", "").replace("learning_rate = 0.01\n", ""))
+    assert "es.sigma" in refused("train", recipe, "--dry-run")
+    assert refused("tune", recipe, "--steps", 0, "--minutes", 3).startswith("steps = 0: ")
+
+    def tuned(config: RunConfig, recipe_dir: Path, working: Callable[[str], None]) -> Tuned:
+        assert (config.steps, recipe_dir) == (7, recipe.parent)
+        measured = (Measured(sigma=0.001, divergence=0.01), Measured(sigma=0.002, divergence=0.03))
+        law = Law.through(*measured)
+        return Tuned(sigma=0.00123, learning_rate=4.56e-5, law=law, measured=measured, answers=3, tokens=60)
+
+    monkeypatch.setattr("eggroll_llm.tuning.tune.tune", tuned)
+    capsys.readouterr()
+    assert main(["tune", str(recipe), "--steps", "7"]) == 0
+    table, _, pasted = capsys.readouterr().out.partition("[es]\n")
+    assert "3 answers of theirs, 60 tokens" in table
+    lines, flags = pasted.strip().split("\n\n")
+    assert tomllib.loads(lines) == {"sigma": 0.0012, "learning_rate": 4.6e-5}
+    words = flags.split()
+    es = load_recipe(recipe, list(zip(words[::2], words[1::2], strict=True))).es
+    assert (es.sigma, es.learning_rate) == (0.0012, 4.6e-5)

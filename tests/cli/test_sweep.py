@@ -15,8 +15,8 @@ from fake_engine import CONFIG, Bench, same_run
 from process_tree import ROOT, ProcessTree, wait_for
 
 from eggroll_llm.cli import sweep
+from eggroll_llm.cli.arguments import GO_ON
 from eggroll_llm.cli.main import main
-from eggroll_llm.cli.shared import GO_ON
 from eggroll_llm.cli.sweep import Planned, read_sweep, run_sweep
 from eggroll_llm.config.recipe import load_recipe, to_toml
 from eggroll_llm.errors import ConfigError, RunDirError

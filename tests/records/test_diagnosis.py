@@ -8,6 +8,7 @@ import pytest
 from eggroll_llm.config.schema import EvalConfig, GrpoConfig, RunConfig, SamplingConfig
 from eggroll_llm.es.settings import EsSettings
 from eggroll_llm.records.diagnosis import Finding, diagnose, news
+from eggroll_llm.records.figures import figures
 
 ES = RunConfig(
     task="countdown",
@@ -32,6 +33,7 @@ def step(number: int, **changes: Any) -> Row:
     row = {
         "step": number, "completions": 256, "completions/truncated": 0.02, "rewards/failed": 0, "fitness/std": 1.0,
         "prompts/tied": 1, "reward/accuracy": 0.22, "update/rms": 5e-4, "weights/rms": 0.19,
+        "twins/differ": 0.2, "twins/unread": 0.1,
     }  # fmt: skip
     return row | {key.replace("__", "/"): value for key, value in changes.items()}
 
@@ -168,6 +170,69 @@ def test_members_far_worse_than_the_weights_that_they_perturb() -> None:
     assert "members" not in found(course(5, reward__accuracy=0.0, last=evaluated(0.0)))
     assert "members" not in found(rows, GRPO)
     assert "members" not in found(rows, JUDGING)  # the answers are the weights' own
+
+
+@pytest.mark.parametrize(("temperature", "reached"), [(0.0, 0.3), (1.0, 0.2)])
+def test_members_that_lose_a_third_and_no_less(temperature: float, reached: float) -> None:
+    """Of 50 %; and half at a temperature, which costs accuracy by itself."""
+    config = dataclasses.replace(ES, sampling=dataclasses.replace(ES.sampling, temperature=temperature))
+    base = {"step": 0} | evaluated(0.5)
+    rows = [base, *course(40, reward__accuracy=reached, last=evaluated(0.5))[1:]]
+    assert "es.sigma = 0.004" in found(rows, config)["members"].remedy
+    if not temperature:
+        assert found(rows, config)["members"].remedy.endswith("try 0.002")
+    rows = [base, *course(40, reward__accuracy=reached + 0.1, last=evaluated(0.5))[1:]]
+    assert "members" not in found(rows, config)
+
+
+def test_most_problems_tie() -> None:
+    """Steps that have some signal; recipes learn with three quarters of their problems tied."""
+    assert found(course(prompts__tied=7))["tied"].text.startswith("87.5 % of the last problems taught nothing")
+    assert found(course(prompts__tied=7))["tied"].remedy.startswith("raise es.sigma (now 0.004)")
+    assert "tied" not in found(course(prompts__tied=6))
+    assert "tied" not in found(course(9, prompts__tied=7))
+    assert found(course(fitness__std=0.0, prompts__tied=8)).keys() == {"no signal"}
+
+
+def test_twins_that_differ_in_form() -> None:
+    """Of 10 steps with 128 pairs of answers each."""
+    assert found(course(twins__unread=0.6))["form"].text.endswith(
+        "was refused in 60.0 %, whatever its answer was worth"
+    )
+    assert "form" not in found(course(twins__unread=0.4))
+    assert "form" not in found(course(twins__unread=0.6, twins__differ=0.02))  # 26 pairs
+
+
+def test_without_a_gain_the_distance_from_the_base_model_says_which_way() -> None:
+    def note(distance: float) -> str:
+        last = evaluated(0.26, eval__won=5, eval__lost=1, base__divergence=distance)
+        return str(found(course(last=last))["no gain"])
+
+    assert note(0.002).endswith(
+        "and the weights are 0.002 nats a token from the base model: raise es.learning_rate from 0.0005 to about 0.002"
+    )
+    assert note(0.8).endswith(
+        "0.8 nats a token from the base model: lower es.learning_rate from 0.0005 to about 0.0001"
+    )
+    assert note(0.05).endswith("train for longer, or evaluate on more problems (eval.problems)")
+    assert diagnose(ES, course(last=LEARNED | {"base/divergence": 3.0}), ended=True) == []
+
+
+def test_a_run_in_numbers() -> None:
+    rows = course(last=LEARNED | {"base/divergence": 0.07})
+    rows[-1] |= {"twins/differ": 0.4, "twins/unread": 0.9, "members/divergence": 0.03, "prompts/tied": 3}
+    assert figures(ES, rows) == {
+        "problems on which all rewards tied": "15.0 %",
+        "training problems solved by members": "22.0 %",
+        "held-out problems solved by the weights, step 20": "50.0 % [45.7, 54.3]",
+        "answers of twins of which one is right": "22.0 %",
+        "of those, the other's form was refused": "24.5 %",
+        "answers cut off": "2.0 %",
+        "divergence of members from the weights": "0.03 nats a token",
+        "divergence of weights from the base model": "0.07 nats a token",
+    }
+    assert figures(ES, [BASE]) == {}
+    assert figures(ES, [{"step": 1}]) == {}
 
 
 def test_answers_that_tie_where_members_only_judge_them() -> None:

@@ -27,7 +27,7 @@ from fake_engine import (
 from safetensors.torch import load_file
 
 from eggroll_llm.config.schema import CheckpointConfig, EvalConfig, LogConfig, RewardConfig, SamplingConfig
-from eggroll_llm.engine.interface import Decoding, Request, UpdateTimes
+from eggroll_llm.engine.interface import Completion, Decoding, Request, UpdateTimes
 from eggroll_llm.errors import EngineError, TaskError, TrainingError
 from eggroll_llm.es.estimate import NonFiniteUpdate, UpdateSpec
 from eggroll_llm.records.answers import TASK, read_samples
@@ -40,6 +40,8 @@ from eggroll_llm.tasks.load import load_task
 from eggroll_llm.tasks.task import Score
 from eggroll_llm.training import es as trainer
 from eggroll_llm.training import recorder, session
+from eggroll_llm.training.recorder import twin_metrics
+from eggroll_llm.training.scorer import ScoredRollout
 from eval.runs import read_runs
 
 
@@ -691,6 +693,7 @@ def test_evaluation_takes_the_length_of_sampling_when_it_has_none(bench: Bench) 
     bench.train("run", steps=1, sampling=sampling, eval=EvalConfig(every=0))
     assert bench.engine.decodings == [
         Decoding(max_tokens=9, stop=("\n",)),
+        Decoding(max_tokens=9, temperature=1.0, stop=("\n",)),  # by which the divergence from the base is measured
         Decoding(max_tokens=9, temperature=0.7, top_p=0.9, stop=("\n",)),
         Decoding(max_tokens=9, stop=("\n",)),
     ]
@@ -703,7 +706,7 @@ def test_evaluation_penalises_and_stops_as_training_does(bench: Bench) -> None:
     bench.train("run", steps=1, sampling=sampling, eval=EvalConfig(every=0))
     evaluated = Decoding(max_tokens=9, repetition_penalty=1.2, thinking_token_budget=3, stop=("\n", "###"))
     trained = Decoding(max_tokens=9, stop=("\n", "###"), **drawn)
-    assert bench.engine.decodings == [evaluated, trained, evaluated]
+    assert [bench.engine.decodings[i] for i in (0, 2, 3)] == [evaluated, trained, evaluated]
     settings, _ = read_samples(sorted((bench.folder / "run" / "evaluations").iterdir())[0])
     assert (settings["repetition_penalty"], settings["thinking_token_budget"]) == (1.2, 3)
 
@@ -746,6 +749,35 @@ def test_what_a_row_says(bench: Bench) -> None:
     assert row["time/step"] == row["wall_time"]
     assert row["fitness/std"] == pytest.approx(1)
     assert row["members/dropped"] == row["prompts/tied"] == 0
+
+
+def test_a_run_knows_how_far_it_is_from_the_base_model(bench: Bench) -> None:
+    """At each evaluation, by answers of step 0, also when it was interrupted between; an older run has none."""
+    whole = bench.train("whole", steps=4).metrics
+    at = {row["step"]: row["base/divergence"] for row in whole if "base/divergence" in row}
+    assert at.keys() == {2, 4}
+    assert 0 < at[2] < at[4]
+    still = dataclasses.replace(CONFIG.es, learning_rate=1e-12)
+    assert bench.train("still", es=still).last["base/divergence"] == pytest.approx(0, abs=1e-9)
+    bench.train("half", steps=2)
+    bench.train("half", "resume", steps=4)
+    same_run(bench.folder / "whole", bench.folder / "half")
+    bench.train("old", steps=2)
+    (bench.folder / "old" / "reference.json").unlink()
+    assert "base/divergence" not in bench.train("old", "resume", steps=4).last
+
+
+def test_twins_are_compared_answer_by_answer() -> None:
+    """Two pairs, two problems: 4 pairs of answers, of which 2 differ and 1 in that the other could not be read."""
+    right, wrong, unread = Score(1.0, True, "correct"), Score(0.0, False, "wrong_value"), Score(0.0, False, "no_marker")
+    scores = [right, wrong, wrong, unread, right, right, unread, right]
+    said = Completion(text="", token_ids=(1,), truncated=False, prompt_tokens=1)
+    rollouts = [
+        ScoredRollout(member=i // 2, prompt=i % 2, sample=0, completion=said, score=score)
+        for i, score in enumerate(scores)
+    ]
+    assert twin_metrics(rollouts, 4) == {"twins/differ": 0.5, "twins/unread": 0.5}
+    assert twin_metrics([rollouts[1], rollouts[2]], 2) == {"twins/differ": 0.0}
 
 
 def test_completions_shown_and_recorded_are_of_different_members_and_problems(bench: Bench) -> None:

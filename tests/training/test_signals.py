@@ -13,8 +13,8 @@ import pytest
 from fake_engine import CONFIG, Bench, same_run
 from process_tree import ROOT, ProcessTree, wait_for
 
+from eggroll_llm.cli.arguments import GO_ON
 from eggroll_llm.cli.main import main
-from eggroll_llm.cli.shared import GO_ON
 from eggroll_llm.config.recipe import to_toml
 from eggroll_llm.config.schema import CheckpointConfig
 from eggroll_llm.engine.interface import Completion, Decoding, Request
