@@ -9,6 +9,7 @@ from eggroll_llm.config.schema import RunConfig
 from eggroll_llm.tasks.countdown import CountdownOptions
 from eggroll_llm.tasks.dataset.options import DatasetOptions
 from eggroll_llm.tasks.gsm8k import Gsm8kOptions
+from eggroll_llm.tasks.verifiers.options import VerifiersOptions
 
 PAGE = Path(__file__).parents[1] / "docs" / "configuration.md"
 INTRODUCTION = """\
@@ -51,7 +52,13 @@ def page() -> str:
     sections.append(
         "## `[task_options]`\n\nOptions of the task. A task of your own receives them as keyword arguments.\n"
     )
-    for task, options in (("dataset", DatasetOptions), ("countdown", CountdownOptions), ("gsm8k", Gsm8kOptions)):
+    tasks = {
+        "dataset": DatasetOptions,
+        "verifiers": VerifiersOptions,
+        "countdown": CountdownOptions,
+        "gsm8k": Gsm8kOptions,
+    }
+    for task, options in tasks.items():
         sections.append(f'### Task `"{task}"`\n\n{_table(field_help(options))}')
     return "\n".join(sections)
 

@@ -67,7 +67,7 @@ def test_the_demo_ends_with_its_table(run: tuple[Path, str]) -> None:
     assert 0.1 < rows[0]["eval/accuracy"] < 0.7
     for row in rows[1:]:
         assert row["completions"] == 16
-        assert row["update/rms"] == pytest.approx(row["learning_rate"], rel=0.02)
+        assert row["update/rms"] == pytest.approx(row["learning_rate"], rel=0.05)  # in expectation
 
 
 PLAIN_VLLM = """

@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from eggroll_llm.cli.arguments import Settings
+from eggroll_llm.errors import InstallError
 from eggroll_llm.kernels import build
 from eggroll_llm.models import embedded
 from eggroll_llm.models.resolve import embedded_path
@@ -98,6 +99,7 @@ def diagnose(*, file: TextIO | None = None) -> int:
         *check_hardware(read_text(Path("/proc/cpuinfo")), memory_gib()),
         *check_companions(torch_companions.find_broken()),
         *check_packages(probe(TORCH_FACTS), probe(TRANSFORMERS_FACTS), probe(VLLM_FACTS)),
+        *check_verifiers(),
         check_ray(probe(RAY_FACTS) if not installed.missing("ray") else None, os.environ.get("RAY_ADDRESS", "")),
         check_compiler(),
         check_embedded(),
@@ -250,6 +252,18 @@ def check_ray(facts: dict[str, Any] | str | None, address: str) -> Check:
     if address:
         where = f"{address} answers: {facts['nodes']} machines, {facts['cores']:g} cores, {facts['gpus']:g} GPUs"
     return Check(name="ray", status="ok", detail=f"{facts['version']}, {where}")
+
+
+def check_verifiers() -> list[Check]:
+    """Return a note where the package verifiers is installed in a version that is not supported."""
+    from eggroll_llm.tasks.verifiers.load import check_package
+
+    try:
+        check_package()
+    except InstallError as error:
+        if not installed.missing("verifiers"):
+            return [Check(name="verifiers", status="note", detail=str(error))]
+    return []
 
 
 def check_compiler() -> Check:

@@ -57,7 +57,7 @@ class RewardConfig:
     workers: Annotated[int, Ge(1), Le(1024)] = 1
     """Processes that score completions side by side, while others are sampled; each imports the user's file."""
     batch_size: Annotated[int, Ge(1)] = 32
-    """Completions in one call of score_batch, for a task that has it, or of a reward function of task "dataset"."""
+    """Completions in one call of score_batch, for a task that has it, or of the rewards of "dataset" or "verifiers"."""
     timeout_seconds: Annotated[float, Gt(0), Le(86_400)] = 10.0
     """Seconds that a call of score or score_batch may take; then the process is killed and the completion scores 0."""
     memory_gib: Annotated[float, Gt(0)] = 4.0
@@ -201,7 +201,7 @@ class RunConfig:
     model: str = "smollm2-135m-instruct"
     """Model to train: the embedded default, a directory, GGUF file or hub name, RUN[@STEP], or LoRA ADAPTER[@BASE]."""
     task: str
-    """Task: "countdown", "gsm8k", "dataset" (a file or hub data set), or "file.py:NAME" next to the recipe."""
+    """Task: "countdown", "gsm8k", "dataset" (file or hub data set), "verifiers" (an environment), or "file.py:NAME"."""
     method: Literal["es", "grpo"] = "es"
     """Training method: evolution strategies, or GRPO (needs the extra "grpo")."""
     seed: Annotated[int, Ge(0), Le(2**63 - 1)] = 0

@@ -17,8 +17,12 @@ log = logging.getLogger(__name__)
 # vLLM's Transformers backend serves these: activations are [1, T, I], and it changes the class in transformers.
 BY_TRANSFORMERS = ("SmolLM3ForCausalLM", "Olmo2ForCausalLM", "Olmo3ForCausalLM")
 
+MIXTURES = ("Qwen3MoeForCausalLM", "OlmoeForCausalLM")
+"""Mixtures of experts, of which attention is trained: experts and routers stay as the checkpoint has them."""
+
 # Of each, with tiny random weights in vLLM on a CPU (tests/engine/test_engine.py): every member's logits are those that
-# transformers computes with W + sigma E, an updated model is the one exported, and weights from outside are served.
+# transformers computes with W + sigma E, an updated model is the one exported, and weights from outside are served,
+# except where experts are among them.
 TESTED = (
     "LlamaForCausalLM",
     "Qwen2ForCausalLM",
@@ -28,9 +32,10 @@ TESTED = (
     "Gemma3ForCausalLM",  # norms that multiply by 1 + weight, scaled embeddings, another window in every layer
     "Phi3ForCausalLM",  # q, k, v and gate, up are one parameter each, and have one noise
     *BY_TRANSFORMERS,  # layers without rotary embedding; norms behind the layers and over all heads
+    *MIXTURES,
 )
 
-NOT_CUT = ("Phi3ForCausalLM", *BY_TRANSFORMERS)
+NOT_CUT = ("Phi3ForCausalLM", *BY_TRANSFORMERS, *MIXTURES)
 """What tensor parallelism does not serve: a rank has rows here and there of a parameter, or the layers are others."""
 PADDED_VOCABULARY = 64
 """vLLM pads a vocabulary to a multiple of this."""
@@ -41,6 +46,9 @@ CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 _HEAD_SIZE_OF_CLASS = {"Qwen3ForCausalLM": 128, "Gemma3ForCausalLM": 256}
 """Where transformers does not take it from the hidden size when config.json has no head_dim."""
 
+_NOT_BY_GRPO = dict.fromkeys(BY_TRANSFORMERS, "which vLLM patches in the process of the trainer") | dict.fromkeys(
+    MIXTURES, "whose experts the engine cannot replace"
+)
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_routed_experts")
 _USE_ONE = "use one such as LlamaForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM"
 
@@ -72,10 +80,23 @@ def check_architecture(config: Mapping[str, Any], where: Path) -> str:
     return name
 
 
+def is_expert(tensor: str) -> bool:
+    """Return whether a tensor of this name belongs to one expert of a mixture."""
+    return ".experts." in tensor
+
+
+def experts_used(config: Mapping[str, Any]) -> float:
+    """Return the share of its experts that each token of a mixture passes through; 1 when config.json does not say."""
+    every = max((_number(config, key) for key in _EXPERTS), default=0)
+    return min(1.0, _number(config, "num_experts_per_tok") / every) if every else 1.0
+
+
 def check_dense(config: Mapping[str, Any], tensors: Iterable[str], where: Path) -> None:
-    """Raise ModelError for a mixture of experts, told by its config.json or by the names of its tensors."""
+    """Raise ModelError for an unknown mixture of experts, told by its config.json or by the names of its tensors."""
+    if architecture(config) in MIXTURES:
+        return
     found = [f"{key} = {config[key]}" for key in _EXPERTS if type(config.get(key)) is int and config[key] > 1]
-    found += [f"tensor {inert(tensor)}" for tensor in tensors if ".experts." in tensor]
+    found += [f"tensor {inert(tensor)}" for tensor in tensors if is_expert(tensor)]
     if found:
         raise ModelError(
             f"{where}: {found[0]}: a mixture of experts, whose experts cannot be perturbed or updated here: {_USE_ONE}"
@@ -94,11 +115,20 @@ def head_size(config: Mapping[str, Any]) -> int:
 
 def check_method(name: str, method: str, where: Path) -> None:
     """Raise ConfigError where a method cannot train an architecture that the engine serves."""
-    if method == "grpo" and name in BY_TRANSFORMERS:
-        others = ", ".join(each for each in TESTED if each not in BY_TRANSFORMERS)
+    if method == "grpo" and name in _NOT_BY_GRPO:
+        others = ", ".join(each for each in TESTED if each not in _NOT_BY_GRPO)
         raise ConfigError(
-            f'method = "grpo": {where} has architecture {name}, which vLLM patches in the process of the trainer: '
-            f'set method = "es", or use a model of one of {others}'
+            f'method = "grpo": {where} has architecture {name}, {_NOT_BY_GRPO[name]}: set method = "es", or use a '
+            f"model of one of {others}"
+        )
+
+
+def check_quantization(config: Mapping[str, Any], quantization: str, where: Path) -> None:
+    """Raise ConfigError where the model of the config.json at `where` is not served in a `quantization`."""
+    if quantization != "none" and architecture(config) in MIXTURES:
+        raise ConfigError(
+            f'engine.quantization = "{quantization}": {where} is a mixture of experts, which is not served in 8 bits '
+            'here: set it to "none"'
         )
 
 

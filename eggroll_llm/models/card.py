@@ -327,11 +327,14 @@ def _data_set(config: RunConfig) -> str | None:
 def _task_name(config: RunConfig) -> str:
     if config.task == "dataset":
         return base_on_hub(name := str(config.task_options.get("dataset"))) or PurePath(name).name
+    if config.task == "verifiers":
+        return PurePath(str(config.task_options.get("environment"))).name
     return {"countdown": "Countdown", "gsm8k": "GSM8K"}.get(config.task, PurePath(config.task).name)
 
 
 def _task(config: RunConfig) -> str:
-    return code(_task_name(config)) if ":" in config.task or config.task == "dataset" else _task_name(config)
+    name = _task_name(config)
+    return code(name) if ":" in config.task or config.task in ("dataset", "verifiers") else name
 
 
 def _name(config: RunConfig, step: int) -> str:

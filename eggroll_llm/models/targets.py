@@ -1,12 +1,18 @@
-"""Which weights are trained: the linear layers of the decoder blocks, or of some of them. All others stay frozen."""
+"""Which weights are trained: the linear layers of the decoder blocks, or of some of them. All others stay frozen.
 
+So do the experts of a mixture: vLLM computes all those of a block in one kernel, where members have no factors.
+"""
+
+import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
 from eggroll_llm.errors import ConfigError, ModelError
 from eggroll_llm.es.noise import Shape
+from eggroll_llm.models.architectures import is_expert
 from eggroll_llm.models.files import tensor_shapes
+from eggroll_llm.system.terminal import inert
 
 # Names that Llama-shaped models give these layers, and the names under which vLLM fuses them.
 TARGET_MODULES = (
@@ -23,11 +29,13 @@ TARGET_MODULES = (
 
 
 _BLOCK = re.compile(r"\.(\d+)\.")
+_OF_A_BLOCK = re.compile(r"^.*?\.\d+\.(.*?)(\.\d+\..*)?$")
+"""Group 1 is the place of a tensor in its block; for one of several experts, that of all."""
 
 
 def is_trained(name: str, layers: Sequence[int] = ()) -> bool:
     """Return whether a tensor of this name is the weight of a trained layer, in blocks as `es.layers` says."""
-    if not name.endswith(".weight") or name.split(".")[-2] not in TARGET_MODULES:
+    if not name.endswith(".weight") or name.split(".")[-2] not in TARGET_MODULES or is_expert(name):
         return False
     return not layers or layers[0] <= block_of(name) <= layers[-1]
 
@@ -54,6 +62,17 @@ def trained_parameters(model_dir: Path, layers: Sequence[int] = ()) -> list[Shap
             "train: use a Llama- or Qwen-shaped model"
         )
     return shapes
+
+
+def left_out(model_dir: Path) -> tuple[str, ...]:
+    """Return a sentence that names the matrices of the decoder blocks that are never trained; nothing where all are."""
+    shapes = tensor_shapes(model_dir)
+    frozen = [name for name, shape in shapes.items() if len(shape) > 1 and _BLOCK.search(name) and not is_trained(name)]
+    if not frozen:
+        return ()
+    places = sorted({_OF_A_BLOCK.sub(r"\1", name.removesuffix(".weight")) for name in frozen})
+    share = sum(math.prod(shapes[name]) for name in frozen) / sum(map(math.prod, shapes.values()))
+    return (f"Not trained: {inert(', '.join(places))} of the decoder blocks, {share:.1%} of all weights.",)
 
 
 def check_layers(model_dir: Path, layers: Sequence[int]) -> None:

@@ -21,7 +21,7 @@ ENGINE = ("torch", "vllm")
 _BY_PIP = (
     *("accelerate", "datasets", "gguf", "huggingface_hub", "jinja2", "math_verify", "matplotlib"),
     *("numpy", "peft", "pyarrow", "ray"),
-    *("rich", "safetensors", "tensorboard", "tokenizers", "transformers", "trl", "wandb"),
+    *("rich", "safetensors", "tensorboard", "tokenizers", "transformers", "trl", "verifiers", "wandb"),
 )
 PACKAGES = frozenset((*ENGINE, *_BY_PIP))
 """Modules that are imported somewhere and may be missing."""

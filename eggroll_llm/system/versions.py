@@ -18,6 +18,7 @@ _PACKAGES = (
     "datasets",
     "trl",
     "peft",
+    "verifiers",
 )
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from eggroll_llm.config.parse import parse_table
 from eggroll_llm.config.schema import RewardConfig
-from eggroll_llm.config.toml import Sourced
+from eggroll_llm.config.toml import Sourced, format_value
 from eggroll_llm.errors import TaskError
 from eggroll_llm.tasks.countdown import CountdownOptions, load_countdown
 from eggroll_llm.tasks.dataset.load import load_dataset
@@ -17,6 +17,8 @@ from eggroll_llm.tasks.gsm8k import Gsm8kOptions, load_gsm8k
 from eggroll_llm.tasks.sandbox.pool import ScorePool
 from eggroll_llm.tasks.task import Task, check_golds
 from eggroll_llm.tasks.user import load_user_task
+from eggroll_llm.tasks.verifiers.load import load_verifiers
+from eggroll_llm.tasks.verifiers.options import VerifiersOptions
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -28,9 +30,10 @@ PATH_OPTIONS = {
     "gsm8k": ("data_dir",),
     "gsm8k_cot": ("data_dir",),
     "dataset": ("dataset", "test_file"),
+    "verifiers": ("environment",),
 }
-"""Options that are paths, relative to the recipe's folder; `dataset` may be a name on the hub instead."""
-NAMES = ("countdown", "gsm8k", "dataset")
+"""Options that are paths, relative to the recipe's folder; `dataset` and `environment` may be names instead."""
+NAMES = ("countdown", "gsm8k", "dataset", "verifiers")
 
 
 def absolute_option(key: str, value: Any, base_dir: Path) -> Any:
@@ -42,6 +45,8 @@ def absolute_option(key: str, value: Any, base_dir: Path) -> Any:
     if key == "rewards":
         path, _, name = value.rpartition(":")
         return f"{(base_dir / path).resolve()}:{name}" if path.endswith(".py") else value
+    if key == "environment":
+        return str((base_dir / Path(value).expanduser()).resolve()) if value.endswith(".py") else value
     if key not in {option for options in PATH_OPTIONS.values() for option in options}:
         return value
     if key == "dataset" and not is_path(value, base_dir):
@@ -53,7 +58,7 @@ def load_task(name: str, options: Mapping[str, Any], *, base_dir: Path, limits: 
     """Return the task `name` with its problems loaded and the gold answer of every one checked.
 
     Args:
-        name: "countdown", "gsm8k", "dataset", or "path/to/file.py:NAME".
+        name: "countdown", "gsm8k", "dataset", "verifiers", or "path/to/file.py:NAME".
         options: those of a recipe know their file and lines.
         base_dir: folder that paths are relative to, the recipe's.
         limits: of the processes in which a user's code, or another grader that may hang, grades the gold answers.
@@ -74,6 +79,8 @@ def load_task(name: str, options: Mapping[str, Any], *, base_dir: Path, limits: 
         task = load_gsm8k(_parse(Gsm8kOptions, sourced), base_dir, place)
     elif name == "dataset":
         return load_dataset(_parse(DatasetOptions, sourced), base_dir, place, limits)
+    elif name == "verifiers":
+        return load_verifiers(_parse(VerifiersOptions, sourced), base_dir, place, limits)
     elif ":" in name:
         task = user_task = load_user_task(name, options, base_dir, place)
         with ScorePool(user_task, limits or RewardConfig()) as pool:
@@ -83,7 +90,7 @@ def load_task(name: str, options: Mapping[str, Any], *, base_dir: Path, limits: 
         nearest = difflib.get_close_matches(name, NAMES, n=1)
         hint = f' Did you mean "{nearest[0]}"?' if nearest else ""
         raise TaskError(
-            f'task = "{name}" is not known. Valid: "countdown", "gsm8k", "dataset", or "file.py:NAME".{hint}'
+            f'task = "{name}" is not known. Valid: {", ".join(map(format_value, NAMES))}, or "file.py:NAME".{hint}'
         )
     check_golds(task)
     return task

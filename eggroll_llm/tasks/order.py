@@ -19,6 +19,12 @@ def problems_of_step(count: int, per_step: int, *, seed: int, step: int) -> list
     return [_permutation(count, seed, at // count)[at % count] for at in range(first, first + per_step)]
 
 
+def held_out(count: int, share: float, *, seed: int) -> set[int]:
+    """Return which of `count` rows a share for the test is, at least one row; empty when none would be left."""
+    wanted = max(1, round(share * count))
+    return set(random.Random(f"dataset split {seed}").sample(range(count), wanted)) if wanted < count else set()
+
+
 class SkippingOrder:
     """The order of `problems_of_step`, passing over problems as often as their answers are expected to tie.
 

@@ -10,10 +10,10 @@ from typing import Any
 from eggroll_llm.config.compare import frozen_hash
 from eggroll_llm.config.schema import RunConfig
 from eggroll_llm.errors import ConfigError, TaskError
-from eggroll_llm.models.architectures import check_method, check_tensor_parallel, check_tested
+from eggroll_llm.models.architectures import check_method, check_quantization, check_tensor_parallel, check_tested
 from eggroll_llm.models.files import architecture_of, context_limit, read_config
 from eggroll_llm.models.resolve import model_identity, resolve_model, settled_name
-from eggroll_llm.models.targets import check_layers, check_rank
+from eggroll_llm.models.targets import check_layers, check_rank, left_out
 from eggroll_llm.records.journal import JournalHeader
 from eggroll_llm.system import installed
 from eggroll_llm.system.hardware import resolve_dtype, serves_on_cpu
@@ -97,10 +97,13 @@ def prepare(config: RunConfig, recipe_dir: Path) -> Prepared:
     architecture = architecture_of(model_dir)
     check_tested(architecture, model_dir, allow_untested=config.engine.allow_untested_architecture)
     check_method(architecture, config.method, model_dir)
-    check_tensor_parallel(read_config(model_dir), config.engine.tensor_parallel, model_dir)
+    description = read_config(model_dir)
+    check_tensor_parallel(description, config.engine.tensor_parallel, model_dir)
+    check_quantization(description, config.engine.quantization, model_dir)
     if config.method == "es":
         check_rank(model_dir, "es.rank", config.es.rank)
         check_layers(model_dir, config.es.layers)
+        notes = (*notes, *left_out(model_dir))
     else:
         check_rank(model_dir, "grpo.lora_rank", config.grpo.lora_rank)
     prompter = Prompter(model_dir, config.chat)

@@ -20,7 +20,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from eggroll_llm.es.noise import Shape
-from eggroll_llm.models.files import tensor_shapes
+from eggroll_llm.models.architectures import experts_used, is_expert
+from eggroll_llm.models.files import read_config, tensor_shapes
 from eggroll_llm.models.targets import block_of, is_trained, trained_parameters
 from eggroll_llm.system.hardware import serves_on_cpu
 from eggroll_llm.training.plan import members_that_answer
@@ -58,7 +59,9 @@ class Model:
     """Sizes of a model."""
 
     linear: int
-    """Weights of the linear layers of the blocks."""
+    """Weights of the linear layers of the blocks that a token passes through."""
+    idle: int
+    """Weights of the experts that it does not."""
     head: int
     """Weights of the output layer."""
     every: int
@@ -168,9 +171,12 @@ def model_sizes(prepared: "Prepared") -> Model:
     embeddings = [
         math.prod(shape) for name, shape in tensors.items() if name.endswith(("embed_tokens.weight", "lm_head.weight"))
     ]
+    experts = sum(math.prod(shape) for name, shape in tensors.items() if is_expert(name))
+    used = round(experts_used(read_config(prepared.model_dir)) * experts)
     queries = [out for name, out, _ in every if name.split(".")[-2] in ("q_proj", "qkv_proj")]
     return Model(
-        linear=_values(every),
+        linear=_values(every) + used,
+        idle=experts - used,
         head=max(embeddings, default=0),
         every=sum(math.prod(shape) for shape in tensors.values()),
         attention=sum(queries),
@@ -227,7 +233,7 @@ def _sampling_seconds(drawn: Sampled, model: Model, machine: Machine, prepared: 
     at_once = min(drawn.completions, prepared.config.engine.max_sequences)
     passes = generated / at_once
     operations = _operations(model, drawn.prompt_tokens + generated, drawn.completions + generated, drawn.context)
-    read = passes * _SIZE[prepared.config.engine.dtype] * (model.linear + model.head)
+    read = passes * _SIZE[prepared.config.engine.dtype] * (model.linear + model.idle + model.head)
     return operations / machine.serving + read / machine.bandwidth + passes * machine.passes[0]
 
 

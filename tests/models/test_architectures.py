@@ -4,11 +4,12 @@ import dataclasses
 import json
 import shutil
 from collections.abc import Callable
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import pytest
-from kinds import KINDS
+from kinds import KINDS, MIXTURES
 from safetensors.torch import load_file, save_file
 
 from eggroll_llm.config.compare import frozen_hash
@@ -16,8 +17,8 @@ from eggroll_llm.config.schema import EngineConfig, GrpoConfig, RunConfig, Sampl
 from eggroll_llm.errors import ConfigError, ModelError
 from eggroll_llm.es.settings import EsSettings
 from eggroll_llm.models import architectures
-from eggroll_llm.models.architectures import CPU_HEAD_SIZES, TESTED, check_tested, head_size
-from eggroll_llm.models.files import read_config
+from eggroll_llm.models.architectures import CPU_HEAD_SIZES, TESTED, check_tested, experts_used, head_size
+from eggroll_llm.models.files import read_config, tensor_shapes
 from eggroll_llm.models.resolve import check_model
 from eggroll_llm.training.prepare import prepare
 
@@ -34,7 +35,7 @@ class Words:
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "gpt2": ({"architectures": ["GPT2LMHeadModel"]}, r"'GPT2LMHeadModel' cannot be trained here: it must be .* named"),
     "images": ({"architectures": ["Gemma3ForConditionalGeneration"]}, "cannot be trained here: it must be a text-only"),
-    "qwen3-moe": ({"architectures": ["Qwen3MoeForCausalLM"], "num_experts": 8}, r"num_experts = 8: a mixture of exper"),
+    "qwen2-moe": ({"architectures": ["Qwen2MoeForCausalLM"], "num_experts": 8}, r"num_experts = 8: a mixture of exper"),
     "mixtral": ({"architectures": ["MixtralForCausalLM"], "num_local_experts": 4}, r"num_local_experts = 4: a mixture"),
     "deepseek": ({"n_routed_experts": 64}, "n_routed_experts = 64: a mixture of experts"),
     "head_dim": (
@@ -84,6 +85,7 @@ def config(model: Path, *, insist: bool = False) -> RunConfig:
         ({"num_attention_heads": 12, "num_key_value_heads": 3}, 2, "cannot share equally: set it to 1"),
         ({"intermediate_size": 254}, 4, "254 intermediate features .* set it to 2"),
         ({"architectures": ["Phi3ForCausalLM"]}, 2, "Phi3ForCausalLM, whose layers cannot be cut here: set it to 1"),
+        ({"architectures": ["Qwen3MoeForCausalLM"]}, 2, "Qwen3MoeForCausalLM, whose layers cannot be cut here"),
         ({"architectures": ["Olmo2ForCausalLM"]}, 2, "one of LlamaForCausalLM, .*, Gemma3ForCausalLM$"),
     ],
 )
@@ -150,18 +152,53 @@ def test_an_architecture_that_is_not_tested_needs_a_setting(
     )
 
 
-@pytest.mark.parametrize("kind", ["smollm3", "olmo2", "olmo3"])
-def test_grpo_does_not_train_what_vllm_serves_with_the_class_of_transformers(
-    tiny_model: Callable[[str], Path], model: Path, tmp_path: Path, kind: str
+@pytest.mark.parametrize(
+    ("kind", "why"),
+    [(kind, "which vLLM patches in") for kind in ("smollm3", "olmo2", "olmo3")]
+    + [(kind, "whose experts the") for kind in MIXTURES],
+)
+def test_grpo_does_not_train_what_the_engine_cannot_take_over(
+    tiny_model: Callable[[str], Path], model: Path, tmp_path: Path, kind: str, why: str
 ) -> None:
     sampling = SamplingConfig(max_tokens=20, samples_per_prompt=2, temperature=1.0)
     grpo = dataclasses.replace(
         config(tiny_model(kind)), method="grpo", grpo=GrpoConfig(learning_rate=1e-3), sampling=sampling
     )
-    with pytest.raises(ConfigError, match=r'^method = "grpo": .*, which vLLM patches in .*: set method = "es", or'):
+    with pytest.raises(ConfigError, match=rf'^method = "grpo": .*, {why} .*: set method = "es", or'):
         prepare(grpo, tmp_path)
     prepare(dataclasses.replace(grpo, method="es"), tmp_path)
     prepare(dataclasses.replace(grpo, model=str(model)), tmp_path)
+
+
+def test_a_mixture_of_experts_is_trained_in_its_attention_and_that_is_said(
+    tiny_model: Callable[[str], Path], model: Path, tmp_path: Path
+) -> None:
+    mixture = config(tiny_model("qwen3moe"))
+    (note,) = prepare(mixture, tmp_path).notes
+    shapes = tensor_shapes(tiny_model("qwen3moe"))
+    experts = 4 * 3 * 128 * 64 + 4 * 128
+    assert note == (
+        f"Not trained: mlp.experts, mlp.gate of the decoder blocks, {experts / sum(map(prod, shapes.values())):.1%} of "
+        "all weights."
+    )
+    assert prepare(config(model), tmp_path).notes == ()
+    fp8 = dataclasses.replace(mixture.engine, dtype="bfloat16", quantization="fp8")
+    with pytest.raises(ConfigError, match=r'^engine.quantization = "fp8": .*qwen3moe.* is a mixture .*: set it to "no'):
+        prepare(dataclasses.replace(mixture, engine=fp8), tmp_path)
+    prepare(dataclasses.replace(config(model), engine=fp8), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("written", "used"),
+    [
+        ({"num_experts": 128, "num_experts_per_tok": 8}, 1 / 16),
+        ({"num_local_experts": 4, "num_experts_per_tok": 8}, 1.0),
+        ({"num_experts": "128", "num_experts_per_tok": 8}, 1.0),
+        ({}, 1.0),
+    ],
+)
+def test_a_token_passes_through_a_share_of_the_experts(written: dict[str, object], used: float) -> None:
+    assert experts_used(written) == used
 
 
 def test_an_architecture_is_shown_inert(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

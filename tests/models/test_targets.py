@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from kinds import KINDS, MIXTURES
 from safetensors.torch import save_file
 
 from eggroll_llm.errors import ConfigError, ModelError
-from eggroll_llm.models.targets import check_layers, check_rank, trained_parameters
+from eggroll_llm.models.targets import check_layers, check_rank, left_out, trained_parameters
 
 # Of a tiny model: 128 hidden, 256 intermediate, 4 heads of 32, 2 key-value heads.
 OF_A_LAYER = {
@@ -30,6 +31,19 @@ def test_linear_layers_of_the_blocks_and_nothing_else(tiny_model: Callable[[str]
     assert {name: (out, inside) for name, out, inside in found} == {
         f"model.layers.{layer}.{name}.weight": shape for layer in (0, 1) for name, shape in OF_A_LAYER.items()
     }
+
+
+def test_of_a_mixture_attention_is_trained_and_the_rest_is_named(tiny_model: Callable[[str], Path]) -> None:
+    """Block 0 of the tiny Qwen3-MoE has no experts. Of dense models there is nothing to name."""
+    found = {name for name, _, _ in trained_parameters(tiny_model("qwen3moe"))}
+    assert found == {
+        f"model.layers.{layer}.{name}.weight" for layer in (0, 1) for name in OF_A_LAYER if layer == 0 or "attn" in name
+    }
+    for kind in KINDS:
+        said = left_out(tiny_model(kind))
+        assert [line.split(",")[:2] for line in said] == [
+            ["Not trained: mlp.experts", " mlp.gate of the decoder blocks"]
+        ] * (kind in MIXTURES)
 
 
 def test_layers_are_a_range_of_blocks_with_both_ends(tiny_model: Callable[[str], Path]) -> None:

@@ -25,4 +25,11 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "smollm3": ("SmolLM3Config", {"tie_word_embeddings": True, "no_rope_layers": [1, 0], "attention_bias": True}),
     "olmo2": ("Olmo2Config", {}),  # norms behind the layers, and of all of q and k
     "olmo3": ("Olmo3Config", TWO_WINDOWS),
+    "qwen3moe": (  # a block with experts, and before it one without
+        "Qwen3MoeConfig",
+        {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "mlp_only_layers": [0]},
+    ),
+    "olmoe": ("OlmoeConfig", {"num_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 64}),
 }
+MIXTURES = ("qwen3moe", "olmoe")
+"""Kinds with experts, which ES does not train, and GRPO not at all."""

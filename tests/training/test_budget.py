@@ -370,7 +370,7 @@ def test_the_memory_of_a_gpu_is_told_by_place(
 
 
 SLOW = Machine(serving=1e6, training=1e5, bandwidth=1e6, passes=(0.1, 0.1))
-SMALL = Model(linear=1000, head=500, every=2000, attention=10, trained=1000, members_own=1.0)
+SMALL = Model(linear=1000, idle=0, head=500, every=2000, attention=10, trained=1000, members_own=1.0)
 
 
 def test_time_of_a_step_of_es(model: Path) -> None:
@@ -381,6 +381,8 @@ def test_time_of_a_step_of_es(model: Path) -> None:
     update = 2 * 1000 * 3 * 4 / 1e5 + (4 + 4 + 2) * 1000 / 1e6  # three pairs of rank 4; masters and served weights
     found = step_seconds(prepared(model), SMALL, SLOW, length=1.0)
     assert found == pytest.approx(sampling + update) == pytest.approx(15.756)
+    mixture = dataclasses.replace(SMALL, idle=700)  # experts that a token does not use are read for others
+    assert step_seconds(prepared(model), mixture, SLOW, length=1.0) == pytest.approx(found + 50 * 2 * 700 / 1e6)
 
 
 def test_time_of_a_step_whose_members_score(model: Path) -> None:
@@ -420,7 +422,7 @@ def test_the_estimate_of_a_run(model: Path) -> None:
     run = prepared(model, steps=25)
     embedding = tensor_shapes(model)["model.embed_tokens.weight"]
     found = model_sizes(run)
-    assert (found.linear, found.head, found.attention) == (WEIGHTS, math.prod(embedding), 2 * 128)
+    assert (found.linear, found.idle, found.head, found.attention) == (WEIGHTS, 0, math.prod(embedding), 2 * 128)
     assert (found.trained, found.members_own) == (WEIGHTS, 1.0)
     second = model_sizes(prepared(model, es=dataclasses.replace(ES, layers=(1, 1))))
     assert (second.linear, second.trained, second.members_own) == (WEIGHTS, WEIGHTS // 2, 0.5)
@@ -433,6 +435,18 @@ def test_the_estimate_of_a_run(model: Path) -> None:
     assert fast < slow / 2
     assert "training ends after 2.5 min" in estimate_lines(prepared(model, minutes=2.5), SLOW)[1]
     assert len(estimate_lines(prepared(model, steps=0, minutes=2.5), SLOW)) == 1
+
+
+def test_a_token_of_a_mixture_passes_through_some_experts_and_a_batch_through_all(
+    tiny_model: Callable[[str], Path],
+) -> None:
+    """Two of four in one of two blocks; each has gate, up and down of 64 x 128."""
+    model_dir = tiny_model("qwen3moe")
+    expert, attention, dense = 3 * 64 * 128, 2 * 128 * 128 + 2 * 64 * 128, 3 * 256 * 128
+    sizes = model_sizes(prepared(model_dir))
+    assert (sizes.linear, sizes.idle) == (2 * attention + dense + 2 * expert, 2 * expert)
+    shape = ModelShape.of(read_config(model_dir), tensor_shapes(model_dir))
+    assert sizes.trained == shape.linear == 2 * attention + dense
 
 
 def test_the_machine_is_measured(model: Path) -> None:

@@ -84,22 +84,19 @@ class VllmEngine:
         self.model_dir, self.dtype = model_dir, getattr(torch, resolve_dtype(config.dtype))
         if config.threads:
             torch.set_num_threads(config.threads)
-        self._calls, self._slots = count(), slots
+        self._calls, self._slots, self._thinking = count(), slots, thinking
         self._in_flight, self._context = 2 * config.max_sequences, max_model_len
         self._patience = self._in_flight * max_model_len
         self._no_requests()
         self.watchdog = Watchdog(config.timeout_seconds)
-        self._version = "base"
-        self._in_process = config.tensor_parallel == 1
+        self._version, self._in_process = "base", config.tensor_parallel == 1
         layers = es.layers if es else ()
         sizes = {"slots": slots, "rank": rank, "max_model_len": max_model_len}
         args = engine_args(model_dir, config, self.dtype, **sizes, layers=layers, stock=stock)
         args = dataclasses.replace(args, enable_prefix_caching=prefix_caching, **(vllm_args or {}))
         if logprobs:  # those of the distribution that is sampled from
             args.logprobs_mode = "processed_logprobs"
-        if thinking:
-            args.logits_processors = [ThoughtBudget]
-        self._thinking = thinking
+        args.logits_processors = [ThoughtBudget] if thinking else None
         self._batch_tokens = args.max_num_batched_tokens
         settings = dataclasses.asdict(es or EsSettings()) if trainable else None
         args.additional_config = population_settings(config, rank=rank, es=settings, stock=stock)

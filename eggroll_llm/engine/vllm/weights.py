@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from vllm.model_executor.layers import utils as vllm_layer_utils
+from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig
 from vllm.model_executor.layers.quantization.online import fp8 as vllm_fp8
 from vllm.platforms import current_platform
 
@@ -72,6 +73,20 @@ def keep_linear_weights() -> None:
             layer.es_loaded_weight = weight
 
     vllm_layer_utils.dispatch_cpu_unquantized_gemm = pack_and_keep
+
+
+def leave_experts_alone() -> None:
+    """Make vLLM compute the experts of a mixture as it does without adapters: members have no factors for them.
+
+    With adapters it takes a Triton kernel on every device, and a CPU has no Triton.
+    """
+    complete = FusedMoEConfig.__post_init__
+
+    def without_adapters(config: Any) -> None:
+        config.is_lora_enabled = False
+        complete(config)
+
+    FusedMoEConfig.__post_init__ = without_adapters
 
 
 def initial_weights(model: torch.nn.Module, layers: Sequence[Layer]) -> dict[str, Tensor]:

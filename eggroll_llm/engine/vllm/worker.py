@@ -46,6 +46,7 @@ from eggroll_llm.engine.vllm.weights import (
     is_quantised,
     keep_linear_weights,
     keep_quantised_weights,
+    leave_experts_alone,
 )
 from eggroll_llm.engine.vllm.whole_model import WholeModel, count_ranks_uncompiled
 from eggroll_llm.es.estimate import UpdateSpec
@@ -86,6 +87,7 @@ def _populate_loaded_models() -> None:
 # vLLM imports this module before it loads the model.
 _populate_loaded_models()
 keep_quantised_weights()
+leave_experts_alone()
 if current_platform.is_cpu():
     keep_linear_weights()
 count_ranks_uncompiled()

@@ -5,7 +5,6 @@ A folder has its files where the hub's repositories have them: `train.jsonl`, `t
 """
 
 import os
-import random
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from pathlib import Path
 from eggroll_llm.errors import TaskError
 from eggroll_llm.system.installed import remedy
 from eggroll_llm.tasks.dataset.options import DatasetOptions
+from eggroll_llm.tasks.order import held_out
 from eggroll_llm.tasks.read import ENDINGS, Row, load_file, load_hub
 from eggroll_llm.tasks.task import Place
 
@@ -66,10 +66,9 @@ def load_splits(options: DatasetOptions, base_dir: Path, place: Place) -> Splits
         test, name = load_file(base_dir / options.test_file), options.test_file
     if test:
         return Splits(train=train, test=test, told=f"{options.dataset}, evaluated on {name}")
-    count = max(1, round(options.test_share * len(train)))
-    if count >= len(train):
+    held = held_out(len(train), options.test_share, seed=options.seed)
+    if not held:
         raise TaskError(f"{place('dataset')}: {options.dataset} has {len(train)} rows, too few to hold any out.")
-    held = set(random.Random(f"dataset split {options.seed}").sample(range(len(train)), count))
     told = f"{options.dataset}, {options.test_share * 100:g} % of whose rows are held out (seed {options.seed})"
     return Splits(
         train=[row for i, row in enumerate(train) if i not in held],

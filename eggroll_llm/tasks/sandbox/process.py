@@ -9,14 +9,14 @@ with the next one. It ends with this process, however that ends.
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
 from eggroll_llm.config.schema import RewardConfig
 from eggroll_llm.errors import TaskError
 from eggroll_llm.tasks.sandbox.child import GARBLED, Child, EndedError
-from eggroll_llm.tasks.task import SPLITS, Answer, Sandboxed, Verdict
+from eggroll_llm.tasks.task import SPLITS, Answer, Problem, Sandboxed, Split, Verdict
 from rewards import Score
 
 START_SECONDS = 300.0  # patience with what the user's file imports and loads
@@ -34,6 +34,8 @@ class UserProcess(AbstractContextManager["UserProcess"]):
             for i, problem in enumerate(task.problems(split) if task.reloads else ())
         }
         self._child = Child(cancel)
+        self.hashes: Mapping[str, str] = task.hashes
+        """Of the problems that the process has loaded itself."""
 
     def judge(self, answers: Sequence[Answer], *, voted: bool) -> Iterator[Verdict]:
         """Yield the verdict on each answer; consume it to the end. `voted` asks for votes too.
@@ -85,7 +87,8 @@ class UserProcess(AbstractContextManager["UserProcess"]):
             (ready,) = self._child.talk([_json(hello)], START_SECONDS)
             if failed := ready.get("failed"):
                 raise TaskError(f"{task.label}: in the scoring process (reward.memory_gib = {self._gib}): {failed}")
-            if ready != task.hashes:
+            self.hashes = ready
+            if task.hashes and ready != task.hashes:
                 raise TaskError(
                     f"{task.label}: problems() returns different problems each time. Make it deterministic: seed "
                     "random choices, sort sets and directory listings, and do not change the files that it reads."
@@ -99,6 +102,20 @@ class UserProcess(AbstractContextManager["UserProcess"]):
         except BaseException:
             self.close()
             raise
+
+    def problems(self, split: Split) -> list[Problem]:
+        """Return the problems of a split, for a task that only such a process can load. Raises TaskError as `judge`."""
+        self.start()
+        problems: list[Problem] = []
+        left = 1
+        while left:
+            try:
+                (reply,) = self._child.talk([_json({"problems": [split, len(problems)]})], START_SECONDS)
+            except EndedError as error:
+                raise TaskError(f"{self._task.label}: while its problems were read, it {error}.") from error
+            problems += reply["problems"]
+            left = reply["left"]
+        return problems
 
     def __exit__(self, *_: object) -> None:
         self.close()

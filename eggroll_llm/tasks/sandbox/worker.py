@@ -9,6 +9,10 @@
 For a data set the first line holds {"dataset": {...}}, what `tasks.dataset.rewards.describe` returns, and the answer
 is {}; the others hold "problem" in the place of split and index, and "ids" where a reward wants the tokens.
 
+For an environment it holds {"verifiers": {...}}, the others are as for a data set, and it also sends its problems:
+
+    {"problems": ["train", 0]} -> {"problems": [{"id": "train-1", ...}, ...], "left": 7373}
+
 Lines of a batch, with "batch": 3, 2, 1, are answered when the last has come, a line each. "again" in the replies says
 that the call of score_batch failed as a whole.
 
@@ -38,6 +42,7 @@ from eggroll_llm.tasks.dataset.rewards import Rewards
 from eggroll_llm.tasks.modules import unpacked
 from eggroll_llm.tasks.task import Answer, Verdict, judge, short_traceback
 from eggroll_llm.tasks.user import UserTask, WrongCountError, as_score, load_user_task
+from eggroll_llm.tasks.verifiers.environment import Environment
 from rewards import Score
 
 if TYPE_CHECKING:
@@ -75,7 +80,11 @@ def main(parent: int, requests: int, replies: int) -> None:
             batch: dict[bytes, dict[str, Any]] = {}
             for line in lines:
                 number, text = line.split(b" ", 1)
-                batch[number] = request = json.loads(text)
+                request = json.loads(text)
+                if isinstance(task, Environment) and "problems" in request:
+                    reply(number, task.problems(*request["problems"]))
+                    continue
+                batch[number] = request
                 if request.get("batch", 1) > 1:
                     continue
                 output.begin()
@@ -86,18 +95,23 @@ def main(parent: int, requests: int, replies: int) -> None:
     os._exit(0)  # without waiting for what the user's code has left running
 
 
-def _load(hello: Mapping[str, Any]) -> UserTask | Rewards:
+_Loaded = UserTask | Rewards | Environment
+
+
+def _load(hello: Mapping[str, Any]) -> _Loaded:
     if "dataset" in hello:
         return Rewards(hello["dataset"])
+    if "verifiers" in hello:
+        return Environment(hello["verifiers"])
     return load_user_task(hello["name"], tomllib.loads(hello["options"]), Path(), read=unpacked(hello))
 
 
-def _answer(task: UserTask | Rewards, request: Mapping[str, Any]) -> Answer:
-    problem = request["problem"] if isinstance(task, Rewards) else task.problems(request["split"])[request["index"]]
+def _answer(task: _Loaded, request: Mapping[str, Any]) -> Answer:
+    problem = task.problems(request["split"])[request["index"]] if isinstance(task, UserTask) else request["problem"]
     return Answer(text=request["text"], problem=problem, token_ids=request.get("ids", ()), **request["options"])
 
 
-def _batch(task: UserTask | Rewards, requests: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def _batch(task: _Loaded, requests: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Return the replies to a batch."""
     answers = [_answer(task, request) for request in requests]
     try:
@@ -115,9 +129,7 @@ def _only(task: Rewards, answer: Answer) -> Score:
     return score
 
 
-def _verdict(
-    task: UserTask | Rewards, request: Mapping[str, Any], scored: Callable[[], Score] | None = None
-) -> dict[str, Any]:
+def _verdict(task: _Loaded, request: Mapping[str, Any], scored: Callable[[], Score] | None = None) -> dict[str, Any]:
     answer = _answer(task, request)
     if isinstance(task, Rewards) and scored is None:
         scored = partial(_only, task, answer)
