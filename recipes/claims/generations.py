@@ -31,6 +31,7 @@ from eggroll_llm.config.schema import (
     SamplingConfig,
 )
 from eggroll_llm.es.settings import EsSettings
+from eggroll_llm.system.hardware import resolve_dtype
 from rewards import Score
 
 SEQUENCES = {
@@ -39,8 +40,8 @@ SEQUENCES = {
     "GRPO, checkpointing": (16, 32, 64, 96),
 }
 LENGTH = 64
-CACHED = 128 * 30 * 2 * 3 * 64 * 4
-"""Bytes that hold 128 tokens, of which prompt and answer have fewer, in the embedded model's cache of float32."""
+CACHED = 128 * 30 * 2 * 3 * 64
+"""Values in the embedded model's cache of 128 tokens, the least that holds prompt and answer."""
 
 
 class Counting:
@@ -64,6 +65,7 @@ def configuration(method: str, sequences: int) -> RunConfig:
     """Return a run of one step."""
     es = method == "ES"
     at_once = sequences if es else 16
+    size = 4 if resolve_dtype("auto") == "float32" else 2
     return RunConfig(
         task=f"{Path(__file__).resolve()}:Counting",
         method="es" if es else "grpo",
@@ -80,7 +82,9 @@ def configuration(method: str, sequences: int) -> RunConfig:
             micro_batch=8 if es else sequences,
             gradient_checkpointing=method.endswith("checkpointing"),
         ),
-        engine=EngineConfig(slots=sequences if es else 0, max_sequences=at_once, kv_cache_gib=at_once * CACHED / 2**30),
+        engine=EngineConfig(
+            slots=sequences if es else 0, max_sequences=at_once, kv_cache_gib=size * CACHED * (at_once + 1) / 2**30
+        ),
         eval=EvalConfig(every=0, problems=2),
         checkpoint=CheckpointConfig(every=0, best=False),
     )
