@@ -9,7 +9,7 @@ BENCH := recipes/countdown_smollm2.toml
 PROCESSES := $(if $(shell command -v nvidia-smi),1,2)
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-demo demo compare test nightly check bench docs audit clean
+.PHONY: help install install-demo demo compare claims test nightly check bench docs audit clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -27,6 +27,9 @@ compare: install  ## ES next to GRPO: sums by completions and by the clock, Coun
 	$(BIN)/eggroll-llm sweep recipes/sweeps/compare_addition_tokens.toml
 	$(BIN)/eggroll-llm sweep recipes/sweeps/compare_addition_time.toml
 	$(BIN)/eggroll-llm sweep recipes/sweeps/compare_three_numbers.toml
+
+claims: install  ## the other claims of the papers, measured: about half an hour on two cores; with PPO: make claims EXTRAS=cpu,dev,rl
+	$(BIN)/python recipes/claims/run.py
 
 test: install  ## all tests, the ones with the real model and vLLM included
 	$(BIN)/pytest --numprocesses=$(PROCESSES) --dist=loadfile

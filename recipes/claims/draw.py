@@ -1,18 +1,18 @@
-"""Draw docs/figures/rank_error.svg and rl.svg from what the scripts here measured: `python recipes/claims/draw.py`."""
+"""Draw docs/figures/rank_error.svg and rl.svg from the results in measured/: `python recipes/claims/draw.py`."""
 
 import json
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 
-HERE = Path(__file__).parent
-FIGURES = HERE.parents[1] / "docs" / "figures"
+MEASURED = Path(__file__).parent / "measured"
+FIGURES = MEASURED.parents[2] / "docs" / "figures"
 COLOURS = {"EGGROLL": "#0072b2", "OpenES": "#d55e00", "PPO": "#59636e"}
 
 
 def rank_error() -> None:
     """Draw error over rank."""
-    rows = json.loads((HERE / "rank_error.json").read_text(encoding="utf-8"))["rows"]
+    rows = json.loads((MEASURED / "rank_error.json").read_text(encoding="utf-8"))["rows"]
     ranks, errors = [row["rank"] for row in rows], [row["error"] for row in rows]
     figure, axes = plt.subplots(figsize=(5, 3.2), layout="constrained")
     axes.errorbar(ranks, errors, [row["noise"] for row in rows], fmt="o-", color="#0072b2", label="network of 4 × 3")
@@ -29,19 +29,19 @@ def rank_error() -> None:
 
 def returns() -> None:
     """Draw the return of each task's policy over processor time and over environment steps, a line for each run."""
-    lines = (HERE / "rl" / "learn.jsonl").read_text(encoding="utf-8").splitlines()
-    runs = [json.loads(line) for line in lines]
-    tasks = [*dict.fromkeys(run["task"] for run in runs)]
+    names = ("rl.jsonl", "ppo.jsonl")
+    runs = [json.loads(line) for name in names for line in (MEASURED / name).read_text(encoding="utf-8").splitlines()]
+    tasks = sorted({(run["task"], run["width"]) for run in runs})
     figure, grid = plt.subplots(2, len(tasks), figsize=(3.2 * len(tasks), 5), layout="constrained", squeeze=False)
     for column, task in enumerate(tasks):
         for row, what in enumerate(("processor seconds", "environment steps")):
             axes = grid[row][column]
-            for run in (run for run in runs if run["task"] == task):
+            for run in (run for run in runs if (run["task"], run["width"]) == task):
                 x, y = [point[row] for point in run["history"]], [point[2] for point in run["history"]]
                 axes.plot(x, y, ".-", color=COLOURS[run["method"]], label=run["method"], linewidth=1)
             axes.set_xlabel(what)
             axes.set_xscale("log")
-        grid[0][column].set_title(task)
+        grid[0][column].set_title("{}, 3 × {}".format(*task))
         named = dict(zip(*reversed(grid[0][column].get_legend_handles_labels()), strict=True))
         grid[0][column].legend(named.values(), named.keys(), frameon=False)
     for row in grid:

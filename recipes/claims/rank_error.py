@@ -3,7 +3,7 @@
 The function is the mean output of tanh(u' tanh(W x)) over 16 inputs, with W of 4 x 3: smoothing with sigma 0.5 changes
 its gradient by more than its length, so it is far from linear where ES looks. Noise is the project's, in full rank
 too. Of a member's difference the linear part is taken off, whose contribution is the gradient in every rank: the
-smaller rest is estimated with less noise. Printed as a table, and written next to this file as JSON.
+smaller rest is estimated with less noise. Printed as a table, and written as rank_error.json.
 """
 
 import argparse
@@ -17,7 +17,6 @@ from torch import Tensor
 from eggroll_llm.es.noise import NoiseSpec
 from eggroll_llm.kernels.noise import RowLayout, served_rows
 
-RESULTS = Path(__file__).with_suffix(".json")
 RANKS = (1, 2, 4, 8, 16, 32)
 O, I, SIGMA = 4, 3, 0.5  # noqa: E741 - the suffixes of shapes
 CHUNK = 1 << 16
@@ -87,12 +86,14 @@ def main() -> None:
     """Measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--pairs", type=int, default=1 << 22, help="antithetic pairs for each rank")
+    parser.add_argument("--out", type=Path, default=Path("build/claims"), help="folder of the result")
     options = parser.parse_args()
     print("| rank | relative error | noise in it | cosine |\n|---|---|---|---|")
     found = measure(options.pairs)
     found |= {"slope": slope(found["rows"]), "slope_from_4": slope([r for r in found["rows"] if r["rank"] >= 4])}
     print(f"slope {found['slope']:.2f}, from rank 4 {found['slope_from_4']:.2f}")
-    RESULTS.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    options.out.mkdir(parents=True, exist_ok=True)
+    (options.out / "rank_error.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,19 +1,19 @@
 """PPO of stable-baselines3 on the tasks of learn.py: `python recipes/claims/rl/ppo.py cartpole` (extra `rl`).
 
 Its defaults but for the network, that of learn.py, and eight environments at a time; observations are scaled as there.
-After each rollout the policy plays 16 episodes with its likeliest actions, in neither time nor steps. Appends a line a
-run to learn.jsonl. Its environments are gymnasium's, one step of one at a time: part of the difference in time.
+After each rollout the policy plays 16 episodes with its likeliest actions, in neither time nor steps, and the task is
+learned as it is in learn.py. Appends a line a run to ppo.jsonl. Its environments are gymnasium's, one step of one at a
+time: part of the difference in time.
 """
 
 import argparse
-import json
 import time
 
 import gymnasium
 import numpy as np
 import torch
 from environments import ENVIRONMENTS, Environment
-from learn import RESULTS, TESTED_ON
+from learn import TESTED_ON, append, learned, parsed
 from stable_baselines3 import PPO
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
@@ -44,8 +44,7 @@ class Tested(BaseCallback):
         self.seconds += time.process_time() - self.begin
         if self.num_timesteps:
             self.history.append((round(self.seconds, 3), self.num_timesteps, round(self._test(), 1)))
-            solved = self.history[-1][2] >= self.environment.solved
-            self.going_on = not solved and self.seconds < self.budget
+            self.going_on = not learned(self.history, self.environment) and self.seconds < self.budget
             print(self.environment.name, *self.history[-1], flush=True)
         self.begin = time.process_time()
 
@@ -63,11 +62,8 @@ class Tested(BaseCallback):
 def main() -> None:
     """Run every seed."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("task", choices=ENVIRONMENTS)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--budget", type=float, default=60.0, help="seconds of the processor for a run")
-    options = parser.parse_args()
+    options = parsed(parser)
     environment = ENVIRONMENTS[options.task]
     for seed in options.seeds:
         network = {"net_arch": [options.width] * 3}
@@ -75,10 +71,9 @@ def main() -> None:
         model = PPO("MlpPolicy", vector, n_steps=256, seed=seed, policy_kwargs=network, device="cpu")
         tested = Tested(environment, options.budget)
         model.learn(10**9, callback=tested)
-        line = {"task": options.task, "width": options.width, "method": "PPO", "seed": seed}
-        line |= {"solved": tested.history[-1][2] >= environment.solved, "history": tested.history}
-        with RESULTS.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        line = {"task": options.task, "method": "PPO", "seed": seed, "width": options.width, "budget": options.budget}
+        line |= {"solved": learned(tested.history, environment), "history": tested.history}
+        append(options.out / "ppo.jsonl", line)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ EGGROLL (rank 1) and OpenES (full rank), by turns in one process, in the process
 generation is the noise, 200 forward passes and the update; environments are left out.
 """
 
+import argparse
 import json
 import math
 import time
@@ -16,7 +17,6 @@ from torch import nn
 
 from eggroll_llm import ES
 
-RESULTS = Path(__file__).with_suffix(".json")
 CASES = [(width, 64) for width in (64, 128, 256, 512, 1024, 2048)] + [(256, population) for population in (16, 256)]
 STEPS, TURNS, METHODS = 200, 3, {"EGGROLL": 1, "OpenES": None}
 
@@ -60,6 +60,9 @@ def measure(width: int, population: int) -> dict[str, float]:
 
 def main() -> None:
     """Measure every case, print it and write all."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("build/claims"), help="folder of the result")
+    options = parser.parse_args()
     rows = []
     print("| width | population | EGGROLL / shared | OpenES / EGGROLL, forward | OpenES / EGGROLL, generation |")
     print("|---|---|---|---|---|")
@@ -74,7 +77,8 @@ def main() -> None:
         print(f"| {width} | {population} | {ratios[0]:.0%} | {ratios[1]:.1f} | {ratios[2]:.1f} |", flush=True)
         milliseconds = {what: round(value, 4) for what, value in found.items()}
         rows.append({"width": width, "population": population, "milliseconds": milliseconds})
-    RESULTS.write_text(json.dumps({"rows": rows}, indent=1) + "\n", encoding="utf-8")
+    options.out.mkdir(parents=True, exist_ok=True)
+    (options.out / "throughput.json").write_text(json.dumps({"rows": rows}, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
