@@ -86,7 +86,10 @@ def to_rich(grid: Grid) -> Table:
     )
     for i, column in enumerate(grid.columns):
         table.add_column(
-            column, justify="left" if i < grid.texts else "right", overflow="fold", no_wrap=i >= grid.texts
+            Text(inert(column, CELL)),
+            justify="left" if i < grid.texts else "right",
+            overflow="fold",
+            no_wrap=i >= grid.texts,
         )
     for row in grid.rows:
         table.add_row(*(Text(inert(cell, ANSWER if grid.texts == len(row) else CELL)) for cell in row))

@@ -8,6 +8,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from eggroll_llm.errors import ConfigError
+from eggroll_llm.system.invocation import python_command
 
 SCRIPT = "convert_hf_to_gguf.py"
 TYPES = ("f32", "f16", "bf16", "q8_0", "auto")
@@ -30,8 +31,8 @@ def find_converter(named: Path | None) -> Path:
             return place.resolve()
     looked = " or ".join(map(str, places)) or "on PATH, and LLAMA_CPP_DIR is not set"
     raise ConfigError(
-        f"--gguf: llama.cpp's converter is not {looked}. Get it with `{_CLONE}` and `{sys.executable} -m pip install "
-        f"gguf`, and give its place: --converter llama.cpp/{SCRIPT}"
+        f"--gguf: llama.cpp's converter is not {looked}. Get it with `{_CLONE}` and `"
+        f"{python_command('-m', 'pip', 'install', 'gguf')}`, and give its place: --converter llama.cpp/{SCRIPT}"
     )
 
 

@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 from made_up_runs import make_config, write_run
+from process_tree import listen
 
 from eggroll_llm.errors import RunDirError
 from eggroll_llm.records.lock import RunLock
@@ -204,7 +205,8 @@ def browse(page: Callable[[], str], folder: Path) -> tuple[str, list[str]]:
 def test_the_command_ends_quietly_by_ctrl_c(tmp_path: Path) -> None:
     path = write_run(tmp_path / "run", {0: "10"})
     words = [sys.executable, "-m", "eggroll_llm", "watch", str(path)]
-    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "preexec_fn": listen}
+    with subprocess.Popen(words, text=True, **options) as process:
         assert process.stdout
         line = process.stdout.readline()
         url = re.fullmatch(rf"{path}: (http://127\.0\.0\.1:\d+/) \(on this machine only; Ctrl-C ends it\)\n", line)

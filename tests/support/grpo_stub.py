@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from eggroll_llm.config.recipe import load_recipe
-from eggroll_llm.engine.interface import Completion, Decoding, Request
+from eggroll_llm.engine.interface import Completion, Decoding, Request, Scored
 from eggroll_llm.engine.watchdog import Watchdog
 from eggroll_llm.training import session
 from eggroll_llm.training.limits import Course
@@ -145,6 +145,11 @@ class StubEngine:
         )
 
     # What ES asks for besides: nothing changes.
+    def score(self, completions: Sequence[Scored], members: Sequence[int | None]) -> torch.Tensor:
+        with torch.no_grad():
+            row = torch.cat([token_logprobs(self.model, prompt, ids, 1.0) for prompt, ids in completions])
+        return row.expand(len(members), -1)
+
     def begin(self, noise: Any, population: int, *, antithetic: bool) -> float:
         return 0.0
 

@@ -24,7 +24,7 @@ class ProcessTree:
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (*path, ROOT)))} | options.pop("env", {})
         marked = environment | dict([self._mark])
         words = [str(word) for word in command]
-        return subprocess.Popen(words, cwd=ROOT, env=marked, text=True, preexec_fn=_listen, **options)
+        return subprocess.Popen(words, cwd=ROOT, env=marked, text=True, preexec_fn=listen, **options)
 
     def alive(self) -> list[int]:
         """Return those that run; one that waits to be collected does not."""
@@ -46,7 +46,7 @@ class ProcessTree:
                 os.kill(pid, signal.SIGKILL)
 
 
-def _listen() -> None:
+def listen() -> None:
     """What a shell starts in the background ignores Ctrl-C, and so do its children."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 

@@ -172,7 +172,8 @@ def test_files_of_the_user_hide_no_modules(
 WRITTEN = re.compile(
     r"\beggroll-llm (train|resume|eval|replay|sweep|compare|push|bench|doctor)\b|pip install|--on-existing resume"
 )
-DOCUMENTS = {"eggroll_llm/models/card.py", "eggroll_llm/system/installed.py", "eval/report.py"}
+CARDS = {"eggroll_llm/models/card.py", "eggroll_llm/models/adapter/card.py"}
+DOCUMENTS = CARDS | {"eggroll_llm/system/installed.py", "eval/report.py"}
 """For readers elsewhere: what the program is called there is not known. `installed` is what knows how to install."""
 
 

@@ -2,7 +2,7 @@
 
 import random
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from fake_engine import MEMBERS, PROMPTS
 from pipe_link import Plan, pool
 
 from eggroll_llm.config.schema import RewardConfig
-from eggroll_llm.engine.interface import Completion, Stream
+from eggroll_llm.engine.interface import Completion, Decoding, Request, Stream
 from eggroll_llm.tasks.load import load_task
 
 PATIENCE = 60.0
@@ -69,7 +69,12 @@ class Arrival:
     def take_over(self, engine: Any) -> None:
         """Let an engine's completions come so."""
         stream = engine.stream
-        engine.stream = lambda requests, decoding: self._arrive(stream(requests, decoding))
+
+        def arriving(requests: Sequence[Request], decoding: Decoding) -> Stream:
+            answers = stream(requests, decoding)
+            return answers if decoding.temperature == 1 else self._arrive(answers)  # nobody scores the reference
+
+        engine.stream = arriving
 
     def _arrive(self, stream: Stream) -> Stream:
         arriving: Iterable[tuple[int, Completion]] = stream
