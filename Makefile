@@ -20,7 +20,7 @@ install:  ## create or complete .venv for development; does nothing when it is u
 install-demo:
 	@EXTRAS="$(or $(EXTRAS),demo)" scripts/install.sh
 
-demo: install-demo  ## train the embedded model (3 to 12 minutes on two cores), accuracy before and after
+demo: install-demo  ## train the embedded model (2 to 12 minutes on two cores), accuracy before and after
 	$(BIN)/eggroll-llm train $(RECIPE)
 
 compare: install  ## ES next to GRPO: sums by completions and by the clock, Countdown by the clock, three seeds of each (an hour on two cores)
