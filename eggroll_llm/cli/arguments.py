@@ -130,6 +130,13 @@ def _key(flag: str) -> str:
     return flag.removeprefix("--").replace("-", "_")
 
 
+def add_at(parser: argparse.ArgumentParser) -> None:
+    """Declare --at, which chooses the step of a run."""
+    parser.add_argument(
+        "--at", default="final", metavar="STEP", help="step of a run: final (default), best or a number"
+    )
+
+
 def positive(text: str) -> int:
     """Return a whole number of at least 1, for argparse."""
     return _whole(text, 1, "must be at least 1")

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from eggroll_llm.cli.arguments import GO_ON, Settings, absolute_task, not_negative, positive
+from eggroll_llm.cli.arguments import GO_ON, Settings, absolute_task, add_at, not_negative, positive
 from eggroll_llm.errors import ConfigError
 from eggroll_llm.system.files import check_output_file
 
@@ -14,9 +14,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "model", metavar="MODEL_OR_RUN", help="run directory (or RUN@STEP), or a model as in `model`, adapters included"
     )
     parser.add_argument("--task", help="gsm8k, gsm8k_cot, countdown or file.py:NAME; default: the run's task")
-    parser.add_argument(
-        "--at", default="final", metavar="STEP", help="step of a run: final (default), best or a number"
-    )
+    add_at(parser)
     parser.add_argument(
         "--protocol",
         choices=("lm-eval", "task"),

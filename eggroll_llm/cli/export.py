@@ -4,7 +4,7 @@ import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
-from eggroll_llm.cli.arguments import Settings, positive
+from eggroll_llm.cli.arguments import Settings, add_at, positive
 from eggroll_llm.cli.display import ConsoleDisplay
 from eggroll_llm.config.recipe import load_recipe
 from eggroll_llm.errors import ConfigError
@@ -26,9 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     kind = parser.add_mutually_exclusive_group(required=True)
     kind.add_argument("--adapter", type=positive, metavar="RANK", help="write a LoRA adapter of this rank, for PEFT")
     kind.add_argument("--gguf", choices=TYPES, help="write a GGUF file, by llama.cpp's converter")
-    parser.add_argument(
-        "--at", default="final", metavar="STEP", help="step of a run: final (default), best or a number"
-    )
+    add_at(parser)
     parser.add_argument("--base", metavar="MODEL", help="model that was trained from; default: that of the run")
     parser.add_argument(
         "--converter", type=Path, metavar="PATH", help="llama.cpp or its convert_hf_to_gguf.py; default: $LLAMA_CPP_DIR"

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from eggroll_llm.cli.arguments import Settings
+from eggroll_llm.cli.arguments import Settings, add_at
 from eggroll_llm.models.push import plan_push, push
 
 
@@ -13,9 +13,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "model", type=Path, metavar="RUN_OR_DIR", help="directory of a run (or RUN@STEP), a model or an adapter"
     )
     parser.add_argument("repo_id", metavar="OWNER/NAME", help="repository on the hub")
-    parser.add_argument(
-        "--at", default="final", metavar="STEP", help="step of a run: final (default), best or a number"
-    )
+    add_at(parser)
     parser.add_argument("--private", action="store_true", help="make the repository private")
     parser.add_argument("--revision", metavar="BRANCH", help="branch to upload to; default: main")
     parser.add_argument("--dry-run", action="store_true", help="list what would be uploaded, without network")

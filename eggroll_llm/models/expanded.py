@@ -5,7 +5,6 @@ A directory's name is that of the file, the SHA-256 of its content, and the vers
 """
 
 import fcntl
-import hashlib
 import logging
 import re
 import shutil
@@ -17,7 +16,7 @@ from tempfile import TemporaryDirectory
 from eggroll_llm.errors import ModelError
 from eggroll_llm.models.gguf_file import check_header, read_header
 from eggroll_llm.system import installed
-from eggroll_llm.system.files import cache_root, fsync_directory, fsync_tree, of_the_system
+from eggroll_llm.system.files import cache_root, fsync_directory, fsync_tree, of_the_system, sha256_of
 from eggroll_llm.system.invocation import child_python, command
 
 log = logging.getLogger(__name__)
@@ -30,13 +29,16 @@ def models_cache() -> Path:
     return cache_root() / "models"
 
 
+def place_in_cache(name: str, digest: str, version: str) -> Path:
+    """Return the directory of what is made from a source of that name, whose content has that SHA-256, by a version."""
+    stem = re.sub(r"[^A-Za-z0-9._-]+", "-", name)[:100]
+    return models_cache() / f"{stem}-{digest[:16]}-{version}"
+
+
 def expanded_gguf(path: Path) -> Path:
     """Return the directory of the model of a GGUF file, converted now if it never was. Raises ModelError."""
     check_header(read_header(path))
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    stem = re.sub(r"[^A-Za-z0-9._-]+", "-", path.stem)[:100]
-    return expanded(path, models_cache() / f"{stem}-{digest[:16]}-{CONVERSION}")
+    return expanded(path, place_in_cache(path.stem, sha256_of(path), str(CONVERSION)))
 
 
 def expanded(path: Path, destination: Path) -> Path:

@@ -14,6 +14,7 @@ from typing import Any
 
 from eggroll_llm.errors import ModelError
 from eggroll_llm.models.architectures import architecture, check_architecture, check_dense
+from eggroll_llm.system.files import sha256_of
 from eggroll_llm.system.jsonl import parse_json
 
 _UNSTABLE_CONFIG_KEYS = (
@@ -69,9 +70,7 @@ def model_identity(directory: Path) -> str:
     stable = {key: value for key, value in config.items() if key not in _UNSTABLE_CONFIG_KEYS}
     digest = hashlib.sha256(json.dumps(stable, sort_keys=True).encode())
     for weights in weight_files(directory):
-        with weights.open("rb") as file:
-            content = hashlib.file_digest(file, "sha256").hexdigest()
-        digest.update(f"\n{weights.name} {weights.stat().st_size} {content}".encode())
+        digest.update(f"\n{weights.name} {weights.stat().st_size} {sha256_of(weights)}".encode())
     return digest.hexdigest()[:16]
 
 

@@ -16,7 +16,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from eggroll_llm.errors import CheckpointError
-from eggroll_llm.system.files import describe_failure, fsync_tree, recover, remove_directory, replace_directory
+from eggroll_llm.system.files import (
+    describe_failure,
+    fsync_tree,
+    recover,
+    remove_directory,
+    replace_directory,
+    sha256_of,
+)
 from eggroll_llm.system.jsonl import parse_json
 
 if TYPE_CHECKING:
@@ -108,7 +115,7 @@ def verify_checkpoint(path: Path) -> Checkpoint:
                 raise CheckpointError(
                     f"{file}: {size} bytes, but {expected['size']} were written. Use another checkpoint."
                 )
-            found = _sha256(file)
+            found = sha256_of(file)
         except OSError as error:
             raise CheckpointError(f"{file}: cannot be read ({error.strerror}). Use another checkpoint.") from error
         if found != expected["sha256"]:
@@ -197,7 +204,7 @@ def clean(root: Path) -> list[str]:
 
 def _manifest(folder: Path, step: int, metadata: Mapping[str, Any]) -> str:
     files = {
-        path.relative_to(folder).as_posix(): {"size": path.stat().st_size, "sha256": _sha256(path)}
+        path.relative_to(folder).as_posix(): {"size": path.stat().st_size, "sha256": sha256_of(path)}
         for path in sorted(folder.rglob("*"))
         if path.is_file()
     }
@@ -244,8 +251,3 @@ def _is_manifest(content: Mapping[str, Any]) -> bool:
 
 def _content_hash(content: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

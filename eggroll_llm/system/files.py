@@ -6,6 +6,7 @@ directory is atomic, and durable once the directory itself is fsynced.
 
 import contextlib
 import errno
+import hashlib
 import os
 import re
 import shutil
@@ -26,6 +27,12 @@ def fsync_directory(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def sha256_of(path: Path) -> str:
+    """Return the SHA-256 of a file's content in hex digits. Raises OSError."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def staging_of(path: Path) -> Path:

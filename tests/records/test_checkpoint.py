@@ -134,14 +134,14 @@ def test_messages_about_damage(root: Path) -> None:
 
 def test_a_file_that_cannot_be_read_is_damage(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     good, bad = save(root, 1), save(root, 2)
-    real = checkpoint._sha256
+    real = checkpoint.sha256_of
 
     def fail(file: Path) -> str:
         if file == bad / "empty":
             raise OSError(errno.EIO, os.strerror(errno.EIO))
         return real(file)
 
-    monkeypatch.setattr(checkpoint, "_sha256", fail)
+    monkeypatch.setattr(checkpoint, "sha256_of", fail)
     newest = newest_valid(root)
     assert newest.refused == (f"{bad}/empty: cannot be read (Input/output error). Use another checkpoint.",)
     assert newest.checkpoint == verify_checkpoint(good)

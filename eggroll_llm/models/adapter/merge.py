@@ -6,18 +6,18 @@ for that is what it was trained with.
 
 import hashlib
 import logging
-import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 from eggroll_llm.errors import ModelError
 from eggroll_llm.models.adapter.peft_format import CONFIG, WEIGHTS, Adapter, check_fits, key_of, read_adapter
-from eggroll_llm.models.expanded import made_once, models_cache
+from eggroll_llm.models.expanded import made_once, place_in_cache
 from eggroll_llm.models.export import export_model
 from eggroll_llm.models.files import model_identity, tensor_shapes, weight_files
 from eggroll_llm.records.weights import recorded_origin
 from eggroll_llm.system import installed
+from eggroll_llm.system.files import sha256_of
 
 log = logging.getLogger(__name__)
 
@@ -46,11 +46,10 @@ def merged_adapter(directory: Path, base: str, resolve: Callable[[str], Path]) -
     digest = hashlib.sha256(identity.encode())
     texts = sorted({path for pattern in ("*.json", *_TOKENIZER) for path in base_dir.glob(pattern)})
     for file in [*texts, directory / CONFIG, directory / WEIGHTS, *_own_tokenizer(directory)]:
-        digest.update(f"\n{file.name} {_sha256(file)}".encode())
-    stem = re.sub(r"[^A-Za-z0-9._-]+", "-", directory.name)[:100]
+        digest.update(f"\n{file.name} {sha256_of(file)}".encode())
     installed.check(f"merging {directory}", "torch", "safetensors")
     return made_once(
-        models_cache() / f"{stem}-{digest.hexdigest()[:16]}-adapter-{MERGE}",
+        place_in_cache(directory.name, digest.hexdigest(), f"adapter-{MERGE}"),
         f"{directory}: the model that it is merged into",
         lambda scratch: _merge(adapter, base_dir, scratch),
     )
@@ -80,8 +79,3 @@ def _own_tokenizer(directory: Path) -> list[Path]:
     """Return the files of a tokenizer that lies with an adapter; none where it is not complete."""
     files = [directory / name for name in _TOKENIZER if (directory / name).is_file()]
     return files if {"tokenizer.json", "tokenizer_config.json"} <= {path.name for path in files} else []
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
