@@ -18,7 +18,7 @@ lm-evaluation-harness, and its normalisation before exact match, for comparison 
 `strict_cot` is "strict-match" of its task `gsm8k_cot`. They read the whole text, thoughts included, and ignore
 `truncated`.
 
-Reward: 1 if correct, else 0. A gold answer without a number scores 0 with detail "bad_gold" (the task loader
+Reward: 1 if correct; `format_reward` for a wrong number where the method looks for the answer; else 0. A gold answer without a number scores 0 with detail "bad_gold" (the task loader
 refuses it before that).
 """
 
@@ -64,6 +64,7 @@ def score(
     truncated: bool = False,
     thought_open: bool = False,
     method: Method = "robust",
+    format_reward: float = 0.0,
 ) -> Score:
     """Score a completion.
 
@@ -71,6 +72,7 @@ def score(
         answer: gold number, or the gold solution, whose number follows its last `#### `.
         truncated: whether the completion was cut off by the length limit.
         thought_open: whether the prompt ended in a thought that the completion continues.
+        format_reward: reward of a wrong number that stands where an answer belongs.
 
     Raises:
         ValueError: unknown method.
@@ -82,8 +84,9 @@ def score(
         found = _read(completion, truncated, thought_open, method)
     except RefusedError as refusal:
         return Score(0.0, False, str(refusal))
-    correct = found == gold
-    return Score(float(correct), correct, "correct" if correct else "wrong_value")
+    if found == gold:
+        return Score(1.0, True, "correct")
+    return Score(float(format_reward), False, "wrong_value")
 
 
 def read_answer(

@@ -11,6 +11,7 @@ trained on mathematics in LaTeX; "few_shot" is text to complete. It starts with 
 published solutions, without the `<<9*2=18>>` calculator annotations.
 """
 
+import math
 import random
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -51,6 +52,8 @@ class Gsm8kOptions:
     """Seed that chooses the examples, independent of the seed of the run."""
     grader: Literal["robust", "strict", "flexible"] = "robust"
     """How the answer is read: the training reward, or one of the two filters of lm-evaluation-harness."""
+    format_reward: float = 0.0
+    """Reward of a wrong number that was found where an answer belongs. Above 0 it teaches a model to finish."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -90,6 +93,7 @@ class Gsm8kTask:
             truncated=truncated,
             thought_open=thought_open,
             method=self.options.grader,
+            format_reward=self.options.format_reward,
         )
 
     def answer(self, completion: str, *, truncated: bool = False, thought_open: bool = False) -> str | None:
@@ -114,6 +118,11 @@ def load_gsm8k(options: Gsm8kOptions, base_dir: Path, place: Place = no_place) -
     """
     if options.shots < 1:
         raise TaskError(f"{place('shots')}: GSM8K: shots = {options.shots} is too small. Write at least 1.")
+    if not math.isfinite(options.format_reward) or not 0 <= options.format_reward < 1:
+        raise TaskError(
+            f"{place('format_reward')}: GSM8K: format_reward = {options.format_reward} is not in [0, 1). "
+            "A wrong answer must earn less than a right one."
+        )
     notes: list[str] = []
     train, test = (_split(split, options, base_dir, notes) for split in ("train", "test"))
     held_out = {problem["question"] for problem in test}

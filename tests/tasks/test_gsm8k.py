@@ -99,6 +99,17 @@ def test_score_and_grader(folder):
     assert not load(folder, grader="strict").score("####1200", problem).correct
 
 
+def test_the_format_reward_is_for_a_finished_answer(folder):
+    problem = load(folder).problems("train")[0]
+    assert load(folder).score("#### 7", problem).reward == 0
+    task = load(folder, format_reward=0.2)
+    assert task.score("#### 1,200", problem).reward == 1
+    wrong = task.score("#### 7", problem)
+    assert (wrong.reward, wrong.correct, wrong.detail) == (0.2, False, "wrong_value")
+    assert task.score("It is 7.", problem).reward == 0
+    assert task.score("#### 7", problem, truncated=True).reward == 0
+
+
 @pytest.mark.parametrize("style", ["chat", "boxed", "few_shot"])
 def test_questions_of_test_are_left_out_of_train(tmp_path, style):
     write(tmp_path, [row(1), row(2), row(3), row(4)], [row(2), row(9)])
@@ -165,6 +176,12 @@ def test_too_few_problems(tmp_path):
         load(tmp_path, prompt_style="few_shot")
     with pytest.raises(TaskError, match="shots = 0 is too small"):
         load(tmp_path, shots=0)
+
+
+@pytest.mark.parametrize("value", [1.0, -0.1])
+def test_a_format_reward_as_large_as_a_right_answers_is_refused(folder, value):
+    with pytest.raises(TaskError, match="format_reward = .* is not in"):
+        load(folder, format_reward=value)
 
 
 def test_the_hub(monkeypatch):
