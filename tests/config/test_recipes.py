@@ -40,7 +40,7 @@ def test_every_promised_recipe_is_there() -> None:
     models = ["qwen2.5_0.5b", "qwen2.5_1.5b", "qwen2.5_3b", "qwen3_4b", "smollm2"]
     names = [f"{task}_{model}" for task in ("countdown", "gsm8k") for model in [*models, "smollm2_grpo"]]
     sums = [f"addition_smollm2{ending}" for ending in ("", "_grpo", "_rewards")]
-    coder = [f"gsm8k_qwen2.5_coder_0.5b{ending}" for ending in ("", "_grpo")]
+    coder = [f"gsm8k_qwen2.5_coder_0.5b{ending}" for ending in ("", "_grpo", "_gpu", "_gpu_grpo")]
     assert sorted(path.stem for path in RECIPES) == sorted([*sums, *names, *coder])
 
 
@@ -55,7 +55,7 @@ def test_it_is_valid_and_its_resolved_form_reads_back_the_same(path: Path, tmp_p
 @pytest.mark.parametrize("path", RECIPES, ids=name)
 def test_its_name_says_what_it_trains(path: Path) -> None:
     config = load_recipe(path)
-    task, _, model = path.stem.removesuffix("_grpo").removesuffix("_rewards").partition("_")
+    task, _, model = path.stem.removesuffix("_grpo").removesuffix("_rewards").removesuffix("_gpu").partition("_")
     assert config.task.split(".")[0] == task
     assert config.method == ("grpo" if path in GRPO else "es")
     assert model.replace("_", "-") in config.model.lower()
@@ -90,7 +90,7 @@ def test_a_comparison_is_of_methods_alone(path: Path) -> None:
     assert [(run.seed, run.method) for run in runs] == [(seed, m) for seed in (0, 1, 2) for m in ("es", "grpo")]
     for run in runs:
         assert not unlike(runs[0], run) - {"seed"}
-        assert (run.eval.split, run.eval.problems) == ("test", 512)
+        assert (run.eval.split, run.eval.problems) == ("test", 1319 if run.task == "gsm8k" else 512)
         assert (run.steps > 0) == (run.minutes == 0) == path.stem.endswith("_tokens")
     assert len({completions(run) for run in runs}) == 1
 
