@@ -18,8 +18,8 @@ lm-evaluation-harness, and its normalisation before exact match, for comparison 
 `strict_cot` is "strict-match" of its task `gsm8k_cot`. They read the whole text, thoughts included, and ignore
 `truncated`.
 
-Reward: 1 if correct; `format_reward` for a wrong number where the method looks for the answer; else 0. A gold answer without a number scores 0 with detail "bad_gold" (the task loader
-refuses it before that).
+Reward: 1 if correct; `format_reward` for a wrong number where the method looks for the answer; else 0. A gold answer
+without a number scores 0 with detail "bad_gold" (the task loader refuses it before that).
 """
 
 import re

@@ -20,7 +20,11 @@ FOLDER = Path(__file__).parents[2] / "recipes"
 RECIPES = sorted(FOLDER.glob("*.toml"))
 GRPO = [path for path in RECIPES if path.stem.endswith("_grpo")]
 QWEN = [path for path in RECIPES if "qwen" in path.stem and "coder" not in path.stem]
-NOT_MEASURED = [*(path.stem for path in RECIPES if "qwen" in path.stem), "addition_smollm2_rewards"]
+MEASURED = "gsm8k_qwen2.5_coder_0.5b"
+NOT_MEASURED = [
+    *(path.stem for path in RECIPES if "qwen" in path.stem and path.stem != MEASURED),
+    "addition_smollm2_rewards",
+]
 MOST_SLOTS = 64  # what engine.slots = 0 resolves to at most
 
 # (task, family) -> learning rate in our unit, by the conversions of recipes/README.md.

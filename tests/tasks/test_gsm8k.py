@@ -180,7 +180,7 @@ def test_too_few_problems(tmp_path):
 
 @pytest.mark.parametrize("value", [1.0, -0.1])
 def test_a_format_reward_as_large_as_a_right_answers_is_refused(folder, value):
-    with pytest.raises(TaskError, match="format_reward = .* is not in"):
+    with pytest.raises(TaskError, match=r"format_reward = .* is not in"):
         load(folder, format_reward=value)
 
 
