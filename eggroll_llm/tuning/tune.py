@@ -3,9 +3,9 @@
     answers    = W(prompts), at temperature 1 and at most TOKENS long: the divergence is then an unbiased estimate
     d(sigma)   = mean divergence of members of that sigma from W on the answers' tokens, by `Engine.score`
 
-until a sigma is found whose divergence is close to the target, and at half of it. `es.sizes` has the law that these two
-determine, and what follows from it. All sigmas have the same noise, so that their divergences compare; nothing is
-graded, and nothing depends on time.
+until a sigma is found whose divergence is close to the target; with the next smaller one (half of it, if none was
+measured) that determines the law of `es.sizes`, and what follows from it. All sigmas have the same noise, so that
+their divergences compare; nothing is graded, and nothing depends on time.
 """
 
 import dataclasses
@@ -31,6 +31,8 @@ TOKENS = 64
 """Length limit of an answer."""
 ALL_TOKENS = 512
 """Of the answers together, at most: as many problems as that takes."""
+PROBLEMS = 32
+"""At most: short answers cost their prompts, and more of them would not make up for the few members."""
 START = 1e-3
 """The first sigma."""
 ATTEMPTS = 6
@@ -93,7 +95,7 @@ def _answers(engine: Engine, prepared: Prepared) -> list[Scored]:
     """Return prompts and answers of the weights."""
     config, prompts = prepared.config, prepared.train.prompts
     decoding = plain(decoding_of(config.sampling, prepared.task.stop), max_tokens=TOKENS)
-    count = min(len(prompts), ALL_TOKENS // decoding.max_tokens)
+    count = min(len(prompts), PROBLEMS, ALL_TOKENS // decoding.max_tokens)
     problems = problems_of_step(len(prompts), count, seed=config.seed, step=1)
     requests = [
         Request(prompt_ids=prompts[problem], seed=sampling_seed(config.seed, 0, i, 0))
@@ -121,9 +123,11 @@ def _measure(
     while not measured[-1].close and len(measured) < ATTEMPTS:
         measured.append(at(next_sigma(measured[-1])))
     last = measured[-1]
-    measured.append(at(last.sigma / 2))
+    if all(one.sigma >= last.sigma for one in measured):
+        measured.append(at(last.sigma / 2))
+    below = max((one for one in measured if one.sigma < last.sigma), key=lambda one: one.sigma)
     try:
-        law = Law.through(measured[-1], last)
+        law = Law.through(below, last)
     except ValueError:
         law = None
     if not law or not last.close:
