@@ -13,7 +13,6 @@ whose example lines are in neither split; "tinyzero" is the published prompt of 
 (github.com/Jiayi-Pan/TinyZero, Apache-2.0).
 """
 
-import math
 import random
 import re
 from collections.abc import Iterable, Sequence
@@ -24,7 +23,7 @@ from typing import Any, Literal, NoReturn
 from eggroll_llm.errors import TaskError
 from eggroll_llm.tasks.countdown_generate import Key, Space, draw_problems, key_of
 from eggroll_llm.tasks.countdown_read import Solutions, file_problems, hub_problems
-from eggroll_llm.tasks.task import Message, Place, Problem, Split, no_place
+from eggroll_llm.tasks.task import Message, Place, Problem, Split, check_format_reward, no_place
 from rewards import Score, countdown
 
 _Rows = list[Problem]
@@ -220,9 +219,7 @@ def _check(options: CountdownOptions, place: Place) -> None:
     for name, low in (("train_size", 1), ("test_size", 1), ("shots", 1)):
         if getattr(options, name) < low:
             fail(name, f"{name} = {getattr(options, name)} is too small. Write at least {low}.")
-    if not math.isfinite(options.format_reward) or not 0 <= options.format_reward < 1:
-        remedy = "A wrong answer must earn less than a right one."
-        fail("format_reward", f"format_reward = {options.format_reward} is not in [0, 1). {remedy}")
+    check_format_reward(options.format_reward, "Countdown", place)
     if options.file and options.hub:
         fail("hub", "file and hub are both given. Remove one of them.")
     if options.test_file and not options.file:

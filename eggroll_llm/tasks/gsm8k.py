@@ -11,7 +11,6 @@ trained on mathematics in LaTeX; "few_shot" is text to complete. It starts with 
 published solutions, without the `<<9*2=18>>` calculator annotations.
 """
 
-import math
 import random
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -21,7 +20,7 @@ from typing import Any, Literal
 
 from eggroll_llm.errors import TaskError
 from eggroll_llm.tasks.read import load_file, load_hub, missing_column
-from eggroll_llm.tasks.task import Message, Place, Problem, Split, no_place
+from eggroll_llm.tasks.task import Message, Place, Problem, Split, check_format_reward, no_place
 from rewards import Score, gsm8k
 
 HUB_NAME = "openai/gsm8k"
@@ -118,11 +117,7 @@ def load_gsm8k(options: Gsm8kOptions, base_dir: Path, place: Place = no_place) -
     """
     if options.shots < 1:
         raise TaskError(f"{place('shots')}: GSM8K: shots = {options.shots} is too small. Write at least 1.")
-    if not math.isfinite(options.format_reward) or not 0 <= options.format_reward < 1:
-        raise TaskError(
-            f"{place('format_reward')}: GSM8K: format_reward = {options.format_reward} is not in [0, 1). "
-            "A wrong answer must earn less than a right one."
-        )
+    check_format_reward(options.format_reward, "GSM8K", place)
     notes: list[str] = []
     train, test = (_split(split, options, base_dir, notes) for split in ("train", "test"))
     held_out = {problem["question"] for problem in test}

@@ -26,6 +26,15 @@ def no_place(option: str) -> str:
     return "task_options"
 
 
+def check_format_reward(value: float, task: str, place: Place) -> None:
+    """Refuse a reward of wrong answers that is not in [0, 1). Raises TaskError."""
+    if not 0 <= value < 1:  # nor is nan
+        raise TaskError(
+            f"{place('format_reward')}: {task}: format_reward = {value} is not in [0, 1). "
+            "A wrong answer must earn less than a right one."
+        )
+
+
 def problem_text(problem: Problem) -> str:
     """Return the contents of a problem as JSON that is the same in every process.
 

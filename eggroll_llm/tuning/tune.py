@@ -123,11 +123,12 @@ def _measure(
     while not measured[-1].close and len(measured) < ATTEMPTS:
         measured.append(at(next_sigma(measured[-1])))
     last = measured[-1]
-    if all(one.sigma >= last.sigma for one in measured):
-        measured.append(at(last.sigma / 2))
-    below = max((one for one in measured if one.sigma < last.sigma), key=lambda one: one.sigma)
+    below = [one for one in measured if one.sigma < last.sigma]
+    if not below:
+        below = [at(last.sigma / 2)]
+        measured += below
     try:
-        law = Law.through(below, last)
+        law = Law.through(max(below, key=lambda one: one.sigma), last)
     except ValueError:
         law = None
     if not law or not last.close:
