@@ -10,6 +10,7 @@ advantages, loss, micro batches, clipping, optimizer. What is replaced besides:
 * The scheduler: `es.plan.schedule`, the one of ES, times a linear warm-up.
 * The pass over prompts: completions of a problem in a micro batch share one, forward and backward, as they share a
   prefix in vLLM (`_score_completions`): 64 answers of a few tokens to 8 prompts of 84 take a third of the time.
+* The padding: TRL fills every completion up to the longest of the step, here it is up to the longest of a micro batch.
 * Where the head is applied: to the tokens of completions alone, as TRL does on CUDA. Elsewhere it would score those of
   the prompts as well, and drop the result: on CPU up to half of a pass, with a small model and a large vocabulary.
 * Model cards, telemetry and printing are switched off: ours are used.
@@ -24,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn.functional import pad
 
 import eggroll_llm.engine.vllm  # noqa: F401  # TRL imports vLLM, whose environment this sets
 from eggroll_llm.config.schema import RunConfig
@@ -270,27 +272,36 @@ class EngineGrpoTrainer(GRPOTrainer):
                 _score_completions(model, ids, mask, logits_to_keep)
                 for ids, mask in zip(input_ids.split(sizes), attention_mask.split(sizes), strict=True)
             ]
-        logps = torch.cat([output.log_probs for output in outputs])
-        return logps, torch.cat([output.entropy for output in outputs]) if compute_entropy else None, None
+        logps, entropies = zip(*outputs, strict=True)
+        return torch.cat(logps), torch.cat(entropies) if compute_entropy else None, None
 
     def _tokenize_prompts(self, prompts: list[str]) -> tuple[list[list[int]], None, dict[str, Any]]:
         return [list(self._train_prompts[int(prompt)]) for prompt in prompts], None, {}
 
 
-def _score_completions(model: Any, ids: torch.Tensor, mask: torch.Tensor, length: int) -> Any:
-    """Return TRL's scores (B, length) of the last `length` tokens, with one pass over each different prompt.
+def _score_completions(
+    model: Any, ids: torch.Tensor, mask: torch.Tensor, length: int
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return log-probabilities and entropies (B, length) of the last `length` tokens, 0 where there is padding.
 
     A prompt's keys and values are computed once and selected for each of its completions; gradients add up on the way
-    back. The last token of the prompt goes with the completion, as it predicts the first one.
+    back. The last token of the prompt goes with the completion, as it predicts the first one. Columns that are padding
+    in every row are left out.
     """
-    head = ids.size(1) - length - 1
+    used = mask.any(dim=0).nonzero()
+    first, padding = int(used[0]), mask.size(1) - 1 - int(used[-1])
+    padding = min(padding, length - 1)
+    ids, mask = (tensor[:, first : tensor.size(1) - padding] for tensor in (ids, mask))
+    head = ids.size(1) - (length - padding) - 1
     prompts, which = torch.unique(torch.stack([ids, mask], dim=-1)[:, :head], dim=0, return_inverse=True)
     inner = model.get_base_model() if hasattr(model, "peft_config") else model
     cache = inner.base_model(input_ids=prompts[..., 0], attention_mask=prompts[..., 1], use_cache=True).past_key_values
     cache.batch_select_indices(which)
     tail = ids[:, head:]
     labels = tail.masked_fill(mask[:, head:] == 0, -100)
-    return model(input_ids=tail, attention_mask=mask, past_key_values=cache, labels=labels, fused_lm_head=True)
+    out = model(input_ids=tail, attention_mask=mask, past_key_values=cache, labels=labels, fused_lm_head=True)
+    entropy = None if out.entropy is None else pad(out.entropy, (0, padding))
+    return pad(out.log_probs, (0, padding)), entropy
 
 
 def arguments(config: RunConfig, directory: Path, *, use_cpu: bool) -> GRPOConfig:
