@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
 from eggroll_llm.config.schema import EngineConfig, GrpoConfig, RunConfig, SamplingConfig
 from eggroll_llm.engine.memory import ModelShape, es_parts
@@ -119,12 +121,12 @@ def test_a_gib_is_one(model: Path) -> None:
 
 
 def test_memory_of_grpo(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All weights, embeddings too, and what grows with the micro batch is named: it cannot be told beforehand."""
+    """All weights, embeddings too, and beside them what grows with the micro batch."""
     monkeypatch.setattr("eggroll_llm.training.budget.GIB", 1024)
     weights = sum(math.prod(shape) for shape in tensor_shapes(model).values())
     memory = [
         line.removeprefix("memory: ")
-        for line in lines(model, method="grpo", grpo=GrpoConfig(learning_rate=1e-5, micro_batch=2))
+        for line in lines(model, method="grpo", grpo=GrpoConfig(learning_rate=1e-5, micro_batch=2, dtype="bfloat16"))
         if line.startswith("memory: ")
     ]
     parts = {
@@ -136,7 +138,42 @@ def test_memory_of_grpo(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     }
     assert memory[:-1] == [f"{amount / 1024:.2f} GiB for {name}" for name, amount in parts.items()]
     assert memory[-1].startswith(f"{sum(parts.values()) / 1024:.2f} GiB for these together, besides")
-    assert memory[-1].endswith("the activations of 2 completions of at most 90 tokens")
+    sizes = read_config(model)
+    each = 32 * sizes["hidden_size"] + 8 * sizes["intermediate_size"]
+    activations = 2 * 90 * sizes["num_hidden_layers"] * each / 1024
+    assert memory[-1].endswith(f"the activations of 2 completions of at most 90 tokens, up to {activations:.2f} GiB")
+
+
+def test_activations_that_are_checkpointed_are_not_counted(model: Path) -> None:
+    grpo = GrpoConfig(learning_rate=1e-5, micro_batch=2, gradient_checkpointing=True)
+    assert lines(model, method="grpo", grpo=grpo)[-1].endswith("the activations of 2 completions of at most 90 tokens")
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_activations_are_what_autograd_saves(model: Path, dtype: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As more of it for more completions, so that weights and their copies in bfloat16 drop out."""
+    monkeypatch.setattr("eggroll_llm.training.budget.GIB", 1)
+    decoder = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).base_model
+
+    def told(completions: int) -> float:
+        grpo = GrpoConfig(learning_rate=1e-5, micro_batch=completions, dtype=dtype)
+        return float(lines(model, method="grpo", grpo=grpo)[-1].split()[-2])
+
+    def saved(completions: int) -> int:
+        kept: dict[int, torch.UntypedStorage] = {}
+
+        def keep(tensor: torch.Tensor) -> torch.Tensor:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+            return tensor
+
+        with (
+            torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+            torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"),
+        ):
+            decoder(torch.ones(completions, 90, dtype=torch.long), use_cache=False)
+        return sum(storage.nbytes() for storage in kept.values())
+
+    assert saved(6) - saved(2) == pytest.approx(told(6) - told(2), rel=0.15)
 
 
 MEMBER = 2 * 4 * WIDTH  # bytes, in bfloat16 at rank 4

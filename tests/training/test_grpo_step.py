@@ -365,3 +365,18 @@ def test_adapters_are_on_the_layers_that_es_perturbs(
     config = load_recipe(write_recipe(tmp_path, tiny_model(kind)), [("grpo.lora_rank", "2")])
     perturbed = {name.removesuffix(".weight") for name, _, _ in trained_parameters(tiny_model(kind))}
     assert adapted_layers(tiny_model(kind), config) == perturbed
+
+
+def test_no_pass_is_over_columns_of_padding_alone(step_of: Callable[..., Step]) -> None:
+    """A micro batch is as wide as its own longest prompt and completion, whatever the step's are."""
+    step = step_of(micro_batch=1)
+    inner = step.trainer.trl.model.base_model
+    padded: list[int] = []
+    inner.register_forward_pre_hook(
+        lambda _, args, passed: padded.append(int((~passed["attention_mask"].bool().any(dim=0)).sum())),
+        with_kwargs=True,
+    )
+    step.make()
+    _, completions = step.rollouts
+    assert len({len(completion.token_ids) for completion in completions}) > 1
+    assert set(padded) == {0}
