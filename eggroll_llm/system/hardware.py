@@ -66,6 +66,26 @@ def keep_freed_memory() -> None:
         mallopt(parameter, size)
 
 
+def return_freed_memory() -> None:
+    """Give the system what the allocator keeps, where less memory is left than this process has.
+
+    Tensors of changing sizes leave holes that the next ones do not fit into, so that what is kept grows from step to
+    step: with GRPO on Qwen2.5-0.5B by a GiB, until the system ended it.
+    """
+    available = available_memory()
+    if available is not None and available < resident_memory():
+        with contextlib.suppress(AttributeError, OSError):  # not glibc
+            ctypes.CDLL(None).malloc_trim(0)
+
+
+def resident_memory() -> int:
+    """Return the bytes of memory that this process has now; 0 where the system does not say."""
+    try:
+        return int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1]) * resource.getpagesize()
+    except OSError:
+        return 0
+
+
 def available_memory(root: Path = Path("/")) -> int | None:
     """Return the bytes of memory that can still be had, swap included; None where the system does not tell.
 

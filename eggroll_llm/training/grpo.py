@@ -35,7 +35,7 @@ from eggroll_llm.errors import ModelError, TaskError, TrainingError
 from eggroll_llm.models.export import export_model
 from eggroll_llm.models.files import tensor_shapes
 from eggroll_llm.records.checkpoint import Checkpoint, checkpoint_path, is_valid
-from eggroll_llm.system.hardware import keep_freed_memory, serves_on_cpu
+from eggroll_llm.system.hardware import keep_freed_memory, return_freed_memory, serves_on_cpu
 from eggroll_llm.training.evaluation import Evaluation
 from eggroll_llm.training.harness import Harness
 from eggroll_llm.training.recorder import Metrics, reward_metrics, sampling_metrics
@@ -143,6 +143,7 @@ class GrpoTrainer:
         """Record a step from TRL's metrics of it; whether it was the last."""
         self._check_finite(logs)
         self.trl.sync_weights()
+        return_freed_memory()
         seconds = time.perf_counter() - self._step_start
         indices_P = self.harness.problems()
         metrics = self._metrics(logs, len(indices_P), seconds)

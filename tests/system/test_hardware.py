@@ -106,6 +106,29 @@ print(default, faults())
     assert kept < default / 10
 
 
+def test_freed_memory_is_returned_where_little_is_left() -> None:
+    code = """
+import ctypes
+from eggroll_llm.system import hardware
+
+hardware.keep_freed_memory()
+blocks = [ctypes.create_string_buffer(50_000_000) for _ in range(8)]
+for block in blocks:
+    ctypes.memset(block, 1, len(block))
+del block, blocks[:-1]  # the last one keeps the others from being the end of the heap
+sizes = [hardware.resident_memory()]
+for available in (2**60, None, 0):
+    hardware.available_memory = lambda: available
+    hardware.return_freed_memory()
+    sizes.append(hardware.resident_memory())
+print(*sizes)
+"""
+    kept, plenty, unknown, little = map(int, subprocess.check_output([sys.executable, "-c", code], text=True).split())
+    assert kept > 400_000_000
+    assert min(plenty, unknown) > 400_000_000
+    assert little < kept - 300_000_000
+
+
 GIB = 2**30
 V1, V2 = ("memory.limit_in_bytes", "memory.usage_in_bytes"), ("memory.max", "memory.current")
 

@@ -27,7 +27,7 @@ from eggroll_llm.records.journal import Journal, JournalHeader
 from eggroll_llm.records.run_dir import RunDir
 from eggroll_llm.training import recorder
 from eggroll_llm.training.grpo import GrpoTrainer
-from eggroll_llm.training.grpo_trl import checkpoint_tensors
+from eggroll_llm.training.grpo_trl import checkpoint_tensors, side_by_side
 from eggroll_llm.training.harness import Harness, Run
 from eggroll_llm.training.prepare import Prepared, prepare
 from eggroll_llm.training.scorer import Scorer
@@ -380,3 +380,16 @@ def test_no_pass_is_over_columns_of_padding_alone(step_of: Callable[..., Step]) 
     _, completions = step.rollouts
     assert len({len(completion.token_ids) for completion in completions}) > 1
     assert set(padded) == {0}
+
+
+def test_completions_of_a_prompt_stand_side_by_side_short_before_long() -> None:
+    batch = {
+        "prompt_ids": torch.tensor([[1, 2], [0, 3], [1, 2], [0, 3]]),
+        "completion_mask": torch.tensor([[1, 1, 1], [1, 1, 0], [1, 0, 0], [1, 1, 1]]),
+        "advantages": torch.tensor([0.0, 1.0, 2.0, 3.0]),
+        "num_items_in_batch": torch.tensor(9),
+    }
+    ordered = side_by_side(batch)
+    assert ordered["advantages"].tolist() == [1.0, 3.0, 2.0, 0.0]
+    assert ordered["prompt_ids"].tolist() == [[0, 3], [0, 3], [1, 2], [1, 2]]
+    assert ordered["num_items_in_batch"] == 9
