@@ -38,6 +38,7 @@ def shape_of(name: str) -> ModelShape:
         vocabulary=vocabulary,
         hidden=hidden,
         intermediate=wide,
+        blocks=layers,
         cached=2 * layers * keys,
     )
 

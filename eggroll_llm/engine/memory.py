@@ -52,6 +52,8 @@ class ModelShape:
     vocabulary: int
     hidden: int
     intermediate: int
+    blocks: int
+    """Decoder blocks."""
     cached: int
     """Values in the key-value cache of a token."""
     heads: int = 1
@@ -68,13 +70,15 @@ class ModelShape:
             return value if type(value) is int else default
 
         heads = number("num_key_value_heads", number("num_attention_heads"))
+        blocks = number("num_hidden_layers")
         return cls(
             trained=[(name, *shape) for name, shape in tensors.items() if is_trained(name, layers) and len(shape) == 2],
             weights=sum(map(math.prod, tensors.values())),
             vocabulary=number("vocab_size"),
             hidden=number("hidden_size"),
             intermediate=number("intermediate_size"),
-            cached=2 * number("num_hidden_layers") * heads * head_size(config),
+            blocks=blocks,
+            cached=2 * blocks * heads * head_size(config),
             heads=heads,
         )
 

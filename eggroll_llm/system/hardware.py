@@ -70,7 +70,7 @@ def return_freed_memory() -> None:
     """Give the system what the allocator keeps, where less memory is left than this process has.
 
     Tensors of changing sizes leave holes that the next ones do not fit into, so that what is kept grows from step to
-    step: with GRPO on Qwen2.5-0.5B by a GiB, until the system ended it.
+    step: with GRPO on Qwen2.5-0.5B by a GiB, until the machine swapped.
     """
     available = available_memory()
     if available is not None and available < resident_memory():

@@ -81,14 +81,14 @@ def _activations(prepared: "Prepared") -> str:
 
     The bytes of a token in a decoder block are what autograd saves of SmolLM2-135M and Qwen2.5-0.5B, to 2 %.
     """
-    grpo, model = prepared.config.grpo, read_config(prepared.model_dir)
+    grpo, model = prepared.config.grpo, _shape(prepared)
     longest = max(map(len, prepared.train.prompts)) + prepared.config.sampling.max_tokens
     of_what = f"the activations of {grpo.micro_batch} completions of at most {longest} tokens"
-    hidden, intermediate, blocks = map(model.get, ("hidden_size", "intermediate_size", "num_hidden_layers"))
-    if grpo.gradient_checkpointing or not (hidden and intermediate and blocks):
+    if grpo.gradient_checkpointing or not (model.hidden and model.intermediate and model.blocks):
         return of_what
-    each = 32 * hidden + 8 * intermediate if grpo.dtype == "bfloat16" else 36 * hidden + 16 * intermediate
-    return f"{of_what}, up to {grpo.micro_batch * longest * blocks * each / GIB:.2f} GiB"
+    of_hidden, of_intermediate = (32, 8) if grpo.dtype == "bfloat16" else (36, 16)
+    each = of_hidden * model.hidden + of_intermediate * model.intermediate
+    return f"{of_what}, up to {grpo.micro_batch * longest * model.blocks * each / GIB:.2f} GiB"
 
 
 def _engines_lines(prepared: "Prepared", parts: Sequence[Part]) -> list[str]:

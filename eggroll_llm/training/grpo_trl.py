@@ -59,7 +59,6 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 from trl.trainer import grpo_trainer
 from trl.trainer import utils as trl_utils
-from trl.trainer.utils import shuffle_sequence_dict
 
 trl_utils._use_triton = lambda device: True  # in that module it means nothing but where the head is applied
 
@@ -200,7 +199,6 @@ class EngineGrpoTrainer(GRPOTrainer):
         use_cpu: bool,
     ) -> None:
         self._run_config, self._train_prompts = config, train.prompts
-        grpo_trainer.shuffle_sequence_dict = shuffle_sequence_dict if config.grpo.loss_type == "bnpo" else side_by_side
         super().__init__(
             model,
             reward_funcs=[reward],
@@ -256,6 +254,15 @@ class EngineGrpoTrainer(GRPOTrainer):
         repeats = self.num_iterations * self.args.steps_per_generation
         return StepSampler(self._run_config, len(self._train_prompts), steps, repeats)
 
+    def _prepare_inputs(self, generation_batch: Any) -> Any:
+        if self.loss_type == "bnpo":
+            return super()._prepare_inputs(generation_batch)
+        before, grpo_trainer.shuffle_sequence_dict = grpo_trainer.shuffle_sequence_dict, side_by_side
+        try:
+            return super()._prepare_inputs(generation_batch)
+        finally:
+            grpo_trainer.shuffle_sequence_dict = before
+
     def _get_per_token_logps_and_entropies(
         self,
         model: Any,
@@ -303,8 +310,7 @@ def _score_completions(
     in every row are left out.
     """
     used = mask.any(dim=0).nonzero()
-    first, padding = int(used[0]), mask.size(1) - 1 - int(used[-1])
-    padding = min(padding, length - 1)
+    first, padding = int(used[0]), min(mask.size(1) - 1 - int(used[-1]), length - 1)  # one column stays, whatever it is
     ids, mask = (tensor[:, first : tensor.size(1) - padding] for tensor in (ids, mask))
     head = ids.size(1) - (length - padding) - 1
     prompts, which = torch.unique(torch.stack([ids, mask], dim=-1)[:, :head], dim=0, return_inverse=True)
