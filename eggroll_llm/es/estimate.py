@@ -32,7 +32,6 @@ Shapes: M member, K antithetic pair (member when not antithetic), R rank, O out 
 import dataclasses
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Self
@@ -42,6 +41,7 @@ from torch import Tensor
 
 from eggroll_llm.es.noise import NoiseSpec, Shape, served_factors_of, shape_of
 from eggroll_llm.es.plan import StepPlan
+from eggroll_llm.system.matmul import float32_products
 
 # Pairs in one GEMM. Part of the bits: a journal replayed with another value would differ in the last place.
 PAIR_CHUNK = 64
@@ -144,17 +144,6 @@ def check_finite(spec: UpdateSpec) -> None:
             raise NonFiniteUpdate(f"update of step {spec.step} not applied: {found}")
 
 
-@contextmanager
-def _full_precision() -> Iterator[None]:
-    """Keep float32 GEMMs float32 (no TF32 on CUDA, no bf16 on CPU), whatever the process has set."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
-
-
 def estimate(
     name: str,
     shape: tuple[int, ...],
@@ -231,7 +220,7 @@ def marking_the_last(products: Products) -> Iterator[tuple[Tensor, Tensor, bool]
 
 def fold_with_torch(to_OI: Tensor, products: Products, served_OI: Tensor | None) -> None:
     """Fold with matrix products of torch, on any device."""
-    with _full_precision():
+    with float32_products("highest"):
         for columns_A, columns_B in products:
             to_OI.addmm_(columns_A.T, columns_B)
     if served_OI is not None:

@@ -17,6 +17,7 @@ from grpo_stub import Recorder, StubEngine, token_logprobs, write_recipe
 from kinds import KINDS, MIXTURES
 from torch import Tensor
 from transformers import AutoModelForCausalLM
+from trl.kernels import chunked_logprob
 from without_vllm import adapted_layers
 
 from eggroll_llm.config.recipe import load_recipe
@@ -27,7 +28,7 @@ from eggroll_llm.records.journal import Journal, JournalHeader
 from eggroll_llm.records.run_dir import RunDir
 from eggroll_llm.training import recorder
 from eggroll_llm.training.grpo import GrpoTrainer
-from eggroll_llm.training.grpo_trl import checkpoint_tensors, side_by_side
+from eggroll_llm.training.grpo_trl import add_product, checkpoint_tensors, side_by_side
 from eggroll_llm.training.harness import Harness, Run
 from eggroll_llm.training.prepare import Prepared, prepare
 from eggroll_llm.training.scorer import Scorer
@@ -211,6 +212,19 @@ def test_completions_of_a_problem_share_the_pass_over_its_prompt(
         assert tokens == [12 * sum(longest)]
     else:
         assert tokens == [len(different) * (longest[0] - 1), 12 * (1 + longest[1])]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_gradients_of_the_head_are_added_up_in_float32(dtype: torch.dtype) -> None:
+    assert chunked_logprob._addmm_fp32 is add_product
+    torch.manual_seed(0)
+    a, b, total = (torch.randn(shape) for shape in ((200, 3000), (3000, 128), (200, 128)))
+    a, b = a.to(dtype), b.to(dtype)
+    exact = total.double() + a.double() @ b.double()
+    before = torch.get_float32_matmul_precision()
+    add_product(total, a, b)
+    assert torch.get_float32_matmul_precision() == before
+    assert (total - exact).abs().max() < 1e-5 * exact.abs().max()
 
 
 def test_bfloat16_is_that_of_the_arithmetic_and_not_of_the_weights(step_of: Callable[..., Step]) -> None:
