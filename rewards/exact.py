@@ -45,7 +45,11 @@ def normalise(text: str) -> str:
 
 
 def _read(completion: str, truncated: bool, thought_open: bool) -> str:
-    found = normalise(marked(visible(completion, thought_open=thought_open), truncated=truncated))
+    return marked(visible(completion, thought_open=thought_open), _normal, truncated=truncated)
+
+
+def _normal(answer: str) -> str:
+    found = normalise(answer)
     if not found:
         raise RefusedError("no_answer")
     return found

@@ -2,14 +2,17 @@ r"""The answer of a completion where it may be any text: what the last marker ho
 
     \boxed{Paris}    <answer>Paris</answer>    #### Paris    Answer: Paris    The answer is Paris.
 
-A marker of the last two kinds reaches to the end of its line. A box or tag that is not closed is no answer.
+A marker of the last two kinds reaches to the end of its line, or of the box or tag around it. A box or tag that is not
+closed is no answer. What follows the first next turn (`turns`) that comes after an answer is not read.
 (`markers` is for answers that are numbers, and therefore can tell a heading or a remark from an answer.)
 """
 
 import re
 from collections import deque
+from collections.abc import Callable
 
 from rewards.plain_number import RefusedError
+from rewards.turns import next_turns
 
 LONGEST = 1000
 """Characters of an answer; a longer one is none."""
@@ -18,15 +21,25 @@ _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
 _PROSE = re.compile(r"(?i)\banswer(?:\s{0,3}[*_]{0,2}[:=]|\s{1,3}is\b[ \t]{0,3}:?)[*_]{0,2}")
 
 
-def marked(text: str, *, truncated: bool = False) -> str:
-    """Return the answer in a text, stripped.
+def marked(text: str, read: Callable[[str], str], *, truncated: bool = False) -> str:
+    """Return what `read` makes of the answer in a text, stripped; it raises RefusedError where that is none.
 
     Args:
         truncated: whether the text was cut off; then an answer that reaches its end may have gone on.
 
     Raises:
-        RefusedError: "unclosed", "truncated", "too_long", or "no_answer" where there is nothing.
+        RefusedError: of `read`, or "unclosed", "truncated", "too_long", or "no_answer" where there is nothing.
     """
+    for turn in next_turns(text):
+        try:
+            return read(_marked(text[:turn]))
+        except RefusedError as refusal:
+            if str(refusal) == "several":
+                raise
+    return read(_marked(text, truncated=truncated))
+
+
+def _marked(text: str, *, truncated: bool = False) -> str:
     begin, end = _span(text)
     if truncated and end >= len(text):
         raise RefusedError("truncated")
@@ -52,8 +65,10 @@ def _span(text: str) -> tuple[int, int]:
     elif mark == "\\boxed{":
         end = _closing_brace(text, begin)
     else:
-        newline = text.find("\n", begin)
-        return begin, newline if newline >= 0 else len(text)
+        box = starts["\\boxed{"]
+        brace = _closing_brace(text, box + len("\\boxed{")) if box >= 0 else -1
+        ends = (text.find("\n", begin), text.find("</answer>", begin), brace)
+        return begin, min((end for end in ends if end >= begin), default=len(text))
     if end < 0:
         raise RefusedError("unclosed")
     return begin, end

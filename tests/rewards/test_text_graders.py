@@ -11,6 +11,10 @@ from rewards import choice, exact
 RIGHT = [
     *("B", "(b)", "**B**", "B. Paris", "B) Paris", "b.", "The answer is (B).", "Answer: B", "**Answer:** B"),
     *(r"\boxed{B}", r"\boxed{\text{B}}", "<answer>B</answer>", "<think>A</think>B", "#### B", "first A\nAnswer: B"),
+    *("<answer>The answer is B</answer>", r"\boxed{Answer: B} or so", "<answer>#### B</answer> and more"),
+    *("B. Both A and C.", "B. The sum of x and y.", "B. Vitamins A, C and D"),
+    *("B\n\nQuestion: Capital of Spain?\nAnswer: C", "Answer: B<|im_end|>Answer: C", "B\nHuman: and this?\nC"),
+    "Let me see.\nQuestion: which one?\nAnswer: B",
 ]
 REFUSED = {
     "A dog": "no_letter",
@@ -18,6 +22,10 @@ REFUSED = {
     "Bravo": "no_letter",
     "B) or C)": "several",
     "B, C": "several",
+    "B. Paris or C. London": "several",
+    "B. Paris and C. London": "several",
+    "B. Paris or C": "several",
+    "B or C\nQuestion 2: which?\nAnswer: B": "several",
     "": "no_answer",
     "<think>B": "no_answer",
     "<answer>B": "unclosed",
@@ -50,6 +58,9 @@ def test_what_names_no_letter_is_refused(text: str) -> None:
         ("York", False),
         ("New York City", False),
         ("Answer: New York\nNo, answer: Boston", False),
+        ("<answer>The answer is New York.</answer> I am sure.", True),
+        ("New York\n\nQuestion: And of France?\nAnswer: Paris", True),
+        ("Boston\n\nQuestion: And of the US?\nAnswer: New York", False),
     ],
 )
 def test_texts_are_equal_but_for_what_is_said(text: str, correct: bool) -> None:
