@@ -40,6 +40,10 @@ def run(options: argparse.Namespace, settings: Settings) -> int:
         raise ConfigError(f"{out}: exists already: name a new {'file' if options.gguf else 'directory'}")
     if not out.parent.is_dir():
         raise ConfigError(f"{out}: the folder {out.parent} does not exist: create it")
+    if options.gguf and options.base is not None:
+        raise ConfigError(f"--base {options.base}: a GGUF file is made of the model alone: leave it out")
+    if options.adapter and options.converter:
+        raise ConfigError(f"--converter {options.converter}: an adapter is made without llama.cpp: leave it out")
     if options.gguf:
         if out.suffix != ".gguf":
             raise ConfigError(f"{out}: name a file that ends in .gguf")

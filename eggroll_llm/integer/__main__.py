@@ -17,9 +17,12 @@ import torch
 from eggroll_llm.errors import UserError
 from eggroll_llm.integer.model import PARAMETERS, WIDTH
 from eggroll_llm.integer.pretrain import Pretraining, Settings
-from eggroll_llm.integer.reference import float_bits_per_byte
+from eggroll_llm.integer.reference import STEP, float_bits_per_byte
 from eggroll_llm.integer.text import load_text, unigram_bits
 from eggroll_llm.system.files import check_output_file, write_output_file
+
+_OF_A_RUN = {"tokens": 60_000_000, "population": 1024, "fitness": "centered", "reference": None}
+"""Flags that one step of `--generation` has no use for, and their defaults."""
 
 
 def main() -> int:
@@ -39,22 +42,42 @@ def main() -> int:
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m eggroll_llm.integer", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--tokens", type=_positive, default=60_000_000, help="default: 60000000")
-    parser.add_argument("--population", type=_members, default=1024, help="even; default: 1024")
+    parser.add_argument("--seed", type=_seed, default=0)
+    parser.add_argument("--tokens", type=_positive, help="default: 60000000")
+    parser.add_argument("--population", type=_members, help="even; default: 1024")
     parser.add_argument("--length", type=_positive, help="bytes that a member predicts in a step; default: 50")
-    parser.add_argument("--fitness", choices=("centered", "sign"), default="centered")
+    parser.add_argument("--fitness", choices=("centered", "sign"), help="default: centered")
     parser.add_argument("--journal", type=Path, metavar="FILE", help="record fitness: `Pretraining.replay` rebuilds")
     parser.add_argument("--out", type=Path, metavar="FILE.json", help="write what is printed")
-    parser.add_argument("--reference", type=_positive, metavar="TOKENS", help="train the float model, too")
+    parser.add_argument("--reference", type=_reference, metavar="TOKENS", help="train the float model, too")
     parser.add_argument("--generation", type=_members, metavar="N", help="only one step of N members of 16 bytes")
-    return parser.parse_args()
+    options = parser.parse_args()
+    for name, default in _OF_A_RUN.items():
+        if getattr(options, name) is None:
+            setattr(options, name, default)
+        elif options.generation:
+            parser.error(f"--{name}: --generation is one step of its own population, with fitness 'sign': leave it out")
+    return options
+
+
+def _seed(text: str) -> int:
+    number = int(text)
+    if not 0 <= number < 2**32:
+        raise argparse.ArgumentTypeError(f"{text}: must be from 0 to {2**32 - 1}")
+    return number
 
 
 def _positive(text: str) -> int:
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"{text}: must be at least 1")
+    return number
+
+
+def _reference(text: str) -> int:
+    number = int(text)
+    if number < STEP:
+        raise argparse.ArgumentTypeError(f"{text}: must be at least {STEP}, the tokens of one step")
     return number
 
 

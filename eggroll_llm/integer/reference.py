@@ -5,6 +5,10 @@ from torch import Tensor, nn
 
 from eggroll_llm.integer.model import BYTES, WIDTH
 
+_TEXTS, _LENGTH = 64, 100
+STEP = _TEXTS * _LENGTH
+"""Tokens of a step."""
+
 
 class FloatModel(nn.Module):
     """A GRU and an MLP, 91,200 parameters."""
@@ -29,13 +33,13 @@ class FloatModel(nn.Module):
 
 
 def float_bits_per_byte(train_T: Tensor, held_out_T: Tensor, *, seed: int, tokens: int) -> float:
-    """Return bits per held-out byte after so many tokens of AdamW, in batches of 64 texts of 100 bytes."""
+    """Return bits per held-out byte after so many tokens of AdamW, rounded down to whole steps."""
     torch.manual_seed(seed)
     model = FloatModel()
     optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3, weight_decay=0.01)
-    for _ in range(tokens // 6400):
-        start_B1 = torch.randint(len(train_T) - 101, (64, 1))
-        loss = model(train_T[start_B1 + torch.arange(101)].long())
+    for _ in range(tokens // STEP):
+        start_B1 = torch.randint(len(train_T) - _LENGTH - 1, (_TEXTS, 1))
+        loss = model(train_T[start_B1 + torch.arange(_LENGTH + 1)].long())
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -43,6 +43,10 @@ _NAMES = {
     **{f"ffn_{one}": f"mlp.{one}_proj" for one in ("gate", "up", "down")},
 }
 """Name in a GGUF, without block and suffix -> in transformers, without layer and suffix."""
+_OF_A_LAYER = tuple(
+    name for name in _NAMES if name.startswith(("attn_", "ffn_")) and name not in ("attn_q_norm", "attn_k_norm")
+)
+"""Those that every layer has, whatever the architecture."""
 _ROPE_FACTORS = "rope_freqs.weight"
 
 _SETTINGS = {
@@ -58,6 +62,8 @@ _OPTIONAL = (
     *("attention.head_count_kv", "attention.key_length", "attention.value_length", "rope.dimension_count"),
     *("rope.freq_base", "rope.scaling.type", "vocab_size"),
 )
+_REAL = ("attention.layer_norm_rms_epsilon", "rope.freq_base")
+"""Metadata that need not be whole numbers."""
 _CLASSES = {"llama": "LlamaConfig", "qwen2": "Qwen2Config", "qwen3": "Qwen3Config"}
 
 Rows = np.ndarray[Any, np.dtype[np.float32]]
@@ -98,12 +104,12 @@ def model_config(header: Header) -> "PretrainedConfig":
     if wrong := [
         prefix + key
         for key in {*_SETTINGS, *settings} - {"rope.scaling.type"}
-        if type(settings.get(key)) not in (int, float) or not settings[key] > 0
+        if type(settings.get(key)) not in ((int, float) if key in _REAL else (int,)) or not settings[key] > 0
     ]:
         raise ModelError(f"{header.path}: the setting {min(wrong)} is missing or no number: download it again")
-    last = f"blk.{settings['block_count'] - 1}.attn_norm.weight"
-    if last not in tensors:  # before so many layers are made
-        raise ModelError(f"{header.path} is damaged (it has no tensor {last}): download it again")
+    names = (f"blk.{layer}.{name}.weight" for layer in range(settings["block_count"]) for name in _OF_A_LAYER)
+    if missing := next((name for name in names if name not in tensors), ""):  # before so many layers are made
+        raise ModelError(f"{header.path} is damaged (it has no tensor {missing}): download it again")
     heads, hidden = settings["attention.head_count"], settings["embedding_length"]
     size = settings.get("attention.key_length") or settings.get("rope.dimension_count") or hidden // heads
     sizes = {settings.get(key, size) for key in ("attention.value_length", "rope.dimension_count")}
@@ -145,6 +151,8 @@ def _rope(header: Header, settings: Mapping[str, Any], size: int) -> dict[str, A
         raise ModelError(f"{header.path}: rotary scaling {inert(str(scaling))!r} is not known here: use the original")
     if _ROPE_FACTORS not in header.tensors:
         return {"rope_type": "default", "rope_theta": base}
+    if header.tensors[_ROPE_FACTORS].shape != (size // 2,):  # before they are read
+        raise _not_llama3(header)
     factors = np.concatenate(list(_rows(header, _ROPE_FACTORS))).ravel()
     llama3 = {
         "rope_type": "llama3",
@@ -154,9 +162,13 @@ def _rope(header: Header, settings: Mapping[str, Any], size: int) -> dict[str, A
         "high_freq_factor": 4.0,
         "original_max_position_embeddings": 8192,
     }
-    if factors.shape != (size // 2,) or not np.allclose(factors, llama3_factors(llama3, size), rtol=1e-3):
-        raise ModelError(f"{header.path}: {_ROPE_FACTORS} are not those of Llama 3: use the original")
+    if not np.allclose(factors, llama3_factors(llama3, size), rtol=1e-3):
+        raise _not_llama3(header)
     return llama3
+
+
+def _not_llama3(header: Header) -> ModelError:
+    return ModelError(f"{header.path}: {_ROPE_FACTORS} are not those of Llama 3: use the original")
 
 
 def llama3_factors(rope: Mapping[str, Any], size: int) -> "np.ndarray[Any, np.dtype[np.float64]]":
@@ -182,13 +194,16 @@ def _tensors(header: Header, config: "PretrainedConfig") -> dict[str, str]:
     for name in sorted(wanted.keys() ^ found.keys()):
         what = f"has no tensor for {name}" if name in wanted else f"has the tensor {inert(found[name])}, unknown here"
         raise ModelError(f"{header.path} {what}: use the GGUF of a dense {header.architecture} model, or the original")
+    size = 0
     for name, stored in found.items():
         if header.tensors[stored].shape != wanted[name]:
             raise ModelError(
                 f"{header.path} is damaged ({stored} has shape {header.tensors[stored].shape} instead of "
                 f"{wanted[name]}): download it again"
             )
-        _row_bytes(header, stored)
+        size += wanted[name][0] * _row_bytes(header, stored)
+    if size > (length := header.path.stat().st_size):  # tensors that share bytes would fill the disk
+        raise ModelError(f"{header.path} is damaged (its tensors take {size} bytes of {length}): download it again")
     return found
 
 

@@ -218,7 +218,8 @@ class ES:
         """Apply the updates of a journal from this step on to another, by default its last: no fitness is needed.
 
         Raises JournalError when the journal is damaged, does not reach that far or belongs to other settings or
-        weights; the steps before are applied then.
+        weights; the steps before are applied then. Raises it before any change when ES has a journal of its own that
+        ends at another step: that journal would lack the steps between.
         """
         self._check_outside("replay")
         contents = read_journal(Path(journal))
@@ -226,9 +227,16 @@ class ES:
             raise JournalError(f"{journal}: is empty. Name the journal of a run")
         check_same_run(Path(journal), contents.header, self._header)
         last = len(contents.entries)
-        if not self.step <= (last if step is None else step) <= last:
+        to = last if step is None else step
+        if not self.step <= to <= last:
             raise JournalError(f"{journal}: ends at step {last}, ES is at {self.step}: replay to a step in between")
-        self._replay(Path(journal), contents.entries[self.step : step])
+        if self._journal and self._journal.last_step != to:
+            raise JournalError(
+                f"replay to step {to}: the journal of this ES, {self._journal.path}, ends at step "
+                f"{self._journal.last_step} and would lack the steps between. Replay with an ES without a journal, or "
+                f"continue with journal={str(journal)!r}"
+            )
+        self._replay(Path(journal), contents.entries[self.step : to])
 
     def close(self) -> None:
         """Close the journal; a second call does nothing."""

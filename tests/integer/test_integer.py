@@ -1,5 +1,6 @@
 """The integer model: compiled equals defined, no floating point in it, replay, learning, and memory of a generation."""
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from eggroll_llm.errors import JournalError
+from eggroll_llm.integer import __main__ as command
 from eggroll_llm.integer import model, native, pretrain, update
 from eggroll_llm.integer.pretrain import Pretraining, Settings
 from eggroll_llm.integer.text import load_text, unigram_bits
@@ -103,6 +105,36 @@ def test_it_learns_and_its_journal_gives_the_same_weights(tmp_path: Path) -> Non
         Pretraining(train_T, settings, tmp_path / "journal.jsonl")
     with pytest.raises(JournalError, match="other settings"):
         Pretraining(train_T, Settings(seed=0, steps=21, population=256)).replay(tmp_path / "journal.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("--generation 8 --tokens 60000000", "--tokens: --generation is one step of its own population"),
+        ("--generation 8 --population 1024", "--population: --generation is"),
+        ("--generation 8 --fitness centered", "--fitness: --generation is"),
+        ("--generation 8 --reference 6400", "--reference: --generation is"),
+        ("--seed -1", "--seed: -1: must be from 0 to 4294967295"),
+        ("--seed 4294967296", "--seed: 4294967296: must be from 0 to 4294967295"),
+        ("--reference 6399", "--reference: 6399: must be at least 6400, the tokens of one step"),
+    ],
+)
+def test_flags_that_would_do_nothing_or_fail_are_refused(
+    words: str, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["integer", *words.split()])
+    with pytest.raises(SystemExit, match="2"):
+        command._options()
+    assert said in capsys.readouterr().err
+
+
+def test_flags_at_their_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["integer", "--seed", "4294967295", "--reference", "6400"])
+    options = command._options()
+    assert (options.tokens, options.population, options.fitness) == (60_000_000, 1024, "centered")
+    run = Pretraining(load_text()[0], Settings(seed=options.seed, population=2, length=2, steps=1))
+    run.take_step()
+    assert run.step == 1
 
 
 @needs_library

@@ -257,6 +257,8 @@ def edit(adapter: Path, **changes: object) -> None:
         ({"r": 8}, r"has no two factors of rank r = 8"),
         ({"r": 0}, r"r = 0 and lora_alpha = 12 give no scale"),
         ({"lora_alpha": None}, r"lora_alpha = None give no scale"),
+        ({"lora_alpha": 10**400}, r"lora_alpha = 10{39} give no scale"),
+        ({"r": 10**400, "use_rslora": True}, r"r = 10{39} and lora_alpha = 12 give no scale"),
     ],
 )
 def test_adapters_that_are_not_plain_lora(adapter: Path, changes: dict[str, object], said: str) -> None:
@@ -354,6 +356,8 @@ def test_exports_that_cannot_be(
     assert "was not trained from" in refused("--adapter", 2, "--base", tiny_model("qwen2"))
     assert "is not a run directory" in refused("--adapter", 2, "--at", "best")
     assert "nowhere does not exist" in refused("--adapter", 2, to=tmp_path / "nowhere" / "out")
+    assert "a GGUF file is made of the model alone" in refused("--gguf", "f16", "--base", base, to=tmp_path / "m.gguf")
+    assert "an adapter is made without llama.cpp" in refused("--adapter", 2, "--base", base, "--converter", tmp_path)
     changed(base, tmp_path / "trained")
     write_provenance(tmp_path / "trained", step=7, base_model="ab" * 8)
     of_another = refused("--adapter", 2, "--base", base, model=tmp_path / "trained")

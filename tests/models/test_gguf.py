@@ -2,10 +2,12 @@
 
 import contextlib
 import json
+import math
 import os
 import shutil
 import struct
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +24,8 @@ from eggroll_llm.errors import ModelError
 from eggroll_llm.models import gguf_expand, gguf_file
 from eggroll_llm.models.called import called
 from eggroll_llm.models.files import check_model
-from eggroll_llm.models.gguf_expand import expand
-from eggroll_llm.models.gguf_file import read_header
+from eggroll_llm.models.gguf_expand import expand, model_config
+from eggroll_llm.models.gguf_file import StoredTensor, read_header
 from eggroll_llm.models.resolve import model_identity, resolve_model
 
 TinyModel = Callable[..., Path]
@@ -256,7 +258,8 @@ def test_a_part_that_says_so_by_its_name(small: Path, tmp_path: Path) -> None:
         ({"llama__block_count": None}, r"the setting llama\.block_count is missing or no number"),
         ({"llama__embedding_length": "large"}, r"the setting llama\.embedding_length is missing or no number"),
         ({"llama__attention__key_length": 64}, "attention heads of several sizes"),
-        ({"llama__block_count": 2**31}, r"is damaged \(it has no tensor blk\.2147483647\.attn_norm\.weight\)"),
+        ({"llama__block_count": 2.0}, r"the setting llama\.block_count is missing or no number"),
+        ({"llama__block_count": 2**31}, r"is damaged \(it has no tensor blk\.2\.attn_norm\.weight\)"),
         (
             {"general__architecture": "qwen3", **AS_QWEN3},
             r"has no tensor for model\.layers\.0\.[a-z_]+\.k_norm",
@@ -276,13 +279,45 @@ def test_what_is_not_understood_is_not_ignored(
     assert str(caught.value).startswith(str(path))
 
 
+def test_no_layer_is_made_before_all_have_their_tensors(small: Path) -> None:
+    header = read_header(small)
+    norm = header.tensors["blk.0.attn_norm.weight"]
+    tensors = header.tensors | {f"blk.{layer}.attn_norm.weight": norm for layer in (2, 2**31 - 1)}
+    claimed = replace(header, tensors=tensors, metadata=header.metadata | {"llama.block_count": 2**31})
+    with pytest.raises(ModelError, match=r"is damaged \(it has no tensor blk\.2\.ffn_norm\.weight\)"):
+        model_config(claimed)
+
+
+def test_rope_factors_of_another_shape_are_not_read(small: Path) -> None:
+    header = read_header(small)
+    factors = StoredTensor(shape=(2**40,), kind=0, offset=0)
+    with pytest.raises(ModelError, match=r"rope_freqs\.weight are not those of Llama 3"):
+        model_config(replace(header, tensors=header.tensors | {"rope_freqs.weight": factors}))
+
+
+def test_tensors_that_share_bytes_are_not_expanded(small: Path, tmp_path: Path) -> None:
+    content, tensors = bytearray(small.read_bytes()), read_header(small).tensors
+    for name, stored in tensors.items():
+        entry = content.index(struct.pack("<Q", len(name)) + name.encode())
+        offset = entry + 8 + len(name) + 4 + 8 * len(stored.shape) + 4
+        content[offset : offset + 8] = bytes(8)
+    start = min(stored.offset for stored in tensors.values())
+    largest = max(4 * math.prod(stored.shape) for stored in tensors.values())
+    path = tmp_path / "m.gguf"
+    path.write_bytes(content[: start + largest])
+    with pytest.raises(ModelError, match=r"is damaged \(its tensors take \d+ bytes of \d+\): download it again"):
+        expand(path, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_type_that_the_package_cannot_expand(tiny_model: TinyModel, tmp_path: Path) -> None:
     path = write_gguf(tiny_model("llama"), tmp_path / "m.gguf")
     content = path.read_bytes()
     entry = content.index(b"blk.0.ffn_down.weight") + len(b"blk.0.ffn_down.weight") + 4 + 16  # behind its dimensions
     assert content[entry : entry + 4] == struct.pack("<I", 0)
     for kind in (24, 28, 999):  # I8, F64, and none
-        path.write_bytes(content[:entry] + struct.pack("<I", kind) + content[entry + 4 :])
+        longer = bytes(len(content))  # F64 takes twice the room
+        path.write_bytes(content[:entry] + struct.pack("<I", kind) + content[entry + 4 :] + longer)
         with pytest.raises(
             ModelError, match=rf"ffn_down.* has ggml type {kind}, which cannot be expanded: use another"
         ):

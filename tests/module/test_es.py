@@ -469,6 +469,21 @@ def test_journals_and_states_of_another_run_are_refused(tmp_path: Path) -> None:
             es_of(net()).load_state_dict(state)
 
 
+def test_a_replay_that_its_own_journal_would_lack_is_refused(tmp_path: Path) -> None:
+    recorded = es_of(net(), journal=tmp_path / "recorded.jsonl")
+    trained(recorded, 3)
+    recorded.close()
+    es = es_of(net(), journal=tmp_path / "own.jsonl")
+    trained(es, 1)
+    before = es.checksum()
+    with pytest.raises(JournalError, match=r"replay to step 3: .*own\.jsonl, ends at step 1 .* ES without a journal"):
+        es.replay(tmp_path / "recorded.jsonl")
+    assert (es.step, es.checksum()) == (1, before)
+    es.replay(tmp_path / "recorded.jsonl", 1)
+    assert trained(es, 3)[3] == recorded.checksum()
+    es.close()
+
+
 def test_it_needs_torch_only_and_the_page_learns_as_it_stands() -> None:
     (code,) = re.findall(r"```python\n(import torch.*?)```", (ROOT / "docs" / "your_own_model.md").read_text(), re.S)
     others = "{'vllm', 'transformers', 'triton', 'numba'}"

@@ -34,6 +34,7 @@ _BASE_UNCHANGED = (None, True, False, "gaussian", "orthogonal", "eva")
 """Initialisations that leave the base model as it is; others, such as "pissa", take from it what the adapter has."""
 _KEY = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
 _OR_MERGE = "merge it into its base with peft, and name the merged model"
+_LARGEST = 2**63  # far above any r or lora_alpha, far below what overflows a float
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -83,7 +84,12 @@ def read_adapter(directory: Path) -> Adapter:
     if not weights.is_file():
         raise ModelError(f"{directory} has no {WEIGHTS}: save the adapter again with peft, as safetensors")
     rank, alpha = config.get("r"), config.get("lora_alpha")
-    if type(rank) is not int or rank < 1 or not isinstance(alpha, int | float) or not math.isfinite(alpha):
+    if (
+        type(rank) is not int
+        or not 0 < rank < _LARGEST
+        or not isinstance(alpha, int | float)
+        or not abs(alpha) < _LARGEST
+    ):
         raise ModelError(f"{where}: r = {rank!r:.40} and lora_alpha = {alpha!r:.40} give no scale: restore the file")
     scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
     return Adapter(path=directory, scale=scale, shapes=_shapes(weights, rank))
