@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from eggroll_llm.config import recipe
+from eggroll_llm.config.flags import flag_text
 from eggroll_llm.config.schema import RunConfig
-from eggroll_llm.config.toml import format_value
 from eggroll_llm.system import installed
 
 if TYPE_CHECKING:
@@ -137,9 +137,7 @@ def plot(*runs: Path | str) -> "Figure":
 
 def _flags(settings: Mapping[str, Any] | None) -> list[tuple[str, str]]:
     """Return settings as the command line has them: text, which is read by the type of the setting."""
-    return [
-        (key, value if isinstance(value, str) else format_value(value, key)) for key, value in (settings or {}).items()
-    ]
+    return [(key, flag_text(key, value)) for key, value in (settings or {}).items()]
 
 
 def _shown(display: "Display | None") -> AbstractContextManager["Display"]:

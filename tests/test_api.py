@@ -78,6 +78,15 @@ def test_mistakes_are_user_errors(recipe: Path) -> None:
         load_recipe(recipe, {"es.rank": 2.5})
 
 
+def test_strings_among_the_settings_stay_strings(recipe: Path) -> None:
+    """Where the table says no type; what looks like no TOML, and what is no string, is as it was."""
+    options = {"level": "3", "switch": "True", "list": "[1]", "quoted": '"x"', "dir": "some/dir", "none": "", "n": 3}
+    settings = {f"task_options.{key}": value for key, value in options.items()}
+    loaded = load_recipe(recipe, {**settings, "chat.template_args.effort": "0.5", "steps": "2"})
+    assert loaded.task_options == options
+    assert (loaded.chat.template_args, loaded.steps) == ({"effort": "0.5"}, 2)
+
+
 def test_the_package_lists_its_public_names_and_loads_nothing() -> None:
     assert dir(eggroll_llm) == ["Callback", "ES", "StopTraining", "evaluate", "load_recipe", "plot", "train"]
     with pytest.raises(AttributeError, match="no attribute 'trian'"):

@@ -9,8 +9,9 @@ import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from eggroll_llm.config.flags import toml_value, whole_number
+from eggroll_llm.config.flags import FREE, toml_value, whole_number
 from eggroll_llm.config.hints import did_you_mean
 from eggroll_llm.config.parse import unknown_key
 from eggroll_llm.config.toml import format_value
@@ -24,8 +25,6 @@ SETTINGS = "setting_keys"
 """Default of a command's parser: a function that lists the dotted keys of the settings that it takes, or None."""
 _ONE_DASH = re.compile(r"-[A-Za-z]{2}[\w.-]*")
 _ASSIGNMENT = re.compile(r"\+*([A-Za-z_][\w.]*)=(.*)", re.DOTALL)
-_FREE = ("task_options.", "chat.template_args.")
-"""Tables whose keys are not ours."""
 _YES_OR_NO = ("true", "false", "yes", "no", "on", "off", "1", "0")
 
 
@@ -105,7 +104,7 @@ def _check_flag(flag: str, own: Mapping[str, object], keys: Sequence[str]) -> No
     """Raise ConfigError for an unknown setting; keys of a free table may be anything."""
     key = _key(flag)
     tables = {known.rpartition(".")[0] for known in keys}
-    if not (key in keys or key in tables or key.startswith(_FREE)):
+    if not (key in keys or key in tables or key.startswith(FREE)):
         raise _unknown_flag(flag, own, lambda: keys)
 
 
@@ -158,24 +157,28 @@ def _whole(text: str, least: int, limit: str) -> int:
 
 def absolute_setting(flag: str, text: str) -> str:
     """Return the text of a flag with the paths in it resolved against the working directory."""
+    if text.startswith("[") and flag.replace("-", "_").startswith("__task_options."):
+        return format_value(absolute_value(flag, toml_value(text), Path.cwd()))
+    return str(absolute_value(flag, text, Path.cwd()))
+
+
+def absolute_value(key: str, value: Any, folder: Path) -> Any:
+    """Return the value of a setting with the paths in it resolved against a folder."""
     from eggroll_llm.tasks.load import absolute_option
 
-    if flag == "--task":
-        return absolute_task(text)
-    table, _, key = flag[2:].replace("-", "_").partition(".")
-    if (table, key) == ("chat", "template_file"):
-        return os.path.abspath(os.path.expanduser(text)) if text else text
-    if table != "task_options":
-        return text
-    if text.startswith("["):
-        return format_value(absolute_option(key, toml_value(text), Path.cwd()))
-    return str(absolute_option(key, text, Path.cwd()))
+    table, _, option = key.removeprefix("--").replace("-", "_").partition(".")
+    if table == "task_options":
+        return absolute_option(option, value, folder)
+    if not isinstance(value, str):
+        return value
+    if (table, option) == ("task", ""):
+        return absolute_task(value, folder)
+    if (table, option) == ("chat", "template_file") and value:
+        return os.path.abspath(folder / os.path.expanduser(value))
+    return value
 
 
-def absolute_task(task: str) -> str:
-    """Return a task with the path of its file, if it is the user's own, resolved against the working directory.
-
-    In a recipe such a path is relative to the recipe's folder.
-    """
+def absolute_task(task: str, folder: Path) -> str:
+    """Return a task with the path of its file, if it is the user's own, resolved against a folder."""
     path, separator, name = task.rpartition(":")
-    return f"{os.path.abspath(path)}:{name}" if separator and path.endswith(".py") else task
+    return f"{os.path.abspath(folder / path)}:{name}" if separator and path.endswith(".py") else task

@@ -13,7 +13,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "model", metavar="MODEL_OR_RUN", help="run directory (or RUN@STEP), or a model as in `model`, adapters included"
     )
-    parser.add_argument("--task", help="gsm8k, gsm8k_cot, countdown or file.py:NAME; default: the run's task")
+    parser.add_argument(
+        "--task", help="gsm8k, gsm8k_cot, countdown, dataset, verifiers or file.py:NAME; default: the run's task"
+    )
     add_at(parser)
     parser.add_argument(
         "--protocol",
@@ -86,7 +88,7 @@ def run(options: argparse.Namespace, settings: Settings) -> int:
     how = settings_for(
         find_subject(options.model, options.at),
         settings,
-        task=absolute_task(options.task) if options.task else None,
+        task=absolute_task(options.task, Path.cwd()) if options.task else None,
         protocol=options.protocol,
         shots=options.num_fewshot,
         apply_chat_template=options.apply_chat_template,

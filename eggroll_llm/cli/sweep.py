@@ -14,7 +14,7 @@
 Runs execute one after the other, each in its own process, so each has the whole machine and a fresh engine; all trials
 of a seed come before the next seed. A run that already finished with these settings is skipped, an interrupted one
 resumes, and one that fails (say, because its learning rate makes training diverge) is reported and does not stop the
-others.
+others. Paths in the file are relative to its folder, except `model`; paths in flags to the working directory.
 """
 
 import argparse
@@ -25,9 +25,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from eggroll_llm.cli.arguments import GO_ON, Settings
+from eggroll_llm.cli.arguments import GO_ON, Settings, absolute_setting, absolute_value
 from eggroll_llm.cli.compare import show_comparison
 from eggroll_llm.config.compare import applies, flat, may_change
+from eggroll_llm.config.flags import flag_text
 from eggroll_llm.config.parse import parse_table
 from eggroll_llm.config.recipe import load_recipe
 from eggroll_llm.config.schema import RunConfig
@@ -105,7 +106,12 @@ def read_sweep(path: Path, overrides: Sequence[tuple[str, str]] = ()) -> list[Pl
     """
     table, origin = read_toml(path)
     sweep = parse_table(SweepFile, table, where="", source=origin.name, text=origin.text)
-    more = [(key.removeprefix("--"), text) for key, text in overrides]
+    more = [(key.removeprefix("--"), absolute_setting(key, text)) for key, text in overrides]
+    if sweep.seeds and (given := dict(more).get("seed")):
+        raise ConfigError(
+            f"--seed {given}: {path} sets seeds = {format_value(sweep.seeds)}, all of which the flag would replace. "
+            "Leave it out, or remove seeds from the file."
+        )
     planned = [_plan(path, sweep, trial, seed, more) for seed in sweep.seeds or (None,) for trial in sweep.trials]
     names = [run.name for run in planned]
     if not names:
@@ -126,7 +132,8 @@ def _plan(path: Path, sweep: SweepFile, trial: Mapping[str, Any], seed: int | No
         )
     if not isinstance(recipe, str) or not recipe:
         raise ConfigError(f'{path}: trial "{name}" has no recipe: set recipe = "FILE.toml" for it or for all')
-    flags = [*_flags(sweep.settings), *_flags(own), *([("seed", f"{seed}")] if seed is not None else []), *more]
+    seeds = [("seed", f"{seed}")] if seed is not None else []
+    flags = [*_flags(sweep.settings, path.parent), *_flags(own, path.parent), *seeds, *more]
     where = path.parent / recipe
     try:
         load_recipe(where, flags)
@@ -139,13 +146,15 @@ def _names_a_folder(name: str) -> bool:
     return bool(name) and name.isprintable() and name[0] != "." and not {*name} & {*"/\\"}
 
 
-def _flags(settings: Mapping[str, Any], prefix: str = "") -> Flags:
+def _flags(settings: Mapping[str, Any], folder: Path, prefix: str = "") -> Flags:
+    """Return settings of the file, which is in `folder`, as flags."""
     flags: Flags = []
-    for key, value in settings.items():
+    for name, value in settings.items():
+        key = f"{prefix}{name}"
         if isinstance(value, Mapping):
-            flags += _flags(value, f"{prefix}{key}.")
+            flags += _flags(value, folder, f"{key}.")
         else:
-            flags.append((f"{prefix}{key}", value if isinstance(value, str) else format_value(value, key)))
+            flags.append((key, flag_text(key, absolute_value(key, value, folder))))
     return flags
 
 
@@ -176,7 +185,7 @@ def _is_finished(run: Planned, directory: Path) -> bool:
     try:
         found = RunDir.open(directory)
         metrics, saved = found.read_metrics(), load_recipe(found.config)
-        asked = settle(load_recipe(run.recipe, run.flags), run.recipe.parent)
+        asked = settle(load_recipe(run.recipe, run.flags), run.recipe.resolve().parent)
     except (RunDirError, ConfigError):  # the run will say so itself
         return False
     ended = bool(metrics) and final_step(found) == metrics[-1].get("step", -1)
@@ -194,7 +203,7 @@ def _has_settings(saved: RunConfig, asked: RunConfig) -> bool:
 
 
 def _train(run: Planned, directory: Path) -> int:
-    flags = [word for key, text in run.flags for word in (f"--{key}", text)]
+    flags = [f"--{key}={text}" for key, text in run.flags]  # in one word, as a text may begin with dashes
     place = ["--run-dir", str(directory), "--on-existing", "resume"]
     command = [*child_python(), "-m", "eggroll_llm", "train", str(run.recipe), *place, *flags]
     with subprocess.Popen(command, preexec_fn=_leave_the_terminal_to_us) as process:

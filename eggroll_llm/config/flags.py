@@ -13,10 +13,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal, Union, get_args, get_origin
 
 from eggroll_llm.config.parse import all_keys, convert, expected, field_types, unknown_key
-from eggroll_llm.config.toml import Origin, check_values, is_unicode
+from eggroll_llm.config.toml import Origin, check_values, format_value, is_unicode
 from eggroll_llm.errors import ConfigError
 
 _BOOLEANS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
+FREE = ("task_options.", "chat.template_args.")
+"""Tables whose keys and values are not ours."""
 _EXACT = 2.0**53  # up to which a float is the integer that was written
 
 
@@ -47,6 +49,14 @@ def apply_overrides(cls: type, table: Mapping[str, Any], overrides: Sequence[tup
         # A plain list is what TOML itself would have given.
         target[path[-1]] = list(value) if isinstance(value, tuple) else value
     return result
+
+
+def flag_text(key: str, value: object) -> str:
+    """Return the value of a setting as the text of its flag, from which the same value is read."""
+    free = key.replace("-", "_").startswith(FREE)
+    if isinstance(value, str) and (not free or toml_value(value) == value):
+        return value
+    return format_value(value, key)
 
 
 def flags_by_key(overrides: Sequence[tuple[str, str]]) -> dict[str, str]:

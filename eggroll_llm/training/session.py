@@ -11,6 +11,7 @@ from typing import Any
 
 from eggroll_llm.config.compare import applies, check_resume, flat
 from eggroll_llm.config.recipe import load_recipe, to_toml
+from eggroll_llm.config.rules import validate
 from eggroll_llm.config.schema import RunConfig
 from eggroll_llm.engine.start import start_engine
 from eggroll_llm.errors import EngineError, SamplesError, TrainingError
@@ -86,6 +87,7 @@ def train(
     callbacks: Sequence[Callback] = (),
 ) -> Outcome:
     """Train to the limit, write `final/` and return the outcome. Raises UserError, and what a callback raises."""
+    validate(config)
     check_callbacks(callbacks)
     RunDir.check(run_path, on_existing)
     prepared = prepare(config, recipe_dir)

@@ -263,6 +263,18 @@ def test_a_recipe_or_a_shape(tmp_path: Path, shape: Path, capsys: pytest.Capture
         assert said in capsys.readouterr().err
 
 
+def test_paths_in_flags_are_relative_to_where_the_user_stands(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As those of `train` are; the file is missing there, and not in the recipe's folder."""
+    recipe, here = tmp_path / "recipe.toml", tmp_path / "here"
+    recipe.write_text('task = "gsm8k"\nsteps = 1\n[es]\nsigma = 0.01\nlearning_rate = 0.01\n')
+    here.mkdir()
+    monkeypatch.chdir(here)
+    assert main(["bench", str(recipe), "--task_options.data_dir", "data"]) == 2
+    assert capsys.readouterr().err.startswith(f"error: {here}/data/train.jsonl: there is no such file")
+
+
 def test_a_file_that_cannot_be_written_is_refused_before_hours_are_spent(
     tmp_path: Path, shape: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -15,12 +15,14 @@ from fake_engine import CONFIG, Bench, same_run
 from process_tree import ROOT, ProcessTree, wait_for
 
 from eggroll_llm.cli import sweep
-from eggroll_llm.cli.arguments import GO_ON
+from eggroll_llm.cli.arguments import GO_ON, absolute_setting
 from eggroll_llm.cli.main import main
 from eggroll_llm.cli.sweep import Planned, read_sweep, run_sweep
 from eggroll_llm.config.recipe import load_recipe, to_toml
+from eggroll_llm.config.schema import RunConfig
 from eggroll_llm.errors import ConfigError, RunDirError
 from eggroll_llm.system.invocation import command
+from eggroll_llm.training import session
 from eggroll_llm.training.prepare import settle
 
 FOLDER = Path(__file__).parents[2] / "recipes"
@@ -108,9 +110,15 @@ def test_no_trials(file: Path) -> None:
         read_sweep(file)
 
 
+def settled(run: Planned) -> RunConfig:
+    """What `train` makes of the recipe and the flags of a run."""
+    flags = [(key, absolute_setting(f"--{key}", text)) for key, text in run.flags]
+    return settle(load_recipe(run.recipe, flags), run.recipe.resolve().parent)
+
+
 def finish(directory: Path, run: Planned, step: int = 3) -> None:
     """What a finished run leaves behind, as far as a sweep looks; its settings are settled."""
-    config = settle(load_recipe(run.recipe, run.flags), run.recipe.parent)
+    config = settled(run)
     engine = dataclasses.replace(config.engine, max_model_len=300)
     (directory / "final").mkdir(parents=True, exist_ok=True)
     (directory / "journal.jsonl").touch()
@@ -177,6 +185,94 @@ def test_a_run_with_other_settings_is_not_taken_for_the_one_that_is_asked_for(
     assert made == ["plain-seed3"] * again
 
 
+PATHS = """
+recipe = "folder/other.toml"
+[settings]
+task_options = { file = "data.jsonl" }
+[[trials]]
+name = "theirs"
+chat = { template_file = "chat.jinja" }
+[[trials]]
+name = "mine"
+task = "mine.py:T"
+"""
+
+
+def test_paths_are_relative_to_the_file_and_in_flags_to_where_the_user_stands(
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither is the recipe's folder. A run that was trained with them is known to be finished."""
+    here, out, said = tmp_path / "here", tmp_path / "out", []
+    here.mkdir()
+    monkeypatch.chdir(here)
+    monkeypatch.setattr(sweep, "_train", lambda run, directory: 1)
+    file.write_text(PATHS)
+    planned = read_sweep(file, [("--task_options.test_file", "test.jsonl")])
+    theirs, mine = map(settled, planned)
+    assert theirs.task_options == {"file": f"{tmp_path}/data.jsonl", "test_file": f"{here}/test.jsonl"}
+    assert theirs.chat.template_file == f"{tmp_path}/chat.jinja"
+    assert (mine.task, mine.task_options) == (f"{tmp_path}/mine.py:T", theirs.task_options)
+    assert settled(read_sweep(file, [("--task", "your.py:T")])[1]).task == f"{here}/your.py:T"
+    for run in planned:
+        finish(out / run.name, run)
+    run_sweep(planned, out, said.append)
+    assert said == ["run 1 of 2, theirs: already finished", "run 2 of 2, mine: already finished"]
+
+
+STRINGS = """
+recipe = "base.toml"
+[[trials]]
+name = "strings"
+chat = { system = "-- Think.", template_args = { effort = "0.5" } }
+[trials.task_options]
+level = "3"
+number = 3
+switch = "True"
+list = "[1]"
+template = "---\\n{question}"
+[trials.task_options.inner]
+level = "4"
+"""
+
+
+def test_strings_reach_the_run_as_they_are(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A string that looks like a number, a switch, a list or a flag."""
+    asked, python, seen = tmp_path / "asked", tmp_path / "python", []
+    python.write_text(f'#!/bin/sh\nprintf "%s\\0" "$@" > {asked}\nexit 5\n')
+    python.chmod(0o755)
+    file.write_text(STRINGS)
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "executable", str(python))
+        run_sweep(read_sweep(file), tmp_path / "out", lambda text: None)
+    words = asked.read_text().split("\0")[:-1]
+
+    def train(config: RunConfig, *_: Any) -> None:
+        seen.append(config)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(session, "train", train)
+    assert main(words[words.index("train") :]) == 130
+    (config,) = seen
+    assert config.task_options == {
+        "level": "3",
+        "number": 3,
+        "switch": "True",
+        "list": "[1]",
+        "template": "---\n{question}",
+        "inner": {"level": "4"},
+    }
+    assert (config.chat.system, config.chat.template_args) == ("-- Think.", {"effort": "0.5"})
+
+
+def test_a_seed_does_not_replace_those_of_the_file(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["sweep", str(file), "--dry-run", "--seed", "5"]) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.startswith(f"error: --seed 5: {file} sets seeds = [3, 4], ")
+    file.write_text(SWEEP.replace("seeds = [3, 4]", ""))
+    assert {load_recipe(run.recipe, run.flags).seed for run in read_sweep(file, [("--seed", "5")])} == {5}
+
+
 def test_a_folder_that_cannot_be_made(file: Path, tmp_path: Path) -> None:
     (tmp_path / "taken").touch()
     with pytest.raises(RunDirError, match="taken"):
@@ -198,8 +294,7 @@ def test_each_run_is_a_command_that_a_user_could_type(
     assert words[:4] == ["-m", "eggroll_llm", "train", str(run.recipe)]
     assert words[4:8] == ["--run-dir", str(tmp_path / "out" / "plain-seed3"), "--on-existing", "resume"]
     assert words[8:] == [
-        "--minutes", "1.5", "--es.sigma", "0.02", "--task_options.operators", "+-*", "--task_options.count", "[2, 2]",
-        "--seed", "3",
+        "--minutes=1.5", "--es.sigma=0.02", "--task_options.operators=+-*", "--task_options.count=[2, 2]", "--seed=3",
     ]  # fmt: skip
     assert said[-1].endswith("failed with exit status 5, see above")
 

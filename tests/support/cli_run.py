@@ -1,6 +1,6 @@
 """`eggroll-llm train` with the stand-in engine, in a process of its own, which may stand still for a signal to arrive.
 
-    STUCK=RUN:PHASE:HOW python cli_run.py train RECIPE.toml --run-dir DIR --on-existing resume [--KEY VALUE ...]
+    STUCK=RUN:PHASE:HOW python cli_run.py train RECIPE.toml --run-dir DIR --on-existing resume [--KEY=VALUE ...]
 
 In step 2 of the run whose directory has that name, in that phase, two processes are started, one in a session of its
 own, and a file with the run's name and ".stuck" appears beside it. HOW says what becomes of an exception that a signal
@@ -110,7 +110,7 @@ def train(arguments: list[str]) -> int:
     stuck = Stuck(run, phase if run.name == name else "", how)
     bench = Bench(run.parent, pytest.MonkeyPatch())
     bench.prepare_engine = lambda engine: hold(engine, stuck)
-    config = load_recipe(recipe, list(zip(words[::2], words[1::2], strict=True)))
+    config = load_recipe(recipe, [(key, text) for key, _, text in (word.partition("=") for word in words)])
     with bench.standing_in(run.name, config, StuckTask(stuck)):
         return main(arguments)
 

@@ -302,6 +302,24 @@ class Quiet:
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
+        ({"steps": 0}, r"^configuration: steps = 0, minutes = 0\.0: the run would never end\."),
+        ({"steps": "2"}, r'^configuration: steps = "2" is a string, but an integer is expected\.'),
+        ({"es": EsSettings(population=5, sigma=0.01, learning_rate=0.01)}, "pairs need an even population"),
+    ],
+    ids=["end", "type", "pairs"],
+)
+def test_a_configuration_that_was_changed_in_python_is_checked_before_the_task_is_loaded(
+    config: RunConfig, folder: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], said: str
+) -> None:
+    monkeypatch.setattr(session, "prepare", lambda *_: pytest.fail("the task was loaded"))
+    with pytest.raises(ConfigError, match=said):
+        train(dataclasses.replace(config, **changes), folder, folder / "run", "fail", Quiet())
+    assert not (folder / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
         ({"model": "qwen2"}, 'model was "{llama}" and is now "{qwen2}"'),
         (
             {"task": "tasks/other.py:Words"},
