@@ -24,6 +24,7 @@ Shapes: M member, P prompt, S sample of a prompt, J distinct completion that cou
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -49,6 +50,17 @@ class Candidates:
     """Advantage of one sample of it, float64."""
     count_J: Tensor
     """How often it was sampled."""
+
+    @cached_property
+    def of_N(self) -> Tensor:  # noqa: N802 - the suffix is its shape
+        """Index of the completion of each token."""
+        lengths = [len(token_ids) for _, token_ids in self.completions]
+        return torch.repeat_interleave(torch.tensor(lengths, dtype=torch.int64))
+
+    @property
+    def count_N(self) -> Tensor:  # noqa: N802 - the suffix is its shape
+        """How often each token was sampled."""
+        return self.count_J[self.of_N]
 
 
 def advantages(rewards_PS: Tensor) -> Tensor:
@@ -96,13 +108,12 @@ def returns(
 ) -> Tensor:
     """Return R_mp [M, P], float64, from log-probabilities of the candidates' tokens under members and weights."""
     log_ratio_MN = (logprob_MN.to(torch.float64) - base_N.to(torch.float64)).clamp(-LOG_LIMIT, LOG_LIMIT)
-    length_J = torch.tensor([len(token_ids) for _, token_ids in candidates.completions], dtype=torch.int64)
-    of_N = torch.repeat_interleave(torch.arange(len(length_J)), length_J)
+    of_N, advantage_J = candidates.of_N, candidates.advantage_J
+    length_J = torch.bincount(of_N, minlength=len(advantage_J))
 
     def per_completion(value_MN: Tensor) -> Tensor:
         return torch.zeros(len(value_MN), len(length_J), dtype=torch.float64).index_add_(1, of_N, value_MN)
 
-    advantage_J = candidates.advantage_J
     log_ratio_MJ = per_completion(log_ratio_MN)
     ratio_MJ = log_ratio_MJ.clamp(-LOG_LIMIT, LOG_LIMIT).exp()
     gain: dict[str, Callable[[], Tensor]] = {
@@ -117,13 +128,17 @@ def returns(
     return returns_MP.index_add_(1, candidates.prompt_J, gain_MJ)
 
 
-def divergence(logprob_MN: Tensor, base_N: Tensor) -> float:
+def divergence(logprob_MN: Tensor, base_N: Tensor, count_N: Tensor | None = None) -> float:
     """Return the mean divergence per token of members from the weights, in nats: mean of p_m/p - 1 - log(p_m/p).
 
-    An estimate of KL(p || p_m) from samples of p (Schulman's k3), never negative; 0 without tokens.
+    An estimate of KL(p || p_m) from samples of p (Schulman's k3), never negative; 0 without tokens. `count_N`: how
+    often a token was sampled, by default once.
     """
     log_ratio_MN = (logprob_MN.to(torch.float64) - base_N.to(torch.float64)).clamp(-LOG_LIMIT, LOG_LIMIT)
-    return float((log_ratio_MN.expm1() - log_ratio_MN).mean()) if log_ratio_MN.numel() else 0.0
+    if not log_ratio_MN.numel():
+        return 0.0
+    k3_N = (log_ratio_MN.expm1() - log_ratio_MN).mean(dim=0)
+    return float(k3_N.mean() if count_N is None else (k3_N * count_N).sum() / count_N.sum())
 
 
 def _clipped(ratio: Tensor, advantage: Tensor) -> Tensor:

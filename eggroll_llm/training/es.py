@@ -35,7 +35,7 @@ from eggroll_llm.engine.sampling import Rollout, sample_population
 from eggroll_llm.errors import TaskError, TrainingError
 from eggroll_llm.es.estimate import NonFiniteUpdate, UpdateSpec, check_finite
 from eggroll_llm.es.fitness import Fitness, shape_fitness, shape_twins
-from eggroll_llm.es.likelihood import candidates, divergence, returns
+from eggroll_llm.es.likelihood import Candidates, candidates, divergence, returns
 from eggroll_llm.es.plan import StepPlan
 from eggroll_llm.records.drawn import Drawn
 from eggroll_llm.records.updates import CHECKSUM_EVERY, journal_entry
@@ -166,9 +166,12 @@ class EsTrainer:
         """Let the weights answer the problems, unless they have, and ask every member how probable the answers are."""
         es, samples = self.config.es, self.config.sampling.samples_per_prompt
         kept = self._drawn
+        drifted: Metrics = {}
         if kept and kept.logprobs and kept.step < plan.step < kept.step + es.answer_reuse:
-            fitness, logprob_N, metrics = self._ask(plan, kept, torch.tensor(kept.logprobs))
-            if not es.max_drift or metrics["weights/drift"] <= es.max_drift:
+            if es.max_drift:  # before the members are asked, most of whom would be asked in vain
+                drifted = {"weights/drift": self._drift(kept)}
+            if not drifted or drifted["weights/drift"] <= es.max_drift:
+                fitness, _, metrics = self._ask(plan, kept, torch.tensor(kept.logprobs))
                 return Judged(rollouts=[], fitness=fitness, metrics=kept.metrics | metrics)
         scored, metrics = self._rollouts(plan, indices_P, [None])
         (rewards_PS,) = rewards_of(scored, len(indices_P), samples)
@@ -187,7 +190,17 @@ class EsTrainer:
             said = {key: metrics[key] for key in ("reward/mean", "reward/accuracy", "completions/truncated")}
             self._drawn = dataclasses.replace(drawn, logprobs=tuple(logprob_N.tolist()), metrics=said | NOTHING_SAMPLED)
             self.recorder.keep_answers(self._drawn)
-        return Judged(rollouts=scored, fitness=fitness, metrics=metrics | asked)
+        return Judged(rollouts=scored, fitness=fitness, metrics=metrics | asked | drifted)
+
+    def _drift(self, kept: Drawn) -> float:
+        """Return the divergence of the weights from those that gave the answers."""
+        answers = self._candidates(kept)
+        now_1N = self.engine.score(answers.completions, [None], self.config.sampling.temperature)
+        return divergence(now_1N, torch.tensor(kept.logprobs), answers.count_N)
+
+    def _candidates(self, drawn: Drawn) -> Candidates:
+        prompts_P = [self.train_set.prompts[index] for index in drawn.indices]
+        return candidates(prompts_P, drawn.token_ids, torch.tensor(drawn.rewards, dtype=torch.float64))
 
     def _ask(self, plan: StepPlan, drawn: Drawn, before_N: Tensor | None = None) -> tuple[Fitness, Tensor, Metrics]:
         """Return members' fitness, log-probabilities of the answers under the weights now, and what the row says of it.
@@ -196,8 +209,7 @@ class EsTrainer:
         """
         start = time.perf_counter()
         es, samples = self.config.es, self.config.sampling.samples_per_prompt
-        prompts_P = [self.train_set.prompts[index] for index in drawn.indices]
-        answers = candidates(prompts_P, drawn.token_ids, torch.tensor(drawn.rewards, dtype=torch.float64))
+        answers = self._candidates(drawn)
         noise_time = 0.0
         logprob_MN, now_N = torch.zeros(es.population, 0), torch.zeros(0)
         if answers.completions:
@@ -206,16 +218,17 @@ class EsTrainer:
             logprobs = self.engine.score(answers.completions, judges, self.config.sampling.temperature)
             logprob_MN, now_N = logprobs[1:], logprobs[0]
         before_N = now_N if before_N is None else before_N
-        returns_MP = returns(answers, logprob_MN, before_N, es.weighting, prompts=len(prompts_P), samples=samples)
+        prompts = len(drawn.indices)
+        returns_MP = returns(answers, logprob_MN, before_N, es.weighting, prompts=prompts, samples=samples)
         fitness = shape_fitness(returns_MP, es.fitness, antithetic=plan.antithetic)
         metrics: Metrics = {
-            "members/divergence": divergence(logprob_MN, now_N),
+            "members/divergence": divergence(logprob_MN, now_N, answers.count_N),
             "tokens/scored": logprob_MN.numel(),
             "time/noise": noise_time,
             "time/score": time.perf_counter() - start - noise_time,
         }
         if es.answer_reuse > 1:
-            metrics["weights/drift"] = divergence(now_N[None], before_N)
+            metrics["weights/drift"] = divergence(now_N[None], before_N, answers.count_N)
         return fitness, now_N, metrics
 
     def _rollouts(

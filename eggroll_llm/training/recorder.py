@@ -14,7 +14,7 @@ from eggroll_llm.errors import SamplesError
 from eggroll_llm.models.card import Trained, write_card
 from eggroll_llm.records.answers import Sample
 from eggroll_llm.records.checkpoint import checkpoint_path, is_valid, list_checkpoints, prune, save_checkpoint
-from eggroll_llm.records.drawn import Drawn, drawn_text, read_drawn, write_drawn
+from eggroll_llm.records.drawn import Drawn, drawn_text, read_drawn
 from eggroll_llm.records.journal import Journal
 from eggroll_llm.records.run_dir import RunDir
 from eggroll_llm.records.weights import best_step, write_provenance
@@ -87,7 +87,7 @@ class Recorder:
     def keep_answers(self, drawn: Drawn) -> None:
         """Write the answers that later steps learn from, too."""
         with self.saving():
-            write_drawn(self.directory.drawn, drawn)
+            self.directory.write_drawn(drawn_text(drawn))
 
     def kept_answers(self) -> Drawn | None:
         """Return the answers that an earlier process kept; None when there are none."""

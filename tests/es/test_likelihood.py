@@ -119,6 +119,15 @@ def test_a_clipped_ratio_gains_nothing_beyond_its_range() -> None:
     assert (2 * value).tolist() == pytest.approx([1.2 - 1, 0.5 - 1, 1 - 1.5, 1 - 0.8])
 
 
+def test_divergence_is_that_of_the_distribution_sampled_from() -> None:
+    """A completion that came nine times counts nine times, and each of its tokens."""
+    found = of_one_prompt([9, 1], [0.0, 1.0], lengths=[2, 1])
+    p, p_m = torch.tensor([0.9, 0.9, 0.1]), torch.tensor([0.8, 0.8, 0.2])
+    k3 = p_m / p - 1 - (p_m / p).log()
+    assert found.count_N.tolist() == [9, 9, 1]
+    assert divergence(p_m.log()[None], p.log(), found.count_N) == pytest.approx(float((18 * k3[0] + k3[2]) / 19))
+
+
 def test_divergence_is_zero_for_equals_and_positive_else() -> None:
     base_N = torch.tensor([-1.0, -2.0])
     assert divergence(base_N[None].repeat(3, 1), base_N) == 0

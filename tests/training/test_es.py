@@ -140,7 +140,9 @@ def test_several_steps_learn_from_the_same_answers_also_when_interrupted(bench: 
 def test_weights_that_have_drifted_too_far_answer_anew(bench: Bench) -> None:
     es = dataclasses.replace(PROBABILITIES["es"], answer_reuse=10, max_drift=1e-12)
     bench.train("run", **PROBABILITIES | {"es": es})
-    assert [row["completions"] for row in rows(bench.folder / "run")[1:]] == [12] * 4
+    steps = rows(bench.folder / "run")[1:]
+    assert [row["completions"] for row in steps] == [12] * 4
+    assert [row["weights/drift"] > 0 for row in steps] == [False, True, True, True]  # which is why
 
 
 def test_answers_that_teach_nothing_are_not_used_again(bench: Bench) -> None:
