@@ -52,7 +52,7 @@ class Costs:
 
 
 CASES = {
-    "demo, 135M, one CPU thread each (measured)": Costs(
+    "Countdown, 135M, one CPU thread each (measured)": Costs(
         prompts=8, tokens=7, limit=12, spread=0.3, decode=0.006, decode_each=0.0008, prefill=0.026, pair=0.0046,
         update=0.2, score=42e-6,
     ),

@@ -145,11 +145,13 @@ def _outcome_table(outcome: "Outcome") -> Table:
         return f"{points(row['eval/accuracy'] - first['eval/accuracy'])} points"
 
     first, last = outcome.first, outcome.last
-    table = Table(
-        title=f"{outcome.steps} updates in {outcome.wall_time / 60:.1f} minutes of training",
-        caption=f"before: the base model, {inert(outcome.base_model)}",
-    )
-    for column in ("", "before", "after", "change"):
+    caption = f"before: the base model, {inert(outcome.base_model)}"
+    after = "after"
+    if last["step"] < outcome.steps:  # it was resumed to end at once
+        after = f"after step {last['step']}"
+        caption += "\nfinal/ was not evaluated"
+    table = Table(title=f"{outcome.steps} updates in {outcome.wall_time / 60:.1f} minutes of training", caption=caption)
+    for column in ("", "before", after, "change"):
         table.add_column(column, justify="right" if column else "left", no_wrap=bool(column))
     problems = f"accuracy on {last['eval/problems']} held-out problems"
     table.add_row(problems, shown(first), shown(last), f"{gain(last)}\n{p_text(p_value(first, last))}")

@@ -10,7 +10,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from eggroll_llm.system.files import write_text
 from eggroll_llm.system.jsonl import parse_json
 
 Tokens = tuple[int, ...]
@@ -32,11 +31,6 @@ class Drawn:
     """Float32 log-probabilities of the scored tokens under the weights that drew them."""
     metrics: dict[str, float]
     """What the row of that step said of the rewards."""
-
-
-def write_drawn(path: Path, drawn: Drawn) -> None:
-    """Write answers in the place of earlier ones, at once or not at all."""
-    write_text(path, drawn_text(drawn))
 
 
 def drawn_text(drawn: Drawn) -> str:

@@ -148,6 +148,10 @@ class RunDir(AbstractContextManager["RunDir"]):
         """Replace reference.json, whole or not at all."""
         self._write_text(self.reference, text)
 
+    def write_drawn(self, text: str) -> None:
+        """Replace drawn.json, whole or not at all."""
+        self._write_text(self.drawn, text)
+
     def write_evaluation(self, step: int, settings: Mapping[str, Any], samples: Iterable[Sample]) -> None:
         """Write the graded answers of an evaluation to evaluations/, whole or not at all."""
         self._write_text(self.evaluations / f"step-{step:06d}.jsonl", samples_text(settings, samples))

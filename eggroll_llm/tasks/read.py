@@ -139,6 +139,7 @@ def _csv(data: bytes, path: Path, separator: str) -> list[Row]:
         raise TaskError(f"{path}:{line}: is not UTF-8. Save the file as UTF-8.") from None
     reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
     rows: list[Row] = []
+    longest = csv.field_size_limit(max(csv.field_size_limit(), len(text)))  # of the process
     try:
         names = reader.fieldnames or []
         if len(set(names)) < len(names) or not all(names):
@@ -153,6 +154,8 @@ def _csv(data: bytes, path: Path, separator: str) -> list[Row]:
             rows.append((at, dict(row)))
     except csv.Error as error:
         raise TaskError(f"{path}:{reader.line_num}: is not CSV ({error}). Correct the quotes.") from None
+    finally:
+        csv.field_size_limit(longest)
     if not rows:
         raise TaskError(f"{path}: the table is empty. A line of column names is expected, then one line a row.")
     return rows

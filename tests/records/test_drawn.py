@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from eggroll_llm.records.drawn import Drawn, read_drawn, write_drawn
+from eggroll_llm.records.drawn import Drawn, drawn_text, read_drawn
 
 DRAWN = Drawn(
     step=3,
@@ -21,9 +21,9 @@ DRAWN = Drawn(
 def test_answers_come_back_to_the_bit(tmp_path: Path) -> None:
     path = tmp_path / "drawn.json"
     assert read_drawn(path) is None
-    write_drawn(path, DRAWN)
+    path.write_text(drawn_text(DRAWN))
     assert read_drawn(path) == DRAWN
-    write_drawn(path, dataclasses.replace(DRAWN, step=4, rewards=((math.inf, -math.inf), (0.0, 1.0))))
+    path.write_text(drawn_text(dataclasses.replace(DRAWN, step=4, rewards=((math.inf, -math.inf), (0.0, 1.0)))))
     found = read_drawn(path)
     assert found is not None
     assert (found.step, found.rewards[0]) == (4, (math.inf, -math.inf))
@@ -38,7 +38,7 @@ def test_what_is_not_ours_is_none(tmp_path: Path, text: str) -> None:
 
 def test_every_cut_of_the_file_is_none(tmp_path: Path) -> None:
     path = tmp_path / "drawn.json"
-    write_drawn(path, DRAWN)
+    path.write_text(drawn_text(DRAWN))
     whole = path.read_text()
     for length in range(len(whole.rstrip())):
         path.write_text(whole[:length])

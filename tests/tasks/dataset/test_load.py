@@ -1,5 +1,6 @@
 """Task "dataset": where rows come from, what becomes of their columns, and what is said of bad ones."""
 
+import csv
 import datetime
 import math
 
@@ -252,6 +253,15 @@ def test_damaged_csv(tmp_path, text, said):
     (tmp_path / "data.csv").write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(TaskError, match=said):
         load_task("dataset", OPTIONS | {"dataset": "data.csv"}, base_dir=tmp_path)
+
+
+def test_a_cell_may_be_long(tmp_path):
+    before = csv.field_size_limit()
+    (tmp_path / "data.csv").write_text(f"question,answer\n{'a' * 200_000},1\nb,2\n")
+    task = load_task("dataset", OPTIONS | {"dataset": "data.csv", "test_share": 0.5}, base_dir=tmp_path)
+    both = [*task.problems("train"), *task.problems("test")]
+    assert {len(p["question"]) for p in both} == {1, 200_000}
+    assert csv.field_size_limit() == before
 
 
 def test_a_csv_of_a_spreadsheet_reads_as_it_looks(tmp_path):
