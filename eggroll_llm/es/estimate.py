@@ -39,9 +39,9 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from eggroll_llm.es.matmul import float32_products
 from eggroll_llm.es.noise import NoiseSpec, Shape, served_factors_of, shape_of
 from eggroll_llm.es.plan import StepPlan
-from eggroll_llm.system.matmul import float32_products
 
 # Pairs in one GEMM. Part of the bits: a journal replayed with another value would differ in the last place.
 PAIR_CHUNK = 64

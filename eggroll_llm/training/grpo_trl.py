@@ -37,11 +37,11 @@ from eggroll_llm.config.schema import RunConfig
 from eggroll_llm.engine.interface import Decoding, Engine, Progress
 from eggroll_llm.engine.sampling import OnRollout, Rollout, sample_population, sampling_seed
 from eggroll_llm.errors import TrainingError
+from eggroll_llm.es.matmul import float32_products
 from eggroll_llm.es.plan import schedule
 from eggroll_llm.es.weight_change import UpdateReport, sampled_rows, update_report
 from eggroll_llm.models.targets import TARGET_MODULES, is_trained
 from eggroll_llm.system.hardware import return_freed_memory
-from eggroll_llm.system.matmul import float32_products
 from eggroll_llm.tasks.order import problems_of_step
 from eggroll_llm.tasks.prompts import ProblemSet
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from eggroll_llm.system.matmul import float32_products
+from eggroll_llm.es.matmul import float32_products
 
 
 @pytest.mark.parametrize("precision", ["highest", "medium"])
