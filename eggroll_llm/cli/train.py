@@ -146,12 +146,12 @@ def _outcome_table(outcome: "Outcome") -> Table:
 
     first, last = outcome.first, outcome.last
     caption = f"before: the base model, {inert(outcome.base_model)}"
-    after = "after"
+    evaluated = "after"
     if last["step"] < outcome.steps:  # it was resumed to end at once
-        after = f"after step {last['step']}"
+        evaluated = f"after step {last['step']}"
         caption += "\nfinal/ was not evaluated"
     table = Table(title=f"{outcome.steps} updates in {outcome.wall_time / 60:.1f} minutes of training", caption=caption)
-    for column in ("", "before", after, "change"):
+    for column in ("", "before", evaluated, "change"):
         table.add_column(column, justify="right" if column else "left", no_wrap=bool(column))
     problems = f"accuracy on {last['eval/problems']} held-out problems"
     table.add_row(problems, shown(first), shown(last), f"{gain(last)}\n{p_text(p_value(first, last))}")

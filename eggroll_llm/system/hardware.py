@@ -70,7 +70,7 @@ def return_freed_memory() -> None:
     """Give the system what the allocator keeps, where less memory is left than a quarter of what this process has.
 
     Tensors of changing sizes leave holes that the next ones do not fit into, so that what is kept grows: with GRPO on
-    Qwen2.5-0.5B, looked at after no step, until a machine of 24 GB swapped.
+    Qwen2.5-0.5B from 13 to more than 23 GiB within 32 passes.
     """
     available = available_memory()
     if available is not None and 4 * available < resident_memory():

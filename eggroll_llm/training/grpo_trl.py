@@ -168,7 +168,7 @@ class StepSampler(torch.utils.data.Sampler[int]):
 
 
 class Hooks(TrainerCallback):
-    """Tells the run when its steps of `num_iterations` optimizer steps begin and end, and keeps memory in bounds."""
+    """Tells the run when its steps begin and end; a step has `num_iterations` optimizer steps."""
 
     def __init__(self, iterations: int, begin: Callable[[int], None], end: Callable[[dict[str, float]], bool]) -> None:
         """`end` gets TRL's metrics and returns whether training stops."""
@@ -178,10 +178,6 @@ class Hooks(TrainerCallback):
         """Called before the first micro batch of an optimizer step."""
         if state.global_step % self._iterations == 0:
             self._begin(state.global_step // self._iterations + 1)
-
-    def on_substep_end(self, *arguments: Any, **options: Any) -> None:
-        """Called after every micro batch but the last of an optimizer step."""
-        return_freed_memory()
 
     def on_log(
         self, args: Any, state: TrainerState, control: TrainerControl, logs: dict[str, float], **kwargs: Any
@@ -289,11 +285,11 @@ class EngineGrpoTrainer(GRPOTrainer):
                 model, input_ids, attention_mask, logits_to_keep, batch_size, compute_entropy, **options
             )
         sizes = batch_size or len(input_ids)
+        outputs: list[tuple[torch.Tensor, torch.Tensor | None]] = []
         with self.accelerator.autocast():
-            outputs = [
-                _score_completions(model, ids, mask, logits_to_keep)
-                for ids, mask in zip(input_ids.split(sizes), attention_mask.split(sizes), strict=True)
-            ]
+            for ids, mask in zip(input_ids.split(sizes), attention_mask.split(sizes), strict=True):
+                return_freed_memory()  # no two passes are of the same size
+                outputs.append(_score_completions(model, ids, mask, logits_to_keep))
         logps, entropies = zip(*outputs, strict=True)
         return torch.cat(logps), torch.cat(entropies) if compute_entropy else None, None
 
