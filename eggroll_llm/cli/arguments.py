@@ -155,9 +155,14 @@ def _whole(text: str, least: int, limit: str) -> int:
     return value
 
 
+def absolute_settings(settings: Sequence[tuple[str, str]]) -> Settings:
+    """Return flags with the paths in them resolved against the working directory, where those of a recipe are not."""
+    return [(flag, absolute_setting(flag, text)) for flag, text in settings]
+
+
 def absolute_setting(flag: str, text: str) -> str:
     """Return the text of a flag with the paths in it resolved against the working directory."""
-    if text.startswith("[") and flag.replace("-", "_").startswith("__task_options."):
+    if text.startswith("[") and _key(flag).startswith("task_options."):
         return format_value(absolute_value(flag, toml_value(text), Path.cwd()))
     return str(absolute_value(flag, text, Path.cwd()))
 
@@ -166,7 +171,7 @@ def absolute_value(key: str, value: Any, folder: Path) -> Any:
     """Return the value of a setting with the paths in it resolved against a folder."""
     from eggroll_llm.tasks.load import absolute_option
 
-    table, _, option = key.removeprefix("--").replace("-", "_").partition(".")
+    table, _, option = _key(key).partition(".")
     if table == "task_options":
         return absolute_option(option, value, folder)
     if not isinstance(value, str):

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from eggroll_llm.cli.arguments import Settings, absolute_setting, positive
+from eggroll_llm.cli.arguments import Settings, absolute_settings, positive
 from eggroll_llm.config.flags import apply_overrides
 from eggroll_llm.config.parse import parse_table
 from eggroll_llm.config.recipe import load_recipe
@@ -56,7 +56,7 @@ def run(options: argparse.Namespace, settings: Settings) -> int:
         output_len=options.output_len or new_tokens,
         temperature=options.temperature,
     )
-    config = _config(options, [(key, absolute_setting(key, text)) for key, text in settings])
+    config = _config(options, absolute_settings(settings))
     groups = chosen_groups(device(), options.variants, options.ranks, options.members, config.engine.slots)
     for group in groups:
         check_shares(size, group)

@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from eggroll_llm.cli.arguments import GO_ON, Settings, absolute_setting, absolute_value
+from eggroll_llm.cli.arguments import GO_ON, Settings, absolute_settings, absolute_value
 from eggroll_llm.cli.compare import show_comparison
 from eggroll_llm.config.compare import applies, flat, may_change
 from eggroll_llm.config.flags import flag_text
@@ -106,7 +106,7 @@ def read_sweep(path: Path, overrides: Sequence[tuple[str, str]] = ()) -> list[Pl
     """
     table, origin = read_toml(path)
     sweep = parse_table(SweepFile, table, where="", source=origin.name, text=origin.text)
-    more = [(key.removeprefix("--"), absolute_setting(key, text)) for key, text in overrides]
+    more = [(key.removeprefix("--"), text) for key, text in absolute_settings(overrides)]
     if sweep.seeds and (given := dict(more).get("seed")):
         raise ConfigError(
             f"--seed {given}: {path} sets seeds = {format_value(sweep.seeds)}, all of which the flag would replace. "

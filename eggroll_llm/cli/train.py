@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from rich.table import Table
 from rich.text import Text
 
-from eggroll_llm.cli.arguments import Settings, absolute_setting
+from eggroll_llm.cli.arguments import Settings, absolute_settings
 from eggroll_llm.config.compare import is_scheduled
 from eggroll_llm.config.help import field_help
 from eggroll_llm.config.recipe import load_recipe, to_toml
@@ -53,9 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace, settings: Settings) -> int:
     """Train from a recipe and flags."""
-    # Paths in a recipe are relative to its folder, paths on the command line to where the user stands.
-    settings = [(key, absolute_setting(key, text)) for key, text in settings]
-    config = load_recipe(options.recipe, settings)
+    config = load_recipe(options.recipe, absolute_settings(settings))
     recipe_dir = options.recipe.resolve().parent
 
     if options.dry_run:

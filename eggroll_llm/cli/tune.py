@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from rich.table import Table
 
-from eggroll_llm.cli.arguments import Settings, absolute_setting
+from eggroll_llm.cli.arguments import Settings, absolute_settings
 from eggroll_llm.config.recipe import load_recipe
 from eggroll_llm.config.toml import read_toml
 
@@ -29,7 +29,7 @@ def run(options: argparse.Namespace, settings: Settings) -> int:
     table = read_toml(options.recipe)[0].get("es")
     given = table if isinstance(table, dict) else {}
     missing = [(f"--es.{key}", text) for key, text in STAND_INS.items() if key not in given]
-    config = load_recipe(options.recipe, [*missing, *((key, absolute_setting(key, text)) for key, text in settings)])
+    config = load_recipe(options.recipe, [*missing, *absolute_settings(settings)])
     with ConsoleDisplay() as display:
         display.working("loading task and model")
         from eggroll_llm.es.sizes import PATH
