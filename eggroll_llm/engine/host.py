@@ -15,6 +15,7 @@ from eggroll_llm.engine.messages import (
     Forget,
     Message,
     Prompts,
+    Refused,
     Reply,
     Scores,
     Scoring,
@@ -23,7 +24,7 @@ from eggroll_llm.engine.messages import (
     Work,
 )
 from eggroll_llm.engine.parcels import Parcels
-from eggroll_llm.errors import EngineError
+from eggroll_llm.errors import EngineError, ModelError
 from eggroll_llm.system.hardware import peak_memory
 
 Read = Callable[[bool], Message | None]
@@ -123,6 +124,9 @@ class _Host:
                 next(passes)
             except StopIteration as end:
                 yield Scores.of(self._job.job, list(judges), end.value)
+                return
+            except ModelError as error:
+                yield Refused(self._job.job, Failure.of(error))
                 return
             if time.monotonic() >= spoke + self._beat:
                 yield Alive()

@@ -176,6 +176,14 @@ class Scores:
 
 
 @dataclass(frozen=True, slots=True)
+class Refused:
+    """The engine cannot do a job, nor could another; it goes on."""
+
+    job: int
+    failure: Failure
+
+
+@dataclass(frozen=True, slots=True)
 class Alive:
     """Work goes on, and nothing is finished yet."""
 
@@ -187,7 +195,7 @@ class Broken:
     failure: Failure
 
 
-Event = Started | Reply | Done | Scores | Alive | Broken
+Event = Started | Reply | Done | Scores | Refused | Alive | Broken
 
 
 def encode(record: Message | Event) -> bytes:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from eggroll_llm.engine.interface import Completion, Decoding, Progress, Request, Scored, UpdateTimes
 from eggroll_llm.engine.links import Launcher, Replica, Rules
-from eggroll_llm.engine.messages import Call, Done, Forget, Prompts, Scores, Scoring, Stop, Work
+from eggroll_llm.engine.messages import Call, Done, Forget, Prompts, Refused, Scores, Scoring, Stop, Work
 from eggroll_llm.engine.roster import REPLAYED_AT_ONCE, EngineLostError, Roster
 from eggroll_llm.engine.sampling import in_order
 from eggroll_llm.engine.shares import Shares
@@ -129,7 +129,10 @@ class EnginePool:
         yield from self._answers(_Job(about, items, _groups(requests), self._capacity))
 
     def score(self, completions: Sequence[Scored], members: Sequence[int | None], temperature: float = 1.0) -> "Tensor":
-        """Return the log-probabilities [members, tokens] of completions; the members are shared out."""
+        """Return the log-probabilities [members, tokens] of completions; the members are shared out.
+
+        Raises ModelError, with the pool usable, for attention that is not known.
+        """
         import torch
 
         about = Scoring(next(self._jobs), tuple(completions), temperature)
@@ -247,10 +250,12 @@ class EnginePool:
             self._feed(replica)
         return count
 
-    def _receive(self, replica: Replica, done: Done | Scores) -> None:
+    def _receive(self, replica: Replica, done: Done | Scores | Refused) -> None:
         job = self._job
         if job is None or done.job != job.about.job:
             return  # what was closed before it was answered
+        if isinstance(done, Refused):
+            raise done.failure.raised()
         job.arrived += [(i, answer) for i, answer in done.answers if job.shares.answered(replica, i)]
         self._feed(replica)
 

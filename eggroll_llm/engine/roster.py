@@ -21,6 +21,7 @@ from eggroll_llm.engine.messages import (
     Event,
     Failure,
     Message,
+    Refused,
     Reply,
     Scores,
     Started,
@@ -83,7 +84,7 @@ class Roster:
         self.on_live: Callable[[Replica], None] = lambda replica: None
         self.on_lost: Callable[[Replica], int] = lambda replica: 0
         """Returns how many requests go to others."""
-        self.on_done: Callable[[Replica, Done | Scores], None] = lambda replica, done: None
+        self.on_done: Callable[[Replica, Done | Scores | Refused], None] = lambda replica, done: None
         self.has_work: Callable[[Replica], bool] = lambda replica: False
         self.lost = self.bytes_out = self.bytes_in = 0
         self.replay_seconds = 0.0
@@ -271,7 +272,7 @@ class Roster:
                 self._admit(replica, event)
             case Reply():
                 self._take_reply(replica, event)
-            case Done() | Scores():
+            case Done() | Scores() | Refused():
                 self.on_done(replica, event)
             case Broken(failure=failure):
                 self._fails(replica, failure)

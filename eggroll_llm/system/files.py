@@ -118,10 +118,13 @@ def of_the_system(error: BaseException) -> OSError | None:
 
 
 def remove_directory(target: Path) -> None:
-    """Delete a directory without ever showing a half-deleted one under its name."""
+    """Delete a directory without ever showing a half-deleted one under its name.
+
+    What a file system keeps of it for a while, as NFS does of open files, `recover` removes.
+    """
     staging = staging_of(target)
     target.rename(staging)
-    shutil.rmtree(staging)
+    shutil.rmtree(staging, ignore_errors=True)
 
 
 def recover(parent: Path) -> list[str]:

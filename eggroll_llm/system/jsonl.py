@@ -12,6 +12,8 @@ from typing import Any
 
 from eggroll_llm.errors import RunDirError
 
+_DAMAGED = "is damaged. Delete the line, or restore the file."
+
 
 def parse_json(data: bytes | str) -> Any:
     """Return what JSON, as text or in UTF-8, holds. Raises ValueError for anything else, and for what is too deep."""
@@ -51,7 +53,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
         except ValueError:
             row = None
         if not isinstance(row, dict):
-            raise RunDirError(f"{path}:{at}: is damaged. Delete the line, or restore the file.")
+            raise RunDirError(f"{path}:{at}: {_DAMAGED}")
         rows.append(row)
     return rows
 
@@ -63,10 +65,18 @@ def last_step(path: Path) -> int | None:
 
 
 def cut_after_step(path: Path, step: int) -> str | None:
-    """Return the file's text without lines of later steps or lines cut short; None when that is all of it."""
+    """Return the file's text without lines of later steps or lines cut short; None when that is all of it.
+
+    Raises RunDirError, naming file and line, for one without a step before one that is kept.
+    """
     if not path.is_file():
         return None
-    kept = "".join(line for line, line_step in _complete_lines(path) if line_step is not None and line_step <= step)
+    lines = _complete_lines(path)
+    while lines and (lines[-1][1] is None or lines[-1][1] > step):
+        lines.pop()
+    if damaged := next((at for at, (_, line_step) in enumerate(lines, start=1) if line_step is None), None):
+        raise RunDirError(f"{path}:{damaged}: {_DAMAGED}")
+    kept = "".join(line for line, line_step in lines if line_step is not None and line_step <= step)
     return None if kept.encode() == path.read_bytes() else kept
 
 

@@ -8,13 +8,13 @@ For any other task with gold answers it is one of the most frequent ones in trai
 problems. A user's score may be slow, so only those count that are graded in time.
 """
 
-import contextlib
 import operator
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from fractions import Fraction
 from itertools import product
+from typing import Protocol
 
 from eggroll_llm.records.baseline import Constant
 from eggroll_llm.system.terminal import inert
@@ -28,6 +28,14 @@ SECONDS = 20.0
 """Time to grade them in."""
 SHOWN = 40
 """Characters of an answer that are shown."""
+
+
+class Judge(Protocol):
+    """Grades answers as the task does."""
+
+    def __call__(self, answers: Sequence[Answer], *, voted: bool = False) -> Iterable[Verdict]:
+        """Yield the verdict on each, in their order; `voted` asks for the answers that majority votes count."""
+
 
 _APPLY: dict[str, Callable[[Fraction, Fraction], Fraction]] = {
     "+": operator.add,
@@ -45,23 +53,22 @@ def best_constant(
     task: Task,
     train: Iterable[Problem],
     held_out: Sequence[Problem],
-    judge: Callable[[Sequence[Answer]], Iterable[Verdict]],
+    judge: Judge,
     *,
     seconds: float = SECONDS,
 ) -> Constant | None:
     """Return the fixed answer that solves most of the held-out problems.
 
     Args:
-        judge: grades answers as the task does, in their order.
-        seconds: after which no more are graded.
+        seconds: after which no more are graded; half of them may be spent on reading the answers in training.
 
     None where the task has no gold answers, or none was graded in time.
     """
     if isinstance(task, CountdownTask):
         return best_pattern(task.options.operators, held_out)
     best: Constant | None = None
-    frequent = _frequent(task, train)
-    deadline = time.monotonic() + seconds
+    start = time.monotonic()
+    frequent, deadline = _frequent(task, train, judge, start + seconds / 2), start + seconds
     for answer, completion in frequent.items():
         right = 0
         for verdict in judge([Answer(text=completion, problem=problem) for problem in held_out]):
@@ -74,18 +81,18 @@ def best_constant(
     return best
 
 
-def _frequent(task: Task, problems: Iterable[Problem]) -> dict[str, str]:
+def _frequent(task: Task, problems: Iterable[Problem], judge: Judge, deadline: float) -> dict[str, str]:
     """Return the most frequent answers with a gold completion that gives each, the most frequent first."""
     counts: Counter[str] = Counter()
     completions: dict[str, str] = {}
-    for problem in problems:
-        if (gold := task.gold(problem)) is None:
-            continue
-        answer = None
-        with contextlib.suppress(Exception):  # of the user's; then the whole text is the answer
-            answer = task.answer(gold)
-        counts[answer or gold] += 1
-        completions.setdefault(answer or gold, gold)
+    given = ((problem, task.gold(problem)) for problem in problems)
+    golds = [Answer(text=gold, problem=problem) for problem, gold in given if gold is not None]
+    for gold, verdict in zip(golds, judge(golds, voted=True), strict=True):
+        answer = verdict.vote or gold.text  # which is the answer where none can be read
+        counts[answer] += 1
+        completions.setdefault(answer, gold.text)
+        if time.monotonic() > deadline:
+            break
     return {answer: completions[answer] for answer, _ in counts.most_common(MOST_ANSWERS)}
 
 

@@ -223,12 +223,25 @@ def in_order_of_interest(rollouts: Sequence[ScoredRollout], step: int) -> list[S
         if place not in shown or (rollout.unusable and not shown[place].unusable):
             shown[place] = rollout
     members, prompts = (list(dict.fromkeys(place[i] for place in shown)) for i in (0, 1))
-    together = math.lcm(len(members), len(prompts))  # after so many the same pairs would come again
-    places = (
-        (members[(step + i + i // together) % len(members)], prompts[i % len(prompts)])
-        for i in range(len(members) * len(prompts))
-    )
-    return [shown[place] for place in places if place in shown]  # a pair's own problems are not the others'
+    turn = _diagonals(len(members), len(prompts), step)
+    member_at, prompt_at = ({each: i for i, each in enumerate(places)} for places in (members, prompts))
+    return [shown[place] for place in sorted(shown, key=lambda place: turn(member_at[place[0]], prompt_at[place[1]]))]
+
+
+def _diagonals(members: int, prompts: int, step: int) -> Callable[[int, int], int]:
+    """Return the turn at which a member and a prompt, by position, meet, if both advance by one from turn to turn.
+
+    Both begin again at their ends. Where all have been met that way, members skip one, so that others meet.
+    """
+    together, common = math.lcm(members, prompts), math.gcd(members, prompts)
+    inverse = pow(prompts // common, -1, members // common)
+
+    def turn(member: int, prompt: int) -> int:
+        apart, skipped = divmod(member - step - prompt, common)
+        rounds = apart * inverse % (members // common)  # of the prompts
+        return skipped * together + rounds * prompts + prompt
+
+    return turn
 
 
 def to_record(shown: Sequence[ScoredRollout], rollouts: Sequence[ScoredRollout], count: int) -> list[ScoredRollout]:

@@ -49,13 +49,21 @@ def replay(
     weights = {name: tensor.to(device) for name, tensor in load_trained(base_dir, dtype, config.es.layers).items()}
     offload = config.engine.offload_masters and device != "cpu"
     masters = MasterWeights(weights, config.es, dtype, fold_for(torch.device(device)), offload=offload)
+    checked = step == 0
     for entry in journal.entries[:step]:
         check_weights(journal_path, entry, masters.checksum)
+        checked |= entry.step > 1 and bool(entry.checksum)
         masters.apply(recorded_update(config, entry), served_factors_of)
         on_step(entry.step, step)
-    served = {name: masters.served(name).cpu() for name in weights}
+    served = {name: masters.served(name).to("cpu", copy=True) for name in weights}
+    checksum = masters.checksum()
+    later = iter(() if checked else journal.entries[step:])
+    while not checked and (entry := next(later, None)):  # updates of a few more steps, to have compared once
+        check_weights(journal_path, entry, masters.checksum)
+        checked = bool(entry.checksum)
+        masters.apply(recorded_update(config, entry), served_factors_of)
     export_model(base_dir, directory, served, dtype)
-    return masters.checksum()
+    return checksum
 
 
 def check_base(journal: JournalContents, journal_path: Path, base_dir: Path) -> None:

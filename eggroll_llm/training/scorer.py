@@ -107,13 +107,13 @@ class Scorer(AbstractContextManager["Scorer"]):
         judging = self._pool.begin(voted=voted) if self._pool else _JudgingHere(self._task, voted=voted)
         return Scoring(judging, self._count)
 
-    def judge(self, answers: Sequence[Answer]) -> Iterator[Verdict]:
-        """Yield the verdict on each answer, in their order; none is counted or shown."""
+    def judge(self, answers: Sequence[Answer], *, voted: bool = False) -> Iterator[Verdict]:
+        """Yield the verdict on each answer, in their order; none is counted or shown. `voted` asks for votes too."""
         if self._pool:
-            yield from self._pool.judge(answers, voted=False)
+            yield from self._pool.judge(answers, voted=voted)
             return
         for answer in answers:
-            yield judge(self._task, answer, voted=False)
+            yield judge(self._task, answer, voted=voted)
             signals.check()  # which a grader may have swallowed
 
     def check(self, of: str) -> None:

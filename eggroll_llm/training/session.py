@@ -124,19 +124,20 @@ def _train_from(step: int, checkpoint: Checkpoint | None, opened: _Opened) -> Ev
     settings = {key: value for key, value in flat(config).items() if applies(key, config)}
     metrics = run.read_metrics() if step else ()
     tracking = trackers(config.log, run.path, settings, metrics, display.message)
-    callbacks = Callbacks([*tracking, *opened.callbacks])
-    display.working("starting the engine")
-    engine = start_engine(
-        prepared.model_dir,
-        config.engine,
-        es=config.es if is_es else None,
-        logprobs=not is_es,
-        thinking=config.sampling.thinking_token_budget > 0,
-        model=config.model,
-        logs=run.path / "engines",
-        say=display.message,
-    )
-    with contextlib.closing(engine), contextlib.closing(callbacks):
+    with contextlib.ExitStack() as stack:
+        callbacks = stack.enter_context(contextlib.closing(Callbacks([*tracking, *opened.callbacks])))
+        display.working("starting the engine")
+        engine = start_engine(
+            prepared.model_dir,
+            config.engine,
+            es=config.es if is_es else None,
+            logprobs=not is_es,
+            thinking=config.sampling.thinking_token_budget > 0,
+            model=config.model,
+            logs=run.path / "engines",
+            say=display.message,
+        )
+        stack.callback(engine.close)
         recorder = Recorder(config, run, opened.journal, metrics=metrics, callbacks=callbacks)
         harness = Harness(
             Run(prepared=prepared, engine=engine, scorer=opened.scorer, recorder=recorder, display=display), step=step

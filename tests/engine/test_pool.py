@@ -20,7 +20,7 @@ from eggroll_llm.engine.host import serve
 from eggroll_llm.engine.interface import Decoding, Request
 from eggroll_llm.engine.messages import Alive, Call, Scores, Scoring, Started, Stop, Work, decode, encode
 from eggroll_llm.engine.pool import EnginePool
-from eggroll_llm.errors import ConfigError, EngineError, TrainingError
+from eggroll_llm.errors import ConfigError, EngineError, ModelError, TrainingError
 from eggroll_llm.es.noise import NoiseSpec
 from eggroll_llm.records.journal import read_journal
 
@@ -311,6 +311,18 @@ def test_what_is_closed_early_is_forgotten_and_the_pool_goes_on(two: EnginePool)
     next(arriving)
     arriving.close()
     assert two.generate(requests(4), Decoding(max_tokens=4)) == whole
+
+
+def test_what_no_engine_can_score_is_not_the_fault_of_one(tmp_path: Path) -> None:
+    faults = {0: Fault("score", kind="refuse"), 1: Fault("score", kind="refuse")}
+    engines = pool(Plan(CONFIG, tmp_path / "none", faults), 2, sequences=4)
+    engines.begin(NoiseSpec(seed=0, step=1, rank=1, sigma=0.1), 4)
+    for _ in range(2):
+        with pytest.raises(ModelError, match=r"^attention is not known$"):
+            engines.score([((1, 2, 3, 4), (5, 6))], [None, None])
+    assert len(engines.generate(requests(4), Decoding(max_tokens=4))) == len(requests(4))
+    assert (engines.metrics()["engines"], engines.metrics()["engines/lost"]) == (2, 0)
+    engines.close()
 
 
 def test_weights_of_a_trainer_reach_every_engine_and_its_replacement(tmp_path: Path) -> None:

@@ -314,6 +314,24 @@ def test_kill_while_replacing_is_undone_by_clean(
     assert (root / "step-000010" / MANIFEST).read_bytes() == before
 
 
+def test_what_a_file_system_keeps_of_a_deleted_checkpoint_ends_no_run(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for step in (10, 20, 30):
+        save(root, step)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "unlink", busy)
+        patch.setattr(os, "rmdir", busy)
+        assert prune(root, 30, 1) == [root / "step-000020", root / "step-000010"]
+    assert len(list_checkpoints(root)) == 1
+    clean(root)
+    assert names(root) == ["step-000030"]
+
+
+def busy(*_: object, **__: object) -> None:
+    raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
+
+
 def test_left_over_temporary_directories_are_ignored_and_removed(root: Path) -> None:
     path = save(root, 10)
     shutil.copytree(path, root / ".tmp-step-000020-123")

@@ -354,6 +354,21 @@ def test_truncated_logs_hold_every_step_once(path: Path) -> None:
         assert run.metrics.read_bytes() == whole
 
 
+@pytest.mark.parametrize("file", ["metrics.jsonl", "completions.jsonl"])
+def test_damage_in_the_middle_of_a_log_is_not_repaired_silently(path: Path, file: str) -> None:
+    with RunDir.create(path, CONFIG) as run:
+        for step in range(4):
+            run.append_metrics({"step": step})
+            run.append_completions([{"step": step, "text": "a"}])
+        damaged = (path / file).read_bytes().replace(b'"step": 2', b'"st\x00p": 2')
+        (path / file).write_bytes(damaged)
+        with pytest.raises(RunDirError, match=rf"{file}:3: is damaged\. Delete the line, or restore the file\."):
+            run.truncate_logs(3)
+        assert (path / file).read_bytes() == damaged
+        run.truncate_logs(1)  # with what is dropped anyway
+        assert [row["step"] for row in lines(path / file)] == [0, 1]
+
+
 def test_a_line_nested_too_deeply_is_of_no_step(path: Path) -> None:
     with RunDir.create(path, CONFIG) as run:
         run.append_metrics({"step": 0})

@@ -24,6 +24,7 @@ from eggroll_llm.engine.interface import Completion, SteppedEngine, UpdateTimes
 from eggroll_llm.engine.links import Link, Lost, Rules
 from eggroll_llm.engine.messages import Message, Started, decode, encode
 from eggroll_llm.engine.pool import EnginePool
+from eggroll_llm.errors import EngineError, ModelError
 from eggroll_llm.es.estimate import UpdateSpec
 
 NODE = "here"
@@ -46,7 +47,8 @@ class Fault:
     method: str
     after: int = 1
     kind: str = "die"
-    """die (as of kill -9), hang, fail (EngineError), lie (a weight changes, once), miscalculate (updates), slow."""
+    """die (as of kill -9), hang, fail (EngineError), refuse (ModelError), lie (a weight changes, once), miscalculate
+    (updates), slow."""
 
 
 @dataclass(frozen=True)
@@ -83,9 +85,9 @@ class Faulty(FakeEngine):
             case "hang":
                 time.sleep(600)
             case "fail":
-                from eggroll_llm.errors import EngineError
-
                 raise EngineError("out of memory")
+            case "refuse":
+                raise ModelError("attention is not known")
             case "lie" if self.calls == self.fault.after:
                 next(iter(self.masters.state().values()))[0, 0] += 0.125  # masters come first
             case "miscalculate":

@@ -59,20 +59,20 @@ class Words:
 
     def __init__(self, train: str, test: str, *, answers: bool = True) -> None:
         self.rows, self.answers = {"train": [{"a": a} for a in train], "test": [{"a": a} for a in test]}, answers
-        self.judged = 0
+        self.judged = self.read = 0
 
     def gold(self, problem: Mapping[str, Any]) -> str | None:
         return None if problem["a"] == "-" else f"because {id(problem)}, so {problem['a']}"
 
     def answer(self, completion: str) -> str | None:
-        if not self.answers:
-            raise ValueError("the user's")
-        return completion[-1]
+        raise AssertionError("called where nothing limits it")
 
-    def judge(self, answers: Sequence[Answer]) -> Iterator[Verdict]:
+    def judge(self, answers: Sequence[Answer], *, voted: bool = False) -> Iterator[Verdict]:
         for answer in answers:
-            self.judged += 1
-            yield Verdict(score=Score(1.0, answer.text[-1] == answer.problem["a"], ""))
+            self.read += voted
+            self.judged += not voted
+            vote = answer.text[-1] if voted and self.answers else None
+            yield Verdict(score=Score(1.0, answer.text[-1] == answer.problem["a"], ""), vote=vote)
 
     def best(self, **options: Any) -> Constant | None:
         task: Any = self
@@ -98,7 +98,7 @@ def test_the_work_is_bounded_by_number_and_by_time() -> None:
     assert many.judged == 16 * 3
     slow = Words("xy", "xy")
     assert slow.best(seconds=-1.0) is None
-    assert slow.judged == 1
+    assert (slow.read, slow.judged) == (1, 1)
 
 
 def test_what_gold_answers_hold_does_nothing_to_a_terminal() -> None:

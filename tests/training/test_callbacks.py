@@ -8,7 +8,7 @@ import pytest
 from fake_engine import CONFIG, Bench, Near, rows, same_run
 
 from eggroll_llm import Callback, StopTraining
-from eggroll_llm.errors import ConfigError
+from eggroll_llm.errors import ConfigError, ModelError
 from eggroll_llm.records.answers import TASK, Sample
 from eggroll_llm.training import session
 from eggroll_llm.training.callbacks.base import check_callbacks
@@ -111,6 +111,16 @@ def test_every_end_is_heard_though_one_fails(bench: Bench) -> None:
         train(bench, "run", Failing(), other)
     assert (other.ended, bench.engine.closed) == (1, True)
     assert (bench.folder / "run" / "final" / "model.safetensors").is_file()
+
+
+def test_the_end_is_heard_also_where_the_engine_does_not_start(bench: Bench) -> None:
+    def make(*_: Any) -> Any:
+        raise ModelError("no such layer")
+
+    bench.make_engine, heard = make, Heard(bench.folder / "run")
+    with pytest.raises(ModelError, match="no such layer"):
+        train(bench, "run", heard)
+    assert (heard.ended, heard.calls) == (1, [])
 
 
 def test_what_is_no_callback_is_refused_before_anything_starts(bench: Bench) -> None:

@@ -98,14 +98,21 @@ def test_every_step_is_rebuilt_to_the_bit(base: Path, tmp_path: Path, dtype: Any
 def test_a_replay_that_disagrees_with_a_recorded_checksum_stops(base: Path, tmp_path: Path) -> None:
     run = config(base)
     after = record(tmp_path / "journal.jsonl", base, run, {3: "0123456789abcdef"})
-    with pytest.raises(JournalError) as info:
-        replay(run, base, tmp_path / "journal.jsonl", STEPS, tmp_path / "out")
-    assert str(info.value).startswith(
-        f"{tmp_path / 'journal.jsonl'}: before step 3 the weights had checksum 0123456789abcdef, "
-        f"but the replay gives {after[2].checksum()}: replay on a machine like the one that trained"
-    )
-    assert not (tmp_path / "out").exists()
-    # The steps before it are what they were.
+    for step in (2, STEPS):  # of step 2 no other checksum tells whether it is right
+        with pytest.raises(JournalError) as info:
+            replay(run, base, tmp_path / "journal.jsonl", step, tmp_path / "out")
+        assert str(info.value).startswith(
+            f"{tmp_path / 'journal.jsonl'}: before step 3 the weights had checksum 0123456789abcdef, "
+            f"but the replay gives {after[2].checksum()}: replay on a machine like the one that trained"
+        )
+        assert not (tmp_path / "out").exists()
+
+
+def test_steps_before_a_checksum_that_disagrees_are_rebuilt_where_another_tells(base: Path, tmp_path: Path) -> None:
+    run = config(base)
+    after = record(tmp_path / "right.jsonl", base, run)
+    second = after[1].checksum()
+    record(tmp_path / "journal.jsonl", base, run, {2: second, 3: "0123456789abcdef"})
     assert replay(run, base, tmp_path / "journal.jsonl", 2, tmp_path / "two") == after[2].checksum()
 
 
@@ -113,6 +120,17 @@ def test_other_settings_than_those_of_the_run_are_noticed(base: Path, tmp_path: 
     record(tmp_path / "journal.jsonl", base, config(base))
     with pytest.raises(JournalError, match="before step 3 the weights had checksum"):
         replay(config(base, seed=5), base, tmp_path / "journal.jsonl", STEPS, tmp_path / "out")
+
+
+def test_other_settings_are_noticed_also_before_the_first_checksum_that_tells(base: Path, tmp_path: Path) -> None:
+    """Of steps 1 and 2, which the checksum of step 3 tells; step 0 has nothing to tell."""
+    after = record(tmp_path / "journal.jsonl", base, config(base))
+    other = config(base, seed=5)
+    for step in (1, 2):
+        with pytest.raises(JournalError, match="before step 3 the weights had checksum"):
+            replay(other, base, tmp_path / "journal.jsonl", step, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    assert replay(other, base, tmp_path / "journal.jsonl", 0, tmp_path / "out") == after[0].checksum()
 
 
 def test_another_base_model_is_refused(base: Path, tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
