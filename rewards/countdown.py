@@ -10,8 +10,9 @@ Only text outside thoughts counts, and after an answer only that before a next t
 
 Numbers are ASCII digits without leading zeros, signs + and -, and U+2212, x, ×, ÷ and the middle dot stand
 for -, *, / and *. At most 512 characters and 32 parentheses deep. The numbers are compared with the given
-ones, as multisets, before anything is evaluated; then the value is exact (fractions). A target without
-fractional part must be met exactly, any other within 1e-5, because such targets are decimal roundings.
+ones, as multisets, before anything is evaluated; then the value is exact (fractions). A target with up to four
+decimals must be met exactly. One with more is a decimal rounding, to be met within half a unit of its last decimal, or
+within the error of a float.
 
 Reward: 1 if correct; `format_reward` for a wrong answer in the right format; 0 without an answer. A tag that
 is not blank is an answer whatever it holds; a line is one if it is an expression. A problem that is not
@@ -33,8 +34,10 @@ MAX_LENGTH = 512
 """Longest expression in characters; the value of a shorter one has at most as many digits."""
 MAX_DEPTH = 32
 """Deepest nesting of parentheses."""
-TOLERANCE = Fraction(1, 100_000)
-"""Distance at which a value meets a target with a fractional part."""
+ROUNDED = 5
+"""Decimals from which on a target is a rounding."""
+FLOAT_ERROR = Fraction(1, 2**49)
+"""Relative error of a target that a few operations on floats have made."""
 DETAILS = (
     "correct",
     "wrong_value",
@@ -214,7 +217,15 @@ def _evaluate(steps: list[int | str]) -> Fraction:
 
 
 def _meets(value: Fraction, goal: Fraction) -> bool:
-    return value == goal if goal.denominator == 1 else abs(value - goal) <= TOLERANCE
+    return abs(value - goal) <= _tolerance(goal)
+
+
+def _tolerance(goal: Fraction) -> Fraction:
+    """Return the distance at which a value meets a target, which is a decimal."""
+    decimals = next(n for n in range(_MAX_DIGITS + 1) if 10**n % goal.denominator == 0)
+    if decimals < ROUNDED:
+        return Fraction(0)
+    return max(Fraction(1, 2 * 10**decimals), abs(goal) * FLOAT_ERROR)
 
 
 def _given(numbers: object) -> Counter[int] | None:

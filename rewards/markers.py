@@ -36,10 +36,15 @@ _HEADING = re.compile(r"(?i)[\s*]*(?:(?:step|part|phase|question|problem)\s[0-9]
 _EXCLAMATION = re.compile(r"(?<=[0-9])!(?=\s|$)")
 _NUMBER_FIRST = re.compile(r"[^A-Za-z0-9]*[0-9]")
 _SENTENCE_END = re.compile(r"[0-9%)*$}][.;!]\s")
+# What means nothing between a box, or a tag, and what goes on with its number.
+_LATEX = r"\\[()\[\],;:! ]|\\q?quad(?![a-z])|\\(?:text|math)(?:rm|bf|it|sf|tt)?\s?\{"
+_GAP = rf"(?:\s|{_LATEX})*"
 _CONTINUED = re.compile(
-    r"(?i)(?:[\s$*)\]}]|\\[)\]]|\\text\s?\{)*(?:or\b|and\s\D{0,12}[0-9]"
-    r"|hundred|thousand|[a-z]{1,6}illion|dozen|(?:[\^/×÷·*+-]|\\(?:times|cdot|div)(?![a-z]))\s?[0-9]|\.[0-9])"
-    r"|(?<=\})[0-9]"
+    rf"(?i)(?:[ \t$*)\]}}~]|{_LATEX})*(?:{_GAP}[,;]?{_GAP}or\b|and\s\D{{0,12}}[0-9]"
+    r"|\s*(?:hundred|thousand|[a-z]{1,6}illion|dozen)|\\[dt]?frac(?![a-z])|\.[0-9]"
+    r"|(?:[\^/×÷·*+\u2212-]|\\(?:times|cdot|div)(?![a-z]))[ \t]?\{?[0-9])"
+    r"|\}[ \t]?\{[ \t]?[0-9]|:[0-9]{2}(?![0-9])|,[0-9]{3}(?![0-9])|[\u2010-\u2015][0-9]|(?<=\})[0-9]"
+    r"|(?-i:[kKMBT])\b"
 )
 # In front of a box: a digit or a sign that belongs to its number, or an operator after another number.
 _DASH = r"\-\u2010-\u2015\u2212"
@@ -48,7 +53,11 @@ _CHANGED = re.compile(
     rf"|[0-9][ \t$]{{0,3}}(?:[+*/^×÷·{_DASH}]|\\(?:times|cdot|div))[ \t$]{{0,3}}"
     rf"|=[ \t$]{{0,3}}[{_DASH}][ \t$]{{0,3}})\Z"
 )
-_ALTERNATIVE = re.compile(r"[0-9][^0-9\n]{0,20}\b(?:or|and)\b[\s$*\\(\[{]*$")
+_ALTERNATIVE = re.compile(
+    r"(?i)[0-9][^0-9\n]{0,20}\b(?:and\b[\s$*\\(\[{]*"
+    rf"|or\b(?:{_LATEX}|[a-z]\s?=|[\s$*\\(\[{{}}#])*+)$"
+)
+_DENIED = re.compile(r"(?i)(?:\b(?:not|never)|n['\u2019]t)(?:\s(?:be|equal\sto))?[ \t$*:\\(\[]*\Z")
 _BULLET = re.compile(r"[ \t]*[-+*\u2022\u2023\u2043\u2010-\u2015\u2212\u25aa\u25cf\u25e6\u00b7][ \t\u00a0]+(?=\S)")
 _LISTED = re.compile(rf"\n{_BULLET.pattern}")
 _NEXT_BULLET = re.compile(rf"[^\n]*\n\s*{_BULLET.pattern}")
@@ -103,6 +112,8 @@ def _last(text: str, end: int) -> _Span:
             if span is not None and literal != "####":  # In a sentence 18! is no factorial.
                 return _Span(_EXCLAMATION.sub(".", span.text), span.complete)
             if span is not None and not _HEADING.match(span.text):
+                if _is_alternative(text[max(0, start - 64) : start]):
+                    raise RefusedError("hedged")
                 return span
             following = start
         starts[literal] = text.rfind(literal, 0, start)
@@ -140,13 +151,17 @@ def _closing_brace(text: str, begin: int, end: int) -> int:
 def _enclosed(text: str, start: int, begin: int, close: int, after: int, end: int) -> str:
     content = text[begin : min(close, begin + MAX_TEXT + 1)]
     earlier = text[max(0, start - 64) : start]
-    another = any(literal in earlier for literal in _LITERALS) and _ALTERNATIVE.search(earlier)
     listed = _listed_before(text, start)
-    if another or _CONTINUED.match(text, after, min(after + 64, end)):
+    if _is_alternative(earlier) or _DENIED.search(earlier) or _CONTINUED.match(text, after, min(after + 64, end)):
         raise RefusedError("hedged")
     if listed is not None and _number(listed) != _number(content):
         raise RefusedError("hedged")
     return content
+
+
+def _is_alternative(earlier: str) -> bool:
+    """Return whether what follows this text is offered besides an answer that is marked in it."""
+    return any(literal in earlier for literal in _LITERALS) and bool(_ALTERNATIVE.search(earlier))
 
 
 def _listed_before(text: str, start: int) -> str | None:

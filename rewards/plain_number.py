@@ -16,7 +16,7 @@ MAX_TEXT = 1000
 
 _NUMBER = re.compile(r"[0-9]+(?:,[0-9]+)*(?:\.[0-9]+)?|(?<![A-Za-z.])\.[0-9]+")
 _PLAIN = re.compile(r"([-+]?)([0-9]{1,3}(?:,[0-9]{3})+|[0-9]*)(?:\.([0-9]+))?")
-_CURRENCY = "$€£¥₹₩¢"
+_CURRENCY = "$¢£¤¥฿" + "".join(map(chr, range(0x20A0, 0x20C1)))
 
 _INVISIBLE = dict.fromkeys([0xFEFF, *range(0x200B, 0x2010), *range(0x202A, 0x202F), *range(0x2060, 0x2065)], " ")
 # Hyphens, dashes and minus signs: in front of a number each is a sign. Other characters like them are refused there.
@@ -72,7 +72,10 @@ _SCALE = rf"(?:{'|'.join(_ZEROS)})s?\b"
 _SCALED = re.compile(rf"(?i)(?<![0-9])(?<![0-9][.,])((?>{_NUMBER.pattern}))\s{{0,6}}-?((?:\s?{_SCALE}){{1,2}})(?!-)")
 
 _NEW_SENTENCE = re.compile(r"(?<!\bMr)(?<!\bMs)(?<!\bDr)(?<!\bSt)(?<!\bMrs)[.;]\s+(?=[A-Za-z\"'(])")
-_RETRACTION = re.compile(r"(?i)[\"'(]?(?:or|no|not|wait|maybe|perhaps|actually|alternatively|otherwise)\b")
+_RETRACTION = re.compile(
+    r"(?i)[\"'(]?(?:(?:hm+|oh|um|uh|ah)[,.!\s\u2026]{1,3})?"
+    r"(?:or|no|not|wait|oops|sorry|hold on|maybe|perhaps|actually|alternatively|otherwise)\b"
+)
 _REASON = re.compile(r"(?i),?\s(?:because|since|as|so|which|given|after|when|where|for a total)\b")
 # What follows is concluded from the number, so that it is the answer: "She has 3, so there are 10 - 3 = 7."
 _CONCLUSION = re.compile(
@@ -95,23 +98,29 @@ _NUMBER_WORD = (
     r"|\b(?:twen|thir|four?|fif|six|seven|eigh|nine)ty\b)"
 )
 _SCALE_WORD = re.compile(
-    r"(?i)\b(?:hundred|thousand|[a-z]{1,9}illion|mill|mio|mrd|lakh|crore|dozen)s?\b|"
-    + _one_of("halves thirds fourths fifths sixths eighths tenths hundredths thousandths squared cubed factorial")
+    r"(?i)\b(?:hundred|thousand|[a-z]{1,9}illion|mill|mio|mrd|lakh|lac|crore|dozen)s?\b"
+    r"|\b(?:million(?:en|es)|milliarden?|mille|tausend)\b|"
+    + _one_of("halves thirds fourths fifths sixths sevenths eighths ninths tenths elevenths twelfths")
+    + "|"
+    + _one_of("twentieths hundredths thousandths squared cubed factorial")
     + r"|\b(?:doubled|tripled|halved|below\s(?:zero|freezing))\b"
-    + r"|\band\s+(?:an?|one|two|three)[\s-]+(?:half|third|quarter|fourth|fifth|eighth|tenth)"
+    + r"|\band[\s-]+(?:an?|one|two|three)[\s-]+(?:half|third|quarter|fourth|fifth|eighth|tenth)"
 )
-_SCALE_LETTER = re.compile(r"\s?(?:[kKMBT]|MM|[bt]n|ml?n|trn|[bm]il|thou|grand|k(?:USD|EUR|GBP))\b(?!\.\s?[A-Za-z])")
+_SCALE_LETTER = re.compile(
+    r"\s?(?:[kKB]|M(?!&)|T(?!-[A-Za-z]|\s[Ss]hirt)|MM|[bt]n|ml?n|trn|[bm]il|thou|grand|k(?:USD|EUR|GBP))\b(?!\.\s?[A-Za-z])"
+)
 _SCALE_LETTER_OF_MONEY = re.compile(r"\s?(?:mm|[mb])\b")
 _NUMBER_GOES_ON = re.compile(rf"(?i)[\s,]*(?:and\s+)?(?:{_NUMBER_WORD}|{_SCALE}|{_one_of('half dozen')})")
 _CHANGED_AFTER = re.compile(
     rf"(?i:\s*(?:divided|multiplied|π|pi\b|{_NUMBER_WORD}\s*(?:[.,;!]|$)"
     rf"|(?:times|over|plus|minus|mod|point|(?:more|less|fewer)\s+than)\s+{_NUMBER_WORD}))"
-    r"|-\s*$|\s*(?:[\^×÷·⋅±√!<>≈~&]|/(?!\s?[A-Za-z])|\+|[xX][0-9A-Fa-f]{2})"
+    r"|-\s*$|\s*(?:[\^×÷·⋅±√!<>≈~&]|/(?!\s{0,3}[A-Za-z])|\+|[xX][0-9A-Fa-f]{2})"
 )
 _CHANGED_BEFORE = re.compile(
     r"(?i)(?:[\^/·⋅±√!&⌊⌈]|[a-z]\(|"
     + _one_of("half thirds? quarters? fifths? twice double triple quadruple thrice root square cube log ln sqrt exp")
-    + r"\(?(?:\s+of)?(?:\s+the)?|(?:\b(?:reciprocal|inverse|opposite|negative|per\s?cent)|%)\s+of(?:\s+the)?"
+    + r"\(?(?:\s+(?:of|past|to))?(?:\s+the)?"
+    + r"|(?:\b(?:reciprocal|inverse|opposite|negative|per\s?cent)|%)\s+of(?:\s+the)?"
     + rf"|(?:{_NUMBER_WORD}|{_SCALE}|{_one_of('dozen')})"
     r"(?:-|\s+(?:and|times|plus|minus|less|over|short\s+of|(?:divided|multiplied)\s+by))?)\s*$"
 )
@@ -122,17 +131,20 @@ _HEDGE = re.compile(
 )
 _HEDGE_BEFORE = re.compile(
     "(?i)"
-    + _one_of("about around nearly almost circa either both between")
+    + _one_of("about around nearly almost circa")
+    + rf"|\b(?:either|both|between)[\s{_CURRENCY}]*$"
     + r"|\b(?:(?:any|every)thing|except|besides|but|near|approaching"
     + r"|(?:could|might|may)\s+be|close\s+to|far\s+from|short\s+of|ca?\.)\s*$"
     + r"|\b(?:at least|at most|up to|(?:more|less|fewer|greater|other) than)\b"
     + r"|\b(?:over|under|below|above)\s*$|[<>≈~≤≥≠\u223c≃≅]"
 )
-_HEDGE_AFTER = re.compile(r"(?i)\s*\?|ish\b|\bgive or take\b|" + _one_of("plus minus") + rf"|\band\s+{_NUMBER_WORD}")
+_HEDGE_AFTER = re.compile(
+    r"(?i)\s*\?|ish\b|\bgive or take\b|\bat (?:least|most)\b|" + _one_of("plus minus") + rf"|\band\s+{_NUMBER_WORD}"
+)
 _MINUS_WORD = re.compile(r"(?i)\b(?:negative|minus)[\s:\"']*$")
-_CODE = "(?:USD?|Rs|INR|EUR|GBP|CAD|AUD)"
+_CODE = "(?:USD?|Rs|INR|EUR|GBP|CAD|AUD|NZD|HKD|SGD|CHF|JPY|CNY|RMB|MXN|BRL|SEK|NOK|DKK|PLN|ZAR)"
 _CURRENCY_CODE = re.compile(rf"(?:^|[^A-Za-z]){_CODE}$")
-_CURRENCY_BEFORE = re.compile(rf"(?:[{_CURRENCY}\s(\[]|(?<![A-Za-z]){_CODE}\.?)+$")
+_CURRENCY_BEFORE = re.compile(rf"(?:(?<![A-Za-z])[A-Z]{{1,2}}\$|[{_CURRENCY}\s(\[]|(?<![A-Za-z]){_CODE}\.?)+$")
 
 
 class RefusedError(Exception):

@@ -15,12 +15,12 @@ THOUGHT = re.compile(r"(?i)<(/?)(?:seed:)?(?:think(?:ing)?|thought)>|\[(/?)think
 """Tags that begin or end a thought."""
 _BAR = "[|\uff5c]"
 TURN_END = re.compile(
-    rf"</s>|<eos>|<end_of_turn>|<{_BAR}(?:im_end|eot_id|eom_id|eot|end|end_of_turn|end_of_text|endoftext"
+    rf"</s>|<eos>|<end_of_turn>|<{_BAR}(?:return|im_end|eot_id|eom_id|eot|end|end_of_turn|end_of_text|endoftext"
     rf"|end[\u2581_]of[\u2581_]sentence|END_OF_TURN_TOKEN){_BAR}>"
 )
 """Special tokens that end the model's turn."""
 TURN_START = re.compile(
-    rf"<s>|<bos>|<start_of_turn>|\[/?INST\]|<<SYS>>|<(?i:user|human|assistant|system)>|<{_BAR}(?i:im_start|start_header_id|start_of_role|begin_of_text"
+    rf"<s>|<bos>|<start_of_turn>|\[/?INST\]|<<SYS>>|<(?i:user|human|assistant|system)>|<{_BAR}(?i:start|im_start|start_header_id|start_of_role|begin_of_text"
     rf"|begin[\u2581_]of[\u2581_]sentence|user|assistant|system|human|START_OF_TURN_TOKEN){_BAR}>"
 )
 """Special tokens that start a turn."""
@@ -56,7 +56,8 @@ _TOPICS = (
 # What may stand between the beginning of its line and the cue.
 _LINE_START = re.compile(
     r"[ \t]*(?P<heading>(?:\#{1,6}|\*\*|\[|[>=_~-]+)?)[ \t>*#]*(?i:(?:now|here|let)[^\n]{0,24}\s)?"
-    r"(?i:(?:the\s)?(?:next|another|a?\s?new|follow[ -]?up|similar|second)\s)?"
+    r"(?i:(?:the\s)?(?:next|another|a?\s?new|follow[ -]?up|similar|second|practice|bonus|word|math|sample|related"
+    r"|additional|extra)\s)?"
 )
 _SENTENCE_END = re.compile(r"[0-9.!?)}\]$*`>][ \t*]{0,3}\Z")
 _ANSWER_END = re.compile(r"[0-9.!?)}\]$*>%]\Z")
@@ -64,7 +65,8 @@ _REACH = 60
 _NUMBER = r"[ \t]?#?(?P<number>[0-9]{1,4}|(?i:one|two|three|four|five|six|seven|eight|nine|ten)\b)?"
 _COLON = re.compile(rf"{_NUMBER}[ \t*_]{{0,4}}(?:[:\uff1a\]]|\.(?!\w))")
 _SPOKEN = re.compile(rf"{_NUMBER}[ \t*_]{{0,4}}[:\uff1a>\]]")
-_ALONE = re.compile(rf"{_NUMBER}[ \t*_:#>\]]{{0,6}}(?=\r?\n|\Z)")
+_ALONE = re.compile(rf"{_NUMBER}[ \t*_:#>\]]{{0,6}}(?:\([^()\n]{{0,40}}\)[ \t*_:]{{0,4}})?(?=\r?\n|\Z)")
+_LISTED = re.compile(r"[ \t]?#?[0-9]{1,4}(?:\)|[ \t]{1,2}[-\u2013\u2014])[ \t]")
 
 
 def visible(text: str, *, thought_open: bool = False) -> str:
@@ -138,4 +140,4 @@ def _turn_at(text: str, position: int, cue: str) -> int | None:
     if cue == "Question" and text.startswith((":", "\uff1a"), after):
         return position
     numbered = line and alone and (alone["number"] or line["heading"])
-    return position if numbered or (line and _COLON.match(text, after)) else None
+    return position if numbered or (line and (_COLON.match(text, after) or _LISTED.match(text, after))) else None
