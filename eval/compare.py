@@ -220,13 +220,16 @@ def _obstacles(runs: Sequence[Run], answers: _Answers) -> list[str]:
         "base model": {run.base_model if known else run.config.model for run in runs},
         "task": {run.config.task for run in runs},
         "eval.split": {run.config.eval.split for run in runs},
-        "eval.problems": {run.config.eval.problems for run in runs},
         "eval.max_tokens": {run.config.eval.max_tokens or run.config.sampling.max_tokens for run in runs},
-        "held-out problems": set(),
     }
+    evaluated: list[frozenset[Any]] = []
     for run in runs:
         with contextlib.suppress(RunDirError, SamplesError):  # said where they are missed in a test
-            kinds["held-out problems"].add(frozenset(answers(run, run.evaluations[-1])))
+            evaluated.append(frozenset(answers(run, run.evaluations[-1])))
+    if len(evaluated) == len(runs):
+        kinds["held-out problems"] = set(evaluated)
+    else:
+        kinds["eval.problems"] = {run.config.eval.problems for run in runs}
     return [name for name, found in kinds.items() if len(found) > 1]
 
 

@@ -260,7 +260,7 @@ def evaluate_subject(
                 seed=settings.seed,
                 done=set(samples),
             )
-        if questions.scorer:
+        if questions.scorer and questions.scorer.scored == total:  # else some were graded before
             questions.scorer.check(of="")
         constant = _constant(questions, stack)
     ordered = [samples[key] for key in sorted(samples)]

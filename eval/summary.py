@@ -198,6 +198,7 @@ def _remarks(summary: Mapping[str, Any]) -> list[str]:
         found.append(f"{not_finite} rewards were not finite and are left out of the mean reward")
     if selected_on := summary["selected_on"]:
         found.append(
-            f"optimistic: this step was chosen as the best of its run on the first {selected_on} of these problems"
+            "optimistic: this step was chosen as the best of its run on the first "
+            f"{min(selected_on, summary['config']['problems'])} of these problems"
         )
     return found

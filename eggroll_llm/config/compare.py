@@ -86,10 +86,11 @@ def check_resume(saved: RunConfig, now: RunConfig, *, saved_in: str) -> None:
         return
     old, new = flat(saved), flat(now)
     shown = "; ".join(f"{key} was {_shown(old, key)} and is now {_shown(new, key)}" for key in keys)
-    final = shlex.quote(str(Path(saved_in).parent / "final"))
+    final = Path(saved_in).parent / "final"
+    from_weights = f" from the weights of this one with --model {shlex.quote(str(final))}" if final.is_dir() else ""
     raise ConfigError(
-        f"{saved_in}: cannot resume with changed settings: {shown}. Restore them, or start a new run from the weights "
-        f"of this one with --model {final}. Settings that may change: {MAY_CHANGE}."
+        f"{saved_in}: cannot resume with changed settings: {shown}. Restore them, or start a new run{from_weights}. "
+        f"Settings that may change: {MAY_CHANGE}."
     )
 
 

@@ -119,11 +119,11 @@ class _Check:
                 )
 
     def of_sampling(self) -> None:
-        for name in ("top_k", "min_p"):
-            if self.config.sampling.temperature == 0 and getattr(self.config.sampling, name):
+        for name, off in (("top_p", 1), ("top_k", 0), ("min_p", 0)):
+            if self.config.sampling.temperature == 0 and getattr(self.config.sampling, name) != off:
                 self.fail(
                     "greedy decoding takes the most probable token in any case",
-                    f"Set sampling.temperature above 0, or sampling.{name} to 0",
+                    f"Set sampling.temperature above 0, or sampling.{name} to {off}",
                     f"sampling.{name}",
                     "sampling.temperature",
                 )

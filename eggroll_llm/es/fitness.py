@@ -8,7 +8,8 @@ With R = rewards_MP, all members having seen the same prompts, and only kept mem
 
 Standard deviations divide by n. "centered" and "rank" have mean 0 and standard deviation 1 over the kept
 members; "sign" is -1, 0 or 1. Scores are tied when they differ by no more than 1e-9 of the rewards' standard
-deviation; tied scores share the average of their ranks. A step without differences has fitness exactly 0.
+deviation; tied scores share the average of their ranks. A step in which no member, or no pair of twins, differs has
+fitness exactly 0.
 Computed in float64, returned in float32.
 
 Because every kept member saw every prompt, the prompts' means and the common deviation cancel in the z-score, so
@@ -85,7 +86,9 @@ def shape_fitness(rewards_MP: Tensor, method: FitnessMethod, *, antithetic: bool
         tied_P = kept_MP.amax(dim=0) == kept_MP.amin(dim=0)
         # Large rewards would overflow when squared. No method depends on the scale.
         scaled_MP = kept_MP / kept_MP.abs().max().clamp(min=torch.finfo(torch.float64).tiny)
-        fitness_M[kept_M] = _shape(scaled_MP, tied_P, method)
+        fitness_M[kept_M] = _shape(scaled_MP, tied_P, method, antithetic)
+    if antithetic and not (fitness_M[0::2] != fitness_M[1::2]).any():  # no pair says which way to go
+        fitness_M.zero_()
     return Fitness(
         fitness_M=fitness_M.to(torch.float32),
         dropped=tuple((~kept_M).nonzero().flatten().tolist()),
@@ -121,7 +124,7 @@ def shape_twins(rewards_MP: Tensor, method: FitnessMethod) -> Fitness:
     )
 
 
-def _shape(rewards_MP: Tensor, tied_P: Tensor, method: FitnessMethod) -> Tensor:
+def _shape(rewards_MP: Tensor, tied_P: Tensor, method: FitnessMethod, antithetic: bool) -> Tensor:
     # Without the common part of each prompt, ties are judged by what tells members apart, also when a large
     # constant was added to the rewards. The mean of equal numbers need not be the number, hence the exact
     # zero.
@@ -131,12 +134,19 @@ def _shape(rewards_MP: Tensor, tied_P: Tensor, method: FitnessMethod) -> Tensor:
         return torch.zeros(len(rewards_MP), dtype=torch.float64)
     score_M = (centered_MP / deviation).mean(dim=1)
     if method == "centered":
-        return _z_score(score_M)
+        return _z_score(_same_for_tied_twins(score_M) if antithetic else score_M)
     if method == "rank":
         return _z_score(_centered_ranks(score_M))
     difference_K = score_M[0::2] - score_M[1::2]
     sign_K = torch.where(difference_K.abs() <= TIE_TOLERANCE, 0.0, difference_K.sign())
     return torch.stack((sign_K, -sign_K), dim=1).flatten()
+
+
+def _same_for_tied_twins(score_M: Tensor) -> Tensor:
+    """Give twins that differ by a rounding error the same score: where all pairs tie, it would be the whole update."""
+    score_K2 = score_M.view(-1, 2)
+    tied_K1 = (score_K2[:, :1] - score_K2[:, 1:]).abs() <= TIE_TOLERANCE
+    return torch.where(tied_K1, score_K2.mean(dim=1, keepdim=True), score_K2).flatten()
 
 
 def _z_score(value_M: Tensor) -> Tensor:

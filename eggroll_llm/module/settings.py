@@ -32,7 +32,8 @@ def checked_settings(others: Mapping[str, Any], *, seed: int, steps: int, **own:
     try:
         check_bounds(es)
         plan = plan_step(es, seed=seed, step=1, steps=steps)
-        _ = plan.noise
+        for step in (plan, plan_step(es, seed=seed, step=max(1, steps), steps=steps)):  # where a schedule ends
+            _ = step.noise
         shape_fitness(torch.zeros(es.population, 1), es.fitness, antithetic=es.antithetic)
         check_finite(UpdateSpec.of(plan, (0.0, 0.0)))
     except ValueError as error:

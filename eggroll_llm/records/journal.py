@@ -127,7 +127,8 @@ class Journal(AbstractContextManager["Journal"]):
         self.dropped_tail = contents.dropped_tail
         self._line_ends = list(contents.line_ends)
         self._file = path.open("r+b", buffering=0)
-        self._truncate(self._end)
+        self._file.seek(self._end)
+        self._has_tail = bool(contents.dropped_tail)  # stays until something is written: it tells what happened
 
     @classmethod
     def open(cls, path: Path, header: JournalHeader) -> Self:
@@ -174,8 +175,8 @@ class Journal(AbstractContextManager["Journal"]):
         self._write(fields)
 
     def truncate_after(self, step: int) -> None:
-        """Forget the updates after `step`: for a run that goes back to it."""
-        if step < self.last_step:
+        """Forget the updates after `step`, and a dropped tail: for a run that goes back to it."""
+        if step < self.last_step or self._has_tail:
             del self._line_ends[step + 1 :]
             self.entries = self.entries[:step]
             self._truncate(self._end)
@@ -195,10 +196,13 @@ class Journal(AbstractContextManager["Journal"]):
         self._file.truncate(size)
         self._file.seek(size)
         os.fsync(self._file.fileno())
+        self._has_tail = False
 
     def _write(self, fields: dict[str, Any]) -> None:
         line = _encode(fields)
         try:
+            if self._has_tail:
+                self._truncate(self._end)
             done = 0
             while done < len(line):
                 done += self._file.write(line[done:])

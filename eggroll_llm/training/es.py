@@ -32,7 +32,7 @@ from torch import Tensor
 
 from eggroll_llm.engine.interface import UpdateTimes
 from eggroll_llm.engine.sampling import Rollout, sample_population
-from eggroll_llm.errors import TaskError, TrainingError
+from eggroll_llm.errors import TrainingError
 from eggroll_llm.es.estimate import NonFiniteUpdate, UpdateSpec, check_finite
 from eggroll_llm.es.fitness import Fitness, shape_fitness, shape_twins
 from eggroll_llm.es.likelihood import Candidates, candidates, divergence, returns
@@ -90,6 +90,11 @@ class EsTrainer:
         self.harness, self.config, self.train_set = harness, harness.config, run.prepared.train
         self.engine, self.scorer, self.recorder = run.engine, run.scorer, run.recorder
         self._drawn = run.recorder.kept_answers()
+        if self.config.es.answer_reuse > 1 and harness.step and self._drawn is None:
+            run.display.message(
+                f"{run.recorder.directory.drawn}: missing or damaged, so the next step draws new answers: the run will "
+                "not be what it would have been without the interruption"
+            )
         self._order: SkippingOrder | None = None
         if self.config.es.skip_tied:
             self._order = SkippingOrder(len(self.train_set.problems), seed=self.config.seed)
@@ -127,7 +132,7 @@ class EsTrainer:
         judge = self._by_rewards if self.config.es.fitness_from == "rewards" else self._by_probabilities
         judged = judge(plan, indices_P)
         fitness = judged.fitness
-        _check_dropped(fitness, plan.step, self.scorer.first_dropped, self.config.es.fitness_from)
+        self._check_dropped(len(fitness.dropped))
 
         update = UpdateSpec.of(plan, fitness.fitness_M.tolist())
         self._record(update, fitness)
@@ -175,7 +180,9 @@ class EsTrainer:
                 return Judged(rollouts=[], fitness=fitness, metrics=kept.metrics | metrics)
         scored, metrics = self._rollouts(plan, indices_P, [None])
         (rewards_PS,) = rewards_of(scored, len(indices_P), samples)
-        metrics |= reward_metrics(scored, rewards_PS)
+        dropped = int((~rewards_PS.isfinite()).sum())
+        self.harness.check_dropped(dropped, rewards_PS.numel(), "completions")
+        metrics |= {**reward_metrics(scored, rewards_PS), "completions/dropped": dropped}
         token_ids = [rollout.completion.token_ids for rollout in scored]
         drawn = Drawn(
             step=plan.step,
@@ -261,6 +268,16 @@ class EsTrainer:
             on_rollout=self.harness.scoring(indices_P),
         )
 
+    def _check_dropped(self, dropped: int) -> None:
+        members = self.config.es.population
+        if self.config.es.fitness_from == "rewards":
+            self.harness.check_dropped(dropped, members, "members")
+        elif 2 * dropped > members:
+            raise TrainingError(
+                f"step {self.harness.step}: {dropped} of {members} members were dropped for a NaN or infinite "
+                "log-probability of an answer: start a new run with a lower es.sigma or es.learning_rate"
+            )
+
     def _record(self, update: UpdateSpec, fitness: Fitness) -> None:
         """Append an update to the journal, every `CHECKSUM_EVERY` steps with a checksum of the weights before it."""
         _check_update(update)
@@ -303,17 +320,3 @@ def _check_update(update: UpdateSpec) -> None:
         check_finite(update)
     except NonFiniteUpdate as error:
         raise TrainingError(f"{error}: start a new run with a lower es.learning_rate or a larger es.sigma") from error
-
-
-def _check_dropped(fitness: Fitness, step: int, first: str, fitness_from: str) -> None:
-    members = len(fitness.fitness_M)
-    if 2 * len(fitness.dropped) > members:
-        if fitness_from == "probabilities":  # rewards that are not finite count nowhere
-            raise TrainingError(
-                f"step {step}: {len(fitness.dropped)} of {members} members were dropped for a NaN or infinite "
-                "log-probability of an answer: start a new run with a lower es.sigma or es.learning_rate"
-            )
-        raise TaskError(
-            f"step {step}: {len(fitness.dropped)} of {members} members were dropped for a NaN or infinite reward: "
-            f"make score() return finite rewards; the first: {first}"
-        )

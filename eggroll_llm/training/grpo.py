@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from eggroll_llm.engine.sampling import OnRollout
-from eggroll_llm.errors import ModelError, TaskError, TrainingError
+from eggroll_llm.errors import ModelError, TrainingError
 from eggroll_llm.models.export import export_model
 from eggroll_llm.models.files import tensor_shapes
 from eggroll_llm.records.checkpoint import Checkpoint, checkpoint_path, is_valid
@@ -131,11 +131,7 @@ class GrpoTrainer:
         ] == self.harness.problems()
         self._scored = self.harness.score(rollouts)
         rewards = [r.score.reward if math.isfinite(r.score.reward) else None for r in self._scored]
-        if 2 * rewards.count(None) > len(rewards):
-            raise TaskError(
-                f"step {self.harness.step}: {rewards.count(None)} of {len(rewards)} completions were dropped for a NaN "
-                f"or infinite reward: make score() return finite rewards; the first: {self.scorer.first_dropped}"
-            )
+        self.harness.check_dropped(rewards.count(None), len(rewards), "completions")
         self._reward_seconds = time.perf_counter() - start
         return rewards
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from eggroll_llm.engine.interface import Engine
 from eggroll_llm.engine.sampling import OnRollout, Rollout, added, decoding_of, greedy
-from eggroll_llm.errors import ModelError
+from eggroll_llm.errors import ModelError, TaskError
 from eggroll_llm.records.baseline import Constant
 from eggroll_llm.records.diagnosis import diagnose, news
 from eggroll_llm.system import signals
@@ -128,6 +128,14 @@ class Harness:
             )
             for i, r in enumerate(rollouts)
         ]
+
+    def check_dropped(self, dropped: int, total: int, what: str) -> None:
+        """Raise TaskError when the rewards of more than half of the step's members or completions are not finite."""
+        if 2 * dropped > total:
+            raise TaskError(
+                f"step {self.step}: {dropped} of {total} {what} were dropped for a NaN or infinite reward: make "
+                f"score() return finite rewards; the first: {self.run.scorer.first_dropped}"
+            )
 
     def start(self) -> Evaluation:
         """Evaluate the base model, as step 0, and find the best constant answer, which the figures are read next to."""

@@ -217,6 +217,8 @@ def in_order_of_interest(rollouts: Sequence[ScoredRollout], step: int) -> list[S
     Of a member's samples of a prompt there is one: the first that could not be scored, else the first. Without members
     the samples take their place.
     """
+    if not rollouts:  # a step that learns from the answers of one before
+        return []
     shown: dict[tuple[int, int], ScoredRollout] = {}
     for rollout in rollouts:
         place = (rollout.sample if rollout.member is None else rollout.member, rollout.prompt)

@@ -6,12 +6,13 @@ interruption cannot explain is never repaired silently.
 
 from eggroll_llm.config.schema import RunConfig
 from eggroll_llm.engine.interface import Engine
-from eggroll_llm.errors import CheckpointError, JournalError, RunDirError
+from eggroll_llm.errors import CheckpointError, ConfigError, JournalError, RunDirError
 from eggroll_llm.es.estimate import UpdateSpec
 from eggroll_llm.records.checkpoint import Checkpoint, list_checkpoints, load_training_state, newest_valid, remove_after
 from eggroll_llm.records.journal import Journal, JournalHeader
 from eggroll_llm.records.run_dir import RunDir
 from eggroll_llm.records.updates import check_weights
+from eggroll_llm.system.invocation import command
 from eggroll_llm.training.harness import Display
 
 
@@ -25,13 +26,23 @@ def say_what_was_found(run: RunDir, journal: Journal, header: JournalHeader, dis
         display.message("the task file or a module it imports changed since the run started: rewards may differ")
 
 
+def check_steps_left(steps: int, run: RunDir) -> None:
+    """Raise ConfigError when the run has done more than `steps` already: its weights would be called those of fewer."""
+    done = run.last_logged_step() or 0
+    if 0 < steps < done:
+        raise ConfigError(
+            f"steps = {steps}: {run.path} has done {done} steps. Set steps to {done} or more; the model of an earlier "
+            f"step is rebuilt by: {command('replay', run.path, '--step', steps, '--out', 'DIR')}"
+        )
+
+
 def by_journal(run: RunDir, journal: Journal, display: Display) -> int:
     """Return the step after which an ES run continues, and drop what is later. Raises JournalError."""
     logged = run.last_logged_step() or 0
     _check_journal(journal, run, logged)
+    # In this order: a kill in between must not look as if the journal had lost a step.
+    run.truncate_logs(min(journal.last_step, logged) or -1)
     journal.truncate_after(logged)
-    # Before checkpoints: a kill in between must not look as if the journal had lost a step.
-    run.truncate_logs(journal.last_step or -1)
     _forget_later(run, journal.last_step, display)
     return journal.last_step
 

@@ -30,7 +30,7 @@ from eggroll_llm.training.grpo import GrpoTrainer
 from eggroll_llm.training.harness import Display, Harness, Run
 from eggroll_llm.training.prepare import Prepared, journal_header, prepare
 from eggroll_llm.training.recorder import Recorder
-from eggroll_llm.training.resume import by_checkpoint, by_journal, restore, say_what_was_found
+from eggroll_llm.training.resume import by_checkpoint, by_journal, check_steps_left, restore, say_what_was_found
 from eggroll_llm.training.scorer import Scorer
 
 
@@ -98,6 +98,7 @@ def train(
     with RunDir.create(run_path, to_toml(config), on_existing) as run:
         if run.resumed:
             check_resume(load_recipe(run.config), config, saved_in=str(run.config))
+            check_steps_left(config.steps, run)
         clean(run.checkpoints)
         with (
             Journal.open(run.journal, header) as journal,

@@ -4,6 +4,7 @@
 import ast
 import dataclasses
 import math
+import shlex
 import subprocess
 import sys
 import tomllib
@@ -352,7 +353,7 @@ def test_keys_that_may_change_on_resume() -> None:
     assert not may_change("task_options.data_dir")
 
 
-def test_resume_with_other_settings_shows_each_difference() -> None:
+def test_resume_with_other_settings_shows_each_difference(tmp_path: Path) -> None:
     saved = config()
     longer = dataclasses.replace(saved, steps=99, minutes=1.0)
     check_resume(saved, longer, saved_in="config.toml")
@@ -363,11 +364,14 @@ def test_resume_with_other_settings_shows_each_difference() -> None:
         check_resume(saved, other, saved_in="runs/it's x/config.toml")
     assert str(info.value) == (
         "runs/it's x/config.toml: cannot resume with changed settings: es.sigma was 0.01 and is now 0.5; task_options.n was not set "
-        "and is now 3. Restore them, or start a new run from the weights of this one with "
-        """--model 'runs/it'"'"'s x/final'. """
-        "Settings that may change: steps, minutes, eval.every, grpo.gradient_checkpointing, [log], [checkpoint], [reward], [engine] "
-        "except dtype and quantization."
+        "and is now 3. Restore them, or start a new run. Settings that may change: steps, minutes, eval.every, "
+        "grpo.gradient_checkpointing, [log], [checkpoint], [reward], [engine] except dtype and quantization."
     )
+    final = tmp_path / "it's x" / "final"
+    final.mkdir(parents=True)
+    with pytest.raises(ConfigError) as info:
+        check_resume(saved, other, saved_in=str(final.parent / "config.toml"))
+    assert f"start a new run from the weights of this one with --model {shlex.quote(str(final))}. " in str(info.value)
 
 
 def test_settings_that_were_added_leave_the_hash_of_older_runs() -> None:

@@ -130,6 +130,21 @@ def test_equal_averages_are_tied_although_sums_round(method):
 
 
 @pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "rewards", [[[1], [1], [0], [0]], [[1, 0, 1], [1, 1, 0], [1, 0, 0], [0, 0, 1], [0] * 3, [0] * 3]]
+)
+def test_where_every_pair_of_twins_ties_nothing_is_learned(method, rewards):
+    """Also where pairs differ, and where a pair at the mean differs by a rounding error, which would be all."""
+    for seed in range(20):  # sums in different orders
+        order = torch.randperm(len(rewards[0]), generator=torch.Generator().manual_seed(seed))
+        result = shape_fitness(torch.tensor(rewards, dtype=torch.float64)[:, order] / 3, method)
+        assert result.fitness_M.tolist() == [0.0] * len(rewards)
+        assert result.all_tied
+    alone = shape_fitness(torch.tensor(rewards, dtype=torch.float64), "centered", antithetic=False)
+    assert not alone.all_tied  # members that are no twins differ
+
+
+@pytest.mark.parametrize("method", METHODS)
 def test_small_real_differences_are_not_tied(method):
     rewards_MP = torch.zeros(4, 2, dtype=torch.float64) + 1
     rewards_MP[0, 0] += 1e-6

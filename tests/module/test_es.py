@@ -304,6 +304,8 @@ def test_modules_that_cannot_be_trained_are_refused(module: nn.Module, said: str
         ({"update_scale": "mean"}, "update_scale = 'mean': must be one of rms, literature"),
         ({"sigma_schedule": "linear"}, "needs steps above 0"),
         ({"sigma_schedule": "exponential", "steps": 3}, "must be one of constant, linear, cosine"),
+        ({"sigma_schedule": "linear", "schedule_end": 0.0, "steps": 3}, "sigma = 0.0: must be positive"),
+        ({"sigma_schedule": "cosine", "schedule_end": 0.0, "steps": 3}, "sigma = "),
         ({"masters": "split"}, "masters: is not a setting of ES, which are adam_beta1, "),
     ],
 )

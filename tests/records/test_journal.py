@@ -177,6 +177,18 @@ def test_cut_anywhere_in_the_last_line_drops_that_line(path: Path) -> None:
     )
 
 
+def test_a_dropped_line_stays_until_something_is_written(path: Path) -> None:
+    """It tells whoever opens the journal next what happened, if nothing comes of it this time."""
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1])
+    for _ in range(2):
+        with Journal.open(path, HEADER) as journal:
+            assert (journal.last_step, bool(journal.dropped_tail)) == (2, True)
+    with Journal.open(path, HEADER) as journal:
+        journal.truncate_after(2)
+    assert path.read_bytes() == b"".join(whole.splitlines(keepends=True)[:-1])
+
+
 def test_cut_within_the_header_is_a_new_journal(path: Path) -> None:
     whole = path.read_bytes()
     header = whole.splitlines(keepends=True)[0]

@@ -151,6 +151,32 @@ def test_answers_that_teach_nothing_are_not_used_again(bench: Bench) -> None:
     assert [row["completions"] for row in rows(bench.folder / "run")[1:]] == [12] * 4
 
 
+def test_rewards_of_answers_that_are_not_finite_are_counted_and_end_the_run(bench: Bench) -> None:
+    class Partly(Near):
+        every = 3
+
+        def reward(self, member: int, value: float, problem: Mapping[str, Any]) -> float:
+            self.asked = getattr(self, "asked", 0) + 1
+            return math.nan if self.asked % self.every == 0 else super().reward(member, value, problem)
+
+    class Mostly(Partly):
+        every = 1
+
+    run = bench.train("some", task=Partly(), steps=2, **PROBABILITIES)
+    assert [row["completions/dropped"] > 0 for row in run.metrics[1:]] == [True, True]
+    with pytest.raises(TaskError, match=r"step 1: 12 of 12 completions were dropped .*; the first: nan for problem"):
+        bench.train("most", task=Mostly(), **PROBABILITIES)
+
+
+def test_answers_that_were_to_be_used_again_and_are_gone_are_missed_aloud(bench: Bench) -> None:
+    changes = PROBABILITIES | {"es": dataclasses.replace(PROBABILITIES["es"], answer_reuse=3)}
+    bench.train("run", steps=2, **changes)
+    (bench.folder / "run" / "drawn.json").write_text("{")
+    bench.train("run", "resume", steps=3, **changes)
+    (said,) = [text for text in bench.display.messages if "drawn.json: missing or damaged" in text]
+    assert said.startswith(f"{bench.folder / 'run' / 'drawn.json'}")
+
+
 def test_members_without_finite_probabilities_end_the_run(bench: Bench) -> None:
     class Overflowing(FakeEngine):
         def score(self, *args: Any, **keywords: Any) -> torch.Tensor:

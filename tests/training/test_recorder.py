@@ -38,6 +38,10 @@ def test_a_population_whose_pairs_have_problems_of_their_own_is_ordered_in_no_ti
     assert len({r.member for r in first}) == len({r.prompt for r in first}) == 8
 
 
+def test_a_step_that_sampled_nothing_shows_nothing() -> None:
+    assert in_order_of_interest([], 3) == []
+
+
 def test_of_samples_one_is_shown_and_the_first_that_could_not_be_scored() -> None:
     rollouts = [rollout(0, 0, 0), rollout(0, 0, 1, math.nan), rollout(0, 0, 2, math.nan), rollout(1, 0, 0)]
     assert [(r.member, r.sample) for r in in_order_of_interest(rollouts, 0)] == [(0, 1), (1, 0)]

@@ -30,7 +30,7 @@ from eggroll_llm.errors import CheckpointError, ConfigError, JournalError, RunDi
 from eggroll_llm.records.answers import read_samples
 from eggroll_llm.records.checkpoint import load_training_state, save_checkpoint, verify_checkpoint
 from eggroll_llm.records.journal import Journal, read_journal
-from eggroll_llm.records.run_dir import LOCK
+from eggroll_llm.records.run_dir import LOCK, RunDir
 from eggroll_llm.system.invocation import command
 from eggroll_llm.tasks.load import load_task
 from eggroll_llm.tasks.task import Score
@@ -86,6 +86,36 @@ def test_the_command_goes_on_with_the_runs_own_settings(
     assert asked == [(dataclasses.replace(CONFIG, steps=4), run, run, "resume")]
     same_run(run, bench.folder / "whole")
     assert f"continue: {command('resume', run, '--steps', 8)}" in capsys.readouterr().out.splitlines()
+
+
+def test_a_run_is_not_called_shorter_than_it_is(bench: Bench) -> None:
+    bench.train("run", steps=3)
+    before = (bench.folder / "run" / "config.toml").read_bytes()
+    with pytest.raises(ConfigError) as info:
+        bench.train("run", "resume", steps=2)
+    run = bench.folder / "run"
+    assert str(info.value) == (
+        f"steps = 2: {run} has done 3 steps. Set steps to 3 or more; the model of an earlier step is rebuilt by: "
+        + command("replay", run, "--step", 2, "--out", "DIR")
+    )
+    assert (run / "config.toml").read_bytes() == before
+
+
+@pytest.mark.parametrize("where", ["truncate_logs", "truncate_after"])
+def test_a_resume_that_ends_early_leaves_what_the_next_one_needs(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    """The damaged last line of a journal, whose update the metrics have, until what follows from it is done."""
+    bench.train("whole", steps=4)
+    bench.train("halves", steps=3)
+    cut_off_a_byte(bench.folder / "halves" / "journal.jsonl")
+    owner: Any = RunDir if where == "truncate_logs" else Journal
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, where, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            bench.train("halves", "resume", steps=4)
+    bench.train("halves", "resume", steps=4)
+    same_run(bench.folder / "whole", bench.folder / "halves")
 
 
 def test_a_run_that_a_schedule_holds_to_its_steps_offers_no_more(
