@@ -17,7 +17,7 @@ case "$*" in
     echo ".....s [100%]"; echo "FAILED a - no"; echo "5 passed"
     [ -z "$TESTS_TAKE" ] || exec sleep "$TESTS_TAKE"
     exit "${TESTS_END:-0}" ;;
-*bench*) echo "the table"; exit "${BENCH_ENDS:-0}" ;;
+*bench*) echo "the table"; [ -z "$BENCH_TAKES" ] || exec sleep "$BENCH_TAKES"; exit "${BENCH_ENDS:-0}" ;;
 *) echo "H100; torch 2" ;;
 esac
 """
@@ -65,10 +65,11 @@ def test_the_tests_and_the_table_are_on_one_page(check: Check, checkout: Path) -
     page = result.stdout.splitlines()
     assert page[0].startswith("H100; torch 2; ")
     assert "FAILED a - no" in page
-    assert page.index("5 passed") < page.index("the table")
+    assert page.index("the table") < page.index("5 passed")
     assert not any(line.startswith(".....") for line in page)
-    _, tests, bench = (checkout / "calls").read_text().splitlines()
-    assert tests.endswith("tests/kernels tests/engine/test_sampling_triton.py tests/engine/test_engine.py")
+    _, bench, _, engines, kernels = (checkout / "calls").read_text().splitlines()
+    assert engines.endswith(" tests/engine/test_sampling_triton.py tests/engine/test_engine.py")
+    assert kernels.endswith(" --numprocesses=8 tests/kernels")
     assert bench == (
         "-m eggroll_llm bench --random-weights qwen2.5-1.5b --variants population --repeats 2 "
         "--out build/gpu_check/bench.json"
@@ -78,7 +79,7 @@ def test_the_tests_and_the_table_are_on_one_page(check: Check, checkout: Path) -
 
 def test_arguments_are_those_of_the_benchmark(check: Check, checkout: Path) -> None:
     assert check("--random-weights", "qwen2.5-7b", OUT="out").returncode == 0
-    bench = (checkout / "calls").read_text().splitlines()[-1]
+    bench = (checkout / "calls").read_text().splitlines()[1]
     assert bench == "-m eggroll_llm bench --random-weights qwen2.5-7b --out out/bench.json"
 
 
@@ -90,8 +91,12 @@ def test_a_failure_of_either_part_is_the_status_and_spares_the_other(check: Chec
     assert "the table" in result.stdout
 
 
-def test_tests_that_take_too_long_are_stopped(check: Check) -> None:
-    result = check(TESTS_TAKE="60", SECONDS_OF_TESTS="1")
+def test_what_takes_too_long_is_stopped_and_spares_the_rest(check: Check) -> None:
+    result = check(TESTS_TAKE="60", SECONDS_IN_ALL="1")
     assert result.returncode == 1
-    assert "5 passed\nstopped after 1 s\n" in result.stdout
+    assert result.stdout.count("5 passed\nstopped after 1 s\n") == 2
     assert "the table" in result.stdout
+    result = check(BENCH_TAKES="60", SECONDS_OF_BENCH="1")
+    assert result.returncode == 1
+    assert "the table\nstopped after 1 s\n" in result.stdout
+    assert result.stdout.count("5 passed") == 2

@@ -32,6 +32,7 @@ from eggroll_llm.system.invocation import child_python
 
 WORKER = "eggroll_llm.bench.worker"
 PIPE_WIDTH = 230  # columns of the table where there is no terminal
+LAST_LINES = 40  # of what a process has said, shown when it ends early
 FREE_SHARE = 0.95  # of a GPU's free memory that processes may fill
 
 
@@ -116,6 +117,8 @@ class Worker:
             stdout=subprocess.PIPE,
             stderr=self._messages,
             text=True,
+            # With the answers go no remarks: those of a process that vLLM starts say why it did not.
+            env=os.environ | {"VLLM_LOGGING_STREAM": "ext://sys.stderr"},
             start_new_session=True,  # a group of its own, with the processes that vLLM starts
         )
         self._send({**job, **asdict(variant)})
@@ -143,7 +146,7 @@ class Worker:
                 return answer
         status = self._process.wait()
         self._messages.seek(0)
-        last = "".join(self._messages.readlines()[-10:])
+        last = "".join(self._messages.readlines()[-LAST_LINES:])
         self.close()
         raise UserError(f"benchmark: {self.variant.name!r} ended with status {status}:\n{last}")
 
@@ -153,13 +156,17 @@ class Worker:
         with suppress(BrokenPipeError):
             self._process.stdin.close()
 
+    def kill(self) -> None:
+        """End the process and all that it has started."""
+        with suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+
     def close(self, patience: float = 30) -> None:
         """Wait for the end of the process, and after `patience` seconds for no more of it."""
         self.dismiss()
         with suppress(subprocess.TimeoutExpired):
             self._process.wait(timeout=patience)
-        with suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)
+        self.kill()
         self._process.wait()
         for stream in (self._process.stdout, self._messages):
             if stream is not None:
@@ -188,6 +195,8 @@ class _Pool:
         measured.about |= self._about
         for repeat in range(repeats + 1):
             answers: Round = {}
+            if repeat:
+                measured.rounds.append(answers)  # of which an interrupted one has what there was time for
             for variant in [variant for variant in measured.variants if variant in self._alive]:
                 message = {
                     "workload": measured.workload,
@@ -199,8 +208,6 @@ class _Pool:
                     self._console.status(f"round {repeat} of {repeats}: {variant.name}"),
                 ):
                     answers[variant.name] = self._alive[variant].ask(message)
-            if repeat:
-                measured.rounds.append(answers)
 
     def _start(self, variants: Sequence[Variant]) -> None:
         """Start them side by side or one by one; say what cannot be started here."""
@@ -222,11 +229,13 @@ class _Pool:
             self._failed.add(variant)
             if variant == EAGER:
                 raise UserError(f"{error}\nAll others are compared with {EAGER.name!r}") from error
-            self._console.print(f"{error}; left out", style="yellow")
+            self._console.print(f"{error}; left out", style="yellow", markup=False)
 
     def _close(self, variants: Sequence[Variant], patience: float = 30) -> None:
         workers = [self._alive.pop(variant) for variant in variants]
         for worker in workers:
             worker.dismiss()
+            if not patience:
+                worker.kill()
         for worker in workers:
             worker.close(patience)

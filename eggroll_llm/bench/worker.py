@@ -2,8 +2,10 @@
 
 import dataclasses
 import json
+import os
 import sys
 import time
+from importlib.util import find_spec
 from typing import Any
 
 from eggroll_llm.bench.workload import Runner, Workload
@@ -25,6 +27,8 @@ def main() -> None:
 def start(job: dict[str, Any]) -> Runner:
     """Start a variant in the environment it is about: ours, or none for vLLM as it ships."""
     if job["kind"] == "shipped":
+        if find_spec("flashinfer") is None:  # without which its sampler, on by default, does not load
+            os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")
         from eggroll_llm.bench.plain import Plain
 
         return Plain(job)

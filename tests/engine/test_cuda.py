@@ -89,7 +89,9 @@ def test_graphs_decode_what_each_member_would(tiny_model: Callable[[str], Path],
 
     model_dir, noise = tiny_model(kind), NoiseSpec(seed=3, step=1, rank=1, sigma=SIGMA)
     config = EngineConfig(dtype="bfloat16", gpu_memory_utilization=0.1, max_sequences=24)
-    engine = VllmEngine(model_dir, config, slots=4, rank=1, max_model_len=64)
+    engine = VllmEngine(
+        model_dir, config, slots=4, rank=1, max_model_len=64, vllm_args={"kv_cache_memory_bytes": 2**26}
+    )
     try:
         runner = engine._llm.model_executor.driver_worker.worker.model_runner
         assert len(runner.cudagraph_dispatcher.get_capture_descs()[0][1]) == 6  # 1, 2, 4, 8, 16, 24

@@ -115,6 +115,11 @@ class Served:
         )
 
 
+def small_cache() -> dict[str, Any]:
+    """Of a GPU the share that vLLM takes would be a million blocks of these models, each an object."""
+    return {} if serves_on_cpu() else {"kv_cache_memory_bytes": 2**26}
+
+
 @pytest.fixture(scope="module", params=CPU_CASES if serves_on_cpu() else CUDA_CASES, ids=str)
 def served(request: pytest.FixtureRequest, tiny_model: Callable[[str], Path]) -> Iterator[Served]:
     case: Case = request.param
@@ -128,7 +133,9 @@ def served(request: pytest.FixtureRequest, tiny_model: Callable[[str], Path]) ->
     )
     model_dir = tiny_model(case.kind, num_hidden_layers=3) if case.layers else tiny_model(case.kind)
     es = EsSettings(masters=case.masters, layers=case.layers)
-    engine = VllmEngine(model_dir, config, slots=SLOTS, rank=case.rank, max_model_len=128, es=es)
+    engine = VllmEngine(
+        model_dir, config, slots=SLOTS, rank=case.rank, max_model_len=128, es=es, vllm_args=small_cache()
+    )
     start = {name: tensor.clone() for name, tensor in engine.state().items()}
     yield Served(engine, model_dir, case)
     engine.load_state(start)

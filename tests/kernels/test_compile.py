@@ -11,7 +11,8 @@ SCRIPT = Path(__file__).parents[1] / "support" / "compile_kernels.py"
 
 def test_every_kernel_compiles_for_ampere_and_hopper(tmp_path: Path) -> None:
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    environment |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(SCRIPT.parents[2])}
+    path = [str(SCRIPT.parents[2]), *filter(None, [environment.get("PYTHONPATH")])]
+    environment |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": os.pathsep.join(path)}
     ran = subprocess.run([sys.executable, SCRIPT, "80", "90"], env=environment, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
     compiled = [json.loads(line) for line in ran.stdout.splitlines()]
