@@ -3,7 +3,7 @@
     from eggroll_llm import evaluate, load_recipe, plot, train
 
     recipe = load_recipe("recipes/addition_smollm2.toml", {"steps": 20})
-    run = train(recipe, "runs/notebook", on_step=lambda row: print(row["step"], row["reward/mean"]))
+    run = train(recipe, "runs/notebook", on_step=lambda row: print(row["step"], row.get("reward/mean")))
     plot(run.path)
     evaluate(run.path, limit=256)["results"]
 

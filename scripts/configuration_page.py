@@ -29,12 +29,12 @@ A minimal recipe needs a task, a limit (`steps` or `minutes`) and the two step s
 default because they depend on the model:
 
 ```toml
-task = "countdown"
+task = "recipes/addition.py:Addition"
 minutes = 5
 
 [es]
 sigma = 0.004
-learning_rate = 0.0005
+learning_rate = 0.0011
 ```
 """
 

@@ -34,6 +34,16 @@ if has "$installed" cuda; then
 fi
 extras=${EXTRAS:-$engine,dev}
 
+refuse() {
+    echo "error: $venv holds vLLM for $1, and both builds in one environment break each other: rm -rf $venv, then again" >&2
+    exit 1
+}
+if has "$extras" cuda && has "$installed" demo && ! has "$installed" cuda; then
+    refuse CPUs
+elif has "$extras" cpu && has "$installed" cuda; then
+    refuse CUDA
+fi
+
 up_to_date() {
     local extra
     [[ $installed_for == "$key" ]] || return 1

@@ -46,7 +46,8 @@ def shape_of(name: str) -> ModelShape:
 def table() -> str:
     """Return the table."""
     lines = [
-        "| model | masters | vLLM without its cache | beside it | the GPU in all | times its weights | host |",
+        "| model | masters | weights, masters and slots in vLLM's share | beside it | the GPU in all "
+        "| times its weights | host |",
         "|---|---|---|---|---|---|---|",
     ]
     for name in SHAPES:

@@ -122,7 +122,6 @@ def test_changes_install_again(checkout: Path, install: Install, change: str) ->
         (["demo"], "dev", True),
         (["demo", "cpu,dev"], "demo", False),
         (["demo", "dev"], "dev,demo", False),  # what came one after the other is there together
-        (["cpu"], "cuda", True),
     ],
 )
 def test_only_what_is_not_there_is_installed(
@@ -133,6 +132,21 @@ def test_only_what_is_not_there_is_installed(
     result = install(EXTRAS=wanted)
     assert (f"--editable .[{wanted}]" in calls(checkout)) == installs
     assert bool(result.stdout) == installs
+
+
+@pytest.mark.parametrize(
+    ("before", "wanted", "held"),
+    [("cpu,dev", "cuda,dev", "CPUs"), ("demo", "cuda", "CPUs"), ("cuda,dev", "cpu,dev", "CUDA")],
+)
+def test_two_builds_of_vllm_do_not_share_an_environment(
+    checkout: Path, install: Install, before: str, wanted: str, held: str
+) -> None:
+    assert install(EXTRAS=before).returncode == 0
+    result = install(EXTRAS=wanted)
+    assert result.returncode == 1
+    assert f"error: .venv holds vLLM for {held}, " in result.stderr
+    assert f"--editable .[{wanted}]" not in calls(checkout)
+    assert install(EXTRAS="hub").returncode == 0
 
 
 def test_an_extra_inside_another_is_one_in_the_project_too() -> None:

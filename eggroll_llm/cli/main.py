@@ -162,7 +162,7 @@ def _parser(words: Sequence[str]) -> tuple[argparse.ArgumentParser, Mapping[str,
     """Return the parser of all and that of each command; only the command that `words` begin with is imported."""
     parser = _Parser(
         prog=NAME,
-        description="Fine-tune language models for math reasoning\nwith evolution strategies at inference speed.",
+        description="Fine-tune language models for math reasoning\nwith evolution strategies, by inference alone.",
         formatter_class=argparse.RawDescriptionHelpFormatter,  # does not wrap the command below
         epilog=f"Start with: {command('train', 'recipes/addition_smollm2.toml')}",
         allow_abbrev=False,

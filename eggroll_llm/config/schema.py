@@ -123,9 +123,9 @@ class EngineConfig:
     max_model_len: Annotated[int, Ge(0)] = 0
     """Context length, prompt and completion together, in tokens; 0 derives it from the task."""
     kv_cache_gib: Annotated[float, Gt(0)] = 1.0
-    """Memory of the key-value cache in GiB, on each device of an engine."""
+    """On a CPU, memory of the key-value cache in GiB; a GPU's is what gpu_memory_utilization leaves."""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
-    """Number format of the served weights; "auto" is bfloat16, but float32 on a CPU without bfloat16 instructions."""
+    """Number format of the served weights; "auto" is bfloat16, but float32 on a CPU without it; float32 is for CPUs."""
     quantization: Literal["none", "fp8"] = "none"
     """8-bit arithmetic of the trained layers: "fp8" rounds rows of weights and of inputs to FP8, each on its scale."""
     offload_masters: bool = False

@@ -27,7 +27,7 @@ class EsSettings:
     fitness_from: Literal["rewards", "probabilities"] = "rewards"
     """What a member is judged by: rewards of its own answers, or how probable it makes the weights' rewarded ones."""
     weighting: Literal["ratio", "clipped", "token", "logprob", "probability"] = "ratio"
-    """With fitness_from "probabilities": what an answer counts whose probability a member has changed."""
+    """With fitness_from "probabilities": how an answer's change in probability under a member weighs its reward."""
     answer_reuse: Annotated[int, Ge(1)] = 1
     """Number of steps that learn from the same answers, with fitness_from "probabilities"."""
     max_drift: Annotated[float, Ge(0)] = 0.0
@@ -35,7 +35,7 @@ class EsSettings:
     problems: Literal["shared", "per_pair"] = "shared"
     """Whether all members of a step have the same problems, or each pair sampling.prompts_per_step of its own."""
     skip_tied: bool = False
-    """Whether problems that taught nothing when they last came are passed over more often, and none for good."""
+    """Whether to skip problems more often on which all rewards tied when they last came; none is dropped for good."""
     fitness: Literal["centered", "rank", "sign"] = "centered"
     """How rewards become fitness: centred per prompt and scaled, centred ranks, or signs of pair differences."""
     update_scale: Literal["rms", "literature"] = "rms"

@@ -52,5 +52,5 @@ def fold_triton(to_OI: Tensor, products: Products, served_OI: Tensor | None) -> 
         check_array("columns of B", columns_B, (len(columns_A), inside), torch.float32, device)
         _fold[triton.cdiv(out, BLOCK), triton.cdiv(inside, BLOCK)](
             to_OI, served_OI if serves else to_OI, columns_A, columns_B, len(columns_A), out, inside, serves,
-            BLOCK, BLOCK_K,
+            BLOCK, BLOCK_K, enable_fp_fusion=True,
         )  # fmt: skip

@@ -80,7 +80,8 @@ def shrink(x_TI: Tensor, B_SCRI: Tensor, slot_T: Tensor) -> Tensor:
         rows, block_I = _tile(C * R, inside)
         grid = (tokens, triton.cdiv(C * R, rows))
         _shrink[grid](
-            h_TCR, x_TI, B_SCRI, slot_T, slots, x_TI.stride(0), B_SCRI.stride(0), inside, C * R, rows, block_I
+            h_TCR, x_TI, B_SCRI, slot_T, slots, x_TI.stride(0), B_SCRI.stride(0), inside, C * R, rows, block_I,
+            enable_fp_fusion=True,
         )  # fmt: skip
     return h_TCR
 
@@ -92,7 +93,7 @@ def expand(y_TO: Tensor, h_TCR: Tensor, A_SV: Tensor, slot_T: Tensor, slices: Se
     if tokens:
         _expand[tokens, triton.cdiv(out, block)](
             y_TO, h_TCR, A_SV, slot_T, _ends(tuple(slices), y_TO.device), len(A_SV), y_TO.stride(0), A_SV.stride(0),
-            out, C, R, block,
+            out, C, R, block, enable_fp_fusion=True,
         )  # fmt: skip
 
 

@@ -135,6 +135,7 @@ def rms_norm(
         _rms_norm[(tokens,)](
             x_TI, y_TI, x_TI if residual_TI is None else residual_TI, weight_I, epsilon, slot_T, slots, *with_h,
             *with_B, size, rank, rows, residual_TI is not None, block, num_warps=_warps(block),
+            enable_fp_fusion=True,
         )  # fmt: skip
     return x_TI, after_TCR
 
@@ -156,7 +157,7 @@ def silu_and_mul(
     block = min(1024, TILE // block_rows, triton.next_power_of_2(size))
     if tokens:
         _silu_and_mul[(tokens,)](
-            x_TI, y_TO, slot_T, slots, *with_h, *with_B, size, rank, rows, block_rows, block
+            x_TI, y_TO, slot_T, slots, *with_h, *with_B, size, rank, rows, block_rows, block, enable_fp_fusion=True
         )  # fmt: skip
     return x_TI, after_TCR
 

@@ -60,7 +60,7 @@ def settle(config: RunConfig, recipe_dir: Path) -> RunConfig:
     """Return the configuration with what depends on the machine or the recipe's folder made explicit."""
     if config.engine.dtype == "float32" and not serves_on_cpu():
         raise ConfigError(
-            'engine.dtype = "float32": vLLM\'s adapter kernels on CUDA serve bfloat16 only. Set it to "auto".'
+            'engine.dtype = "float32": on CUDA the population is served in bfloat16 only. Set it to "auto".'
         )
     es, grpo, engine = config.es, config.grpo, config.engine
     dtype = resolve_dtype(engine.dtype)

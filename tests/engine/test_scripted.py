@@ -11,6 +11,7 @@ import torch
 
 from eggroll_llm.config.schema import EngineConfig
 from eggroll_llm.engine.interface import Completion, Decoding, Request
+from eggroll_llm.engine.vllm import engine as engine_module
 from eggroll_llm.engine.vllm.engine import VllmEngine
 from eggroll_llm.engine.watchdog import Watchdog
 from eggroll_llm.errors import EngineError, ModelError
@@ -31,6 +32,8 @@ class ScriptedLlm:
         self.script = script
         self.waiting: dict[str, Any] = {}
         self.most_waiting = 0
+        self.given: list[int] = []
+        """How many waited at each step."""
         self.aborted: list[str] = []
         self.forgets = True
         """Whether a request that the script gave no output counts as finished."""
@@ -47,6 +50,7 @@ class ScriptedLlm:
         self.most_waiting = max(self.most_waiting, len(self.waiting))
 
     def step(self) -> list[Any]:
+        self.given.append(len(self.waiting))
         given = self.script(list(self.waiting.values()))
         answered = {each.request_id for each in given if each.finished}
         self.waiting = {} if self.forgets else {k: v for k, v in self.waiting.items() if k not in answered}
@@ -83,7 +87,7 @@ def scripted(script: Callable[[list[Any]], list[Any]]) -> tuple[VllmEngine, Scri
     engine.own_sampler = False
     engine.text_rules = Words()  # type: ignore[assignment]
     engine._calls, engine._version = count(), "base"
-    engine._in_flight, engine._patience = IN_FLIGHT, 40
+    engine._in_flight, engine._burst, engine._patience = IN_FLIGHT, 1, 40
     engine._no_requests()
     engine.watchdog = Watchdog(0)
     return engine, llm
@@ -103,6 +107,23 @@ def reordered(outputs: list[Any]) -> list[Any]:
 
 def one_at_a_time_last_first(outputs: list[Any]) -> list[Any]:
     return outputs[-1:]
+
+
+@pytest.mark.parametrize(("burst", "waited"), [(1, [5] * 8 + [4, 3, 2, 1]), (3, [5, 4, 3, 5, 4, 3, 5, 4, 3, 3, 2, 1])])
+def test_a_burst_waits_until_there_is_room_for_it(burst: int, waited: list[int]) -> None:
+    """Twelve requests, of which one is answered at each step; no more than five at once."""
+    engine, llm = scripted(one_at_a_time_last_first)
+    llm.forgets, engine._burst = False, burst
+    assert engine.generate(REQUESTS, DECODING) == right(REQUESTS)
+    assert llm.given == waited
+
+
+@pytest.mark.parametrize(("eager", "expected"), [(True, (512, 1)), (False, (256, 32))])
+def test_bursts_are_for_graphs(monkeypatch: pytest.MonkeyPatch, eager: bool, expected: tuple[int, int]) -> None:
+    config = EngineConfig(max_sequences=256, enforce_eager=eager)
+    for on_cpu, right_ in ((False, expected), (True, (512, 1))):
+        monkeypatch.setattr(engine_module, "serves_on_cpu", lambda on_cpu=on_cpu: on_cpu)
+        assert engine_module._admission(config) == right_
 
 
 def repeated(outputs: list[Any]) -> list[Any]:

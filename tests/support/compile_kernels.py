@@ -26,15 +26,20 @@ TYPES: dict[str, str] = {
     "inside": NUMBER, "first_block": NUMBER, "first_A": NUMBER, "first_B": NUMBER,
     "token_Q": WORDS, "logits_QV": FLOATS, "seed_Q": WORDS, "position_Q": WORDS, "stride": NUMBER,
 }  # fmt: skip
-WITHOUT = {"h_TR": None, "A_SV": None, "after_TCR": None, "B_SCRI": None}
+NOTHING_BEFORE = {"h_TR": None, "A_SV": None}
+WITHOUT = {**NOTHING_BEFORE, "after_TCR": None, "B_SCRI": None}
 KERNELS: list[tuple[Any, dict[str, Any]]] = [  # with the sizes of Qwen2.5-1.5B at ranks 1 and 8
     (member_term_triton._shrink, {"INSIDE": 1536, "ROWS": 1, "BLOCK_ROWS": 1, "BLOCK_I": 2048}),
+    (member_term_triton._shrink, {"INSIDE": 1536, "ROWS": 24, "BLOCK_ROWS": 8, "BLOCK_I": 512}),
     (member_term_triton._expand, {"OUT": 2048, "C": 3, "R": 1, "BLOCK": 1024}),
+    (member_term_triton._expand, {"OUT": 1536, "C": 1, "R": 8, "BLOCK": 1024}),
     (norms_triton._rms_norm, {"SIZE": 1536, "R": 0, "AFTER": 0, "HAS_RESIDUAL": False, "BLOCK": 2048, **WITHOUT}),
+    (norms_triton._rms_norm, {"SIZE": 1536, "R": 0, "AFTER": 3, "HAS_RESIDUAL": True, "BLOCK": 2048, **NOTHING_BEFORE}),
     (norms_triton._rms_norm, {"SIZE": 1536, "R": 8, "AFTER": 24, "HAS_RESIDUAL": True, "BLOCK": 2048}),
     (norms_triton._silu_and_mul, {"SIZE": 8960, "R": 8, "AFTER": 8, "ROWS": 8, "BLOCK": 512}),
     (noise_triton._place, {"R": 3, "BLOCKS": 512}),
     (fold_triton._fold, {"SERVES": True, "BLOCK": 64, "BLOCK_K": 16}),
+    (fold_triton._fold, {"SERVES": False, "BLOCK": 64, "BLOCK_K": 16}),
     (sampling_triton._sample, {"STREAM": sampling_triton.STREAM, "V": 151936, "BLOCKS": 512}),
 ]
 

@@ -55,6 +55,7 @@ def sample(logits_QV: Tensor, seed_Q: Tensor, position_Q: Tensor) -> Tensor:
     token_Q = torch.empty(rows, dtype=torch.int64, device=logits_QV.device)
     if rows:
         _sample[(rows,)](
-            token_Q, logits_QV, seed_Q, position_Q, logits_QV.stride(0), STREAM, vocabulary, BLOCKS
+            token_Q, logits_QV, seed_Q, position_Q, logits_QV.stride(0), STREAM, vocabulary, BLOCKS,
+            enable_fp_fusion=True,
         )  # fmt: skip
     return token_Q
