@@ -21,7 +21,7 @@ MAX_MARKERS = 256
 """Markers looked at, from the last; more without a number are an attack on the clock."""
 
 _LITERALS = ("####", "\\boxed", "\\fbox", "<answer>", "nswer", "NSWER")
-_BOX = re.compile(r"\\(?:boxed|fbox)\s{0,4}\{")
+BOX = re.compile(r"\\(?:boxed|fbox)\s{0,4}\{")
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
 _PROSE = re.compile(
     r"(?i)[*_`\"']{0,3}(?:\s{1,3}\([^()\n]{0,60}\))?(?:\s{1,3}(?:to|for|of) (?:the|this|your) [a-z]{1,20})?"
@@ -105,7 +105,7 @@ def _last(text: str, end: int) -> _Span:
         if literal == "<answer>":
             return _tag(text, start, end)
         if literal in ("\\boxed", "\\fbox"):
-            if opening := _BOX.match(text, start, end):
+            if opening := BOX.match(text, start, end):
                 return _box(text, start, opening.end(), end)
         elif (begin := _line_marker(text, literal, start, end)) is not None:
             span = _line(text, begin, min(following, end))
@@ -130,7 +130,7 @@ def _tag(text: str, start: int, end: int) -> _Span:
 
 
 def _box(text: str, start: int, begin: int, end: int) -> _Span:
-    brace = _closing_brace(text, begin, end)
+    brace = closing_brace(text, begin, end)
     if brace < 0:
         raise RefusedError("unclosed")
     if _CHANGED.search(text, max(0, start - 16), start):
@@ -138,7 +138,7 @@ def _box(text: str, start: int, begin: int, end: int) -> _Span:
     return _Span(_enclosed(text, start, begin, brace, brace + 1, end), complete=True)
 
 
-def _closing_brace(text: str, begin: int, end: int) -> int:
+def closing_brace(text: str, begin: int, end: int) -> int:
     """Return where the brace is that closes one before `begin`; -1 where there is none."""
     depth = 1
     for brace in _BRACE.finditer(text, begin, min(end, begin + 2 * MAX_TEXT)):
@@ -173,8 +173,8 @@ def _listed_before(text: str, start: int) -> str | None:
         return content[2] if content[1] else None
     if not _BETWEEN_BOXES.search(earlier):
         return None
-    for opening in deque(_BOX.finditer(earlier), maxlen=1):
-        close = _closing_brace(earlier, opening.end(), len(earlier))
+    for opening in deque(BOX.finditer(earlier), maxlen=1):
+        close = closing_brace(earlier, opening.end(), len(earlier))
         if close == earlier.rfind("}"):
             return earlier[opening.end() : close]
     return None

@@ -18,7 +18,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from eggroll_llm.errors import JournalError
+from eggroll_llm.errors import ConfigError, JournalError
 from eggroll_llm.es.fitness import shape_twins
 from eggroll_llm.integer import update
 from eggroll_llm.integer.model import ONE, WIDTH, initial_weights
@@ -57,10 +57,17 @@ class Pretraining:
     """A run: its weights, and the states of its members."""
 
     def __init__(self, train_T: Tensor, settings: Settings, journal: Path | None = None) -> None:
-        """Start from scratch. Raises JournalError for a journal that has steps already: those can be replayed."""
+        """Start from scratch. Raises JournalError for a journal that has steps already: those can be replayed.
+
+        Raises ConfigError where members' texts would not fit into `train_T`.
+        """
         self.settings, self.step = settings, 0
         self.weights = initial_weights(settings.seed)
-        self._train_T, self._start_K = train_T, torch.empty(0)
+        if len(train_T) <= PIECES * settings.length:
+            raise ConfigError(
+                f"length = {settings.length}: {PIECES} pieces of it are more than the {len(train_T)} bytes there are"
+            )
+        self._train_T, self._start_K, self._texts_of = train_T, torch.empty(0), -1
         self._state_MD = torch.zeros(settings.population, WIDTH, dtype=torch.int8)
         hashed = hashlib.sha256(repr(sorted(asdict(settings).items())).encode()).hexdigest()
         self._header = JournalHeader(
@@ -89,7 +96,10 @@ class Pretraining:
         return float(loss_M.sum()) / (UNITS * loss_M.numel() * self.settings.length)
 
     def replay(self, journal: Path) -> None:
-        """Apply the updates of a journal from this step on, without evaluation. Raises JournalError."""
+        """Apply the updates of a journal from this step on, without evaluation. Raises JournalError.
+
+        The run goes on from a multiple of `PIECES`, where texts begin: how members have read one is in no journal.
+        """
         contents = read_journal(journal)
         if contents.header is None:
             raise JournalError(f"{journal}: is empty. Name the journal of a run")
@@ -119,10 +129,14 @@ class Pretraining:
         forward, _ = functions()
         length, piece = self.settings.length, self.step % PIECES
         if piece == 0:
-            generator = torch.Generator().manual_seed(self.settings.seed << 32 | self.step)
-            last = len(self._train_T) - PIECES * length
+            # Of a seed torch takes 32 bits; the factor is odd, so that runs differ in every step.
+            mixed = (self.settings.seed * 0x9E3779B1 + self.step) % 2**32
+            generator, last = torch.Generator().manual_seed(mixed), len(self._train_T) - PIECES * length
+            self._texts_of = self.step
             self._start_K = torch.randint(last, (self.settings.population // 2,), generator=generator)
             self._state_MD.zero_()
+        if self._texts_of != self.step - piece:
+            raise JournalError(f"step {self.step} lies within a text: go on from a multiple of {PIECES} steps")
         byte_T = torch.arange(piece * length, (piece + 1) * length + 1)
         loss_M = torch.empty(self.settings.population, dtype=torch.int64)
         for pair_K in torch.arange(self.settings.population // 2).split(PART // 2):

@@ -21,14 +21,14 @@ def _fold(
     weight_OI, served_OI, A_KO, B_KI, terms, out, inside, SERVES: tl.constexpr, BLOCK: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    o = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)  # first, as a GPU takes 65,535 of the second: a vector is long
+    o = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK, BLOCK], tl.float32)
     for first in range(0, terms, BLOCK_K):
         k = first + tl.arange(0, BLOCK_K)
         mask_A, mask_B = (k < terms)[None, :] & (o < out)[:, None], (k < terms)[:, None] & (i < inside)[None, :]
         A = tl.load(A_KO + k[None, :] * out + o[:, None], mask=mask_A, other=0.0)
-        B = tl.load(B_KI + k[:, None] * inside + i[None, :], mask=mask_B, other=0.0)
+        B = tl.load(B_KI + k.to(tl.int64)[:, None] * inside + i[None, :], mask=mask_B, other=0.0)
         total = tl.dot(A, B, total, input_precision="ieee")
     mask = (o < out)[:, None] & (i < inside)[None, :]
     at = o.to(tl.int64)[:, None] * inside + i[None, :]
@@ -50,7 +50,7 @@ def fold_triton(to_OI: Tensor, products: Products, served_OI: Tensor | None) -> 
         columns_A, columns_B = columns_A.contiguous(), columns_B.contiguous()
         check_array("columns of A", columns_A, (len(columns_A), out), torch.float32, device)
         check_array("columns of B", columns_B, (len(columns_A), inside), torch.float32, device)
-        _fold[triton.cdiv(out, BLOCK), triton.cdiv(inside, BLOCK)](
+        _fold[triton.cdiv(inside, BLOCK), triton.cdiv(out, BLOCK)](
             to_OI, served_OI if serves else to_OI, columns_A, columns_B, len(columns_A), out, inside, serves,
             BLOCK, BLOCK_K, enable_fp_fusion=True,
         )  # fmt: skip

@@ -40,11 +40,21 @@ def export_model(base_dir: Path, directory: Path, trained: "Mapping[str, Tensor]
             name: (tensor.to(dtype) if tensor.is_floating_point() else tensor).contiguous()
             for name, tensor in tensors.items()
         }
-        save_file(tensors, directory / file.name, metadata=metadata or {"format": "pt"})
+        save_file(_apart(tensors), directory / file.name, metadata=metadata or {"format": "pt"})
         shutil.copymode(directory / "config.json", directory / file.name)  # safetensors lets nobody else read it
     if missing:
         raise ModelError(f"{base_dir} does not hold {len(missing)} trained tensors, first {sorted(missing)[0]!r}")
     _set_dtype(directory / "config.json", str(dtype).removeprefix("torch."))
+
+
+def _apart(tensors: "Mapping[str, Tensor]") -> "dict[str, Tensor]":
+    """Return the tensors, each in memory of its own, as safetensors asks: a head may be tied to the embeddings."""
+    seen: set[int] = set()
+    found = {}
+    for name, tensor in tensors.items():
+        found[name] = tensor.clone() if tensor.data_ptr() in seen else tensor
+        seen.add(tensor.data_ptr())
+    return found
 
 
 def _set_dtype(path: Path, dtype: str) -> None:

@@ -32,7 +32,7 @@ from eggroll_llm.es.plan import StepPlan, plan_step
 from eggroll_llm.es.weight_change import UpdateReport
 from eggroll_llm.kernels.fold import fold_for
 from eggroll_llm.kernels.noise import RowLayout, served_factors_of
-from eggroll_llm.module.layers import Buffers, find_layers, version_of
+from eggroll_llm.module.layers import Buffers, find_layers, rest_of, same_tensors, version_of
 from eggroll_llm.module.members import MATRICES, Members, forward_of
 from eggroll_llm.module.settings import checked_settings, settings_hash
 from eggroll_llm.records.journal import Journal, JournalEntry, JournalHeader, check_same_run, read_journal
@@ -59,9 +59,10 @@ class ES:
         """Start from the module's weights, or after the last step of the journal where there is one.
 
         Linear layers, embeddings, LayerNorm and RMSNorm are trained, unless frozen by `requires_grad_(False)`. `lr` is
-        the root-mean-square change of a weight in a step, and `rank` that of a matrix's perturbation, None for
+        the root-mean-square change of a weight in a step of SGD, and `rank` that of a matrix's perturbation, None for
         full. `steps` is the length of schedules. `settings` are fields of `EsSettings` (`settings.OTHERS`), such as
-        optimizer="adam". With an existing journal, the module must hold the weights that the journal began with.
+        optimizer="adam". With an existing journal, the module must hold the weights that the journal began with, frozen
+        ones and buffers included.
 
         Raises ConfigError for settings, ModelError for the module and JournalError for the journal.
         """
@@ -102,7 +103,8 @@ class ES:
         self._written = self._states()
         scheduled = {self._settings.sigma_schedule, self._settings.learning_rate_schedule} != {"constant"}
         frozen_hash = settings_hash(self._settings, seed=seed, full=rank is None, steps=steps if scheduled else 0)
-        self._header = JournalHeader(frozen_hash=frozen_hash, base_model=f"module {self.checksum()}")
+        base_model = " ".join(["module", self.checksum(), *rest_of(module, self._parameters)])
+        self._header = JournalHeader(frozen_hash=frozen_hash, base_model=base_model)
         self._journal = None if journal is None else Journal.open(Path(journal), self._header)
         if self._journal:
             self._replay(self._journal.path, self._journal.entries)
@@ -190,6 +192,7 @@ class ES:
     def state_dict(self) -> dict[str, Any]:
         """Return a copy of float32 masters, optimizer state and step: `load_state_dict` continues there."""
         return {
+            "settings": self._header.frozen_hash,
             "step": self.step,
             "weights": {key: value.clone() for key, value in self._masters.state().items()},
         }
@@ -197,15 +200,22 @@ class ES:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from what `state_dict` returned, to the bit. Raises PopulationError, before any change.
 
-        With a journal, the state must be of its last step.
+        With a journal, the state must be that of its last step.
         """
         self._check_outside("load_state_dict")
-        if state.keys() != {"step", "weights"}:
+        if state.keys() - {"settings"} != {"step", "weights"}:
             raise PopulationError(f"state with {', '.join(map(repr, state))}: is not from ES.state_dict()")
+        if state.get("settings", self._header.frozen_hash) != self._header.frozen_hash:
+            raise PopulationError("state of a run with other settings: make ES with those that it was saved with")
         if self._journal and self._journal.last_step != state["step"]:
             raise PopulationError(
                 f"state of step {state['step']}: the journal {self._journal.path} ends at step "
                 f"{self._journal.last_step}. Load a state of that step, or continue with another journal"
+            )
+        if self._journal and not same_tensors(self._masters.state(), state["weights"]):
+            raise PopulationError(
+                f"state of other weights than those of step {self.step} in the journal {self._journal.path}, which "
+                "could not be rebuilt from it any more. Load it into an ES without this journal"
             )
         try:
             self._masters.load_state(state["weights"])
@@ -275,16 +285,21 @@ class ES:
             parameter.copy_(self._masters.served(name).view(parameter.shape))
         self._written = self._states()
 
-    def _states(self) -> dict[str, tuple[int, torch.dtype, torch.device]]:
-        """Return what tells whether somebody else has written to a parameter or moved it."""
-        return {name: (version_of(p), p.dtype, p.device) for name, p in self._parameters.items()}
+    def _states(self) -> dict[str, tuple[Any, ...]]:
+        """Return what tells whether somebody else has written to a parameter, moved it or put another in its place."""
+        found = {}
+        for layer in self._layers:
+            for attribute, name in layer.trained.items():
+                parameter = layer.module.get_parameter(attribute)
+                found[name] = id(parameter), parameter.data_ptr(), version_of(parameter), parameter.dtype
+        return found
 
     def _check_weights(self, what: str) -> None:
         now = self._states()
         if changed := [name for name in now if now[name] != self._written[name]]:
             raise ModelError(
-                f"{what}(): parameter {changed[0]!r} was changed or moved since the last step, and ES would overwrite "
-                "it: load weights and move the module before ES is made"
+                f"{what}(): parameter {changed[0]!r} was changed, moved or replaced since the last step, and ES would "
+                "overwrite it: load weights and move the module before ES is made"
             )
 
     def _check_outside(self, what: str) -> None:

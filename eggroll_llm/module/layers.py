@@ -4,8 +4,11 @@ Every parameter that wants a gradient is trained, and all of them must belong to
 are known (`members.FORWARD`): a parameter that is perturbed in silence nowhere would only be moved by noise.
 """
 
+import hashlib
 from collections import defaultdict
+from collections.abc import Collection, Mapping
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -76,6 +79,22 @@ def _check_parameters(module: nn.Module, known: set[str]) -> None:
                 f"parameter {name!r} is {parameter.dtype} on {parameter.device}, but {first_name!r} {first.dtype} on "
                 f"{first.device}: convert the module to one format and move it to one device"
             )
+
+
+def rest_of(module: nn.Module, trained: Collection[str]) -> list[str]:
+    """Return what identifies the bits of frozen parameters and buffers: a hash, or nothing where there are none."""
+    digest, names = hashlib.sha256(), []
+    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+        if name not in trained and not isinstance(tensor, nn.parameter.UninitializedTensorMixin):
+            names.append(name)
+            digest.update(f"{name} {tensor.dtype} {[*tensor.shape]}\n".encode())
+            digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return [digest.hexdigest()[:16]] if names else []
+
+
+def same_tensors(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
+    """Return whether both hold the same tensors by name, to the bit."""
+    return one.keys() == other.keys() and all(torch.equal(one[name].cpu(), other[name].cpu()) for name in one)
 
 
 def version_of(tensor: Tensor) -> int:

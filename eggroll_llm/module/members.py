@@ -110,14 +110,15 @@ class Members:
     def vector(self, layer: Layer, attribute: str, like: Tensor) -> Tensor | None:
         """Return a weight or bias of a layer that is a vector, for each row where it is trained; None for none.
 
-        It broadcasts with a batch like `like`.
+        It broadcasts with a batch like `like`, and is in float32 at least: beside a weight of 1, bfloat16 would round
+        most of a small perturbation away, and noise alone would move the weight.
         """
         plain: Tensor | None = getattr(layer.module, attribute)
         name = layer.trained.get(attribute)
         if plain is None or name is None:
             return plain
         if name not in self._vectors:
-            self._vectors[name] = (plain + self.whole[name])[self.slot_N]
+            self._vectors[name] = (_wide(plain) + _wide(self.whole[name]))[self.slot_N]
         own = self._vectors[name]
         return own.view(len(own), *[1] * (like.ndim - own.ndim), *own.shape[1:])
 
@@ -157,12 +158,16 @@ def _norm(layer: Layer, members: Members, x: Tensor) -> Tensor:
     size = module.normalized_shape
     members.tokens(layer, x, len(size))
     if isinstance(module, nn.LayerNorm):
-        y, bias = F.layer_norm(x, size, None, None, module.eps), members.vector(layer, "bias", x)
+        y, bias = F.layer_norm(_wide(x), size, None, None, module.eps), members.vector(layer, "bias", x)
     else:
-        y, bias = F.rms_norm(x, size, None, module.eps), None
+        y, bias = F.rms_norm(_wide(x), size, None, module.eps), None
     weight = members.vector(layer, "weight", x)
     y = y if weight is None else y * weight
-    return y if bias is None else y + bias
+    return (y if bias is None else y + bias).to(x.dtype)
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 FORWARD: dict[type[nn.Module], Callable[[Layer, Members, Tensor], Tensor]] = {

@@ -29,6 +29,10 @@ def checked_settings(others: Mapping[str, Any], *, seed: int, steps: int, **own:
     es = EsSettings(**own, **others)
     if es.optimizer not in STATE_KEYS:
         raise ConfigError(f"optimizer = {es.optimizer!r}: must be one of {', '.join(STATE_KEYS)}")
+    if es.learning_rate == 0:
+        raise ConfigError("lr = 0.0: must be positive")
+    if es.optimizer == "momentum" and es.momentum == 0:
+        raise ConfigError('momentum = 0.0: is plain SGD. Set momentum to 0.9, or optimizer to "sgd"')
     try:
         check_bounds(es)
         plan = plan_step(es, seed=seed, step=1, steps=steps)

@@ -145,12 +145,15 @@ class Prompter:
                     f"the prompt of problem {problem.get('id')!a:.60} is not valid Unicode: it holds half of a "
                     "surrogate pair; write the whole character, or remove the problem"
                 )
+        tokens = [
+            self._tokens(text, plain=isinstance(prompt, str), bos_by_text=bos_by_text)
+            for text, prompt in zip(texts, prompts, strict=True)
+        ]
+        if () in tokens:
+            raise TaskError(f"the prompt of problem {problems[tokens.index(())].get('id')!a:.60} is empty: write one")
         return ProblemSet(
             problems=problems,
-            prompts=[
-                self._tokens(text, plain=isinstance(prompt, str), bos_by_text=bos_by_text)
-                for text, prompt in zip(texts, prompts, strict=True)
-            ],
+            prompts=tokens,
             hashes=[text_hash(text) for text in texts],
             in_thought={index for index, text in enumerate(texts) if ends_in_thought(text)},
             questions=questions_of(prompts),

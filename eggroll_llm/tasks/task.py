@@ -171,7 +171,8 @@ def judge(
     score, failure, out_of_memory, vote = None, "", False, None
     try:
         given: Any = scored() if scored else task.score(answer.text, answer.problem, **answer.options)
-        score = Score(float(given.reward), bool(given.correct), str(given.detail), dict(given.parts))
+        parts = {str(name): None if value is None else float(value) for name, value in dict(given.parts).items()}
+        score = Score(float(given.reward), bool(given.correct), str(given.detail), parts)
     except catch as error:
         failure, out_of_memory = short_traceback(error), isinstance(error, MemoryError)
     if voted:

@@ -277,17 +277,20 @@ def _parts(prepared: "Prepared") -> list[Part]:
 def _grpo_parts(prepared: "Prepared") -> list[Part]:
     grpo, engine = prepared.config.grpo, prepared.config.engine
     weights = sum(math.prod(shape) for shape in tensor_shapes(prepared.model_dir).values())
-    trained = weights
+    trained, adapted = weights, 0
     if grpo.lora_rank:
-        trained = grpo.lora_rank * sum(out + inside for _, out, inside in trained_parameters(prepared.model_dir))
+        layers = trained_parameters(prepared.model_dir)
+        trained = grpo.lora_rank * sum(out + inside for _, out, inside in layers)
+        adapted = sum(out * inside for _, out, inside in layers)
     beside = {
         "weights in training (float32)": 4 * weights + (4 * trained if grpo.lora_rank else 0),
+        "weights with their adapters (float32)": 4 * adapted,  # of all layers at once, to be served
         "gradients": 4 * trained,
         "optimizer": 8 * trained,
     }
     if grpo.beta and not grpo.lora_rank:
         beside[BASE_COPY] = 4 * weights
     return [
-        *(Part(name=name, size=size, place="beside") for name, size in beside.items()),
+        *(Part(name=name, size=size, place="beside") for name, size in beside.items() if size),
         Part(name=f"served weights ({engine.dtype})", size=SIZE[engine.dtype] * weights, place="share"),
     ]

@@ -13,7 +13,8 @@ advantages, loss, micro batches, clipping, optimizer. What is replaced besides:
 * The padding: TRL fills every completion up to the longest of the step, here it is up to the longest of a micro batch.
 * The order of completions, which TRL shuffles before it cuts them into micro batches: those of a prompt stay together,
   short before long, so that more of a prompt and less padding is shared (`side_by_side`). Only "bnpo", whose loss
-  depends on the micro batches, keeps the shuffle.
+  depends on the micro batches, keeps the shuffle. TRL's figures `entropy`, `kl` and `clip_ratio` are means of micro
+  batches, whatever their length, so short completions weigh more in them than in TRL's own order.
 * Where the head is applied: to the tokens of completions alone, as TRL does on CUDA. Elsewhere it would score those of
   the prompts as well, and drop the result: on CPU up to half of a pass, with a small model and a large vocabulary.
 * How the head's gradients are added up on CPU: by bfloat16 instructions, to the same float32 sums (`add_product`).
@@ -331,10 +332,13 @@ def _score_completions(
     first, padding = int(used[0]), min(mask.size(1) - 1 - int(used[-1]), length - 1)  # one column stays, whatever it is
     ids, mask = (tensor[:, first : tensor.size(1) - padding] for tensor in (ids, mask))
     head = ids.size(1) - (length - padding) - 1
-    prompts, which = torch.unique(torch.stack([ids, mask], dim=-1)[:, :head], dim=0, return_inverse=True)
-    inner = model.get_base_model() if hasattr(model, "peft_config") else model
-    cache = inner.base_model(input_ids=prompts[..., 0], attention_mask=prompts[..., 1], use_cache=True).past_key_values
-    cache.batch_select_indices(which)
+    cache = None
+    if head:  # else all prompts are of one token
+        prompts, which = torch.unique(torch.stack([ids, mask], dim=-1)[:, :head], dim=0, return_inverse=True)
+        inner = model.get_base_model() if hasattr(model, "peft_config") else model
+        passed = inner.base_model(input_ids=prompts[..., 0], attention_mask=prompts[..., 1], use_cache=True)
+        cache = passed.past_key_values
+        cache.batch_select_indices(which)
     tail = ids[:, head:]
     labels = tail.masked_fill(mask[:, head:] == 0, -100)
     out = model(input_ids=tail, attention_mask=mask, past_key_values=cache, labels=labels, fused_lm_head=True)
@@ -346,7 +350,7 @@ def arguments(config: RunConfig, directory: Path, *, use_cpu: bool) -> GRPOConfi
     """Return TRL's settings; those that are not mentioned keep TRL's defaults."""
     grpo, sampling = config.grpo, config.sampling
     completions = sampling.prompts_per_step * sampling.samples_per_prompt
-    return GRPOConfig(
+    settings = GRPOConfig(
         output_dir=str(directory),
         use_cpu=use_cpu,
         bf16=grpo.dtype == "bfloat16",  # mixed precision: the weights stay float32
@@ -379,6 +383,8 @@ def arguments(config: RunConfig, directory: Path, *, use_cpu: bool) -> GRPOConfi
         report_to="none",
         disable_tqdm=True,
     )
+    settings._n_gpu = min(1, settings.n_gpu)  # the others are the engines'; transformers would share the model out
+    return settings
 
 
 def adapters(config: RunConfig) -> Any:

@@ -70,6 +70,8 @@ def test_rank_of_a_sum_is_that_of_pairs_times_r_as_far_as_the_matrix_goes(shape,
 def test_full_rank_is_not_yet_like_a_gaussian_matrix():
     """The sum is of full rank from min(O, I) pairs on, and like a Gaussian one with many times as many."""
     gaussian = effective_rank(torch.randn(64, 64, generator=torch.Generator().manual_seed(0)))
-    share = {pairs: effective_rank(sum_of_pairs(pairs, 1, (64, 64))) / gaussian for pairs in (64, 4096)}
+    share = {pairs: effective_rank(sum_of_pairs(pairs, 1, (64, 64))) / gaussian for pairs in (64, 128, 512, 4096)}
     assert 0.7 < share[64] < 0.85
+    assert 0.83 < share[128] < 0.93
+    assert 0.96 < share[512] < 1.02
     assert 0.95 < share[4096] < 1.05

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from eggroll_llm.errors import JournalError
+from eggroll_llm.errors import ConfigError, JournalError
 from eggroll_llm.integer import __main__ as command
 from eggroll_llm.integer import model, native, pretrain, update
 from eggroll_llm.integer.pretrain import Pretraining, Settings
@@ -101,10 +101,41 @@ def test_it_learns_and_its_journal_gives_the_same_weights(tmp_path: Path) -> Non
     again = Pretraining(train_T, settings)
     again.replay(tmp_path / "journal.jsonl")
     assert (again.step, again.checksum()) == (settings.steps, run.checksum())
+    again.take_step()  # which begins new texts
     with pytest.raises(JournalError, match="20 steps already"):
         Pretraining(train_T, settings, tmp_path / "journal.jsonl")
     with pytest.raises(JournalError, match="other settings"):
         Pretraining(train_T, Settings(seed=0, steps=21, population=256)).replay(tmp_path / "journal.jsonl")
+
+
+def test_a_run_does_not_go_on_in_the_middle_of_a_text(tmp_path: Path) -> None:
+    train_T, settings = torch.arange(2000) % 251, Settings(population=4, length=3, steps=9)
+    run = Pretraining(train_T.byte(), settings, tmp_path / "journal.jsonl")
+    for _ in range(3):
+        run.take_step()
+    run.close()
+    for steps_before in (0, 1):
+        again = Pretraining(train_T.byte(), settings)
+        for _ in range(steps_before):
+            again.take_step()
+        again.replay(tmp_path / "journal.jsonl")
+        if steps_before == 0:
+            with pytest.raises(JournalError, match=r"step 3 lies within a text: go on from a multiple of 20 steps"):
+                again.take_step()
+
+
+def test_runs_of_different_seeds_read_different_texts() -> None:
+    train_T, starts = torch.arange(2000).byte(), []
+    for seed in (0, 1, 2):
+        run = Pretraining(train_T, Settings(population=16, length=3, steps=9, seed=seed))
+        run.take_step()
+        starts.append(run._start_K.tolist())
+    assert all(starts[i] != starts[j] for i in range(3) for j in range(i))
+
+
+def test_a_text_that_is_too_short_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"length = 50: 20 pieces of it are more than the 1000 bytes"):
+        Pretraining(torch.zeros(1000, dtype=torch.uint8), Settings(population=4))
 
 
 @pytest.mark.parametrize(

@@ -91,6 +91,21 @@ def test_tensors_keep_the_files_they_were_in(tiny_model: TinyModel, tmp_path: Pa
     assert load_file(tmp_path / "out" / weight_map["counter"])["counter"].dtype == torch.int64
 
 
+def test_tensors_that_share_memory_are_written_each_by_itself(tiny_model: TinyModel, tmp_path: Path) -> None:
+    """A tied head that the checkpoint holds all the same, and that its trainer keeps once."""
+    base = shutil.copytree(tiny_model("llama"), tmp_path / "base")
+    tensors = load_file(base / "model.safetensors")
+    name = "model.embed_tokens.weight"
+    save_file(
+        tensors | {"lm_head.weight": tensors[name].clone()}, base / "model.safetensors", metadata={"format": "pt"}
+    )
+    trained = dict.fromkeys((name, "lm_head.weight"), torch.full_like(tensors[name], 0.5))
+    export_model(base, tmp_path / "out", trained, torch.float32)
+    stored = load_file(tmp_path / "out" / "model.safetensors")
+    assert torch.equal(stored[name], stored["lm_head.weight"])
+    assert bool((stored[name] == 0.5).all())
+
+
 def test_a_name_that_the_base_does_not_hold_is_refused(tiny_model: TinyModel, tmp_path: Path) -> None:
     trained = {"model.nowhere.weight": torch.zeros(2, 2), "b.weight": torch.zeros(2, 2)}
     with pytest.raises(ModelError, match=r"does not hold 2 trained tensors, first 'b\.weight'"):

@@ -306,6 +306,8 @@ def test_modules_that_cannot_be_trained_are_refused(module: nn.Module, said: str
         ({"sigma_schedule": "exponential", "steps": 3}, "must be one of constant, linear, cosine"),
         ({"sigma_schedule": "linear", "schedule_end": 0.0, "steps": 3}, "sigma = 0.0: must be positive"),
         ({"sigma_schedule": "cosine", "schedule_end": 0.0, "steps": 3}, "sigma = "),
+        ({"lr": 0.0}, "lr = 0.0: must be positive"),
+        ({"optimizer": "momentum", "momentum": 0.0}, "is plain SGD"),
         ({"masters": "split"}, "masters: is not a setting of ES, which are adam_beta1, "),
     ],
 )
@@ -405,17 +407,23 @@ def test_weights_that_noise_alone_would_move_are_refused() -> None:
 
 @pytest.mark.parametrize(
     "change",
-    [lambda module: module.load_state_dict(nn.Linear(2, 2).state_dict()), nn.Module.bfloat16],
-    ids=["loaded", "converted"],
+    [
+        lambda module: module.load_state_dict(nn.Linear(2, 2).state_dict()),
+        lambda module: module.load_state_dict(nn.Linear(2, 2).state_dict(), assign=True),
+        lambda module: setattr(module, "weight", nn.Parameter(torch.zeros(2, 2))),
+        lambda module: nn.utils.vector_to_parameters(torch.zeros(6), module.parameters()),
+        nn.Module.bfloat16,
+    ],
+    ids=["loaded", "assigned", "replaced", "from a vector", "converted"],
 )
 def test_weights_that_an_update_would_overwrite_are_refused(change: Callable[[nn.Module], Any]) -> None:
     module = nn.Linear(2, 2)
     es = es_of(module)
     es.tell(fitness(1))
     change(module)
-    with pytest.raises(ModelError, match=r"ask\(\): parameter 'weight' was changed or moved"), es.ask():
+    with pytest.raises(ModelError, match=r"ask\(\): parameter 'weight' was changed, moved or replaced"), es.ask():
         pass
-    with pytest.raises(ModelError, match=r"tell\(\): parameter 'weight' was changed or moved"):
+    with pytest.raises(ModelError, match=r"tell\(\): parameter 'weight' was changed, moved or replaced"):
         es.tell(fitness(2))
 
 
@@ -450,6 +458,11 @@ def test_journals_and_states_of_another_run_are_refused(tmp_path: Path) -> None:
     with pytest.raises(PopulationError, match=r"state of step 0: the journal .* ends at step 3"):
         es.load_state_dict(states[0])
     es.load_state_dict(states[3])
+    other = es_of(net())
+    trained(other, 2)
+    other.tell(fitness(77))
+    with pytest.raises(PopulationError, match=r"other weights than those of step 3 in the journal .*journal\.jsonl"):
+        es.load_state_dict(other.state_dict())
     es.close()
     with pytest.raises(JournalError, match="other settings"):
         es_of(net(), journal=journal, seed=6)
@@ -465,10 +478,51 @@ def test_journals_and_states_of_another_run_are_refused(tmp_path: Path) -> None:
     for state, said in (
         ({}, "is not from"),
         (states[3] | {"step": 3, "weights": {}}, "missing"),
-        (es_of(net(), rank=None).state_dict(), "expected"),
+        (es_of(net(), rank=None).state_dict(), "other settings"),
+        ({key: value for key, value in es_of(net(), rank=None).state_dict().items() if key != "settings"}, "expected"),
     ):
         with pytest.raises(PopulationError, match=said):
             es_of(net()).load_state_dict(state)
+
+
+def test_a_journal_is_of_one_frozen_backbone(tmp_path: Path) -> None:
+    """And of one set of buffers; what is trained may start from the same zeros."""
+
+    def model(seed: int) -> nn.Module:
+        torch.manual_seed(seed)
+        backbone, head = nn.Linear(2, 2).requires_grad_(False), nn.Linear(2, 2)
+        nn.init.zeros_(head.weight)
+        nn.init.zeros_(head.bias)
+        return nn.Sequential(backbone, head)
+
+    es = es_of(model(0), journal=tmp_path / "journal.jsonl")
+    es.tell(fitness(1))
+    es.close()
+    es_of(model(0), journal=tmp_path / "journal.jsonl").close()
+    with pytest.raises(JournalError, match="base model is module"):
+        es_of(model(1), journal=tmp_path / "journal.jsonl")
+
+
+@pytest.mark.parametrize("kind", [nn.LayerNorm, nn.RMSNorm])
+def test_norms_in_bfloat16_see_perturbations_beside_their_weight_of_1(kind: Any) -> None:
+    """Of which bfloat16 has nothing between 1 and 1.0078: most members would be alike."""
+    norm = kind(64).bfloat16()
+    es = ES(norm, population=64, sigma=0.002, lr=0.01)
+    x = torch.randn(1, 64, generator=torch.Generator().manual_seed(0)).bfloat16().expand(64, 64)
+    with es.ask():
+        y_MI = norm(x)
+    assert y_MI.dtype == torch.bfloat16
+    right = kind(64).double()
+    for member in range(64):
+        A, B = es.factors("weight", [member])
+        with torch.no_grad():
+            weight = 1 + (A[0] @ B[0].T).view(-1).double()
+            expected = right(x[:1].double()) * weight
+            if kind is nn.LayerNorm:
+                A, B = es.factors("bias", [member])
+                expected += (A[0] @ B[0].T).view(-1).double()
+        assert torch.allclose(y_MI[member].double(), expected[0], rtol=2**-8, atol=1e-6)
+        assert (y_MI[member].double() - expected[0]).abs().mean() < 2**-9 * expected.abs().mean()
 
 
 def test_a_replay_that_its_own_journal_would_lack_is_refused(tmp_path: Path) -> None:

@@ -87,6 +87,10 @@ class Mine:
             return numpy.array([0.5])
         if completion == "huge":
             return 10 ** 400
+        if completion == "huge part":
+            return Score(0.0, False, "", {"value": 10 ** 400})
+        if completion == "part in words":
+            return Score(0.0, False, "", {"value": "x"})
         if completion == "nan":
             return float("nan")
         if completion == "options":
@@ -169,6 +173,8 @@ BAD = {
     "array": "TypeError: score() returned array([1. , 0.5]); return a number or a rewards.Score",
     "flood below": "score() wrote to a file descriptor that it had not opened",
     "huge": "OverflowError: int too large to convert to float",
+    "huge part": "OverflowError: int too large to convert to float",
+    "part in words": "ValueError: could not convert string to float: 'x'",
 }
 
 

@@ -24,6 +24,11 @@ def prompter(tiny_model: Callable[[str], Path]) -> Prompter:
     return Prompter(tiny_model("llama"))
 
 
+def test_a_prompt_without_a_token_is_named(prompter: Prompter) -> None:
+    with pytest.raises(TaskError, match=r"^the prompt of problem 'b' is empty: write one$"):
+        prompter.encode_all([{"id": "a"}, {"id": "b"}], ["x", ""])
+
+
 def test_text_is_continued_as_it_is(prompter: Prompter) -> None:
     ids = prompter.encode(TEXT)
     assert isinstance(ids, tuple)

@@ -28,7 +28,7 @@ from eggroll_llm.records.journal import Journal, JournalHeader
 from eggroll_llm.records.run_dir import RunDir
 from eggroll_llm.training import recorder
 from eggroll_llm.training.grpo import GrpoTrainer
-from eggroll_llm.training.grpo_trl import add_product, checkpoint_tensors, side_by_side
+from eggroll_llm.training.grpo_trl import GRPOConfig, add_product, arguments, checkpoint_tensors, side_by_side
 from eggroll_llm.training.harness import Harness, Run
 from eggroll_llm.training.prepare import Prepared, prepare
 from eggroll_llm.training.scorer import Scorer
@@ -394,6 +394,27 @@ def test_no_pass_is_over_columns_of_padding_alone(step_of: Callable[..., Step]) 
     _, completions = step.rollouts
     assert len({len(completion.token_ids) for completion in completions}) > 1
     assert set(padded) == {0}
+
+
+def test_prompts_of_one_token_share_nothing_and_are_scored(step_of: Callable[..., Step]) -> None:
+    """As a micro batch beside others with longer ones."""
+    step = step_of(micro_batch=2)
+    trl, generator = step.trainer.trl, torch.Generator().manual_seed(0)
+    ids = torch.randint(3, 300, (4, 9), generator=generator)
+    mask = torch.ones_like(ids)
+    mask[:2, :4] = 0  # five columns of prompts, of which two rows have one
+    with torch.no_grad():
+        found, _, _ = trl._get_per_token_logps_and_entropies(trl.model, ids, mask, 4, batch_size=2)
+        logits = trl.model(input_ids=ids, attention_mask=mask).logits[:, 4:-1] / trl.temperature
+        expected = logits.log_softmax(-1).gather(2, ids[:, 5:, None])[..., 0]
+    assert torch.allclose(found.float(), expected.float(), atol=1e-4)
+
+
+def test_the_trainer_takes_one_gpu_of_several(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The others are the engines'. A stand-in for four."""
+    monkeypatch.setattr(GRPOConfig, "n_gpu", property(lambda self: 4))
+    recipe = load_recipe(write_recipe(tmp_path, tmp_path))
+    assert arguments(recipe, tmp_path, use_cpu=True)._n_gpu == 1
 
 
 def test_completions_of_a_prompt_stand_side_by_side_short_before_long() -> None:

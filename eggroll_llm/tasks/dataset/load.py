@@ -153,7 +153,11 @@ def _judge(task: DatasetTask, answers: Sequence[Answer], limits: RewardConfig) -
 def _try(task: DatasetTask, limits: RewardConfig) -> None:
     """Call the functions once. Raises TaskError when they fail on answers to the first two problems."""
     columns = task.rewards.columns
-    answers = [Answer(text=columns.gold(p) if columns.answer else "1", problem=p) for p in task.train[:2]]
+    texts = [columns.gold(p) if columns.answer else "1" for p in task.train[:2]]
+    answers = [  # whose tokens are any, but as a completion some
+        Answer(text=text, problem=p, token_ids=range(max(1, len(text))))
+        for text, p in zip(texts, task.train, strict=False)
+    ]
     for answer, verdict in zip(answers, _judge(task, answers, limits), strict=True):
         if verdict.score is None and NONE_APPLIES not in verdict.failure:
             form = "messages" if task.rewards.messages else "texts"

@@ -4,26 +4,30 @@ Only LaTeX is read, by a grammar: math-verify's other way to read text calls Pyt
 hostile input, which may take any time or memory: this belongs into a process of its own (`tasks.sandbox`).
 """
 
+import re
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
 from rewards import Score
-from rewards.turns import visible
+from rewards.markers import BOX, closing_brace
+from rewards.turns import next_turns, visible
 
 DETAILS = ("correct", "wrong", "no_math", "truncated", "bad_gold")
 """Vocabulary of `Score.detail`."""
+_MATH = re.compile(r"\$|\\(?:boxed|fbox|[(\[])")
 _SECONDS = 3
 """Of each of three calls; the process has a limit for all of them."""
 
 
 def score(completion: str, answer: str, *, truncated: bool = False, thought_open: bool = False) -> Score:
     """Score a completion against an answer in LaTeX, with or without a box or dollar signs."""
-    gold = _gold(answer)
-    if not gold:
+    try:
+        gold = _gold(answer)
+    except ValueError:
         return Score(0.0, False, "bad_gold")
-    text = visible(completion, thought_open=thought_open)
-    if truncated and "\\boxed" not in text:
+    text = _answered(visible(completion, thought_open=thought_open), truncated=truncated)
+    if text is None:
         return Score(0.0, False, "truncated")
     found = _parse(text)
     if not found:
@@ -34,8 +38,8 @@ def score(completion: str, answer: str, *, truncated: bool = False, thought_open
 
 def read_answer(completion: str, *, truncated: bool = False, thought_open: bool = False) -> str | None:
     """Return the answer as sympy writes it; None without one."""
-    text = visible(completion, thought_open=thought_open)
-    found = [] if truncated and "\\boxed" not in text else _parse(text)
+    text = _answered(visible(completion, thought_open=thought_open), truncated=truncated)
+    found = [] if text is None else _parse(text)
     return str(found[0]) if found else None
 
 
@@ -44,9 +48,27 @@ def boxed(answer: str) -> str:
     return answer if "\\boxed" in answer or "$" in answer.replace("\\$", "") else f"\\boxed{{{answer}}}"
 
 
+def _answered(text: str, *, truncated: bool) -> str | None:
+    """Return the text before a next turn that the model may invent; None where the length limit cut the answer off.
+
+    A text that was cut off has an answer only if its last box is closed.
+    """
+    turn = next((turn for turn in next_turns(text) if _MATH.search(text, 0, turn)), None)
+    if turn is not None:
+        return text[:turn]
+    if not truncated:
+        return text
+    box = max(BOX.finditer(text), key=lambda found: found.start(), default=None)
+    end = -1 if box is None or "\\boxed" in text[box.end() :] else closing_brace(text, box.end(), len(text))
+    return text[: end + 1] if end >= 0 else None
+
+
 @lru_cache(maxsize=4096)
 def _gold(answer: str) -> tuple[Any, ...]:
-    return tuple(_parse(boxed(answer)))
+    """Parse an answer. Raises ValueError where it gives nothing, which is not kept: it may have been out of time."""
+    if not (found := _parse(boxed(answer))):
+        raise ValueError(answer)
+    return tuple(found)
 
 
 def _parse(text: str) -> list[Any]:

@@ -140,7 +140,7 @@ class UserProcess(AbstractContextManager["UserProcess"]):
             reward, correct, detail, parts = reply["score"]
             values = {str(name): None if value is None else float(value) for name, value in parts.items()}
             return Verdict(score=Score(float(reward), bool(correct), str(detail), values), vote=vote)
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
             raise EndedError(GARBLED) from error
 
     @property

@@ -203,8 +203,46 @@ def test_math_compares_latex_in_a_process_of_its_own(load):
     found, failures = judged(task, texts, timeout_seconds=20)
     assert [bool(verdict.score and verdict.score.correct) for verdict in found] == [True, True] + [False] * 6
     assert failures <= 2, found
+    texts = ["\\boxed{1/2}\n\nQuestion: 3 + 4?\nAnswer: \\boxed{7}", "$x = 0.5$\n\nProblem: 3 + 4?\n$7$"]
+    found, _ = judged(task, [*texts, r"First $0.5$, then \boxed{7}"], timeout_seconds=20)
+    assert [verdict.score.correct for verdict in found] == [True, True, False]  # up to an invented next question
     with pytest.raises(TaskError, match=r"math gives the right answer '\\\\frac' 0"):
         load([{"problem": "?", "solution": r"\frac"}] * 3, rewards="math")
+
+
+@pytest.mark.parametrize(
+    ("text", "detail"),
+    [
+        (r"We get $12$. Then \boxed{1", "truncated"),
+        (r"First $x = 12$, hence the answer is \boxed", "truncated"),
+        (r"$12$", "truncated"),
+        (r"Thus \boxed{12", "truncated"),
+        (r"Thus \boxed{12}", "correct"),
+        (r"Thus \boxed{12}, as $13", "correct"),
+        ("\\boxed{12}\n\nQuestion: what is 3+4?\nAnswer: \\boxed{7", "correct"),
+    ],
+)
+def test_math_takes_no_answer_that_was_cut_off(text, detail):
+    math = pytest.importorskip("eggroll_llm.tasks.dataset.math")
+    pytest.importorskip("math_verify")
+    assert math.score(text, "12", truncated=True).detail == detail
+    assert math.read_answer(text, truncated=True) == ("12" if detail == "correct" else None)
+
+
+def test_math_does_not_keep_an_answer_that_it_could_not_read_in_time(monkeypatch):
+    pytest.importorskip("math_verify")
+    from eggroll_llm.tasks.dataset import math
+
+    with monkeypatch.context() as patch:
+        patch.setattr(math, "_parse", lambda text: [])
+        assert math.score(r"\boxed{4111}", "4111").detail == "bad_gold"
+    assert math.score(r"\boxed{4111}", "4111").detail == "correct"
+
+
+def test_a_reward_that_divides_by_the_number_of_tokens_loads(load):
+    value = "[len(c) / len(ids) for c, ids in zip(completions, completion_ids)]"
+    code = f"def f(completions, completion_ids, **k):\n    return {value}"
+    load(code=code, rewards=("my.py:f",))
 
 
 def test_math_needs_its_package(load, monkeypatch):
