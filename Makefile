@@ -32,7 +32,7 @@ claims: install  ## the other claims of the papers, measured: about half an hour
 	$(BIN)/python recipes/claims/run.py
 
 test: install  ## all tests, the ones with the real model and vLLM included
-	$(BIN)/pytest --numprocesses=$(PROCESSES) --dist=loadfile
+	$(BIN)/pytest --numprocesses=$(PROCESSES) --dist=loadfile --no-loadscope-reorder
 
 nightly: install  ## runs killed at every change of the disk, the graders fuzzed, properties tried often: some minutes, not part of `make test`
 	$(BIN)/pytest -s -m "soak or fuzz"

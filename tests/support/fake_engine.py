@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from eggroll_llm.config.schema import CheckpointConfig, EvalConfig, LogConfig, RunConfig, SamplingConfig
+from eggroll_llm.config.schema import CheckpointConfig, EngineConfig, EvalConfig, LogConfig, RunConfig, SamplingConfig
 from eggroll_llm.engine.interface import Completion, Decoding, Engine, Request, Scored, UpdateTimes
 from eggroll_llm.engine.watchdog import Watchdog
 from eggroll_llm.es.estimate import UpdateSpec
@@ -40,6 +40,7 @@ CONFIG = RunConfig(
     task="fake.py:TASK",
     seed=7,
     steps=4,
+    engine=EngineConfig(timeout_seconds=0),  # a watchdog is a process, and there are hundreds of runs
     sampling=SamplingConfig(prompts_per_step=PROMPTS, max_tokens=9),
     es=EsSettings(population=MEMBERS, sigma=0.05, learning_rate=0.02, rank=2),
     eval=EvalConfig(every=2, problems=5, max_tokens=7),

@@ -16,14 +16,14 @@ from process_tree import ROOT, ProcessTree, wait_for
 from eggroll_llm.cli.arguments import GO_ON
 from eggroll_llm.cli.main import main
 from eggroll_llm.config.recipe import to_toml
-from eggroll_llm.config.schema import CheckpointConfig
+from eggroll_llm.config.schema import CheckpointConfig, EngineConfig
 from eggroll_llm.engine.interface import Completion, Decoding, Request
 from eggroll_llm.records.journal import read_journal
 from eggroll_llm.system.invocation import command
 from eval import evaluation
 
 CLI_RUN = ROOT / "tests" / "support" / "cli_run.py"
-CHANGES = {"checkpoint": CheckpointConfig(every=2)}
+CHANGES: dict[str, Any] = {"checkpoint": CheckpointConfig(every=2), "engine": EngineConfig()}  # with a watchdog
 
 
 class Run:
