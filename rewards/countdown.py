@@ -217,10 +217,10 @@ def _evaluate(steps: list[int | str]) -> Fraction:
 
 
 def _meets(value: Fraction, goal: Fraction) -> bool:
-    return abs(value - goal) <= _tolerance(goal)
+    return abs(value - goal) <= tolerance(goal)
 
 
-def _tolerance(goal: Fraction) -> Fraction:
+def tolerance(goal: Fraction) -> Fraction:
     """Return the distance at which a value meets a target, which is a decimal."""
     decimals = next(n for n in range(_MAX_DIGITS + 1) if 10**n % goal.denominator == 0)
     if decimals < ROUNDED:

@@ -1,6 +1,6 @@
 r"""The answer of a completion where it may be any text: what the last marker holds, else all of it.
 
-    \boxed{Paris}    <answer>Paris</answer>    #### Paris    Answer: Paris    The answer is Paris.
+    \boxed{Paris}    \fbox{Paris}    <answer>Paris</answer>    #### Paris    Answer: Paris    The answer is Paris.
 
 A marker of the last two kinds reaches to the end of its line, or of the box or tag around it. A box or tag that is not
 closed is no answer. What follows the first next turn (`turns`) that comes after an answer is not read.
@@ -11,13 +11,13 @@ import re
 from collections import deque
 from collections.abc import Callable
 
+from rewards.markers import BOX, closing_brace
 from rewards.plain_number import RefusedError
 from rewards.turns import next_turns
 
 LONGEST = 1000
 """Characters of an answer; a longer one is none."""
 
-_BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
 _PROSE = re.compile(r"(?i)\banswer(?:\s{0,3}[*_]{0,2}[:=]|\s{1,3}is\b[ \t]{0,3}:?)[*_]{0,2}")
 
 
@@ -53,20 +53,20 @@ def _marked(text: str, *, truncated: bool = False) -> str:
 
 def _span(text: str) -> tuple[int, int]:
     """Return where the answer begins and ends."""
-    prose = next(iter(deque(_PROSE.finditer(text), maxlen=1)), None)
-    starts = {mark: text.rfind(mark) for mark in ("\\boxed{", "<answer>", "####")}
-    starts["prose"] = prose.start() if prose else -1
-    mark, start = max(starts.items(), key=lambda item: item[1])
+    prose, box = _last(_PROSE, text), _last(BOX, text)
+    tag, hashes = text.rfind("<answer>"), text.rfind("####")
+    starts = [-1 if found is None else found.start() for found in (prose, box)]
+    start = max(*starts, tag, hashes)
     if start < 0:
         return 0, len(text)
-    begin = prose.end() if prose and mark == "prose" else start + len(mark)
-    if mark == "<answer>":
+    brace = -1 if box is None else closing_brace(text, box.end(), len(text))
+    if box is not None and start == box.start():
+        begin, end = box.end(), brace
+    elif start == tag:
+        begin = tag + len("<answer>")
         end = text.find("</answer>", begin)
-    elif mark == "\\boxed{":
-        end = _closing_brace(text, begin)
     else:
-        box = starts["\\boxed{"]
-        brace = _closing_brace(text, box + len("\\boxed{")) if box >= 0 else -1
+        begin = prose.end() if prose is not None and start == prose.start() else hashes + len("####")
         ends = (text.find("\n", begin), text.find("</answer>", begin), brace)
         return begin, min((end for end in ends if end >= begin), default=len(text))
     if end < 0:
@@ -74,10 +74,5 @@ def _span(text: str) -> tuple[int, int]:
     return begin, end
 
 
-def _closing_brace(text: str, begin: int) -> int:
-    depth = 1
-    for brace in _BRACE.finditer(text, begin):
-        depth += {"{": 1, "}": -1}.get(brace.group(), 0)
-        if depth == 0:
-            return brace.start()
-    return -1
+def _last(pattern: re.Pattern[str], text: str) -> re.Match[str] | None:
+    return next(iter(deque(pattern.finditer(text), maxlen=1)), None)

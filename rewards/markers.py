@@ -28,7 +28,8 @@ _PROSE = re.compile(
     r"(?:\s{0,3}[*_`]{0,3}[:=]|\s{1,3}(?:is|was|equals|(?:would|will|should|must) be)\b(?!n[\u2019']t))"
 )
 _REMARK = re.compile(
-    r"(?i)[\s:]{0,8}(?:correct|right|wrong|based|rounded|obtained|consistent|reasonable|verified|confirmed|derived)\b"
+    r"(?i)[\s:]{0,8}(?:correct|right|wrong|based|rounded|obtained|consistent|reasonable|verified|confirmed|derived"
+    r"|calculated|computed|found|determined|reached|given\sby|in\s(?:dollars|cents|hours|minutes|units)|positive|the\s(?:product|sum|difference)\sof)\b"
 )
 _ANSWER_HEADING = re.compile(r"(?i)[\W_]*(?:(?:the|final)\s+){0,2}(?:answer)?[\W_]*")
 # Four hashes are also a Markdown heading: "#### 2. Multiply". "#### 18. She sold all." ends like a sentence.
@@ -40,24 +41,27 @@ _SENTENCE_END = re.compile(r"[0-9%)*$}][.;!]\s")
 _LATEX = r"\\[()\[\],;:! ]|\\q?quad(?![a-z])|\\(?:text|math)(?:rm|bf|it|sf|tt)?\s?\{"
 _GAP = rf"(?:\s|{_LATEX})*"
 _CONTINUED = re.compile(
-    rf"(?i)(?:[ \t$*)\]}}~]|{_LATEX})*(?:{_GAP}[,;]?{_GAP}or\b|and\s\D{{0,12}}[0-9]"
-    r"|\s*(?:hundred|thousand|[a-z]{1,6}illion|dozen)|\\[dt]?frac(?![a-z])|\.[0-9]"
+    rf"(?i)(?:[ \t$*)\]}}~]|{_LATEX})*(?:{_GAP}[,;]?{_GAP}(?P<another>or)\b|and\s\D{{0,12}}[0-9]"
+    r"|\s*(?:hundred|thousand|lakh|crore|[a-z]{1,6}illion|dozen)|\\[dt]?frac\s?\{?\s?[0-9]|\.[0-9]"
     r"|(?:[\^/×÷·*+\u2212-]|\\(?:times|cdot|div)(?![a-z]))[ \t]?\{?[0-9])"
-    r"|\}[ \t]?\{[ \t]?[0-9]|:[0-9]{2}(?![0-9])|,[0-9]{3}(?![0-9])|[\u2010-\u2015][0-9]|(?<=\})[0-9]"
-    r"|(?-i:[kKMBT])\b"
+    r"|\}[ \t]?\{[ \t]?[0-9]|:[0-9]{2}(?![0-9])|(?:,|\\[,;:]|\{,\})[0-9]{3}(?![0-9])|[\u2010-\u2013][0-9]|(?<=\})[0-9]"
+    r"|(?:(?:\\[,;: ])?\\(?:text|mathrm)\s?\{\s?)?(?-i:[kKMBT]|bn)\b"
+    r"|[\u00b2\u00b3\u00b9\u00bc-\u00be\u2070-\u209f\u2150-\u215e]"
 )
 # In front of a box: a digit or a sign that belongs to its number, or an operator after another number.
 _DASH = r"\-\u2010-\u2015\u2212"
 _CHANGED = re.compile(
-    rf"(?:[0-9]\$?|(?<![A-Za-z])[+{_DASH}]\$?|\\(?:pm|sqrt|neg)"
+    rf"(?:[0-9]\$?|(?<![A-Za-z])[+{_DASH}]\\?\$?|\\(?:pm|sqrt|neg)|\b(?:[Nn]egative|[Mm]inus)[ \t$\\]*"
     rf"|[0-9][ \t$]{{0,3}}(?:[+*/^×÷·{_DASH}]|\\(?:times|cdot|div))[ \t$]{{0,3}}"
     rf"|=[ \t$]{{0,3}}[{_DASH}][ \t$]{{0,3}})\Z"
 )
+_OR = r"\bor\b(?:\s(?:maybe|perhaps|possibly|even|else))?"
 _ALTERNATIVE = re.compile(
     r"(?i)[0-9][^0-9\n]{0,20}\b(?:and\b[\s$*\\(\[{]*"
-    rf"|or\b(?:{_LATEX}|[a-z]\s?=|[\s$*\\(\[{{}}#])*+)$"
+    rf"|{_OR}(?:{_LATEX}|[a-z]\s?=|[\s$*\\(\[{{}}#])*+)$"
+    rf"|(?:[0-9}}]|</answer>)(?:\\[)\]]|[\s$*.,;])*{_OR}(?:\\[(\[]|[\s$*])*\Z"
 )
-_DENIED = re.compile(r"(?i)(?:\b(?:not|never)|n['\u2019]t)(?:\s(?:be|equal\sto))?[ \t$*:\\(\[]*\Z")
+_DENIED = re.compile(r"(?i)(?:\b(?:not|never)|n['\u2019]t)(?:\s(?:be|equal\sto))?[ \t$*\\(\[]*\Z")
 _BULLET = re.compile(r"[ \t]*[-+*\u2022\u2023\u2043\u2010-\u2015\u2212\u25aa\u25cf\u25e6\u00b7][ \t\u00a0]+(?=\S)")
 _LISTED = re.compile(rf"\n{_BULLET.pattern}")
 _NEXT_BULLET = re.compile(rf"[^\n]*\n\s*{_BULLET.pattern}")
@@ -152,8 +156,12 @@ def _enclosed(text: str, start: int, begin: int, close: int, after: int, end: in
     content = text[begin : min(close, begin + MAX_TEXT + 1)]
     earlier = text[max(0, start - 64) : start]
     listed = _listed_before(text, start)
-    if _is_alternative(earlier) or _DENIED.search(earlier) or _CONTINUED.match(text, after, min(after + 64, end)):
+    if _is_alternative(earlier) or _DENIED.search(earlier):
         raise RefusedError("hedged")
+    if continued := _CONTINUED.match(text, after, min(after + 64, end)):
+        other = text[continued.end() : end].partition("\n")[0] if continued["another"] else ""
+        if len(other) > MAX_TEXT or _number(other) != _number(content):
+            raise RefusedError("hedged")
     if listed is not None and _number(listed) != _number(content):
         raise RefusedError("hedged")
     return content

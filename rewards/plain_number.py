@@ -71,7 +71,11 @@ _SCALE_WORDS = re.compile(rf"(?i){'|'.join(_ZEROS)}")
 _SCALE = rf"(?:{'|'.join(_ZEROS)})s?\b"
 _SCALED = re.compile(rf"(?i)(?<![0-9])(?<![0-9][.,])((?>{_NUMBER.pattern}))\s{{0,6}}-?((?:\s?{_SCALE}){{1,2}})(?!-)")
 
-_NEW_SENTENCE = re.compile(r"(?<!\bMr)(?<!\bMs)(?<!\bDr)(?<!\bSt)(?<!\bMrs)[.;]\s+(?=[A-Za-z\"'(])")
+_UNITS = ("sq", "cu", "ft", "yd", "mi", "lb", "lbs", "oz", "hr", "hrs", "min", "mins", "sec")
+_UNIT_WITH_STOP = "".join(rf"(?<!\b{unit}\.)" for unit in _UNITS)
+_NEW_SENTENCE = re.compile(
+    rf"(?<!\bMr)(?<!\bMs)(?<!\bDr)(?<!\bSt)(?<!\bMrs)(?:;|\.(?:{_UNIT_WITH_STOP}|(?=\s+[A-Z])))\s+(?=[A-Za-z\"'(])"
+)
 _RETRACTION = re.compile(
     r"(?i)[\"'(]?(?:(?:hm+|oh|um|uh|ah)[,.!\s\u2026]{1,3})?"
     r"(?:or|no|not|wait|oops|sorry|hold on|maybe|perhaps|actually|alternatively|otherwise)\b"
@@ -84,7 +88,7 @@ _CONCLUSION = re.compile(
     r"|\A,?\s(?:as|which|after|when|where|given)\b(?=[^=]*=)"
 )
 _TAKEN_BACK = re.compile(r"(?i),?\s(?:which|that)\s(?:is|was)\s(?:not|wrong|incorrect|false)\b")
-_BRACKETS = re.compile(r"\([^()]*\)|\[[^\[\]]*\]")
+_BRACKETS = re.compile(r"\((?:[^()]|\([^()]*\))*\)|\[[^\[\]]*\]")
 _ENUMERATION = re.compile(r"(?i)[,;]\s|\b(?:and|or)\b")
 
 
@@ -119,16 +123,22 @@ _CHANGED_AFTER = re.compile(
 _CHANGED_BEFORE = re.compile(
     r"(?i)(?:[\^/·⋅±√!&⌊⌈]|[a-z]\(|"
     + _one_of("half thirds? quarters? fifths? twice double triple quadruple thrice root square cube log ln sqrt exp")
-    + r"\(?(?:\s+(?:of|past|to))?(?:\s+the)?"
+    + r"\(?(?:\s+of)?(?:\s+the)?|\b(?:half|quarter)\s+past|\A\W*(?:a\s+)?quarter\s+to"
     + r"|(?:\b(?:reciprocal|inverse|opposite|negative|per\s?cent)|%)\s+of(?:\s+the)?"
     + rf"|(?:{_NUMBER_WORD}|{_SCALE}|{_one_of('dozen')})"
     r"(?:-|\s+(?:and|times|plus|minus|less|over|short\s+of|(?:divided|multiplied)\s+by))?)\s*$"
 )
-_HEDGE = re.compile(
-    "(?i)"
-    + _one_of("or not never neither nor cannot maybe perhaps possibly probably likely approx approximately roughly")
-    + r"|\b(?:wrong|incorrect)\b|n't\b|n\u2019t\b"
+_HEDGE = re.compile("(?i)" + _one_of("or maybe perhaps possibly probably likely approx approximately roughly"))
+_NOT = r"(?:\b(?:not|never|neither|nor|cannot)\b|n['\u2019]t\b)"
+# A sentence may deny something else, "18 students did not vote".
+_DENIED_BEFORE = re.compile(
+    rf"(?i){_NOT}(?:\s+(?:be|equal|to|necessarily|exactly|quite|just|only|simply|really|actually))*[\s\"'({_CURRENCY}]*$"
 )
+_DENIED_AFTER = re.compile(
+    rf"(?i)\W*(?:{_NOT}|(?:(?:which|that|this)\s+)?(?:is|was|has|would\sbe)\s*(?:{_NOT}|(?:wrong|incorrect|false)\b)"
+    r"|(?:wrong|incorrect|false)\W*$)"
+)
+_DENIED_IN_REMARK = re.compile(rf"(?i){_NOT}|\b(?:wrong|incorrect)\b")
 _HEDGE_BEFORE = re.compile(
     "(?i)"
     + _one_of("about around nearly almost circa")
@@ -139,7 +149,9 @@ _HEDGE_BEFORE = re.compile(
     + r"|\b(?:over|under|below|above)\s*$|[<>≈~≤≥≠\u223c≃≅]"
 )
 _HEDGE_AFTER = re.compile(
-    r"(?i)\s*\?|ish\b|\bgive or take\b|\bat (?:least|most)\b|" + _one_of("plus minus") + rf"|\band\s+{_NUMBER_WORD}"
+    r"(?i)\s*\?|\A[\s-]?ish\b|\bgive or take\b|\bat (?:least|most)\b|"
+    + _one_of("plus minus")
+    + rf"|\band\s+{_NUMBER_WORD}"
 )
 _MINUS_WORD = re.compile(r"(?i)\b(?:negative|minus)[\s:\"']*$")
 _CODE = "(?:USD?|Rs|INR|EUR|GBP|CAD|AUD|NZD|HKD|SGD|CHF|JPY|CNY|RMB|MXN|BRL|SEK|NOK|DKK|PLN|ZAR)"
@@ -176,7 +188,7 @@ def read_number(text: str) -> str:
     text = _SPACED.sub(lambda spaced: _NOT_DIGIT.sub("", spaced.group()), text)
     text = _SCALED.sub(_written_out, text)
     answer, rest = _split_reason(text)
-    side = _right_side(answer)
+    side = _right_side(_without_equations_in_remarks(answer))
     match = _NUMBER.search(side)
     if match is None:
         raise RefusedError("no_number")
@@ -184,7 +196,8 @@ def read_number(text: str) -> str:
     if _NUMBER.search(after):
         raise RefusedError("several_numbers")
     _check_surroundings(before, after)
-    _check_conclusion(rest, match.group())
+    if re.search("[A-Za-z]", before + after) or not _NEW_SENTENCE.match(rest):  # else "18. She has 3, so she keeps 15."
+        _check_conclusion(rest, match.group())
     value = canonical(_sign(before) + match.group())
     if value is None:
         raise RefusedError("not_plain")
@@ -230,11 +243,20 @@ def _check_conclusion(rest: str, number: str) -> None:
         raise RefusedError("several_numbers")
 
 
+def _without_equations_in_remarks(text: str) -> str:
+    """Return the text whose remarks after the first number have no equals sign, as it is the side of no equation."""
+    first = _NUMBER.search(text)
+    end = first.end() if first else len(text)
+    return text[:end] + _BRACKETS.sub(lambda remark: remark.group().replace("=", ":"), text[end:])
+
+
 def _right_side(text: str) -> str:
     if re.search(r"[=<>!]=|=<", text):
         raise RefusedError("not_plain")
     *left, right = text.split("=")
-    if any(_ENUMERATION.search(side) for side in left[1:]) or any(_HEDGE.search(side) for side in left):
+    if any(_ENUMERATION.search(side) for side in left[1:]) or any(
+        _HEDGE.search(side) or _DENIED_BEFORE.search(side) for side in left
+    ):
         raise RefusedError("hedged")
     stated = {canonical(bare) for side in left if _NUMBER.fullmatch(bare := side.strip(f" \t\r\n()%{_CURRENCY}"))}
     numbers = {canonical(number.group()) for number in _NUMBER.finditer(right)}
@@ -247,15 +269,17 @@ def _without_remarks(after: str, number: str) -> str:
     """Return the text after the number without brackets; a bracket that offers another number or a hedge is
     refused."""
     for bracket in _BRACKETS.findall(after):
-        content = bracket[1:-1].strip(f" \t.{_CURRENCY}?%")
+        content = bracket[1:-1].strip(f" \t.:{_CURRENCY}?%")
         other = _NUMBER.fullmatch(content) and canonical(content) != canonical(number)
-        if other or _HEDGE.search(content) or _SCALE_WORD.search(content):
+        denied = _HEDGE.search(content) or _DENIED_IN_REMARK.search(content)
+        if other or denied or _SCALE_WORD.search(content):
             raise RefusedError("hedged")
     return _BRACKETS.sub(" ", after)
 
 
 def _check_surroundings(before: str, after: str) -> None:
-    if _HEDGE.search(before) or _HEDGE_BEFORE.search(before) or _HEDGE.search(after) or _HEDGE_AFTER.search(after):
+    hedged = _HEDGE.search(before) or _HEDGE_BEFORE.search(before) or _HEDGE.search(after) or _HEDGE_AFTER.search(after)
+    if hedged or _DENIED_BEFORE.search(before) or _DENIED_AFTER.match(after):
         raise RefusedError("hedged")
     money = before.rstrip()[-1:] in _CURRENCY if before.strip() else False
     glued = before[-1:].isalpha() and not _CURRENCY_CODE.search(before)

@@ -52,17 +52,21 @@ _ROLES = (
 _TOPICS = (
     *("Question", "Problem", "Exercise", "Instruction", "Example", "QUESTION", "PROBLEM", "EXERCISE"),
     *("question", "problem", "exercise", "Q", "Task", "Prompt", "Input", "Query", "Puzzle", "Challenge"),
+    *("example", "Scenario", "scenario"),
 )
 # What may stand between the beginning of its line and the cue.
 _LINE_START = re.compile(
     r"[ \t]*(?P<heading>(?:\#{1,6}|\*\*|\[|[>=_~-]+)?)[ \t>*#]*(?i:(?:now|here|let)[^\n]{0,24}\s)?"
-    r"(?i:(?:the\s)?(?:next|another|a?\s?new|follow[ -]?up|similar|second|practice|bonus|word|math|sample|related"
-    r"|additional|extra)\s)?"
+    r"(?P<another>(?i:(?:the\s)?(?:next|another|one\smore|a?\s?new|follow[ -]?up|similar|second|third|last|final"
+    r"|practice|bonus|word|story|math|sample|related|additional|extra)\s){0,2})"
 )
 _SENTENCE_END = re.compile(r"[0-9.!?)}\]$*`>][ \t*]{0,3}\Z")
 _ANSWER_END = re.compile(r"[0-9.!?)}\]$*>%]\Z")
 _REACH = 60
-_NUMBER = r"[ \t]?#?(?P<number>[0-9]{1,4}|(?i:one|two|three|four|five|six|seven|eight|nine|ten)\b)?"
+_NUMBER = (
+    r"[ \t]?(?:(?i:no\.?|number)[ \t])?#?"
+    r"(?P<number>[0-9]{1,4}|(?i:one|two|three|four|five|six|seven|eight|nine|ten)\b)?"
+)
 _COLON = re.compile(rf"{_NUMBER}[ \t*_]{{0,4}}(?:[:\uff1a\]]|\.(?!\w))")
 _SPOKEN = re.compile(rf"{_NUMBER}[ \t*_]{{0,4}}[:\uff1a>\]]")
 _ALONE = re.compile(rf"{_NUMBER}[ \t*_:#>\]]{{0,6}}(?:\([^()\n]{{0,40}}\)[ \t*_:]{{0,4}})?(?=\r?\n|\Z)")
@@ -139,5 +143,6 @@ def _turn_at(text: str, position: int, cue: str) -> int | None:
         return position if speaks and _SPOKEN.match(text, after) else None
     if cue == "Question" and text.startswith((":", "\uff1a"), after):
         return position
-    numbered = line and alone and (alone["number"] or line["heading"])
+    plain = cue in ("Question", "Problem")
+    numbered = line and alone and (alone["number"] or line["heading"] or line["another"] or plain)
     return position if numbered or (line and (_COLON.match(text, after) or _LISTED.match(text, after))) else None

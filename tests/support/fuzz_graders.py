@@ -78,7 +78,8 @@ def _check_countdown(
         tree = ast.parse(f"({' '.join(expression.translate(_ASCII).split())})", mode="eval").body
         used, given = Counter(_leaves(tree)), Counter(int(Fraction(str(number))) for number in numbers)
         assert used == given if use_all else not used - given
-        assert abs(_value(tree) - Fraction(str(target).strip())) <= countdown.TOLERANCE
+        goal = Fraction(str(target).strip())
+        assert abs(_value(tree) - goal) <= countdown.tolerance(goal)
 
 
 def _leaves(node: ast.expr) -> Iterator[int]:
