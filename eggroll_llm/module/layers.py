@@ -11,6 +11,7 @@ from collections.abc import Collection, Mapping
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from eggroll_llm.errors import ModelError
 from eggroll_llm.es.masters import SERVED_DTYPES
@@ -60,7 +61,7 @@ def _check_parameters(module: nn.Module, known: set[str]) -> None:
         raise ModelError(f"{type(module).__name__} has no parameters to perturb: all are frozen, or there are none")
     names_at = defaultdict(list)
     for name, parameter in parameters.items():
-        if not isinstance(parameter, nn.parameter.UninitializedParameter):
+        if not isinstance(parameter, UninitializedParameter):
             names_at[parameter.data_ptr()].append(name)
     for names in names_at.values():
         if len(names) > 1 and trained.keys() & names:
@@ -85,7 +86,7 @@ def rest_of(module: nn.Module, trained: Collection[str]) -> list[str]:
     """Return what identifies the bits of frozen parameters and buffers: a hash, or nothing where there are none."""
     digest, names = hashlib.sha256(), []
     for name, tensor in (*module.named_parameters(), *module.named_buffers()):
-        if name not in trained and not isinstance(tensor, nn.parameter.UninitializedTensorMixin):
+        if name not in trained and not isinstance(tensor, UninitializedBuffer | UninitializedParameter):
             names.append(name)
             digest.update(f"{name} {tensor.dtype} {[*tensor.shape]}\n".encode())
             digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())

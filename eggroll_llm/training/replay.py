@@ -57,10 +57,10 @@ def replay(
         on_step(entry.step, step)
     served = {name: masters.served(name).to("cpu", copy=True) for name in weights}
     checksum = masters.checksum()
-    later = iter(() if checked else journal.entries[step:])
-    while not checked and (entry := next(later, None)):  # updates of a few more steps, to have compared once
+    for entry in () if checked else journal.entries[step:]:  # updates of a few more steps, to have compared once
         check_weights(journal_path, entry, masters.checksum)
-        checked = bool(entry.checksum)
+        if entry.checksum:
+            break
         masters.apply(recorded_update(config, entry), served_factors_of)
     export_model(base_dir, directory, served, dtype)
     return checksum

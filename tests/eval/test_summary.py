@@ -136,7 +136,7 @@ def test_what_limits_the_figures_is_said() -> None:
     assert table(summary).splitlines()[-3:] == [
         "score() failed on 1 completions, which count as wrong",
         "1 rewards were not finite and are left out of the mean reward",
-        "optimistic: this step was chosen as the best of its run on the first 3 of these problems",
+        "optimistic: this step was chosen as the best of its run on the first 2 of these problems",
     ]
 
 

@@ -272,7 +272,6 @@ OPENED = (
     "[THINK]",
 )
 MENTIONED = (
-    "",
     "Reason between <think> and </think>.\nAnswer:",
     "Reason in <think> tags.\nAnswer:",
     "<|im_start|>user\nBegin with:\n<think><|im_end|>\n<|im_start|>assistant\n",
