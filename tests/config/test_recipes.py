@@ -20,9 +20,9 @@ FOLDER = Path(__file__).parents[2] / "recipes"
 RECIPES = sorted(FOLDER.glob("*.toml"))
 GRPO = [path for path in RECIPES if path.stem.endswith("_grpo")]
 QWEN = [path for path in RECIPES if "qwen" in path.stem and "coder" not in path.stem]
-MEASURED = "gsm8k_qwen2.5_coder_0.5b"
+MEASURED = ("gsm8k_qwen2.5_coder_0.5b", "gsm8k_qwen2.5_coder_0.5b_grpo")
 NOT_MEASURED = [
-    *(path.stem for path in RECIPES if "qwen" in path.stem and path.stem != MEASURED),
+    *(path.stem for path in RECIPES if "qwen" in path.stem and path.stem not in MEASURED),
     "addition_smollm2_rewards",
 ]
 MOST_SLOTS = 64  # what engine.slots = 0 resolves to at most
