@@ -24,6 +24,7 @@ from eggroll_llm.es.masters import MasterWeights
 from eggroll_llm.es.noise import NoiseSpec, served_factors
 from eggroll_llm.es.settings import EsSettings
 from eggroll_llm.records.journal import read_journal
+from eggroll_llm.system.jsonl import last_step
 from eggroll_llm.tasks.prompts import ProblemSet
 from eggroll_llm.tasks.task import Score
 from eggroll_llm.training import session
@@ -300,6 +301,11 @@ def problem_set(task: Any, split: str) -> ProblemSet:
         example="what is near?",
         kinds=[task.kind(problem) for problem in problems],
     )
+
+
+def steps_left(run: Path) -> tuple[int, ...]:
+    """The lengths to train to one after the other, 2 and 4, but not below what the run has: that is refused."""
+    return (2, 4) if (last_step(run / "metrics.jsonl") or 0) <= 2 else (4,)
 
 
 def rows(path: Path, file: str = "metrics.jsonl") -> list[dict[str, Any]]:

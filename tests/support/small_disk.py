@@ -15,22 +15,19 @@ import sys
 from pathlib import Path
 
 import pytest
-from fake_engine import Bench, same_run
+from fake_engine import Bench, same_run, steps_left
 from safetensors.torch import load_file
 
 from eggroll_llm.config.schema import CheckpointConfig
 from eggroll_llm.errors import UserError
 from eggroll_llm.records.checkpoint import verify_checkpoint
-from eggroll_llm.system.jsonl import last_step
 
 PAGE = 4096
 
 
 def train(folder: Path, name: str) -> None:
     """Two updates and then two more, so that a second final/ takes the place of the first."""
-    metrics = folder / name / "metrics.jsonl"
-    done = (last_step(metrics) or 0) if metrics.exists() else 0
-    for steps in (2, 4) if done <= 2 else (4,):
+    for steps in steps_left(folder / name):
         bench = Bench(folder, pytest.MonkeyPatch())
         bench.train(name, "resume", steps=steps, checkpoint=CheckpointConfig(every=1, keep=4))
 

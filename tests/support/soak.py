@@ -123,12 +123,12 @@ def soak(run: Run, folder: Path, check: Callable[[Path, Path], None], changes: I
 
 def soak_es(folder: Path) -> None:
     """Two updates and then two more, so that a second final/ takes the place of the first."""
-    from fake_engine import Bench, same_run
+    from fake_engine import Bench, same_run, steps_left
 
     bench = Bench(folder, pytest.MonkeyPatch())
 
     def run(name: str) -> None:
-        for steps in (2, 4):
+        for steps in steps_left(folder / name):
             bench.train(name, "resume", steps=steps, checkpoint=CheckpointConfig(every=1, keep=1))
 
     run("first")  # which imports what is imported late
