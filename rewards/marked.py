@@ -8,12 +8,11 @@ closed is no answer. What follows the first next turn (`turns`) that comes after
 """
 
 import re
-from collections import deque
 from collections.abc import Callable
 
 from rewards.markers import BOX, closing_brace
 from rewards.plain_number import RefusedError
-from rewards.turns import next_turns
+from rewards.turns import last_match, next_turns
 
 LONGEST = 1000
 """Characters of an answer; a longer one is none."""
@@ -53,7 +52,7 @@ def _marked(text: str, *, truncated: bool = False) -> str:
 
 def _span(text: str) -> tuple[int, int]:
     """Return where the answer begins and ends."""
-    prose, box = _last(_PROSE, text), _last(BOX, text)
+    prose, box = last_match(_PROSE, text), last_match(BOX, text)
     tag, hashes = text.rfind("<answer>"), text.rfind("####")
     starts = [-1 if found is None else found.start() for found in (prose, box)]
     start = max(*starts, tag, hashes)
@@ -72,7 +71,3 @@ def _span(text: str) -> tuple[int, int]:
     if end < 0:
         raise RefusedError("unclosed")
     return begin, end
-
-
-def _last(pattern: re.Pattern[str], text: str) -> re.Match[str] | None:
-    return next(iter(deque(pattern.finditer(text), maxlen=1)), None)

@@ -11,11 +11,10 @@ and is not read.
 """
 
 import re
-from collections import deque
 from dataclasses import dataclass
 
 from rewards.plain_number import MAX_TEXT, RefusedError, read_number
-from rewards.turns import next_turns
+from rewards.turns import last_match, next_turns
 
 MAX_MARKERS = 256
 """Markers looked at, from the last; more without a number are an attack on the clock."""
@@ -159,8 +158,8 @@ def _enclosed(text: str, start: int, begin: int, close: int, after: int, end: in
     if _is_alternative(earlier) or _DENIED.search(earlier):
         raise RefusedError("hedged")
     if continued := _CONTINUED.match(text, after, min(after + 64, end)):
-        other = text[continued.end() : end].partition("\n")[0] if continued["another"] else ""
-        if len(other) > MAX_TEXT or _number(other) != _number(content):
+        other = text[continued.end() : end].partition("\n")[0]
+        if not continued["another"] or len(other) > MAX_TEXT or _number(other) != _number(content):
             raise RefusedError("hedged")
     if listed is not None and _number(listed) != _number(content):
         raise RefusedError("hedged")
@@ -181,11 +180,9 @@ def _listed_before(text: str, start: int) -> str | None:
         return content[2] if content[1] else None
     if not _BETWEEN_BOXES.search(earlier):
         return None
-    for opening in deque(BOX.finditer(earlier), maxlen=1):
-        close = closing_brace(earlier, opening.end(), len(earlier))
-        if close == earlier.rfind("}"):
-            return earlier[opening.end() : close]
-    return None
+    opening = last_match(BOX, earlier)
+    close = closing_brace(earlier, opening.end(), len(earlier)) if opening else -1
+    return earlier[opening.end() : close] if opening and close == earlier.rfind("}") else None
 
 
 def _number(text: str) -> str | None:

@@ -104,12 +104,16 @@ def ends_in_thought(prompt: str) -> bool:
 
     The tag must stand where a line or a turn begins: one in the middle of a sentence is only mentioned.
     """
-    tags = deque(THOUGHT.finditer(prompt), maxlen=1)
-    if not tags or any(tags[0].groups()):
+    last = last_match(THOUGHT, prompt)
+    if last is None or any(last.groups()):
         return False
-    last = tags[0]
     before = prompt[max(0, last.start() - _REACH) : last.start()].rstrip(" \t")
     return (not before or before[-1] in "\n:>]") and not next_turns(prompt[last.end() :])
+
+
+def last_match(pattern: re.Pattern[str], text: str) -> re.Match[str] | None:
+    """Return the last match of a pattern in a text."""
+    return next(iter(deque(pattern.finditer(text), maxlen=1)), None)
 
 
 def next_turns(text: str, start: int = 0) -> list[int]:

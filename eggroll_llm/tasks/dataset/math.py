@@ -11,7 +11,7 @@ from typing import Any
 
 from rewards import Score
 from rewards.markers import BOX, closing_brace
-from rewards.turns import next_turns, visible
+from rewards.turns import last_match, next_turns, visible
 
 DETAILS = ("correct", "wrong", "no_math", "truncated", "bad_gold")
 """Vocabulary of `Score.detail`."""
@@ -58,7 +58,7 @@ def _answered(text: str, *, truncated: bool) -> str | None:
         return text[:turn]
     if not truncated:
         return text
-    box = max(BOX.finditer(text), key=lambda found: found.start(), default=None)
+    box = last_match(BOX, text)
     end = -1 if box is None or "\\boxed" in text[box.end() :] else closing_brace(text, box.end(), len(text))
     return text[: end + 1] if end >= 0 else None
 
