@@ -30,10 +30,9 @@ def check_steps_left(steps: int, run: RunDir) -> None:
     """Raise ConfigError when the run has done more than `steps` already: its weights would be called those of fewer."""
     done = run.last_logged_step() or 0
     if 0 < steps < done:
-        raise ConfigError(
-            f"steps = {steps}: {run.path} has done {done} steps. Set steps to {done} or more; the model of an earlier "
-            f"step is rebuilt by: {command('replay', run.path, '--step', steps, '--out', 'DIR')}"
-        )
+        again = command("replay", run.path, "--step", steps, "--out", "DIR")
+        earlier = f"; the model of an earlier step is rebuilt by: {again}" if run.has_updates_in_journal() else ""
+        raise ConfigError(f"steps = {steps}: {run.path} has done {done} steps. Set steps to {done} or more{earlier}")
 
 
 def by_journal(run: RunDir, journal: Journal, display: Display) -> int:
