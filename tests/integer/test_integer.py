@@ -1,5 +1,8 @@
 """The integer model: compiled equals defined, no floating point in it, replay, learning, and memory of a generation."""
 
+import ctypes
+import platform
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,6 +20,7 @@ from eggroll_llm.integer import model, native, pretrain, update
 from eggroll_llm.integer.pretrain import Pretraining, Settings
 from eggroll_llm.integer.text import load_text, unigram_bits
 from eggroll_llm.kernels import build
+from eggroll_llm.system.hardware import cxx_compiler
 
 needs_library = pytest.mark.skipif(build.library() is None, reason="needs a C++ compiler")
 GENERATOR = torch.Generator().manual_seed(1)
@@ -45,12 +49,27 @@ def random_int8(*shape: int) -> Tensor:
     return torch.randint(-127, 128, shape, generator=GENERATOR).to(torch.int8)
 
 
-@needs_library
+@pytest.fixture(scope="module", params=["native", "-mno-avx512f", "-mno-avx2"])
+def compiled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
+    """The functions as compiled for this processor, and for lesser ones: with AVX2 at most, and without."""
+    if build.library() is None:
+        pytest.skip("needs a C++ compiler")
+    if request.param == "native":
+        return native.functions()
+    if platform.machine() != "x86_64":
+        pytest.skip("a flag of x86-64")
+    library, source = tmp_path_factory.mktemp("lesser") / "integer.so", build.HERE / "integer.cpp"
+    compiler = cxx_compiler()
+    assert compiler
+    subprocess.run([compiler, *build.FLAGS, request.param, "-shared", source, "-o", library], check=True)
+    return native.bind(ctypes.CDLL(str(library)))
+
+
 @pytest.mark.parametrize("members", [1, 2, 7, 12])
 @pytest.mark.parametrize("noisy", [True, False])
-def test_compiled_and_torch_have_the_same_bits(members: int, noisy: bool) -> None:
+def test_compiled_and_torch_have_the_same_bits(members: int, noisy: bool, compiled: tuple[Any, Any]) -> None:
     weights, text_MT, state_MD, rows_KV, coefficient_K = case(members)
-    forward, add_pairs = native.functions()
+    forward, add_pairs = compiled
     states = state_MD.clone(), state_MD.clone()
     noise = rows_KV if noisy else None
     assert torch.equal(
