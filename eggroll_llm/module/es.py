@@ -85,7 +85,10 @@ class ES:
             for attribute, name in layer.trained.items()
         }
         matrices = {layer.trained.get("weight") for layer in self._layers if type(layer.module) in MATRICES}
-        low_rank = set() if rank is None else matrices  # in full rank, a weight is a vector to the method
+        low_rank = set() if rank is None else matrices  # in full rank, a matrix is a vector to the method
+        self._full_rank = {
+            name: parameter.shape for name, parameter in self._parameters.items() if name in matrices - low_rank
+        }
         weights = {
             name: parameter.detach() if name in low_rank else parameter.detach().flatten()
             for name, parameter in self._parameters.items()
@@ -179,9 +182,12 @@ class ES:
         if name not in self._parameters:
             raise PopulationError(f"parameter {name!r}: is none of those trained, {', '.join(self._parameters)}")
         found = self._of(self._checked_members(self.members() if members is None else members))
-        if name in found.whole:
-            A_MOR = found.whole[name].flatten(1)[found.slot_N, :, None]
-            return A_MOR, torch.ones_like(A_MOR[:, :1])
+        if name not in found.factors:
+            if name in found.matrices:
+                E_MO = found.matrices[name].flatten(1)[found.pair_N] * found.sign_N[:, None]
+            else:
+                E_MO = found.vectors[name][found.slot_N]
+            return E_MO[:, :, None], torch.ones_like(E_MO[:, :1, None])
         A_SV, B_SCRI = found.factors[name]
         return A_SV.unflatten(1, (self._layout.rank, -1)).mT[found.slot_N], B_SCRI[found.slot_N, 0].mT
 
@@ -261,7 +267,7 @@ class ES:
             members_N,
             self._plan().noise,
             self._layout,
-            {name: parameter.shape for name, parameter in self._parameters.items()},
+            self._full_rank,
             antithetic=self._settings.antithetic,
             dtype=self._dtype,
             device=self._device,

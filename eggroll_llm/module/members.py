@@ -6,10 +6,10 @@
 
 s being the slot of the row's member, A_s with its sign and sigma / sqrt(r), and vectors w', b' the sums of the columns
 of their A. The term of a linear layer is computed by the kernel that the LLM engine uses. In full rank, E is a vector
-of as many values as W has, and y_n = W x_n + E_s x_n.
+of as many values as W has, kept once for both twins, and y_n = W x_n + E_k (+-x_n).
 
-Shapes: N row of a batch, T token (row times whatever lies between it and the features), S slot, R rank, O out
-features, I in features, V value of a row of factors.
+Shapes: N row of a batch, T token (row times whatever lies between it and the features), S slot, K antithetic pair
+(member when not antithetic), R rank, O out features, I in features, V value of a row of factors.
 """
 
 import math
@@ -47,38 +47,42 @@ class Members:
         members_N: Tensor,
         noise: NoiseSpec,
         layout: RowLayout,
-        sizes: Mapping[str, torch.Size],
+        full_rank: Mapping[str, torch.Size],
         *,
         antithetic: bool,
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        """Make the noise of the member of each row, int64 on the CPU. `sizes` are those of the parameters, by name."""
+        """Make the noise of the member of each row, int64 on the CPU. `full_rank` has the sizes of such matrices."""
         members_S, slot_N = torch.unique(members_N, return_inverse=True)
         pairs_K, row_S = torch.unique(members_S // 2 if antithetic else members_S, return_inverse=True)
-        rows_SV = served_rows(noise, pairs_K, layout, dtype, device)[row_S.to(device)]
-        if antithetic:
-            sign_S = 1 - 2 * (members_S % 2).to(device, dtype)
-            rows_SV[:, : layout.a_width] *= sign_S[:, None]
-        self.slots, self.slot_N = len(members_S), slot_N.to(device, torch.int32)
+        rows_KV, row_S = served_rows(noise, pairs_K, layout, dtype, device), row_S.to(device)
+        sign_S = (1 - 2 * (members_S % 2 if antithetic else torch.zeros_like(members_S))).to(device, dtype)
+        self.pairs, self.slot_N = len(pairs_K), slot_N.to(device, torch.int32)
+        self.pair_N, self.sign_N = row_S[self.slot_N], sign_S[self.slot_N]
         self.factors: dict[str, tuple[Tensor, Tensor]] = {}
         """A [S, R * O] and B [S, 1, R, I] of matrices in low rank, as `add_term` takes them."""
-        self.whole: dict[str, Tensor] = {}
-        """Perturbations [S, *size] of vectors, and of matrices in full rank."""
+        self.vectors: dict[str, Tensor] = {}
+        """Perturbations [S, O]."""
+        self.matrices: dict[str, Tensor] = {}
+        """Perturbations [K, O, I] in full rank, without the sign of a member."""
         starts = layout.starts()
         for name, out, inside in layout.shapes:
             at_A, at_B = starts[name]
-            A_SV = rows_SV[:, at_A : at_A + layout.rank * out]
+            A_KV = rows_KV[:, at_A : at_A + layout.rank * out]
+            if name in full_rank:
+                self.matrices[name] = A_KV.unflatten(1, full_rank[name])
+                continue
+            A_SV = A_KV[row_S] * sign_S[:, None]
             if inside:
-                B_SV = rows_SV[:, at_B : at_B + layout.rank * inside]
+                B_SV = rows_KV[:, at_B : at_B + layout.rank * inside][row_S]
                 self.factors[name] = A_SV, B_SV.unflatten(1, (1, layout.rank, inside))
             else:
-                E_SO = A_SV if layout.rank == 1 else A_SV.unflatten(1, (layout.rank, out)).sum(1)
-                self.whole[name] = E_SO.unflatten(1, sizes[name])
+                self.vectors[name] = A_SV.unflatten(1, (layout.rank, out)).sum(1)
         self.called: set[str] = set()
         """Layers that have computed."""
         self._slots_of_tokens: dict[int, Tensor] = {}
-        self._vectors: dict[str, Tensor] = {}
+        self._moved: dict[str, Tensor] = {}
 
     def tokens(self, layer: Layer, x: Tensor, features: int) -> int:
         """Return how many tokens each row of a layer's input has, whose last `features` dimensions are features.
@@ -102,10 +106,10 @@ class Members:
 
     @cached_property
     def in_order(self) -> bool:
-        """Whether the rows of each slot lie next to each other, equally many, in the order of the slots."""
-        each, rest = divmod(len(self.slot_N), self.slots)
-        ordered = torch.arange(self.slots, device=self.slot_N.device).repeat_interleave(each)
-        return not rest and bool((self.slot_N == ordered).all())
+        """Whether the rows of each pair lie next to each other, equally many, in the order of the pairs."""
+        each, rest = divmod(len(self.pair_N), self.pairs)
+        ordered = torch.arange(self.pairs, device=self.pair_N.device).repeat_interleave(each)
+        return not rest and bool((self.pair_N == ordered).all())
 
     def vector(self, layer: Layer, attribute: str, like: Tensor) -> Tensor | None:
         """Return a weight or bias of a layer that is a vector, for each row where it is trained; None for none.
@@ -117,9 +121,9 @@ class Members:
         name = layer.trained.get(attribute)
         if plain is None or name is None:
             return plain
-        if name not in self._vectors:
-            self._vectors[name] = (_wide(plain) + _wide(self.whole[name]))[self.slot_N]
-        own = self._vectors[name]
+        if name not in self._moved:
+            self._moved[name] = (_wide(plain) + _wide(self.vectors[name]).view(-1, *plain.shape))[self.slot_N]
+        own = self._moved[name]
         return own.view(len(own), *[1] * (like.ndim - own.ndim), *own.shape[1:])
 
 
@@ -133,21 +137,24 @@ def _linear(layer: Layer, members: Members, x: Tensor) -> Tensor:
         x_TI, y_TO = x.reshape(-1, x.shape[-1]).contiguous(), y.view(-1, y.shape[-1])
         add_term(y_TO, x_TI, A_SV, B_SCRI, members.slots_of_tokens(tokens), (y.shape[-1],))
     elif name:
-        E_SOI = members.whole[name]
-        E = E_SOI if members.in_order else E_SOI[members.slot_N]  # all rows of a slot in one product, where they can be
-        y.view(len(E), -1, y.shape[-1]).baddbmm_(x.reshape(len(E), -1, x.shape[-1]), E.mT)
+        E_KOI = members.matrices[name]
+        E = E_KOI if members.in_order else E_KOI[members.pair_N]  # all rows of a pair in one product, where they can be
+        signed = x * members.sign_N.view(-1, *[1] * (x.ndim - 1))
+        y.view(len(E), -1, y.shape[-1]).baddbmm_(signed.reshape(len(E), -1, x.shape[-1]), E.mT)
     bias = members.vector(layer, "bias", y)
     return y if bias is None else y.add_(bias)
 
 
 def _embedding(layer: Layer, members: Members, x: Tensor) -> Tensor:
     module: Any = layer.module
-    slot_T = members.slots_of_tokens(members.tokens(layer, x, 0))
+    tokens = members.tokens(layer, x, 0)
     y, name = F.embedding(x, module.weight), layer.trained["weight"]
-    if name in members.whole:
-        return y.add_(members.whole[name][slot_T, x.flatten()].view(y.shape))
+    if name in members.matrices:
+        E_TI = members.matrices[name][members.pair_N.repeat_interleave(tokens), x.flatten()]
+        return y.add_((E_TI * members.sign_N.repeat_interleave(tokens)[:, None]).view(y.shape))
     A_SV, B_SCRI = members.factors[name]
     rank = B_SCRI.shape[2]
+    slot_T = members.slots_of_tokens(tokens)
     h_NTR = A_SV.unflatten(1, (rank, -1))[slot_T, :, x.flatten()].view(len(x), -1, rank)
     y.view(len(x), -1, y.shape[-1]).baddbmm_(h_NTR, B_SCRI[members.slot_N, 0])
     return y
