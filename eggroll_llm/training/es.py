@@ -70,17 +70,6 @@ class Judged:
     """What the row of the step says of sampling and rewards."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class StepOutcome:
-    """The outcome of a step."""
-
-    plan: StepPlan
-    judged: Judged
-    update: UpdateTimes
-    step_time: float
-    """Seconds."""
-
-
 class EsTrainer:
     """Trains until a limit of the configuration is reached."""
 
@@ -140,14 +129,10 @@ class EsTrainer:
             self._order.saw(indices_P, fitness.tied)
         times = self._apply(update)
 
-        metrics = {"problems/skipped": self._order.skipped} if self._order else {}
-        outcome = StepOutcome(
-            plan=plan,
-            judged=judged,
-            update=times,
-            step_time=time.perf_counter() - start,
-        )
-        evaluation = harness.end_step(metrics_of(outcome) | metrics, judged.rollouts, indices_P, tied=fitness.all_tied)
+        metrics = metrics_of(plan, judged, times) | {"time/step": time.perf_counter() - start}
+        if self._order:
+            metrics |= {"problems/skipped": self._order.skipped}
+        evaluation = harness.end_step(metrics, judged.rollouts, indices_P, tied=fitness.all_tied)
         if self.recorder.checkpoint_due(plan.step):
             self.save()
         return evaluation
@@ -295,9 +280,8 @@ class EsTrainer:
         return times
 
 
-def metrics_of(outcome: StepOutcome) -> Metrics:
-    """Return the row of metrics of a step."""
-    plan, judged, update = outcome.plan, outcome.judged, outcome.update
+def metrics_of(plan: StepPlan, judged: Judged, update: UpdateTimes) -> Metrics:
+    """Return the row of metrics of a step, its whole time excepted."""
     return {
         **judged.metrics,
         "fitness/std": float(judged.fitness.fitness_M.std(correction=0)),
@@ -305,7 +289,6 @@ def metrics_of(outcome: StepOutcome) -> Metrics:
         "prompts/tied": len(judged.fitness.tied),
         "time/update": update.update,
         "time/serve": update.serve,
-        "time/step": outcome.step_time,
         "update/rms": update.report.rms,
         "update/changed": update.report.changed,
         "weights/rms": update.report.weights_rms,
