@@ -213,6 +213,10 @@ def _unfinished(run: Run) -> str:
     )
 
 
+_GRADING = {"grader": "robust", "use_all": True, "rewards": []}
+"""Task options that decide what counts as right, with their defaults."""
+
+
 def _obstacles(runs: Sequence[Run], answers: _Answers) -> list[str]:
     """Return the differences between runs that make their accuracies incomparable."""
     known = all(run.base_model for run in runs)
@@ -222,6 +226,8 @@ def _obstacles(runs: Sequence[Run], answers: _Answers) -> list[str]:
         "eval.split": {run.config.eval.split for run in runs},
         "eval.max_tokens": {run.config.eval.max_tokens or run.config.sampling.max_tokens for run in runs},
     }
+    for option, default in _GRADING.items():
+        kinds[f"task_options.{option}"] = {repr(run.config.task_options.get(option, default)) for run in runs}
     evaluated: list[frozenset[Any]] = []
     for run in runs:
         with contextlib.suppress(RunDirError, SamplesError):  # said where they are missed in a test

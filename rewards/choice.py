@@ -11,15 +11,15 @@ Reward: 1 if it is the gold letter, else 0.
 
 import re
 
-from rewards.marked import marked
+from rewards.marked import marked, unstyled
 from rewards.plain_number import RefusedError
 from rewards.score import Score
 from rewards.turns import visible
 
 DETAILS = ("correct", "wrong", "no_letter", "several", "no_answer", "unclosed", "too_long", "truncated", "bad_gold")
 """Vocabulary of `Score.detail`."""
-_LETTER = re.compile(r"(?:\\text\{)?[\s*_`\"'(\[$]*([A-Za-z])(?:[\s*_`\"')\]$}]*[.]?[\s*_`]*\Z|[*_`\"'$]{0,2}[).\]:,])")
-_FIRST = re.compile(r"(?:\\text\{)?[\s*_`\"'(\[$]*[A-Za-z]")
+_LETTER = re.compile(r"[\s*_`\"'(\[$]*([A-Za-z])(?:[\s*_`\"')\]$}]*[.]?[\s*_`]*\Z|[*_`\"'$]{0,2}[).\]:,])")
+_FIRST = re.compile(r"[\s*_`\"'(\[$]*[A-Za-z]")
 _OPENING = r"[\s*_`\"'(\[]*[A-Za-z]"
 _NEXT = re.compile(rf"[\s*_`\"')\]}}$.:]*(?:\b(?:or|and)\b|[/&,]){_OPENING}(?:[).\]:,*]|\s*\Z)")
 """Another letter directly behind the first."""
@@ -49,6 +49,7 @@ def read_answer(completion: str, *, truncated: bool = False, thought_open: bool 
 
 
 def _letter(text: str) -> str:
+    text = unstyled(text)
     first = _FIRST.match(text)
     if first and _NEXT.match(text, first.end()):
         raise RefusedError("several")

@@ -126,8 +126,11 @@ def read_answer(
 def _in_tag(text: str) -> str:
     closed = text.find("</answer>", max(0, text.find("<answer>")))
     end = next(iter(next_turns(text, closed)), len(text)) if closed >= 0 else 0
-    opening = text.rfind("<answer>", 0, max(0, text.rfind("</answer>", 0, end)))
-    return text[opening + len("<answer>") : text.find("</answer>", opening)].strip() if opening >= 0 else ""
+    while (opening := text.rfind("<answer>", 0, max(0, text.rfind("</answer>", 0, end)))) >= 0:
+        if answer := text[opening + len("<answer>") : text.find("</answer>", opening)].strip():
+            return answer
+        end = opening  # "in <answer></answer> tags"
+    return ""
 
 
 def _first_line(text: str) -> str:

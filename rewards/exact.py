@@ -1,13 +1,14 @@
 r"""Exact match: the text that a completion gives as its answer is the gold text.
 
 The answer is what the last marker holds, else the whole text outside thoughts (`marked`). Before both are compared,
-case is folded, runs of white space become one space, and LaTeX dollar signs, quotation marks, asterisks and backticks
-around the whole are taken away, and so is one full stop at its end. Nothing else: "1,000" is not "1000".
+case is folded, runs of white space become one space, \text{...} and its like become what they hold, and LaTeX dollar
+signs, quotation marks, asterisks and backticks around the whole are taken away, and so is one full stop at its end.
+Nothing else: "1,000" is not "1000".
 
 Reward: 1 if equal, else 0.
 """
 
-from rewards.marked import marked
+from rewards.marked import marked, unstyled
 from rewards.plain_number import RefusedError
 from rewards.score import Score
 from rewards.turns import visible
@@ -40,7 +41,7 @@ def read_answer(completion: str, *, truncated: bool = False, thought_open: bool 
 
 def normalise(text: str) -> str:
     """Return the form in which answers are compared."""
-    folded = " ".join(text.casefold().split()).strip(_AROUND)
+    folded = " ".join(unstyled(text).casefold().split()).strip(_AROUND)
     return folded.removesuffix(".").strip(_AROUND)
 
 

@@ -2,8 +2,9 @@ r"""The answer of a completion where it may be any text: what the last marker ho
 
     \boxed{Paris}    \fbox{Paris}    <answer>Paris</answer>    #### Paris    Answer: Paris    The answer is Paris.
 
-A marker of the last two kinds reaches to the end of its line, or of the box or tag around it. A box or tag that is not
-closed is no answer. What follows the first next turn (`turns`) that comes after an answer is not read.
+A marker of the last two kinds reaches to the end of its line, or of the next one with text where that is blank, or of
+the box or tag around it. A box or tag that is not closed is no answer. What follows the first next turn (`turns`) that
+comes after an answer is not read.
 (`markers` is for answers that are numbers, and therefore can tell a heading or a remark from an answer.)
 """
 
@@ -17,7 +18,17 @@ from rewards.turns import last_match, next_turns
 LONGEST = 1000
 """Characters of an answer; a longer one is none."""
 
+_NEXT_LINE = re.compile(r"(?:[ \t*_]*\n)*")
+"""What is passed over behind "Answer:" or ####, up to the next line that says something."""
 _PROSE = re.compile(r"(?i)\banswer(?:\s{0,3}[*_]{0,2}[:=]|\s{1,3}is\b[ \t]{0,3}:?)[*_]{0,2}")
+
+
+_STYLED = re.compile(r"\\(?:text|math)(?:bf|rm|it|sf|tt)?\s?\{([^{}]*)\}")
+
+
+def unstyled(text: str) -> str:
+    """Return the text with LaTeX's \\text{...}, \\mathbf{...} and their like replaced by what they hold."""
+    return _STYLED.sub(r"\1", text)
 
 
 def marked(text: str, read: Callable[[str], str], *, truncated: bool = False) -> str:
@@ -66,6 +77,8 @@ def _span(text: str) -> tuple[int, int]:
         end = text.find("</answer>", begin)
     else:
         begin = prose.end() if prose is not None and start == prose.start() else hashes + len("####")
+        if blank := _NEXT_LINE.match(text, begin):
+            begin = blank.end()
         ends = (text.find("\n", begin), text.find("</answer>", begin), brace)
         return begin, min((end for end in ends if end >= begin), default=len(text))
     if end < 0:

@@ -32,7 +32,12 @@ _REMARK = re.compile(
 )
 _ANSWER_HEADING = re.compile(r"(?i)[\W_]*(?:(?:the|final)\s+){0,2}(?:answer)?[\W_]*")
 # Four hashes are also a Markdown heading: "#### 2. Multiply". "#### 18. She sold all." ends like a sentence.
-_HEADING = re.compile(r"(?i)[\s*]*(?:(?:step|part|phase|question|problem)\s[0-9]|[0-9]{1,3}[.)]\s+[a-z].*[^.!?\s]\s*$)")
+_HEADING = re.compile(
+    r"(?i)[\s*]*(?:(?:step|part|phase|question|problem)\s[0-9]|(?:note|explanation|reasoning)\b"
+    r"|[0-9]{1,3}[.)]\s+[a-z].*[^.!?\s]\s*$)"
+)
+_HEADED = re.compile(r"(?i)#{1,6}\s{1,3}[*_]{0,3}(?:(?:the|my|your|final)\s){0,2}")
+_BLANK_REST = re.compile(r"[*_]{0,3}[ \t]{0,3}(?=\n)")
 _EXCLAMATION = re.compile(r"(?<=[0-9])!(?=\s|$)")
 _NUMBER_FIRST = re.compile(r"[^A-Za-z0-9]*[0-9]")
 _SENTENCE_END = re.compile(r"[0-9%)*$}][.;!]\s")
@@ -56,7 +61,7 @@ _CHANGED = re.compile(
 )
 _OR = r"\bor\b(?:\s(?:maybe|perhaps|possibly|even|else))?"
 _ALTERNATIVE = re.compile(
-    r"(?i)[0-9][^0-9\n]{0,20}\b(?:and\b[\s$*\\(\[{]*"
+    r"(?i)[0-9][^0-9\n]{0,20}\b(?:and\b[\s$*\\(\[{}]*"
     rf"|{_OR}(?:{_LATEX}|[a-z]\s?=|[\s$*\\(\[{{}}#])*+)$"
     rf"|(?:[0-9}}]|</answer>)(?:\\[)\]]|[\s$*.,;])*{_OR}(?:\\[(\[]|[\s$*])*\Z"
 )
@@ -66,7 +71,7 @@ _LISTED = re.compile(rf"\n{_BULLET.pattern}")
 _NEXT_BULLET = re.compile(rf"[^\n]*\n\s*{_BULLET.pattern}")
 _MATH = re.compile(r"\s*(?:\$\$|\\\[)\s*")
 # Between two boxes, or two tags, that offer one number each: then the last is no correction of the first.
-_BETWEEN_BOXES = re.compile(r"\}[\s$,/]*\Z")
+_BETWEEN_BOXES = re.compile(rf"\}}(?:{_LATEX}|\\\\|[\s$,;/])*\Z")
 _BETWEEN_TAGS = re.compile(r"</answer>\s*[,/][\s,/]*\Z")
 
 
@@ -200,6 +205,9 @@ def _line_marker(text: str, literal: str, start: int, end: int) -> int | None:
     if start == 0 or text[start - 1] not in "aA" or text[start - 2 : start - 1].isalpha():
         return None
     phrase = _PROSE.match(text, start + len(literal), end)
+    line = text.rfind("\n", 0, start) + 1
+    if _HEADED.fullmatch(text, line, start - 1) and (rest := _BLANK_REST.match(text, start + len(literal), end)):
+        return rest.end()
     return phrase.end() if phrase and not _REMARK.match(text, phrase.end(), end) else None
 
 

@@ -111,9 +111,10 @@ _SCALE_WORD = re.compile(
     + r"|\band[\s-]+(?:an?|one|two|three)[\s-]+(?:half|third|quarter|fourth|fifth|eighth|tenth)"
 )
 _SCALE_LETTER = re.compile(
-    r"\s?(?:[kKB]|M(?!&)|T(?!-[A-Za-z]|\s[Ss]hirt)|MM|[bt]n|ml?n|trn|[bm]il|thou|grand|k(?:USD|EUR|GBP))\b(?!\.\s?[A-Za-z])"
+    r"\s*(?:[kKB]|M(?!&)|T(?!-[A-Za-z]|\s[Ss]hirt)|MM|[bBtT][nN]|[mM][lL]?[nN]|trn|[bm]il|thou|grand|k(?:USD|EUR|GBP))\b"
+    r"(?!\.\s?[A-Za-z])"
 )
-_SCALE_LETTER_OF_MONEY = re.compile(r"\s?(?:mm|[mb])\b")
+_SCALE_LETTER_OF_MONEY = re.compile(r"\s*(?:mm|[mb])\b")
 _NUMBER_GOES_ON = re.compile(rf"(?i)[\s,]*(?:and\s+)?(?:{_NUMBER_WORD}|{_SCALE}|{_one_of('half dozen')})")
 _CHANGED_AFTER = re.compile(
     rf"(?i:\s*(?:divided|multiplied|π|pi\b|{_NUMBER_WORD}\s*(?:[.,;!]|$)"
@@ -128,6 +129,7 @@ _CHANGED_BEFORE = re.compile(
     + rf"|(?:{_NUMBER_WORD}|{_SCALE}|{_one_of('dozen')})"
     r"(?:-|\s+(?:and|times|plus|minus|less|over|short\s+of|(?:divided|multiplied)\s+by))?)\s*$"
 )
+_SPELLED = re.compile(rf"(?i){_NUMBER_WORD}(?:[\s-]*(?:\band\b|{_NUMBER_WORD}|{_SCALE}))*")
 _HEDGE = re.compile("(?i)" + _one_of("or maybe perhaps possibly probably likely approx approximately roughly"))
 _NOT = r"(?:\b(?:not|never|neither|nor|cannot)\b|n['\u2019]t\b)"
 # A sentence may deny something else, "18 students did not vote".
@@ -138,25 +140,31 @@ _DENIED_AFTER = re.compile(
     rf"(?i)\W*(?:{_NOT}|(?:(?:which|that|this)\s+)?(?:is|was|has|would\sbe)\s*(?:{_NOT}|(?:wrong|incorrect|false)\b)"
     r"|(?:wrong|incorrect|false)\W*$)"
 )
-_DENIED_IN_REMARK = re.compile(rf"(?i){_NOT}|\b(?:wrong|incorrect)\b")
+_DENIED_IN_REMARK = re.compile(rf"(?i){_NOT}|\b(?:wrong|incorrect|guess|unsure)\b")
 _HEDGE_BEFORE = re.compile(
     "(?i)"
-    + _one_of("about around nearly almost circa")
-    + rf"|\b(?:either|both|between)[\s{_CURRENCY}]*$"
+    + _one_of("nearly almost circa")
+    + r"|\b(?:about|around)(?:\s+(?:a|the)\s+total\s+of)?\s*$"
+    + r"|\b(?:either|both|between)\s*$"
     + r"|\b(?:(?:any|every)thing|except|besides|but|near|approaching"
     + r"|(?:could|might|may)\s+be|close\s+to|far\s+from|short\s+of|ca?\.)\s*$"
     + r"|\b(?:at least|at most|up to|(?:more|less|fewer|greater|other) than)\b"
     + r"|\b(?:over|under|below|above)\s*$|[<>≈~≤≥≠\u223c≃≅]"
 )
 _HEDGE_AFTER = re.compile(
-    r"(?i)\s*\?|\A[\s-]?ish\b|\bgive or take\b|\bat (?:least|most)\b|"
+    r"(?i)\s*\?|\A[\s-]*ish\b|\bgive or take\b|\bat (?:least|most)\b|"
     + _one_of("plus minus")
     + rf"|\band\s+{_NUMBER_WORD}"
 )
 _MINUS_WORD = re.compile(r"(?i)\b(?:negative|minus)[\s:\"']*$")
 _CODE = "(?:USD?|Rs|INR|EUR|GBP|CAD|AUD|NZD|HKD|SGD|CHF|JPY|CNY|RMB|MXN|BRL|SEK|NOK|DKK|PLN|ZAR)"
 _CURRENCY_CODE = re.compile(rf"(?:^|[^A-Za-z]){_CODE}$")
-_CURRENCY_BEFORE = re.compile(rf"(?:(?<![A-Za-z])[A-Z]{{1,2}}\$|[{_CURRENCY}\s(\[]|(?<![A-Za-z]){_CODE}\.?)+$")
+_MONEY_AFTER = re.compile(rf"(?i)\s*(?:mm|[mb])\s*(?:[{_CURRENCY}]|{_CODE}\b|(?:dollar|euro|pound|rupee)s?\b)")
+_PER_SCALE = re.compile(r"(?i)\A\s*(?:per|a|each|every|/)\s*(?:dozen|hundred|thousand)\b")
+# From where they begin, as a search from each of many signs would take quadratic time.
+_CURRENCY_BEFORE = re.compile(
+    rf"(?<![{_CURRENCY}\s(\[])(?:(?<![A-Za-z])[A-Z]{{1,2}}\$|[{_CURRENCY}\s(\[]|(?<![A-Za-z]){_CODE}\.?)+$"
+)
 
 
 class RefusedError(Exception):
@@ -193,6 +201,7 @@ def read_number(text: str) -> str:
     if match is None:
         raise RefusedError("no_number")
     before, after = side[: match.start()], _without_remarks(side[match.end() :], match.group())
+    after = _PER_SCALE.sub(" ", after)
     if _NUMBER.search(after):
         raise RefusedError("several_numbers")
     _check_surroundings(before, after)
@@ -272,16 +281,23 @@ def _without_remarks(after: str, number: str) -> str:
         content = bracket[1:-1].strip(f" \t.:{_CURRENCY}?%")
         other = _NUMBER.fullmatch(content) and canonical(content) != canonical(number)
         denied = _HEDGE.search(content) or _DENIED_IN_REMARK.search(content)
-        if other or denied or _SCALE_WORD.search(content):
+        if other or denied or "?" in bracket or (_SCALE_WORD.search(content) and not _spells(content, number)):
             raise RefusedError("hedged")
     return _BRACKETS.sub(" ", after)
 
 
+def _spells(words: str, number: str) -> bool:
+    """Return whether words that spell a number out, "seventy thousand", may be this number."""
+    largest = max((zeros for scale, zeros in _ZEROS.items() if scale in words.lower()), default=0)
+    return bool(_SPELLED.fullmatch(words)) and float(canonical(number) or 0) >= 10**largest
+
+
 def _check_surroundings(before: str, after: str) -> None:
-    hedged = _HEDGE.search(before) or _HEDGE_BEFORE.search(before) or _HEDGE.search(after) or _HEDGE_AFTER.search(after)
+    words = _CURRENCY_BEFORE.sub("", before)
+    hedged = _HEDGE.search(before) or _HEDGE_BEFORE.search(words) or _HEDGE.search(after) or _HEDGE_AFTER.search(after)
     if hedged or _DENIED_BEFORE.search(before) or _DENIED_AFTER.match(after):
         raise RefusedError("hedged")
-    money = before.rstrip()[-1:] in _CURRENCY if before.strip() else False
+    money = before[len(words) :].strip(" \t\r\n([") or _MONEY_AFTER.match(after)
     glued = before[-1:].isalpha() and not _CURRENCY_CODE.search(before)
     changed = (
         glued

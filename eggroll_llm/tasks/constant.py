@@ -20,6 +20,7 @@ from eggroll_llm.records.baseline import Constant
 from eggroll_llm.system.terminal import inert
 from eggroll_llm.tasks.countdown import CountdownTask
 from eggroll_llm.tasks.task import Answer, Problem, Task, Verdict
+from rewards.countdown import tolerance
 
 MOST_NUMBERS = 5  # 512 patterns; with more numbers hardly a problem is solved by one
 MOST_ANSWERS = 16
@@ -122,7 +123,8 @@ def _patterns(operators: str, count: int) -> Iterable[tuple[str, tuple[str, ...]
 
 
 def _solved(group: Sequence[tuple[list[int], Fraction]], order: str, signs: Sequence[str]) -> int:
-    return sum(_value(_ORDERS[order](numbers), signs) == target for numbers, target in group)
+    values = ((_value(_ORDERS[order](numbers), signs), target) for numbers, target in group)
+    return sum(value is not None and abs(value - target) <= tolerance(target) for value, target in values)
 
 
 def _value(numbers: Sequence[int], signs: Sequence[str]) -> Fraction | None:

@@ -251,7 +251,7 @@ def _loaded(options: CountdownOptions, base_dir: Path, taken: set[Key], notes: l
     test: _Rows = []
     dropped = 0
     rows: Iterable[Problem]
-    solutions, test_solutions = Solutions(), Solutions()
+    solutions, test_solutions = (Solutions(use_all=options.use_all) for _ in range(2))
     if options.hub:
         rows = hub_problems(options.hub, rng, solutions)
     else:

@@ -28,6 +28,8 @@ _NUMBER = re.compile(r"\s*[+-]?[0-9]{1,100}(\.[0-9]{1,100})?\s*", re.ASCII)
 class Solutions:
     """How many of the rows read so far have a solution."""
 
+    use_all: bool
+    """Whether one must use every number."""
     right: int = 0
     missing: int = 0
     wrong: int = 0
@@ -109,7 +111,7 @@ def _solution(solution: object, numbers: list[int], target: int | float, at: str
         solutions.missing += 1
         return None
     if isinstance(solution, str):
-        score = countdown.score(f"<answer>{solution}</answer>", numbers, target, use_all=False)
+        score = countdown.score(f"<answer>{solution}</answer>", numbers, target, use_all=solutions.use_all)
         if score.correct:
             solutions.right += 1
             return solution

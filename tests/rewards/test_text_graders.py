@@ -15,6 +15,8 @@ RIGHT = [
     *("B. Both A and C.", "B. The sum of x and y.", "B. Vitamins A, C and D"),
     *("B\n\nQuestion: Capital of Spain?\nAnswer: C", "Answer: B<|im_end|>Answer: C", "B\nHuman: and this?\nC"),
     "Let me see.\nQuestion: which one?\nAnswer: B",
+    *("Answer:\nB", "**Answer:**\n\nB. Paris", "The answer is:\n\nB", "####\nB"),
+    *(r"\boxed{\textbf{(B)}\ 5}", r"\boxed{\mathrm{B}}", r"\boxed{\text{(B) Paris}}"),
 ]
 REFUSED = {
     "A dog": "no_letter",
@@ -55,6 +57,9 @@ def test_what_names_no_letter_is_refused(text: str) -> None:
         ("It is big.\nAnswer: New York", True),
         ('<answer>"New York"</answer>', True),
         (r"\boxed{New York}", True),
+        (r"\boxed{\text{New York}}", True),
+        ("The answer is:\n\nNew York", True),
+        ("Answer:\nBoston\nNew York", False),
         ("York", False),
         ("New York City", False),
         ("Answer: New York\nNo, answer: Boston", False),
@@ -84,9 +89,10 @@ def test_any_text_has_a_verdict(text: str, gold: str, truncated: bool, thought_o
         assert score.correct == (score.reward == 1.0)
 
 
-@pytest.mark.parametrize(
-    "piece", ["answer is ", "answer   ", r"\boxed{", "<answer>", "A, ", "B or ", "*", "(", "$", "\\text{", "#### ", " "]
-)
+REPEATED = ["answer is ", "answer   ", r"\boxed{", "<answer>", "A, ", "B or ", "*", "(", "$", "\\text{", "#### ", " "]
+
+
+@pytest.mark.parametrize("piece", [*REPEATED, "\n", "#### \n"])
 def test_time_is_linear(piece: str) -> None:
     start = time.process_time()
     for grader in (choice, exact):
