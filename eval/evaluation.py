@@ -248,7 +248,9 @@ def evaluate_subject(
 
         if len(samples) < total:
             thinking = settings.thinking_token_budget > 0
-            engine = start_engine(settings.subject.model_dir, asked.engine, thinking=thinking, say=say)
+            subject = settings.subject
+            model = "" if subject.config else subject.name  # a hub name is enough for other machines
+            engine = start_engine(subject.model_dir, asked.engine, thinking=thinking, model=model, say=say)
             stack.callback(engine.close)
             answer(
                 engine,

@@ -74,7 +74,8 @@ class Slot:
 
     number: int
     restarts: int = 0
-    given_up: bool = False
+    given_up: str = ""
+    """Why no engine is started there any more."""
 
 
 @dataclass(eq=False)

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from eggroll_llm import errors
 from eggroll_llm.engine.interface import Completion, Decoding, Scored
 from eggroll_llm.es.estimate import NonFiniteUpdate
+from eggroll_llm.system.files import of_the_system
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -88,7 +89,8 @@ class Failure:
         """Return what is to be said of it; what is neither one of our errors nor of files becomes an EngineError."""
         if isinstance(error, errors.UserError | NonFiniteUpdate):
             return cls(type(error).__name__, str(error))
-        if isinstance(error, OSError):
+        if cause := of_the_system(error):
+            error = cause
             details = (*error.args[:2], error.filename) if error.filename else error.args
             return cls("OSError", str(error), details)
         return cls("EngineError", f"the engine failed: {type(error).__name__}: {error}")

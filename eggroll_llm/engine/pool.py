@@ -106,7 +106,8 @@ class EnginePool:
 
     def begin(self, noise: NoiseSpec, population: int, *, antithetic: bool = True) -> float:
         """Make the members of a step available everywhere; return the seconds that their noise took the slowest."""
-        self._roster.add(self._launcher.spare() - self._roster.given_up)
+        coming = sum(replica.started is None for replica in self._roster.replicas)
+        self._roster.add(self._launcher.spare() - self._roster.given_up - coming)
         seconds = self._roster.call("begin", noise, population, antithetic=antithetic)
         self._roster.past.begin = Call(-1, "begin", (noise, population), {"antithetic": antithetic})
         return max(seconds.values())
@@ -289,6 +290,7 @@ class EnginePool:
 
     def _with_one(self, ask: Callable[[Replica], T]) -> T:
         """Ask one engine, one that sees our files first; another when it is lost meanwhile."""
+        self._roster.begin_work()
         while True:
             while not self._roster.live:
                 self._roster.round()

@@ -81,17 +81,26 @@ class Cluster:
             address = config.ray_address or os.environ.get("RAY_ADDRESS", "")
             _connect(address, cpus=max(os.cpu_count() or 1, config.replicas * max(1, config.threads)))
         try:
-            self.cpus = int(ray.cluster_resources().get("CPU", 0))
-            self.gpus = int(ray.cluster_resources().get("GPU", 0))
-            self.engines = config.replicas or (1 if self.on_cpu else self.gpus // self.gpus_each)
-            self.cpus_each = config.threads or (max(1, self.cpus // max(1, self.engines)) if self.on_cpu else 0)
+            self.cpus, self.gpus = self._room("CPU", 1), self._room("GPU", 1)
+            self.engines = config.replicas or (1 if self.on_cpu else self._room("GPU", self.gpus_each))
+            self.cpus_each = config.threads or (self._largest_share() if self.on_cpu else 0)
             self._check(config)
         except BaseException:
             self.close()
             raise
 
+    @staticmethod
+    def _room(what: str, each: int) -> int:
+        """Return how many engines fit that take `each` of "CPU" or "GPU", all of it from one machine."""
+        return sum(int(node["Resources"].get(what, 0)) // each for node in ray.nodes() if node["Alive"])
+
+    def _largest_share(self) -> int:
+        """Return the most cores of which every engine can have as many."""
+        shares = range(max(1, self.cpus // max(1, self.engines)), 1, -1)
+        return next((share for share in shares if self._room("CPU", share) >= self.engines), 1)
+
     def _check(self, config: EngineConfig) -> None:
-        there = self.cpus // max(1, self.cpus_each) if self.on_cpu else self.gpus // self.gpus_each
+        there = self._room("CPU", max(1, self.cpus_each)) if self.on_cpu else self._room("GPU", self.gpus_each)
         if not 0 < self.engines <= there:
             what = f"{self.cpus} cores for engines of {self.cpus_each} threads" if self.on_cpu else f"{self.gpus} GPUs"
             if not self.on_cpu and self.gpus_each > 1:
@@ -174,6 +183,7 @@ class RayLauncher:
 
     def wait(self, links: Sequence[Link], timeout: float) -> list[tuple[Link, bytes | Lost]]:
         """Return what came first, and whatever else is there."""
+        self._large = None
         of_events = {link.events: link for link in links if isinstance(link, RayLink)}
         # What is large is fetched meanwhile: of a machine that is cut off, `get` would wait for it without end.
         ready, _ = ray.wait(list(of_events), num_returns=1, timeout=timeout, fetch_local=True)

@@ -49,10 +49,19 @@ class Past:
         self._weights: Any = None
 
     def loaded(self, call: Call) -> None:
-        """Take weights that were loaded as what all begins with."""
+        """Take weights that were loaded as what all begins with. Raises EngineError where they cannot be kept."""
+        frame, file = encode(call), tempfile.TemporaryFile()  # noqa: SIM115 - `close` closes it
+        try:
+            file.write(frame)
+            file.flush()
+        except OSError as error:
+            file.close()
+            raise EngineError(
+                f"{tempfile.gettempdir()}: cannot keep {len(frame)} bytes of weights, for engines that join later "
+                f"({error.strerror}): set TMPDIR to a folder with room"
+            ) from error
         self.close()
-        self._weights = tempfile.TemporaryFile()  # noqa: SIM115 - `close` closes it
-        self._weights.write(encode(call))
+        self._weights = file
         self.updates.clear()
 
     def close(self) -> None:
@@ -98,7 +107,7 @@ class Roster:
         self._awaited = -1  # the call whose replies are collected
         self._replies: dict[Replica, Reply] = {}
         self.given_up = 0
-        """Places where an engine deviates, on machines that are not left out."""
+        """Places that are not filled again, on machines that are not left out."""
         self._deviated: set[str] = set()  # hosts on which an engine has had other weights than the others
         self._left_out: dict[str, str] = {}  # hosts on which one has had them again -> why
         self._failed_once = False  # an engine, in the active call or job
@@ -174,7 +183,6 @@ class Roster:
     def ask(self, replica: Replica, method: str, *args: Any) -> Any:
         """Call a method of one engine and return what it returned. Raises EngineLostError when it is lost meanwhile."""
         self._awaited, self._replies = next(self._ids), {}
-        self.begin_work()
         self.post(replica, Call(self._awaited, method, args))
         while replica in self.replicas:
             if reply := self._replies.get(replica):
@@ -207,14 +215,20 @@ class Roster:
             "and versions, or leave it out"
         )
         if here.host in self._deviated:
-            replica.slot.given_up = True
-            if there.host == here.host:
-                self.given_up += 1
-            else:
-                self._left_out[here.host] = why
-                self.launcher.avoid(here.node)
+            self._give_up(replica, why, "the second time on its machine", alone=there.host != here.host)
         self._deviated.add(here.host)
+        self._checksums.clear()  # which may be this engine's
         self.lose(replica, why)
+
+    def _give_up(self, replica: Replica, why: str, shown: str, *, alone: bool) -> None:
+        """Fill the place of an engine no more, and where it is `alone` on its machine, start none there."""
+        assert replica.started
+        replica.slot.given_up = shown
+        if alone:
+            self._left_out[replica.started.host] = why
+            self.launcher.avoid(replica.started.node)
+        else:
+            self.given_up += 1
 
     def lose(self, replica: Replica, why: str, failure: Failure | None = None) -> None:
         """Leave an engine out from now on, and start another in its place if that is allowed.
@@ -230,8 +244,10 @@ class Roster:
         again = slot.restarts < self.rules.restarts and not slot.given_up
         waiting = self.on_lost(replica)
         work = f"; {waiting} completions go to others" if waiting else ""
-        limit = "the second time on its machine" if slot.given_up else f"engine.restart = {self.rules.restarts}"
-        end = "a replacement is starting" if again else f"it is not replaced ({limit})"
+        if not again and not slot.given_up:
+            slot.given_up = f"engine.restart = {self.rules.restarts}"
+            self.given_up += failure is not None  # else its machine may come back
+        end = "a replacement is starting" if again else f"it is not replaced ({slot.given_up})"
         self.say(f"{replica} lost ({why}){work}; {end}")
         if again:
             slot.restarts += 1
@@ -284,7 +300,8 @@ class Roster:
         if problem:
             if not self._complete:
                 raise ConfigError(problem)
-            replica.slot.given_up = True
+            alone = started.host not in {other.host for other in others}
+            self._give_up(replica, problem, "its machine is not like the others", alone=alone)
             self.lose(replica, problem)
             return
         for call in self.past.calls(self._ids):

@@ -79,10 +79,12 @@ class EsTrainer:
         self.harness, self.config, self.train_set = harness, harness.config, run.prepared.train
         self.engine, self.scorer, self.recorder = run.engine, run.scorer, run.recorder
         self._drawn = run.recorder.kept_answers()
-        if self.config.es.answer_reuse > 1 and harness.step and self._drawn is None:
+        # Answers of a later step are of a run that was cut back.
+        unknown = self._drawn is None or self._drawn.step > harness.step + 1
+        if self.config.es.answer_reuse > 1 and harness.step and unknown:
             run.display.message(
-                f"{run.recorder.directory.drawn}: missing or damaged, so the next step draws new answers: the run will "
-                "not be what it would have been without the interruption"
+                f"{run.recorder.directory.drawn}: missing, damaged or of a later step, so the next step draws new "
+                "answers: the run will not be what it would have been without the interruption"
             )
         self._order: SkippingOrder | None = None
         if self.config.es.skip_tied:
@@ -110,7 +112,8 @@ class EsTrainer:
 
     def save(self) -> None:
         """Write a checkpoint of the current step and delete old ones."""
-        self.harness.save(self.export, self.engine.state(), {"checksum": self.engine.checksum()})
+        checksum = self.engine.checksum()  # first: of several engines it loses those with other weights
+        self.harness.save(self.export, self.engine.state(), {"checksum": checksum})
 
     def _train_step(self) -> Evaluation | None:
         start = time.perf_counter()

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from vllm import SamplingParams
+from vllm import EngineArgs, SamplingParams
 from vllm.lora.request import LoRARequest
 from vllm.outputs import RequestOutput
 from vllm.v1.engine.llm_engine import LLMEngine
@@ -100,6 +100,15 @@ class VllmEngine:
         self._batch_tokens = args.max_num_batched_tokens
         settings = dataclasses.asdict(es or EsSettings()) if trainable else None
         args.additional_config = population_settings(config, rank=rank, es=settings, stock=stock)
+        with contextlib.ExitStack() as failed:
+            failed.callback(self.close)
+            self._start(args, config)
+            _check_shapes(model_dir, layers, self.shapes)
+            if config.compile:  # which must not fall into the first step
+                self.generate([Request(prompt_ids=(1, 2, 3))], Decoding(max_tokens=2))
+            failed.pop_all()
+
+    def _start(self, args: EngineArgs, config: EngineConfig) -> None:
         set_num_threads = torch.set_num_threads
         try:
             with self.watchdog, environment(config):
@@ -109,14 +118,11 @@ class VllmEngine:
         except UserError:
             raise
         except Exception as error:
-            raise start_error(error, model_dir, config, max_model_len) from error
+            raise start_error(error, self.model_dir, config, self._context) from error
         finally:  # vLLM puts a function that does nothing in its place, for all engines to come and for the user
             torch.set_num_threads = set_num_threads
-        _check_shapes(model_dir, layers, started.shapes)
         self.shapes: dict[str, tuple[int, int]] = started.shapes
         self.own_sampler: bool = started.own_sampler
-        if config.compile:  # which must not fall into the first step
-            self.generate([Request(prompt_ids=(1, 2, 3))], Decoding(max_tokens=2))
 
     def _no_requests(self) -> None:
         self._open: dict[str, tuple[int, Callable[[RequestOutput], Any]]] = {}  # by vLLM's id, in order
@@ -257,6 +263,9 @@ class VllmEngine:
 
     def close(self) -> None:
         """Shut vLLM down and free its memory. Raises nothing: what it may follow is more important."""
+        if not hasattr(self, "_llm"):  # it did not start
+            self.watchdog.close()
+            return
         try:
             with self.watchdog:
                 try:
