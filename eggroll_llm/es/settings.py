@@ -1,5 +1,6 @@
 """Settings of the evolution strategy: the [es] table of a recipe. Imports no torch."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -60,3 +61,15 @@ class EsSettings:
     """Fraction of the starting value that a schedule reaches at the last step."""
     noise_reuse: Annotated[int, Ge(1)] = 1
     """Number of steps for which the same noise is kept."""
+
+
+def without_effect(settings: EsSettings) -> Iterator[tuple[str, str, str]]:
+    """Yield each field that was set in vain, with the field that it depends on and the value needed there."""
+    default = EsSettings()
+    needed = {"momentum": "momentum", "adam_beta1": "adam", "adam_beta2": "adam", "adam_eps": "adam"}
+    for field, optimizer in needed.items():
+        if getattr(settings, field) != getattr(default, field) and settings.optimizer != optimizer:
+            yield field, "optimizer", optimizer
+    scheduled = {settings.sigma_schedule, settings.learning_rate_schedule} != {"constant"}
+    if settings.schedule_end != default.schedule_end and not scheduled:
+        yield "schedule_end", "learning_rate_schedule", "linear"

@@ -98,14 +98,18 @@ class Pretraining:
     def replay(self, journal: Path) -> None:
         """Apply the updates of a journal from this step on, without evaluation. Raises JournalError.
 
-        The run goes on from a multiple of `PIECES`, where texts begin: how members have read one is in no journal.
+        The run goes on from a multiple of `PIECES`, where texts begin: how members have read one is in no journal. One
+        with a journal of its own replays nothing: that would lack the steps.
         """
+        if self._journal:
+            raise JournalError(f"{journal}: {self._journal.path} would lack its steps. Replay without a journal")
         contents = read_journal(journal)
         if contents.header is None:
             raise JournalError(f"{journal}: is empty. Name the journal of a run")
         check_same_run(journal, contents.header, self._header)
         for entry in contents.entries[self.step :]:
             self._apply(entry)
+            self._texts_of = -1
 
     def bits_per_byte(self, held_out_T: Tensor, texts: int = 64) -> float:
         """Return the loss of the weights without noise, on a text cut into some that are read from a state of 0."""

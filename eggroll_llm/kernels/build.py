@@ -47,7 +47,7 @@ def build() -> Path:
     if compiler is None or os.name != "posix":
         raise BuildError("no g++ or clang++")
     path = cache_root() / "kernels" / f"eggroll-{_build_id(compiler)}.so"
-    if path.is_file():
+    if os.path.isfile(path):
         return path
     try:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -58,6 +58,8 @@ def build() -> Path:
                 _run(compiler, *FLAGS, *flags, "-c", str(HERE / source), "-o", objects[-1])
             built = Path(directory, path.name)
             _run(compiler, *FLAGS, "-shared", *objects, "-o", str(built))
+            with built.open("rb") as file:
+                os.fsync(file.fileno())  # an empty file in its place would never be compiled again
             built.replace(path)
     except OSError as error:
         raise BuildError(f"{compiler}: {error}") from error

@@ -15,6 +15,7 @@ In full rank (`rank=None`) E is standard normal, from the same generator: OpenES
 Shapes: M member, O out features, I in features, R rank.
 """
 
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -102,6 +103,7 @@ class ES:
         shapes = tuple(shape_of(name, weight.shape) for name, weight in weights.items())
         self._layout = RowLayout(shapes, self._settings.rank)
         self._members: Members | None = None
+        self._updating = False
         self._asked, self._uncalled = False, {layer.name for layer in self._layers}
         self._written = self._states()
         scheduled = {self._settings.sigma_schedule, self._settings.learning_rate_schedule} != {"constant"}
@@ -110,6 +112,8 @@ class ES:
         self._header = JournalHeader(frozen_hash=frozen_hash, base_model=base_model)
         self._journal = None if journal is None else Journal.open(Path(journal), self._header)
         if self._journal:
+            if self._journal.dropped_tail:
+                warnings.warn(self._journal.dropped_tail, stacklevel=2)
             self._replay(self._journal.path, self._journal.entries)
 
     def members(self) -> Tensor:
@@ -229,6 +233,7 @@ class ES:
             raise PopulationError(str(error)) from error
         self.step = state["step"]
         self._write()
+        self._updating = False
 
     def replay(self, journal: Path | str, step: int | None = None) -> None:
         """Apply the updates of a journal from this step on to another, by default its last: no fitness is needed.
@@ -279,9 +284,11 @@ class ES:
             self._apply(recorded_update(self._plan(), entry))
 
     def _apply(self, update: UpdateSpec) -> UpdateReport:
+        self._updating = True
         report = self._masters.apply(update, served_factors_of)
         self.step = update.step
         self._write()
+        self._updating = False
         return report
 
     @torch.no_grad()
@@ -301,6 +308,11 @@ class ES:
         return found
 
     def _check_weights(self, what: str) -> None:
+        if self._updating:
+            raise PopulationError(
+                f"{what}(): the update of step {self.step + 1} was interrupted, and some weights have moved already: "
+                "load a state_dict, or make the module and ES anew, with the journal if there is one"
+            )
         now = self._states()
         if changed := [name for name in now if now[name] != self._written[name]]:
             raise ModelError(

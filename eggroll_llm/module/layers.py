@@ -111,14 +111,15 @@ class Buffers:
         self._module, self._before = module, self._now(module)
 
     @staticmethod
-    def _now(module: nn.Module) -> dict[str, tuple[int, int]]:
-        return {name: (id(buffer), version_of(buffer)) for name, buffer in module.named_buffers()}
+    def _now(module: nn.Module) -> dict[str, tuple[Tensor, int]]:
+        return {name: (buffer, version_of(buffer)) for name, buffer in module.named_buffers()}
 
     def check(self) -> None:
         """Raise ModelError when one has changed."""
         now = self._now(self._module)
         for name in sorted(now.keys() | self._before.keys()):
-            if now.get(name) != self._before.get(name):
+            (buffer, version), (before, version_before) = (found.get(name, (None, 0)) for found in (now, self._before))
+            if buffer is not before or version != version_before:
                 raise ModelError(
                     f"buffer {name!r} changed while members computed: they would influence each other, and no journal "
                     "could restore it. Keep such state outside of the module"

@@ -14,7 +14,7 @@ from eggroll_llm.es.estimate import UpdateSpec, check_finite
 from eggroll_llm.es.fitness import shape_fitness
 from eggroll_llm.es.optimizer import STATE_KEYS
 from eggroll_llm.es.plan import plan_step
-from eggroll_llm.es.settings import EsSettings
+from eggroll_llm.es.settings import EsSettings, without_effect
 
 OTHERS = frozenset(
     ("antithetic", "update_scale", "optimizer", "momentum", "adam_beta1", "adam_beta2", "adam_eps", "noise_reuse")
@@ -33,6 +33,8 @@ def checked_settings(others: Mapping[str, Any], *, seed: int, steps: int, **own:
         raise ConfigError("lr = 0.0: must be positive")
     if es.optimizer == "momentum" and es.momentum == 0:
         raise ConfigError('momentum = 0.0: is plain SGD. Set momentum to 0.9, or optimizer to "sgd"')
+    for field, other, value in without_effect(es):
+        raise ConfigError(f"{field} = {getattr(es, field)}: has no effect: leave it out, or set {other} to {value!r}")
     try:
         check_bounds(es)
         plan = plan_step(es, seed=seed, step=1, steps=steps)

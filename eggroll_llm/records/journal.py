@@ -9,6 +9,7 @@ it is dropped and reported. Updates are read when they are looked at, one at a t
 Raises `JournalError`, naming file and line, for a journal that is damaged elsewhere or belongs to another run.
 """
 
+import fcntl
 import json
 import os
 import zlib
@@ -127,6 +128,16 @@ class Journal(AbstractContextManager["Journal"]):
         self.dropped_tail = contents.dropped_tail
         self._line_ends = list(contents.line_ends)
         self._file = path.open("r+b", buffering=0)
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._file.close()
+            raise JournalError(
+                f"{path}: is being written by another process, or another object of this one: close that, or name a "
+                "new file"
+            ) from None
+        except OSError:  # a file system without locks
+            pass
         self._file.seek(self._end)
         self._has_tail = bool(contents.dropped_tail)  # stays until something is written: it tells what happened
 
@@ -207,12 +218,14 @@ class Journal(AbstractContextManager["Journal"]):
             while done < len(line):
                 done += self._file.write(line[done:])
             os.fsync(self._file.fileno())
-        except OSError as error:
+        except BaseException as error:  # Ctrl-C, too, after which a notebook may go on
             try:
                 self._truncate(self._end)
             except OSError:
                 # Nothing may follow half a line.
                 self.close()
+            if not isinstance(error, OSError):
+                raise
             raise JournalError(describe_failure(self.path, error, f"{len(line)} bytes")) from error
         self._line_ends.append(self._end + len(line))
 

@@ -138,9 +138,12 @@ def test_a_run_does_not_go_on_in_the_middle_of_a_text(tmp_path: Path) -> None:
         for _ in range(steps_before):
             again.take_step()
         again.replay(tmp_path / "journal.jsonl")
-        if steps_before == 0:
-            with pytest.raises(JournalError, match=r"step 3 lies within a text: go on from a multiple of 20 steps"):
-                again.take_step()
+        with pytest.raises(JournalError, match=r"step 3 lies within a text: go on from a multiple of 20 steps"):
+            again.take_step()
+    own = Pretraining(train_T.byte(), settings, tmp_path / "new.jsonl")
+    with pytest.raises(JournalError, match=r"new\.jsonl would lack its steps"):
+        own.replay(tmp_path / "journal.jsonl")
+    own.close()
 
 
 def test_runs_of_different_seeds_read_different_texts() -> None:

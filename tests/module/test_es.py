@@ -1,5 +1,6 @@
 """A module inside `ask` is W + sigma E of each row's member; parts, processes, resume and replay give the same bits."""
 
+import contextlib
 import copy
 import math
 import multiprocessing
@@ -308,6 +309,7 @@ def test_modules_that_cannot_be_trained_are_refused(module: nn.Module, said: str
         ({"sigma_schedule": "cosine", "schedule_end": 0.0, "steps": 3}, "sigma = "),
         ({"lr": 0.0}, "lr = 0.0: must be positive"),
         ({"optimizer": "momentum", "momentum": 0.0}, "is plain SGD"),
+        ({"momentum": 0.95}, "momentum = 0.95: has no effect: leave it out, or set optimizer to 'momentum'"),
         ({"masters": "split"}, "masters: is not a setting of ES, which are adam_beta1, "),
     ],
 )
@@ -448,6 +450,78 @@ def test_a_buffer_may_be_there_but_not_change() -> None:
     module.counts = True
     with pytest.raises(ModelError, match="buffer 'calls' changed while members computed"), es.ask():
         module(torch.ones(8, 2))
+
+
+def test_a_buffer_that_is_replaced_has_changed() -> None:
+    """Also where memory of the one before is used again, as after an even number of passes."""
+
+    class Running(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(2, 2)
+            self.register_buffer("mean", torch.zeros(2))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.mean = self.mean + x.mean(0)
+            return self.layer(x - self.mean)
+
+    module = Running()
+    es = es_of(module)
+    twice = nn.Sequential(module, module)
+    with pytest.raises(ModelError, match="buffer 'mean' changed while members computed"), es.ask():
+        twice(torch.ones(8, 2))
+
+
+@pytest.mark.parametrize("journal", ["", "journal.jsonl"])
+def test_after_an_interrupted_update_nothing_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, journal: str
+) -> None:
+    """Ctrl-C in a notebook, when some layers have moved: the same update again would move them twice."""
+    name = tmp_path / journal if journal else None
+    module, other = net(), net()
+    es, before = es_of(module, journal=name), es_of(other)
+    saved = es.state_dict()
+    expected = before.tell(fitness(1)) and before.checksum()
+    fold, folded = es._masters._fold, []
+
+    def interrupted(*arguments: Any) -> None:
+        folded.append(1)
+        if len(folded) == 3:
+            raise KeyboardInterrupt
+        fold(*arguments)
+
+    monkeypatch.setattr(es._masters, "_fold", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        es.tell(fitness(1))
+    monkeypatch.undo()
+    for call in (lambda: es.tell(fitness(1)), lambda: es.ask().__enter__()):
+        with pytest.raises(PopulationError, match="the update of step 1 was interrupted"):
+            call()
+    if name:
+        es.close()
+        with contextlib.closing(es_of(net(), journal=name)) as again:
+            assert again.checksum() == expected
+    else:
+        es.load_state_dict(saved)
+        es.tell(fitness(1))
+        assert es.checksum() == expected
+
+
+def test_a_journal_has_one_writer(tmp_path: Path) -> None:
+    first = es_of(net(), journal=tmp_path / "journal.jsonl")
+    with pytest.raises(JournalError, match="is being written by another process, or another object of this one"):
+        es_of(net(), journal=tmp_path / "journal.jsonl")
+    first.close()
+    es_of(net(), journal=tmp_path / "journal.jsonl").close()
+
+
+def test_a_line_that_was_not_finished_is_said_to_be_dropped(tmp_path: Path) -> None:
+    path = tmp_path / "journal.jsonl"
+    with contextlib.closing(es_of(net(), journal=path)) as es:
+        es.tell(fitness(1))
+    path.write_bytes(path.read_bytes() + b'{"step":')
+    with pytest.warns(UserWarning, match="last line dropped"):
+        es_of(net(), journal=path).close()
 
 
 def test_journals_and_states_of_another_run_are_refused(tmp_path: Path) -> None:
