@@ -28,19 +28,27 @@ has() { # has cpu,dev dev: whether the list holds the extra, by name or inside a
     [[ $list == *,$2,* ]]
 }
 
-engine=cpu
-if has "$installed" cuda; then
-    engine=cuda # both builds of vLLM in one environment break each other
+# Which build of vLLM is in there, also when an installation fails halfway: both in one environment break each other.
+built=$venv/.vllm engine=''
+if [[ -f $built ]]; then
+    read -r engine <"$built" || true
+elif has "$installed" cuda; then
+    engine=cuda
+elif has "$installed" demo; then
+    engine=cpu
 fi
-extras=${EXTRAS:-$engine,dev}
+extras=${EXTRAS:-${engine:-cpu},dev}
+if [[ $engine == cuda ]]; then
+    extras=,$extras, extras=${extras//,demo,/,cuda,} extras=${extras#,} extras=${extras%,} # `make demo` there
+fi
 
 refuse() {
     echo "error: $venv holds vLLM for $1, and both builds in one environment break each other: rm -rf $venv, then again" >&2
     exit 1
 }
-if has "$extras" cuda && has "$installed" demo && ! has "$installed" cuda; then
+if has "$extras" cuda && [[ $engine == cpu ]]; then
     refuse CPUs
-elif has "$extras" cpu && has "$installed" cuda; then
+elif has "$extras" cpu && [[ $engine == cuda ]]; then
     refuse CUDA
 fi
 
@@ -114,6 +122,11 @@ if ! "$venv/bin/python" -c 'import pip' 2>/dev/null; then
     "$python" -m venv "$venv"
 fi
 rm -f "$stamp" # what comes now may fail halfway
+if has "$extras" cuda; then
+    echo cuda >"$built"
+elif has "$extras" demo; then
+    echo cpu >"$built"
+fi
 : >"$log"
 
 index=()

@@ -175,6 +175,19 @@ def test_development_on_a_cuda_machine_keeps_its_engine(checkout: Path, install:
     assert "--editable .[cuda,dev]" in calls(checkout)
 
 
+def test_a_failed_installation_keeps_its_engine(checkout: Path, install: Install) -> None:
+    """After a pull on a machine with CUDA, where pip fails once, and where only another extra was asked for."""
+    install(EXTRAS="cuda,dev")
+    (checkout / "pyproject.toml").write_text("[project]\nname = 'x'\n")
+    assert install(install_fails=1).returncode == 1
+    assert install(EXTRAS="demo").returncode == 0
+    assert "--editable .[cuda]" in calls(checkout)
+    assert install(EXTRAS="hub").returncode == 0
+    assert install(EXTRAS="cpu,dev").returncode == 1
+    assert install().returncode == 0
+    assert "--editable .[cuda,dev]" in calls(checkout)
+
+
 def test_a_pull_installs_again_what_the_target_needs(checkout: Path, install: Install) -> None:
     install()
     (checkout / "pyproject.toml").write_text("[project]\nname = 'x'\n")

@@ -181,7 +181,7 @@ class Swap(Plain):
         self._llm.collective_rpc("swap_start")
 
     def run(self, work: Workload, repeat: int) -> Times:
-        """Swap and sample the first members; swapping is their noise, and counted in sampling too."""
+        """Swap and sample the first members; swapping is in their time, and for all of them the noise of a step."""
         per_member = len(work.prompts) // self.job["population"]
         noise = sample = 0.0
         for member in range(self.MEMBERS):
@@ -193,7 +193,8 @@ class Swap(Plain):
             sample += self._generate(part, [None] * per_member)
         measured = slice(0, self.MEMBERS * per_member)
         tokens = sum(map(len, work.prompts[measured])) + sum(work.new_tokens[measured])
-        return Times(sample=sample + noise, noise=noise, tokens=tokens)
+        whole = noise * self.job["population"] / self.MEMBERS
+        return Times(sample=sample + noise, noise=whole, tokens=tokens)
 
     def memory_gib(self) -> float:
         """Return the memory of this process; vLLM's worker has another extension here."""

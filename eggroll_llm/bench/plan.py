@@ -11,6 +11,7 @@ from eggroll_llm.errors import UserError
 Device = Literal["cpu", "cuda"]
 WAVES = {"even": 1, "mixed": 4}  # prompts of a workload / prompts decoded at once
 MIXED_LENGTHS = 64  # different ones, if there are as many prompts
+MOST_RANK = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,10 +113,11 @@ def chosen_groups(
 ) -> list[Group]:
     """Return the groups to measure: those of the device, or one with a population of each rank and size.
 
-    Raises UserError when no name has `wanted` in it.
+    Raises UserError when no name has `wanted` in it, and for sizes that are not possible.
     """
     groups: Iterable[Group] = GROUPS[device]
     if ranks or members:
+        _check_sizes(ranks, members)
         sizes, compiled = [(m, r) for m in members or (64,) for r in ranks or (1,)], device == "cuda"
         groups = [("even", tuple(population(r, m, slots=min(slots or m, m), compiled=compiled) for m, r in sizes))]
     chosen = [(work, tuple(v for v in variants if wanted in v.name)) for work, variants in groups]
@@ -123,6 +125,17 @@ def chosen_groups(
         names = "\n  ".join(variant.name for _, variants in groups for variant in variants)
         raise UserError(f"--variants {wanted!r} is in none of these names:\n  {names}")
     return [group for group in chosen if group[1]]
+
+
+def _check_sizes(ranks: Sequence[int], members: Sequence[int]) -> None:
+    """Raise UserError for populations that no engine could serve, or that would be measured twice."""
+    if odd := [number for number in members if number % 2]:
+        raise UserError(f"--members {odd[0]}: must be even, as members come in pairs")
+    if high := [rank for rank in ranks if rank > MOST_RANK]:
+        raise UserError(f"--ranks {high[0]}: the kernels take ranks up to {MOST_RANK}")
+    for flag, numbers in (("--ranks", ranks), ("--members", members)):
+        if len(set(numbers)) < len(numbers):
+            raise UserError(f"{flag} {','.join(map(str, numbers))}: names one twice")
 
 
 def check_shares(size: Size, group: Group) -> None:

@@ -41,10 +41,10 @@ def device() -> Device:
     return "cpu" if serves_on_cpu() else "cuda"
 
 
-def bench(subject: Subject, size: Size, groups: Sequence[Group], repeats: int, out: Path | None = None) -> None:
+def bench(subject: Subject, size: Size, groups: Sequence[Group], repeats: int, out: Path | None = None) -> bool:
     """Measure the groups, print a table, write JSON to `out`; when interrupted, of what there is so far.
 
-    Raises UserError.
+    Returns whether nothing was left out. Raises UserError.
     """
     context = subject.context(size.output_len)
     references, capacity = plan.REFERENCES[device()], _gpu_capacity()
@@ -58,6 +58,7 @@ def bench(subject: Subject, size: Size, groups: Sequence[Group], repeats: int, o
             for workload, variants in waves:
                 measured.append(Measured(workload=workload, variants=variants))
                 pool.measure(measured[-1], repeats)
+            return not pool.failed
     finally:
         table = rows(measured, subject, size)
         if table:
@@ -180,7 +181,8 @@ class _Pool:
         self._job, self._console, self._side_by_side = job, console, side_by_side
         self._alive: dict[Variant, Worker] = {}
         self._about: dict[Variant, dict[str, Any]] = {}
-        self._failed: set[Variant] = set()
+        self.failed: set[Variant] = set()
+        """Those that ended by themselves."""
 
     def __enter__(self) -> "_Pool":
         return self
@@ -191,7 +193,7 @@ class _Pool:
     def measure(self, measured: Measured, repeats: int) -> None:
         """Have exactly these variants alive and add `repeats` rounds, after one that warms caches up."""
         self._close([variant for variant in self._alive if variant not in measured.variants])
-        self._start([v for v in measured.variants if v not in self._alive and v not in self._failed])
+        self._start([v for v in measured.variants if v not in self._alive and v not in self.failed])
         measured.about |= self._about
         for repeat in range(repeats + 1):
             answers: Round = {}
@@ -226,7 +228,7 @@ class _Pool:
             yield
         except UserError as error:
             del self._alive[variant]
-            self._failed.add(variant)
+            self.failed.add(variant)
             if variant == EAGER:
                 raise UserError(f"{error}\nAll others are compared with {EAGER.name!r}") from error
             self._console.print(f"{error}; left out", style="yellow", markup=False)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -135,8 +136,8 @@ def shape_config(shape: str) -> dict[str, Any]:
     """Return the config.json of a shape: one of SHAPES, a model's directory or its config.json. Raises ModelError."""
     if shape.lower() in SHAPES:
         return dict(SHAPES[shape.lower()])
-    path = Path(shape).expanduser()
-    path = path / "config.json" if path.is_dir() else path
+    path = Path(os.path.expanduser(shape))
+    path = path / "config.json" if os.path.isdir(path) else path
     try:
         config = parse_json(path.read_bytes())
     except (OSError, ValueError) as error:
@@ -199,7 +200,8 @@ def population_bytes(subject: Subject, variant: Variant) -> int:
     shapes = trained_parameters(subject.model_dir)
     masters = 4 * sum(out * inside for _, out, inside in shapes)
     member = member_bytes(shapes, variant.rank, _value_bytes(subject))
-    return masters + variant.slots * member + kept_bytes(member, variant.population // 2)
+    kept = kept_bytes(member, variant.population // 2) if serves_on_cpu() else 0
+    return masters + variant.slots * member + kept
 
 
 def _value_bytes(subject: Subject) -> int:

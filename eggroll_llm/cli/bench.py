@@ -63,8 +63,8 @@ def run(options: argparse.Namespace, settings: Settings) -> int:
     if options.out:
         check_output_file(options.out, "bench.json")
     with _subject(options, config, size.num_prompts) as subject:
-        bench(subject, size, groups, options.repeats, options.out)
-    return 0
+        whole = bench(subject, size, groups, options.repeats, options.out)
+    return 0 if whole else 1
 
 
 def _config(options: argparse.Namespace, settings: Settings) -> RunConfig:
@@ -73,6 +73,10 @@ def _config(options: argparse.Namespace, settings: Settings) -> RunConfig:
         raise ConfigError("name a recipe to measure, or give --random-weights SHAPE, but not both")
     if options.recipe is None:
         # Of no consequence for speed: a task must be named, and a sigma be positive.
+        if any(key == "model" for key, _ in settings):
+            raise ConfigError("--model is of a recipe: --random-weights takes the directory of a model, for its shape")
+        if options.input_len == 1:
+            raise ConfigError("--input-len 1: must be at least 2, as members score the second half of a prompt")
         table = apply_overrides(RunConfig, {"task": "countdown", "es": {"sigma": 1e-3}}, settings)
         return parse_table(RunConfig, table, where="", source="the flags")
     if options.input_len:
@@ -81,6 +85,11 @@ def _config(options: argparse.Namespace, settings: Settings) -> RunConfig:
     if config.method != "es":
         raise ConfigError(
             f'{options.recipe}: method = "{config.method}": only the populations of "es" are measured here'
+        )
+    if config.engine.quantization != "none" or config.engine.tensor_parallel != 1:
+        raise ConfigError(
+            f"{options.recipe}: engine.quantization and engine.tensor_parallel are not measured here, as plain vLLM "
+            "beside it would run without: leave them out of a copy of the recipe"
         )
     return config
 

@@ -25,7 +25,7 @@ from eggroll_llm.models import embedded
 from eggroll_llm.models.resolve import embedded_path
 from eggroll_llm.system import installed, torch_companions
 from eggroll_llm.system.files import cache_root
-from eggroll_llm.system.hardware import NATIVE_BFLOAT16
+from eggroll_llm.system.hardware import NATIVE_BFLOAT16, available_memory
 from eggroll_llm.system.invocation import child_python, python_command
 from eggroll_llm.system.terminal import inert
 from eggroll_llm.system.versions import describe_environment
@@ -96,7 +96,7 @@ def diagnose(*, file: TextIO | None = None) -> int:
     """Print every finding to `file` (standard output); 1 if something is wrong, else 0."""
     checks = [
         check_python(),
-        *check_hardware(read_text(Path("/proc/cpuinfo")), memory_gib()),
+        *check_hardware(read_text(Path("/proc/cpuinfo")), available_memory()),
         *check_companions(torch_companions.find_broken()),
         *check_packages(probe(TORCH_FACTS), probe(TRANSFORMERS_FACTS), probe(VLLM_FACTS)),
         *check_verifiers(),
@@ -148,8 +148,8 @@ def check_python() -> Check:
     return Check(name="versions", status="ok", detail=f"Python {environment['python']}, {versions}")
 
 
-def check_hardware(cpuinfo: str, gib: float | None) -> list[Check]:
-    """Instruction set, cores and memory, from the text of /proc/cpuinfo and `memory_gib`."""
+def check_hardware(cpuinfo: str, memory: int | None) -> list[Check]:
+    """Instruction set, cores and memory, from the text of /proc/cpuinfo and bytes that are available."""
     flags = set(next((line.split()[2:] for line in cpuinfo.splitlines() if line.startswith("flags")), []))
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     threads = os.environ.get("OMP_NUM_THREADS")
@@ -168,7 +168,8 @@ def check_hardware(cpuinfo: str, gib: float | None) -> list[Check]:
         checks.append(Check(name="instructions", status="note", detail=detail))
     else:
         checks.append(Check(name="instructions", status="ok", detail=described))
-    if gib is not None:
+    if memory is not None:
+        gib = memory / 2**30
         enough = gib >= NEEDED_GIB
         remedy = "" if enough else "lower engine.kv_cache_gib, engine.slots, or free memory"
         detail = f"{gib:.1f} GiB available; the embedded model needs about {NEEDED_GIB:.0f}"
@@ -282,7 +283,7 @@ def check_compiler() -> Check:
 
 def check_embedded() -> Check:
     """Return the default model's wheel, or its conversion."""
-    if embedded_path().is_dir():
+    if os.path.isdir(embedded_path()):
         return Check(name="embedded model", status="ok", detail=f"{embedded.DESCRIPTION}, in {embedded_path()}")
     if embedded.find_gguf() is not None:
         detail = f"{embedded.DESCRIPTION}; it is converted at first use, in about 20 s"
@@ -294,25 +295,12 @@ def check_embedded() -> Check:
 
 def check_cache(root: Path) -> Check:
     """Return whether converted models and the compiled kernel can be kept."""
-    existing = next(path for path in (root, *root.parents) if path.exists())
-    if existing.is_dir() and os.access(existing, os.W_OK):
+    existing = next(path for path in (root, *root.parents) if os.path.exists(path))
+    if os.path.isdir(existing) and os.access(existing, os.W_OK):
         free = shutil.disk_usage(existing).free / 2**30
         return Check(name="cache", status="ok", detail=f"{root}, {free:.1f} GiB free")
     remedy = "set EGGROLL_CACHE to a writable directory"
     return Check(name="cache", status="wrong", detail=f"{root} cannot be written", remedy=remedy)
-
-
-def memory_gib() -> float | None:
-    """Memory available to this process: the machine's, or what its control group leaves; None if unknown."""
-    meminfo = dict(line.split(":", 1) for line in read_text(Path("/proc/meminfo")).splitlines() if ":" in line)
-    if "MemAvailable" not in meminfo:
-        return None
-    available = int(meminfo["MemAvailable"].split()[0]) * 1024
-    limit = read_text(Path("/sys/fs/cgroup/memory.max")).strip()
-    used = read_text(Path("/sys/fs/cgroup/memory.current")).strip()
-    if limit.isdigit() and used.isdigit():
-        available = min(available, int(limit) - int(used))
-    return available / 2**30
 
 
 def read_text(path: Path) -> str:

@@ -14,7 +14,7 @@ from eggroll_llm.models.adapter.write import write_adapter
 from eggroll_llm.models.called import short_name
 from eggroll_llm.models.llama_cpp import TYPES, find_converter, write_gguf
 from eggroll_llm.models.resolve import check_model, is_hub_id, model_identity, resolve_model, settled_name
-from eggroll_llm.models.targets import check_rank
+from eggroll_llm.models.targets import trained_parameters
 from eggroll_llm.records.weights import named_run, recorded_origin, weights_at, write_provenance
 from eggroll_llm.system.files import describe_failure, replace_directory, write_text
 
@@ -96,7 +96,8 @@ def _export_adapter(source: _Source, named: str | None, rank: int, out: Path) ->
             f"{source.directory} was trained from base model {trained_on}, but {base_dir} is {identity}: name the "
             "right one with --base MODEL"
         )
-    check_rank(base_dir, "--adapter", rank)
+    if rank > (most := max(min(out, inside) for _, out, inside in trained_parameters(base_dir))):
+        raise ConfigError(f"--adapter {rank}: an adapter of rank {most} keeps all of these weights: use that or less")
     kept: Kept | None = None
 
     def write(directory: Path) -> None:

@@ -121,6 +121,15 @@ def _eval_keys() -> list[str]:
     return [key for key in _setting_keys() if key.partition(".")[0] in ("task_options", "chat", "engine", "reward")]
 
 
+def _bench_keys() -> list[str]:
+    engine = {f"engine.{key}" for key in ("slots", "dtype", "threads", "offload_masters", "timeout_seconds")}
+    wanted = {"model", "task", "es.sigma", "engine.allow_untested_architecture", *engine}
+    return [key for key in _setting_keys() if key in wanted or key.partition(".")[0] in ("task_options", "chat")]
+
+
+_BENCH_EPILOG = (
+    "Settings that matter here are --KEY VALUE: --engine.dtype float32. Ranks and sizes are --ranks, --members."
+)
 _EVAL_EPILOG = "Settings of [task_options], [chat], [engine] and [reward] are --KEY VALUE: --engine.dtype float32."
 COMMANDS: Mapping[str, Command] = {
     "init": Command(module="init", help="write a task or a recipe to start from"),
@@ -153,7 +162,9 @@ COMMANDS: Mapping[str, Command] = {
     ),
     "watch": Command(module="watch", help="show a run in the browser while it goes on", needs=PLOTS),
     "push": Command(module="push", help="upload a model to the Hugging Face hub"),
-    "bench": Command(module="bench", help="speed next to plain vLLM", needs=ENGINE, keys=_setting_keys),
+    "bench": Command(
+        module="bench", help="speed next to plain vLLM", needs=ENGINE, keys=_bench_keys, epilog=_BENCH_EPILOG
+    ),
     "doctor": Command(module="doctor", help="report what is installed, what will run here and what is wrong"),
 }
 

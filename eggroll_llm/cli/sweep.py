@@ -33,7 +33,7 @@ from eggroll_llm.config.parse import parse_table
 from eggroll_llm.config.recipe import load_recipe
 from eggroll_llm.config.schema import RunConfig
 from eggroll_llm.config.toml import format_value, read_toml
-from eggroll_llm.errors import ConfigError, RunDirError
+from eggroll_llm.errors import ConfigError, RunDirError, UserError
 from eggroll_llm.records.run_dir import RunDir
 from eggroll_llm.records.weights import final_step
 from eggroll_llm.system.files import describe_failure
@@ -186,7 +186,7 @@ def _is_finished(run: Planned, directory: Path) -> bool:
         found = RunDir.open(directory)
         metrics, saved = found.read_metrics(), load_recipe(found.config)
         asked = settle(load_recipe(run.recipe, run.flags), run.recipe.resolve().parent)
-    except (RunDirError, ConfigError):  # the run will say so itself
+    except UserError:  # the run will say so itself
         return False
     ended = bool(metrics) and final_step(found) == metrics[-1].get("step", -1)
     return ended and _has_settings(saved, asked)

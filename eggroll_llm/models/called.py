@@ -27,7 +27,7 @@ def called(model: str) -> str:
     if model == embedded.NAME:
         return embedded.DESCRIPTION
     if is_gguf(model):
-        return gguf_file.describe(Path(model).expanduser())
+        return gguf_file.describe(Path(os.path.expanduser(model)))
     return short_name(model) if PurePath(model).is_absolute() else model
 
 
@@ -56,4 +56,4 @@ def origins(model: str) -> list[Origin]:
 
 def is_gguf(model: str) -> bool:
     """Return whether a configuration's model names a GGUF file, there or not; a directory may have such a name."""
-    return model.lower().endswith(gguf_file.SUFFIX) and not Path(model).expanduser().is_dir()
+    return model.lower().endswith(gguf_file.SUFFIX) and not os.path.isdir(os.path.expanduser(model))

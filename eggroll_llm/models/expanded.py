@@ -6,6 +6,7 @@ A directory's name is that of the file, the SHA-256 of its content, and the vers
 
 import fcntl
 import logging
+import os
 import re
 import shutil
 import subprocess
@@ -43,7 +44,7 @@ def expanded_gguf(path: Path) -> Path:
 
 def expanded(path: Path, destination: Path) -> Path:
     """Return `destination`, into which the GGUF file at `path` is converted if it is not there. Raises ModelError."""
-    if destination.is_dir():
+    if os.path.isdir(destination):
         return destination
     installed.check(f"converting {path}", "torch", "transformers", "gguf")
     return made_once(destination, f"{path}: its conversion", lambda scratch: _convert(path, scratch))
@@ -54,14 +55,14 @@ def made_once(destination: Path, what: str, make: Callable[[Path], None]) -> Pat
 
     It is made beside its place and renamed: what was being made when the process was killed is never taken for a model.
     """
-    if destination.is_dir():
+    if os.path.isdir(destination):
         return destination
     prefix = f".{destination.name}.tmp-"
     try:
         destination.parent.mkdir(parents=True, exist_ok=True)
         with (destination.parent / f".{destination.name}.lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            if destination.is_dir():
+            if os.path.isdir(destination):
                 return destination
             for abandoned in destination.parent.glob(f"{prefix}*"):
                 shutil.rmtree(abandoned)

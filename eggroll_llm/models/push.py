@@ -74,6 +74,8 @@ class PushPlan:
     """Names in the model's directory that are not uploaded."""
     warnings: tuple[str, ...]
     """What to think about first."""
+    secrets: tuple[str, ...]
+    """Names in the files that sound like those of secrets; what they hold would be published."""
     token_found: bool
     """Whether there is a token to log in with."""
 
@@ -130,6 +132,7 @@ def plan_push(
             )
     if not any(file.path == "README.md" for file in files):
         notes.append(f"{directory}: has no README.md, so the repository will have no model card")
+    warnings, secrets = _private_settings(files)
     return PushPlan(
         repo_id=repo_id,
         private=private,
@@ -138,7 +141,8 @@ def plan_push(
         step=step,
         files=tuple(sorted(files, key=lambda file: file.path)),
         left_out=tuple(left_out),
-        warnings=(*notes, *_private_settings(files)),
+        warnings=(*notes, *warnings),
+        secrets=tuple(secrets),
         token_found=_token_found(),
     )
 
@@ -238,9 +242,10 @@ def _content(file: PushFile) -> Path | bytes:
     return file.source.read_bytes()[: file.size] if file.path.startswith("eggroll/") else file.source
 
 
-def _private_settings(files: Sequence[PushFile]) -> list[str]:
-    """Return a warning for each setting that looks secret or is a path of this machine."""
+def _private_settings(files: Sequence[PushFile]) -> tuple[list[str], list[str]]:
+    """Return a warning for each setting that looks secret or is a path of this machine, and the names of the former."""
     where: dict[str, list[str]] = {}
+    secrets: list[str] = []
     for file in files:
         if file.path in ("README.md", CONFIG, "eggroll/config.toml", "eggroll/report.html"):
             text, folder = file.source.read_text(encoding="utf-8", errors="replace"), str(file.source.resolve().parent)
@@ -248,16 +253,18 @@ def _private_settings(files: Sequence[PushFile]) -> list[str]:
                 text = html.unescape(re.sub("<[^>]*>", "", text))
             for line in text.splitlines():
                 if secret := _SECRET.search(line):  # its value is not repeated
+                    secrets.append(secret[1])
                     where.setdefault(f"{secret[1]} looks like the name of a secret", []).append(file.path)
                 elif _LOCAL_PATH.match(line.replace('": ', '" = ', 1) if file.path == CONFIG else line):
                     where.setdefault(f"{line.strip()} is a path of this machine", []).append(file.path)
                 elif folder in line:
                     where.setdefault(f"{folder} is a path of this machine", []).append(file.path)
-    return [
+    warnings = [
         f"{' and '.join(dict.fromkeys(names))}: {what}, readable by all who can see the repository: use --private, or "
         "push a copy of the run without it"
         for what, names in where.items()
     ]
+    return warnings, list(dict.fromkeys(secrets))
 
 
 def _token_found() -> bool:

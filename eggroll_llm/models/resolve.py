@@ -10,6 +10,7 @@
 the message says what to do about it.
 """
 
+import errno
 import os
 import re
 from pathlib import Path
@@ -58,8 +59,8 @@ def settled_name(name: str) -> str:
         return f"{directory.resolve()}@{base if named_adapter(base) else settled_name(base)}"
     if run := named_run(name):
         return f"{run[0].path.resolve()}@{weights_at(*run)[1]}"
-    path = Path(name).expanduser()
-    return str(path.resolve()) if path.is_dir() or is_gguf(name) else name
+    path = os.path.expanduser(name)  # which, unlike Path, leaves a user's name that is not known
+    return os.path.realpath(path) if os.path.isdir(path) or is_gguf(name) else name
 
 
 def is_hub_id(name: str) -> bool:
@@ -119,6 +120,8 @@ def _download(hub_id: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
+    folder = hub_id.partition("/")[0]
+    here = f", and the folder {folder} here has none of that name" if os.path.isdir(folder) else ""
     try:
         return Path(snapshot_download(hub_id, allow_patterns=_HUB_FILES, ignore_patterns=["*/*"]))
     except GatedRepoError as error:
@@ -126,9 +129,11 @@ def _download(hub_id: str) -> Path:
             f"model {hub_id!r}: access must be granted: accept its terms on the hub, then run `hf auth login`"
         ) from error
     except RepositoryNotFoundError as error:
-        raise ModelError(f"model {hub_id!r} is not on the hub, or is private: correct `model`") from error
+        raise ModelError(f"model {hub_id!r} is not on the hub, or is private{here}: correct `model`") from error
     except Exception as error:  # whatever the hub client's HTTP libraries raise, the remedy is the same
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES):
+            raise ModelError(f"model {hub_id!r} cannot be stored in the local hub cache: {error}") from error
         raise ModelError(
             f"model {hub_id!r} cannot be fetched from the hub ({type(error).__name__}) and is not in the "
-            f"local hub cache: go online, name a local directory, or use the embedded model {embedded.NAME!r}"
+            f"local hub cache{here}: go online, name a local directory, or use the embedded model {embedded.NAME!r}"
         ) from error

@@ -53,6 +53,16 @@ def test_ranks_and_members_make_a_table_of_their_own() -> None:
     assert chosen_groups("cpu", members=[6]) == [("even", (population(1, 6),))]
 
 
+def test_populations_that_cannot_be_are_refused_before_an_engine_starts() -> None:
+    for sizes, said in (
+        ({"members": [5]}, "--members 5: must be even"),
+        ({"ranks": [1, 128]}, "--ranks 128: the kernels take ranks up to 64"),
+        ({"ranks": [1, 1]}, "--ranks 1,1: names one twice"),
+    ):
+        with pytest.raises(UserError, match=said):
+            chosen_groups("cpu", **sizes)
+
+
 def test_a_name_that_no_variant_has_is_a_mistake() -> None:
     with pytest.raises(UserError, match="in none of these names:\n  population of 64, rank 1\n"):
         chosen_groups("cpu", "no such variant")

@@ -33,6 +33,7 @@ SHAPE = {
     "tie_word_embeddings": True,
 }
 SIZE = Size(num_prompts=8, output_len=4)
+ES = 'task = "countdown"\nsteps = 1\n[es]\nsigma = 0.01\nlearning_rate = 0.01\n'
 
 
 @pytest.fixture(scope="module")
@@ -252,12 +253,18 @@ def test_the_command_measures_vllm_as_it_ships(
 def test_a_recipe_or_a_shape(tmp_path: Path, shape: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe = tmp_path / "recipe.toml"
     recipe.write_text('task = "countdown"\nsteps = 1\n')
+    fp8 = tmp_path / "fp8.toml"
+    fp8.write_text(f'{ES}[engine]\nquantization = "fp8"\n')
     for words, said in (
         ([], "name a recipe to measure, or give --random-weights SHAPE, but not both"),
         ([str(recipe), "--random-weights", str(shape)], "but not both"),
         ([str(recipe), "--input-len", "8"], "--input-len is of --random-weights"),
         (["--random-weights", "gpt-9"], "neither one of smollm2-135m"),
         (["--random-weights", str(shape), "--es.ranck", "8"], "es.ranck"),
+        (["--random-weights", str(shape), "--es.rank", "8"], "es.rank"),  # which would change nothing
+        (["--random-weights", str(shape), "--model", "x"], "takes the directory of a model"),
+        (["--random-weights", str(shape), "--input-len", "1"], "must be at least 2"),
+        ([str(fp8)], "engine.quantization and engine.tensor_parallel are not measured here"),
     ):
         assert main(["bench", *words]) == 2
         assert said in capsys.readouterr().err
@@ -268,7 +275,7 @@ def test_paths_in_flags_are_relative_to_where_the_user_stands(
 ) -> None:
     """As those of `train` are; the file is missing there, and not in the recipe's folder."""
     recipe, here = tmp_path / "recipe.toml", tmp_path / "here"
-    recipe.write_text('task = "gsm8k"\nsteps = 1\n[es]\nsigma = 0.01\nlearning_rate = 0.01\n')
+    recipe.write_text(ES.replace("countdown", "gsm8k"))
     here.mkdir()
     monkeypatch.chdir(here)
     assert main(["bench", str(recipe), "--task_options.data_dir", "data"]) == 2

@@ -50,7 +50,7 @@ def test_the_memory_of_a_gpu_is_foreseen(monkeypatch: pytest.MonkeyPatch) -> Non
         assert 8.6 < plain / GIB < 11
         member = 2 * 28 * (2 * 3072 + 2 * 1792 + 3 * 10_496)
         masters = 4 * 28 * (2 * 1536 * 1536 + 2 * 1536 * 256 + 3 * 1536 * 8960)
-        assert population_bytes(subject, plan.population(1)) == masters + (64 + 32) * member
+        assert population_bytes(subject, plan.population(1)) == masters + 64 * member
         beside = gpu_bytes(subject, plan.population(1), 512, 264) - gpu_bytes(subject, plan.EAGER, 512, 264)
         assert beside == population_bytes(subject, plan.population(1))
 

@@ -34,7 +34,7 @@ def cpuinfo(flags: str) -> str:
     ],
 )
 def test_instruction_sets(flags: str, status: str, said: str) -> None:
-    found = by_name(check_hardware(cpuinfo(flags), 16.0))["instructions"]
+    found = by_name(check_hardware(cpuinfo(flags), 16 << 30))["instructions"]
     assert found.status == status
     assert said in found.detail
 
@@ -46,11 +46,11 @@ def test_unknown_hardware_is_only_a_note() -> None:
 
 
 def test_little_memory_names_the_settings() -> None:
-    memory = by_name(check_hardware(cpuinfo("avx2"), 2.0))["memory"]
+    memory = by_name(check_hardware(cpuinfo("avx2"), 2 << 30))["memory"]
     assert memory.status == "note"
     assert "2.0 GiB" in memory.detail
     assert "engine.kv_cache_gib" in memory.remedy
-    assert by_name(check_hardware(cpuinfo("avx2"), 16.0))["memory"].status == "ok"
+    assert by_name(check_hardware(cpuinfo("avx2"), 16 << 30))["memory"].status == "ok"
 
 
 def test_ray_is_needed_for_several_engines_only() -> None:

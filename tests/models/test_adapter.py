@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from eggroll_llm.cli.main import main
 from eggroll_llm.errors import ModelError
 from eggroll_llm.models.adapter import low_rank as low_rank_module
+from eggroll_llm.models.adapter.card import adapter_card
 from eggroll_llm.models.adapter.kept import Kept, Layer
 from eggroll_llm.models.adapter.low_rank import low_rank
 from eggroll_llm.models.adapter.write import write_adapter
@@ -104,6 +105,34 @@ def test_peft_computes_with_base_plus_truncated_change(tiny_model: TinyModel, tm
     found = logits(PeftModel.from_pretrained(load(base), out))
     assert torch.allclose(found, logits(dense), atol=2e-4)
     assert not torch.allclose(found, logits(load(base)), atol=0.05)
+
+
+def test_an_adapter_of_more_than_a_layer_s_rank_keeps_all_of_it(tiny_model: TinyModel, tmp_path: Path) -> None:
+    """The keys of Qwen2 have 64 rows: beyond, what they lack is zeros."""
+    base, out = tiny_model("qwen2"), tmp_path / "adapter"
+    changed(base, tmp_path / "trained")
+    out.mkdir()
+    kept = write_adapter(base, tmp_path / "trained", out, rank=128, base_name=str(base))
+    assert kept.error < 1e-3
+    trained = logits(load(tmp_path / "trained"))
+    assert torch.allclose(logits(PeftModel.from_pretrained(load(base), out)), trained, atol=2e-4)
+
+
+def test_a_card_names_no_other_base_than_the_adapter_s(tmp_path: Path) -> None:
+    """A run began from a step of another: the model on the hub lacks what that had learned."""
+    run = tmp_path / "first"
+    run.mkdir()
+    (run / "journal.jsonl").write_text("")
+    (run / "config.toml").write_text('model = "Qwen/Qwen2.5-0.5B"\n')
+    layer = Layer(name="model.layers.0.self_attn.q_proj.weight", change=1.0, lost=0.0)
+    kept = Kept(rank=1, layers=(layer,), left_out={}, needed={})
+    texts = [
+        adapter_card(kept, base_model=model, identity="0" * 16, trained="x")
+        for model in ("Qwen/Qwen2.5-0.5B", f"{run}@20")
+    ]
+    assert ["Qwen/Qwen2.5-0.5B is the base model" in text for text in texts] == [True, False]
+    assert "BASE is the base model" in texts[1]
+    assert [ModelCard(text).data.base_model for text in texts] == ["Qwen/Qwen2.5-0.5B", None]
 
 
 def test_a_change_of_low_rank_goes_out_and_comes_back(tiny_model: TinyModel, tmp_path: Path, cache: Path) -> None:
@@ -351,7 +380,9 @@ def test_exports_that_cannot_be(
 
     assert "one of the arguments --adapter --gguf is required" in refused()
     assert "with --base MODEL" in refused("--adapter", 2)
-    assert "--adapter = 65: 'model.layers" in refused("--adapter", 65, "--base", base)
+    assert "--adapter 129: an adapter of rank 128 keeps all of these weights" in refused(
+        "--adapter", 129, "--base", base
+    )
     assert "there is no change to export" in refused("--adapter", 2, "--base", base)
     assert "was not trained from" in refused("--adapter", 2, "--base", tiny_model("qwen2"))
     assert "is not a run directory" in refused("--adapter", 2, "--at", "best")

@@ -15,6 +15,8 @@ import huggingface_hub
 import pytest
 from huggingface_hub import constants
 
+from eggroll_llm.cli import push as push_command
+from eggroll_llm.cli.main import main
 from eggroll_llm.errors import CheckpointError, JournalError, ModelError, UserError
 from eggroll_llm.models.push import PushError, PushPlan, plan_push, push
 from eggroll_llm.records.checkpoint import save_checkpoint
@@ -218,6 +220,20 @@ class TestPlan:
         assert warning.startswith("README.md and eggroll/config.toml: ")
         assert "looks like the name of a secret" in warning
         assert "abc" not in warning
+
+    def test_what_sounds_secret_is_not_published_without_a_word(
+        self, run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        (run / "config.toml").write_text(f'{CONFIG}api_key = "abc"\n')
+        sent = []
+        monkeypatch.setattr(push_command, "push", lambda plan: sent.append(plan) or "sent")
+        assert main(["push", str(run), "me/mine"]) == 2
+        assert "error: nothing was sent: api_key would be published" in capsys.readouterr().err
+        assert main(["push", str(run), "me/mine", "--dry-run"]) == 0
+        assert not sent
+        for flag in ("--private", "--public"):
+            assert main(["push", str(run), "me/mine", flag]) == 0
+        assert [plan.private for plan in sent] == [True, False]
 
     @pytest.mark.parametrize("line", ['api_key = ""', "max_tokens = 64", 'word = "token"'])
     def test_what_does_not_sound_secret(self, run: Path, line: str) -> None:

@@ -21,7 +21,8 @@ def adapter_card(kept: Kept, *, base_model: str, identity: str, trained: str) ->
     """
     from huggingface_hub import ModelCardData
 
-    on_hub = base_on_hub(base_model)
+    # Not what the base was made from: the adapter would be added to other weights than those that it belongs to.
+    on_hub = base_model if base_on_hub(base_model) == base_model else None
     metadata = ModelCardData(
         base_model=on_hub, library_name="peft", pipeline_tag="text-generation", tags=["lora", "eggroll-llm"]
     ).to_yaml()

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 EXACT_UP_TO = 2048
 """Smaller side of the largest matrix whose decomposition is exact."""
@@ -31,7 +32,7 @@ class LowRank:
 
 
 def low_rank(D_OI: Tensor, rank: int) -> LowRank:
-    """Return the approximation of a float32 matrix by one of the rank, which is at most its smaller side."""
+    """Return the approximation of a float32 matrix by one of the rank; beyond its smaller side, B and A are 0."""
     wide = D_OI.shape[0] <= D_OI.shape[1]
     D = D_OI if wide else D_OI.T
     if not D.any():
@@ -48,6 +49,7 @@ def low_rank(D_OI: Tensor, rank: int) -> LowRank:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             U = torch.svd_lowrank(D, q=min(rank + _OVERSAMPLING, len(D)), niter=4)[0][:, :rank]
+    U = pad(U, (0, rank - U.shape[1]))
     projected = U.T @ D
     root = projected.norm(dim=1).sqrt_()
     root[root == 0] = 1  # beyond the rank of D there is nothing to divide among the two
