@@ -36,7 +36,7 @@ class Benches(Bench):
 
     def run(self, name: str, engines: int, faults: dict[int, Fault], on_existing: str = "fail", **options: Any) -> Path:
         changes = CHANGES | options.pop("changes", {}) | {"task": options.pop("task", None)}
-        plan = {"hosts": options.pop("hosts", {}), "seconds": options.pop("seconds", 0.0)}
+        plan = {name: options.pop(name) for name in ("hosts", "seconds", "versions") if name in options}
         self.make_engine = lambda config, journal: pool(
             Plan(config, journal, faults, **plan), engines, say=self.display.message, sequences=4, **options
         )
@@ -226,6 +226,24 @@ def test_the_only_machine_is_not_left_out(bench: Benches) -> None:
     assert bench.engine._launcher.avoided == []
     assert len(bench.engine._launcher.links) == 4
     assert rows(bench.folder / "run")[-1]["engines"] == 2
+
+
+@pytest.mark.parametrize("here", [True, False], ids=["its machine has others", "alone on its machine"])
+def test_an_engine_that_does_not_fit_in_is_tried_once(bench: Benches, here: bool) -> None:
+    """Its place is free afterwards, and would be filled again at every step."""
+
+    class Adding(Near):
+        def reward(self, member: int, value: float, problem: Mapping[str, Any]) -> float:
+            bench.engine._launcher.more = 0 if bench.engine._launcher.avoided else 1
+            return super().reward(member, value, problem)
+
+    hosts = dict.fromkeys(range(9), "here") if here else {}
+    bench.run("run", 2, {}, hosts=hosts, versions=dict.fromkeys(range(2, 9), "3"), task=Adding(), seconds=0.02)
+    lost = [text for text in bench.display.messages if " lost " in text]
+    assert len(lost) == 1
+    assert lost[0].endswith("it is not replaced (its machine is not like the others)")
+    assert len(bench.engine._launcher.links) == 3
+    assert bench.engine._launcher.avoided == ([] if here else [NODE])
 
 
 def test_two_engines_with_different_weights_end_the_run(bench: Benches) -> None:

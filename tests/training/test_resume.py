@@ -198,16 +198,24 @@ MAY_CHANGE = [
 ]
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run without an interruption."""
+    with pytest.MonkeyPatch.context() as patch:
+        bench = Bench(tmp_path_factory.mktemp("whole"), patch)
+        bench.train("whole")
+    return bench.folder / "whole"
+
+
 @pytest.mark.parametrize("key", MAY_CHANGE)
-def test_a_setting_that_may_change_on_resume_changes_no_weight(bench: Bench, key: str) -> None:
+def test_a_setting_that_may_change_on_resume_changes_no_weight(bench: Bench, whole: Path, key: str) -> None:
     table, _, name = key.rpartition(".")
     value = another(key, flat(CONFIG)[key])
     more = {"replicas": value} if key == "engine.min_replicas" else {}  # of which no more may be needed
     changes = {table: dataclasses.replace(getattr(CONFIG, table), **{name: value}, **more)} if table else {name: value}
-    bench.train("whole")
     bench.train("halves", steps=2)
     bench.train("halves", "resume", **changes)
-    one, other = bench.folder / "whole", bench.folder / "halves"
+    one, other = whole, bench.folder / "halves"
     assert (one / "journal.jsonl").read_text() == (other / "journal.jsonl").read_text()
     finals = [(path / "final" / "model.safetensors").read_bytes() for path in (one, other)]
     assert finals[0] == finals[1]

@@ -15,7 +15,9 @@ from rewards.turns import last_match, next_turns, visible
 
 DETAILS = ("correct", "wrong", "no_math", "truncated", "bad_gold")
 """Vocabulary of `Score.detail`."""
-_MATH = re.compile(r"\$|\\(?:boxed|fbox|[(\[])")
+_MATH = re.compile(r"(?<!\\)\$|\\(?:boxed|fbox|[(\[])")
+_LIST = re.compile(r"(?:[\s$,;/.()\[\]{}\\]|\btext\b|\band\b|\bor\b)*")
+"""What stands between boxes that are one answer; after a sentence the last box corrects the others."""
 _SECONDS = 3
 """Of each of three calls; the process has a limit for all of them."""
 
@@ -29,7 +31,7 @@ def score(completion: str, answer: str, *, truncated: bool = False, thought_open
     text = _answered(visible(completion, thought_open=thought_open), truncated=truncated)
     if text is None:
         return Score(0.0, False, "truncated")
-    found = _parse(text)
+    found = _parse(_corrected(text))
     if not found:
         return Score(0.0, False, "no_math")
     correct = bool(_verify()(list(gold), found, timeout_seconds=_SECONDS))
@@ -39,7 +41,7 @@ def score(completion: str, answer: str, *, truncated: bool = False, thought_open
 def read_answer(completion: str, *, truncated: bool = False, thought_open: bool = False) -> str | None:
     """Return the answer as sympy writes it; None without one."""
     text = _answered(visible(completion, thought_open=thought_open), truncated=truncated)
-    found = [] if text is None else _parse(text)
+    found = [] if text is None else _parse(_corrected(text))
     return str(found[0]) if found else None
 
 
@@ -61,6 +63,16 @@ def _answered(text: str, *, truncated: bool) -> str | None:
     box = last_match(BOX, text)
     end = -1 if box is None or "\\boxed" in text[box.end() :] else closing_brace(text, box.end(), len(text))
     return text[: end + 1] if end >= 0 else None
+
+
+def _corrected(text: str) -> str:
+    """Return the text from its last box on, where that comes after a sentence that follows another box."""
+    box = last_match(BOX, text)
+    before = None if box is None else last_match(BOX, text[: box.start()])
+    end = -1 if before is None or box is None else closing_brace(text, before.end(), box.start())
+    if box is None or end < 0 or _LIST.fullmatch(text, end + 1, box.start()):
+        return text
+    return text[box.start() :]
 
 
 @lru_cache(maxsize=4096)

@@ -229,6 +229,22 @@ def test_math_takes_no_answer_that_was_cut_off(text, detail):
     assert math.read_answer(text, truncated=True) == ("12" if detail == "correct" else None)
 
 
+@pytest.mark.parametrize(
+    ("text", "detail"),
+    [
+        (r"\boxed{4}. Wait, that is wrong.\n\n\boxed{5}".replace(r"\n", "\n"), "correct"),
+        (r"\boxed{5}. Wait, that is wrong.\n\n\boxed{4}".replace(r"\n", "\n"), "wrong"),
+        (r"\boxed{4} and \boxed{5}", "wrong"),  # two answers
+        (r"It costs \$4 each." + "\n\nExample: two of them.\n\n" + r"So \boxed{5}", "correct"),
+        (r"\boxed{5}" + "\n\nProblem: find x + 1.\n\n" + r"\boxed{6}", "correct"),
+    ],
+)
+def test_math_takes_the_last_box_after_a_correction(text, detail):
+    math = pytest.importorskip("eggroll_llm.tasks.dataset.math")
+    pytest.importorskip("math_verify")
+    assert math.score(text, "5").detail == detail
+
+
 def test_math_does_not_keep_an_answer_that_it_could_not_read_in_time(monkeypatch):
     pytest.importorskip("math_verify")
     from eggroll_llm.tasks.dataset import math
