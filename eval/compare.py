@@ -227,7 +227,10 @@ def _obstacles(runs: Sequence[Run], answers: _Answers) -> list[str]:
         "eval.max_tokens": {run.config.eval.max_tokens or run.config.sampling.max_tokens for run in runs},
     }
     for option, default in _GRADING.items():
-        kinds[f"task_options.{option}"] = {repr(run.config.task_options.get(option, default)) for run in runs}
+        given = (run.config.task_options.get(option, default) for run in runs)
+        # Of several rewards the first says what is right.
+        first = (each[:1] if isinstance(each, list | tuple) else [each] for each in given)
+        kinds[f"task_options.{option}"] = set(map(repr, first))
     evaluated: list[frozenset[Any]] = []
     for run in runs:
         with contextlib.suppress(RunDirError, SamplesError):  # said where they are missed in a test

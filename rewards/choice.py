@@ -18,8 +18,8 @@ from rewards.turns import visible
 
 DETAILS = ("correct", "wrong", "no_letter", "several", "no_answer", "unclosed", "too_long", "truncated", "bad_gold")
 """Vocabulary of `Score.detail`."""
-_LETTER = re.compile(r"[\s*_`\"'(\[$]*([A-Za-z])(?:[\s*_`\"')\]$}]*[.]?[\s*_`]*\Z|[*_`\"'$]{0,2}[).\]:,])")
-_FIRST = re.compile(r"[\s*_`\"'(\[$]*[A-Za-z]")
+_LETTER = re.compile(r"(?:\\text\{)?[\s*_`\"'(\[$]*([A-Za-z])(?:[\s*_`\"')\]$}]*[.]?[\s*_`]*\Z|[*_`\"'$]{0,2}[).\]:,])")
+_FIRST = re.compile(r"(?:\\text\{)?[\s*_`\"'(\[$]*[A-Za-z]")
 _OPENING = r"[\s*_`\"'(\[]*[A-Za-z]"
 _NEXT = re.compile(rf"[\s*_`\"')\]}}$.:]*(?:\b(?:or|and)\b|[/&,]){_OPENING}(?:[).\]:,*]|\s*\Z)")
 """Another letter directly behind the first."""

@@ -37,7 +37,11 @@ _HEADING = re.compile(
     r"|[0-9]{1,3}[.)]\s+[a-z].*[^.!?\s]\s*$)"
 )
 _HEADED = re.compile(r"(?i)#{1,6}\s{1,3}[*_]{0,3}(?:(?:the|my|your|final)\s){0,2}")
-_BLANK_REST = re.compile(r"[*_]{0,3}[ \t]{0,3}(?=\n)")
+_BELOW = re.compile(
+    r"[*_]{0,3}[ \t]{0,3}(?=\n\s{0,20}[*_$\\(\[{]{0,6}(?:boxed\{)?[-+]?[$£€¥]?[0-9][0-9,.]*[\s*_$\\)\]}%]*"
+    r"(?:[A-Za-z]+[ .*_]*){0,2}(?:\n|\Z))"
+)
+"""What follows a heading "Answer" above a line that is a number and little else."""
 _EXCLAMATION = re.compile(r"(?<=[0-9])!(?=\s|$)")
 _NUMBER_FIRST = re.compile(r"[^A-Za-z0-9]*[0-9]")
 _SENTENCE_END = re.compile(r"[0-9%)*$}][.;!]\s")
@@ -206,7 +210,7 @@ def _line_marker(text: str, literal: str, start: int, end: int) -> int | None:
         return None
     phrase = _PROSE.match(text, start + len(literal), end)
     line = text.rfind("\n", 0, start) + 1
-    if _HEADED.fullmatch(text, line, start - 1) and (rest := _BLANK_REST.match(text, start + len(literal), end)):
+    if _HEADED.fullmatch(text, line, start - 1) and (rest := _BELOW.match(text, start + len(literal), end)):
         return rest.end()
     return phrase.end() if phrase and not _REMARK.match(text, phrase.end(), end) else None
 

@@ -129,6 +129,10 @@ _CHANGED_BEFORE = re.compile(
     + rf"|(?:{_NUMBER_WORD}|{_SCALE}|{_one_of('dozen')})"
     r"(?:-|\s+(?:and|times|plus|minus|less|over|short\s+of|(?:divided|multiplied)\s+by))?)\s*$"
 )
+_TENS = ("twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety")
+_TEENS = ("thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen")
+_WORTH = {word: worth for worth, word in enumerate((*_DIGIT_WORDS.split(), *_TEENS), start=1)}
+_WORTH |= {word: worth for worth, word in zip(range(20, 100, 10), _TENS, strict=True)}
 _SPELLED = re.compile(rf"(?i){_NUMBER_WORD}(?:[\s-]*(?:\band\b|{_NUMBER_WORD}|{_SCALE}))*")
 _HEDGE = re.compile("(?i)" + _one_of("or maybe perhaps possibly probably likely approx approximately roughly"))
 _NOT = r"(?:\b(?:not|never|neither|nor|cannot)\b|n['\u2019]t\b)"
@@ -144,13 +148,14 @@ _DENIED_IN_REMARK = re.compile(rf"(?i){_NOT}|\b(?:wrong|incorrect|guess|unsure)\
 _HEDGE_BEFORE = re.compile(
     "(?i)"
     + _one_of("nearly almost circa")
-    + r"|\b(?:about|around)(?:\s+(?:a|the)\s+total\s+of)?\s*$"
+    + r"|\b(?:about|around)(?:\s+(?:(?:a|the)\b\s*)?(?:(?:total|sum|product|difference)(?:\s+of)?)?)?[\s:\"'+-]*$"
     + r"|\b(?:either|both|between)\s*$"
     + r"|\b(?:(?:any|every)thing|except|besides|but|near|approaching"
     + r"|(?:could|might|may)\s+be|close\s+to|far\s+from|short\s+of|ca?\.)\s*$"
     + r"|\b(?:at least|at most|up to|(?:more|less|fewer|greater|other) than)\b"
-    + r"|\b(?:over|under|below|above)\s*$|[<>≈~≤≥≠\u223c≃≅]"
+    + r"|(?<!\bleft\s)\b(?:over|under)\s*$|[<>≈~≤≥≠\u223c≃≅]"
 )
+_BESIDE = re.compile(r"(?i)\b(?:below|above)\s*$")
 _HEDGE_AFTER = re.compile(
     r"(?i)\s*\?|\A[\s-]*ish\b|\bgive or take\b|\bat (?:least|most)\b|"
     + _one_of("plus minus")
@@ -281,23 +286,34 @@ def _without_remarks(after: str, number: str) -> str:
         content = bracket[1:-1].strip(f" \t.:{_CURRENCY}?%")
         other = _NUMBER.fullmatch(content) and canonical(content) != canonical(number)
         denied = _HEDGE.search(content) or _DENIED_IN_REMARK.search(content)
-        if other or denied or "?" in bracket or (_SCALE_WORD.search(content) and not _spells(content, number)):
+        number_word = _SCALE_WORD.search(content) or _SPELLED.fullmatch(content)
+        if other or denied or "?" in bracket or (number_word and not _spells(content, number)):
             raise RefusedError("hedged")
     return _BRACKETS.sub(" ", after)
 
 
 def _spells(words: str, number: str) -> bool:
-    """Return whether words that spell a number out, "seventy thousand", may be this number."""
-    largest = max((zeros for scale, zeros in _ZEROS.items() if scale in words.lower()), default=0)
-    return bool(_SPELLED.fullmatch(words)) and float(canonical(number) or 0) >= 10**largest
+    """Return whether words spell this number out: "seventy thousand"."""
+    if not _SPELLED.fullmatch(words):
+        return False
+    total = group = 0
+    for word in re.findall("[a-z]+", words.lower()):
+        if zeros := _ZEROS.get(word.removesuffix("s") if word not in _WORTH else ""):
+            group = max(1, group) * 10**zeros
+            if zeros > 2:
+                total, group = total + group, 0
+        else:
+            group += _WORTH.get(word, 0)
+    return canonical(number) == str(total + group)
 
 
 def _check_surroundings(before: str, after: str) -> None:
     words = _CURRENCY_BEFORE.sub("", before)
-    hedged = _HEDGE.search(before) or _HEDGE_BEFORE.search(words) or _HEDGE.search(after) or _HEDGE_AFTER.search(after)
+    hedged = _HEDGE.search(before) or _HEDGE_BEFORE.search(words) or _BESIDE.search(before)
+    hedged = hedged or _HEDGE.search(after) or _HEDGE_AFTER.search(after)
     if hedged or _DENIED_BEFORE.search(before) or _DENIED_AFTER.match(after):
         raise RefusedError("hedged")
-    money = before[len(words) :].strip(" \t\r\n([") or _MONEY_AFTER.match(after)
+    money = re.search(r"[^\s(\[]", before[len(words) :]) or _MONEY_AFTER.match(after)
     glued = before[-1:].isalpha() and not _CURRENCY_CODE.search(before)
     changed = (
         glued

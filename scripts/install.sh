@@ -38,9 +38,6 @@ elif has "$installed" demo; then
     engine=cpu
 fi
 extras=${EXTRAS:-${engine:-cpu},dev}
-if [[ $engine == cuda ]]; then
-    extras=,$extras, extras=${extras//,demo,/,cuda,} extras=${extras#,} extras=${extras%,} # `make demo` there
-fi
 
 refuse() {
     echo "error: $venv holds vLLM for $1, and both builds in one environment break each other: rm -rf $venv, then again" >&2
@@ -61,6 +58,10 @@ up_to_date() {
 }
 if up_to_date; then
     exit 0
+fi
+if [[ $engine == cuda && ,$extras, == *,demo,* ]]; then
+    echo "install: $venv is for vLLM on CUDA, which the demo takes too (rm -rf $venv to begin anew)"
+    extras=,$extras, extras=${extras//,demo,/,cuda,} extras=${extras#,} extras=${extras%,} # `make demo` there
 fi
 
 find_python() {

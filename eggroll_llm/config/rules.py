@@ -11,7 +11,6 @@ from eggroll_llm.bounds import violations
 from eggroll_llm.config.parse import convert, field_types
 from eggroll_llm.config.toml import Origin, format_value, is_unicode
 from eggroll_llm.errors import ConfigError
-from eggroll_llm.es.settings import without_effect
 
 if TYPE_CHECKING:
     from eggroll_llm.config.schema import RunConfig
@@ -191,13 +190,6 @@ class _Check:
                 "es.optimizer",
                 "es.momentum",
             )
-        for field, other, value in without_effect(es):
-            self.fail(
-                "has no effect",
-                f'Leave es.{field} out, or set es.{other} to "{value}"',
-                f"es.{field}",
-                f"es.{other}",
-            )
         self.schedules("es.sigma_schedule", "es.learning_rate_schedule")
         if es.sigma_schedule != "constant" and es.schedule_end == 0:
             self.fail(
@@ -304,12 +296,5 @@ class _Check:
                 "grpo.micro_batch",
                 "sampling.prompts_per_step",
                 "sampling.samples_per_prompt",
-            )
-        if grpo.schedule_end != type(grpo)().schedule_end and grpo.learning_rate_schedule == "constant":
-            self.fail(
-                "has no effect",
-                'Leave grpo.schedule_end out, or set grpo.learning_rate_schedule to "linear"',
-                "grpo.schedule_end",
-                "grpo.learning_rate_schedule",
             )
         self.schedules("grpo.learning_rate_schedule")

@@ -1,6 +1,6 @@
 """Engines in other processes, as a pool sees them: how they are reached, and what is known of each."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -40,8 +40,11 @@ class Launcher(Protocol):
         """Return what came from these, some of it at least, waiting for at most `timeout` seconds."""
         ...
 
-    def spare(self) -> int:
-        """Return how many engines more there is room for, where their number is left to the machines; else 0."""
+    def spare(self, engines: int, given_up: Mapping[str, int]) -> int:
+        """Return how many there is room for besides these, where their number is left to the machines; else 0.
+
+        `given_up`: places on machines (`Started.node`) that are not filled again.
+        """
         ...
 
     def avoid(self, node: str) -> None:

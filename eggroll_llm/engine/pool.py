@@ -106,8 +106,7 @@ class EnginePool:
 
     def begin(self, noise: NoiseSpec, population: int, *, antithetic: bool = True) -> float:
         """Make the members of a step available everywhere; return the seconds that their noise took the slowest."""
-        coming = sum(replica.started is None for replica in self._roster.replicas)
-        self._roster.add(self._launcher.spare() - self._roster.given_up - coming)
+        self._roster.add(self._launcher.spare(len(self._roster.replicas), self._roster.given_up))
         seconds = self._roster.call("begin", noise, population, antithetic=antithetic)
         self._roster.past.begin = Call(-1, "begin", (noise, population), {"antithetic": antithetic})
         return max(seconds.values())

@@ -10,7 +10,7 @@ import dataclasses
 import os
 import platform
 import queue
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -115,12 +115,15 @@ class Cluster:
         """Return what Ray is to set aside for an engine."""
         return {"num_cpus": self.cpus_each} if self.on_cpu else {"num_cpus": 1, "num_gpus": self.gpus_each}
 
-    def spare(self, avoided: Collection[str]) -> int:
-        """Return how many engines more there is room for, where their number is left to the machines."""
+    def spare(self, engines: int, avoided: Collection[str], given_up: Mapping[str, int]) -> int:
+        """Return how many engines there is room for besides these, where their number is left to the machines."""
         if not self.counted or self.on_cpu:
             return 0
-        of_avoided = sum(node["Resources"].get("GPU", 0) for node in ray.nodes() if node["NodeID"] in avoided)
-        return max(0, int(ray.available_resources().get("GPU", 0) - of_avoided) // self.gpus_each)
+        alive = {node["NodeID"]: int(node["Resources"].get("GPU", 0)) for node in ray.nodes() if node["Alive"]}
+        free = int(ray.available_resources().get("GPU", 0)) - sum(alive.get(node, 0) for node in avoided)
+        lost = {node: min(given_up.get(node, 0), gpus // self.gpus_each) for node, gpus in alive.items()}
+        room = sum(gpus // self.gpus_each - lost[node] for node, gpus in alive.items() if node not in avoided)
+        return max(0, min(free // self.gpus_each - sum(lost.values()), room - engines))
 
     def close(self) -> None:
         """Leave Ray, which ends the cluster if it was started here."""
@@ -189,9 +192,9 @@ class RayLauncher:
         ready, _ = ray.wait(list(of_events), num_returns=1, timeout=timeout, fetch_local=True)
         return [(of_events[events], _next(events, of_events[events])) for events in ready]
 
-    def spare(self) -> int:
-        """Return how many engines more there is room for."""
-        return self._cluster.spare(self._avoided)
+    def spare(self, engines: int, given_up: Mapping[str, int]) -> int:
+        """Return how many engines there is room for besides these."""
+        return self._cluster.spare(engines, self._avoided, given_up)
 
     def avoid(self, node: str) -> None:
         """Start no engine on a machine any more."""

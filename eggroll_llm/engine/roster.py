@@ -9,6 +9,7 @@ engine that counts, both taken at the same place in that order.
 import dataclasses
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import count
 from typing import Any
@@ -50,18 +51,17 @@ class Past:
 
     def loaded(self, call: Call) -> None:
         """Take weights that were loaded as what all begins with. Raises EngineError where they cannot be kept."""
-        frame, file = encode(call), tempfile.TemporaryFile()  # noqa: SIM115 - `close` closes it
+        self.close()
+        frame = encode(call)
         try:
-            file.write(frame)
-            file.flush()
+            self._weights = tempfile.TemporaryFile()  # noqa: SIM115 - `close` closes it
+            self._weights.write(frame)
+            self._weights.flush()
         except OSError as error:
-            file.close()
             raise EngineError(
                 f"{tempfile.gettempdir()}: cannot keep {len(frame)} bytes of weights, for engines that join later "
                 f"({error.strerror}): set TMPDIR to a folder with room"
             ) from error
-        self.close()
-        self._weights = file
         self.updates.clear()
 
     def close(self) -> None:
@@ -106,8 +106,8 @@ class Roster:
         self._active: Call | None = None  # of all engines, under way
         self._awaited = -1  # the call whose replies are collected
         self._replies: dict[Replica, Reply] = {}
-        self.given_up = 0
-        """Places that are not filled again, on machines that are not left out."""
+        self.given_up: Counter[str] = Counter()
+        """Places that are not filled again, by machine (`Started.node`); none of those that are left out."""
         self._deviated: set[str] = set()  # hosts on which an engine has had other weights than the others
         self._left_out: dict[str, str] = {}  # hosts on which one has had them again -> why
         self._failed_once = False  # an engine, in the active call or job
@@ -227,8 +227,8 @@ class Roster:
         if alone:
             self._left_out[replica.started.host] = why
             self.launcher.avoid(replica.started.node)
-        else:
-            self.given_up += 1
+        elif replica.started.host not in self._left_out:
+            self.given_up[replica.started.node] += 1
 
     def lose(self, replica: Replica, why: str, failure: Failure | None = None) -> None:
         """Leave an engine out from now on, and start another in its place if that is allowed.
@@ -246,7 +246,8 @@ class Roster:
         work = f"; {waiting} completions go to others" if waiting else ""
         if not again and not slot.given_up:
             slot.given_up = f"engine.restart = {self.rules.restarts}"
-            self.given_up += failure is not None  # else its machine may come back
+            if failure and replica.started:  # else its machine may come back
+                self.given_up[replica.started.node] += 1
         end = "a replacement is starting" if again else f"it is not replaced ({slot.given_up})"
         self.say(f"{replica} lost ({why}){work}; {end}")
         if again:

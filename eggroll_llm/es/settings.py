@@ -63,13 +63,14 @@ class EsSettings:
     """Number of steps for which the same noise is kept."""
 
 
-def without_effect(settings: EsSettings) -> Iterator[tuple[str, str, str]]:
-    """Yield each field that was set in vain, with the field that it depends on and the value needed there."""
+def without_effect(settings: EsSettings, prefix: str = "") -> Iterator[str]:
+    """Yield a sentence for each field that was set in vain; `prefix` comes before the names of fields."""
     default = EsSettings()
     needed = {"momentum": "momentum", "adam_beta1": "adam", "adam_beta2": "adam", "adam_eps": "adam"}
     for field, optimizer in needed.items():
         if getattr(settings, field) != getattr(default, field) and settings.optimizer != optimizer:
-            yield field, "optimizer", optimizer
+            value = getattr(settings, field)
+            yield f'{prefix}{field} = {value} has no effect without {prefix}optimizer = "{optimizer}"'
     scheduled = {settings.sigma_schedule, settings.learning_rate_schedule} != {"constant"}
     if settings.schedule_end != default.schedule_end and not scheduled:
-        yield "schedule_end", "learning_rate_schedule", "linear"
+        yield f"{prefix}schedule_end = {settings.schedule_end} has no effect without a schedule"

@@ -114,7 +114,11 @@ class ES:
         if self._journal:
             if self._journal.dropped_tail:
                 warnings.warn(self._journal.dropped_tail, stacklevel=2)
-            self._replay(self._journal.path, self._journal.entries)
+            try:
+                self._replay(self._journal.path, self._journal.entries)
+            except BaseException:
+                self._journal.close()
+                raise
 
     def members(self) -> Tensor:
         """Return the numbers of all members, int64 [population], to be split and handed out."""
@@ -200,7 +204,11 @@ class ES:
         return self._masters.checksum()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return a copy of float32 masters, optimizer state and step: `load_state_dict` continues there."""
+        """Return a copy of float32 masters, optimizer state and step: `load_state_dict` continues there.
+
+        Raises PopulationError after an update that was interrupted.
+        """
+        self._check_whole("state_dict")
         return {
             "settings": self._header.frozen_hash,
             "step": self.step,
@@ -227,9 +235,11 @@ class ES:
                 f"state of other weights than those of step {self.step} in the journal {self._journal.path}, which "
                 "could not be rebuilt from it any more. Load it into an ES without this journal"
             )
+        before, self._updating = self._updating, True
         try:
             self._masters.load_state(state["weights"])
-        except ValueError as error:
+        except ValueError as error:  # which comes before any change
+            self._updating = before
             raise PopulationError(str(error)) from error
         self.step = state["step"]
         self._write()
@@ -243,6 +253,7 @@ class ES:
         ends at another step: that journal would lack the steps between.
         """
         self._check_outside("replay")
+        self._check_whole("replay")
         contents = read_journal(Path(journal))
         if contents.header is None:
             raise JournalError(f"{journal}: is empty. Name the journal of a run")
@@ -308,16 +319,19 @@ class ES:
         return found
 
     def _check_weights(self, what: str) -> None:
-        if self._updating:
-            raise PopulationError(
-                f"{what}(): the update of step {self.step + 1} was interrupted, and some weights have moved already: "
-                "load a state_dict, or make the module and ES anew, with the journal if there is one"
-            )
+        self._check_whole(what)
         now = self._states()
         if changed := [name for name in now if now[name] != self._written[name]]:
             raise ModelError(
                 f"{what}(): parameter {changed[0]!r} was changed, moved or replaced since the last step, and ES would "
                 "overwrite it: load weights and move the module before ES is made"
+            )
+
+    def _check_whole(self, what: str) -> None:
+        if self._updating:
+            raise PopulationError(
+                f"{what}(): an update after step {self.step} was interrupted, and some weights have moved already: "
+                "load a state_dict, or make the module and ES anew, with the journal if there is one"
             )
 
     def _check_outside(self, what: str) -> None:

@@ -58,7 +58,7 @@ class Members:
         pairs_K, row_S = torch.unique(members_S // 2 if antithetic else members_S, return_inverse=True)
         rows_KV, row_S = served_rows(noise, pairs_K, layout, dtype, device), row_S.to(device)
         sign_S = (1 - 2 * (members_S % 2 if antithetic else torch.zeros_like(members_S))).to(device, dtype)
-        self.pairs, self.slot_N = len(pairs_K), slot_N.to(device, torch.int32)
+        self.slot_N = slot_N.to(device, torch.int32)
         self.pair_N, self.sign_N = row_S[self.slot_N], sign_S[self.slot_N]
         self.factors: dict[str, tuple[Tensor, Tensor]] = {}
         """A [S, R * O] and B [S, 1, R, I] of matrices in low rank, as `add_term` takes them."""
@@ -105,11 +105,16 @@ class Members:
         return self._slots_of_tokens[tokens]
 
     @cached_property
-    def in_order(self) -> bool:
-        """Whether the rows of each pair lie next to each other, equally many, in the order of the pairs."""
-        each, rest = divmod(len(self.pair_N), self.pairs)
-        ordered = torch.arange(self.pairs, device=self.pair_N.device).repeat_interleave(each)
-        return not rest and bool((self.pair_N == ordered).all())
+    def stretches(self) -> list[tuple[slice, slice]]:
+        """Return rows and their pairs, in stretches of as many rows to a pair; none where rows are not in order."""
+        if bool((self.pair_N.diff() < 0).any()):
+            return []
+        each_K, result, row, pair = torch.bincount(self.pair_N), [], 0, 0
+        values, counts = (found.tolist() for found in torch.unique_consecutive(each_K, return_counts=True))
+        for each, pairs in zip(values, counts, strict=True):
+            result.append((slice(row, row + each * pairs), slice(pair, pair + pairs)))
+            row, pair = row + each * pairs, pair + pairs
+        return result
 
     def vector(self, layer: Layer, attribute: str, like: Tensor) -> Tensor | None:
         """Return a weight or bias of a layer that is a vector, for each row where it is trained; None for none.
@@ -137,10 +142,10 @@ def _linear(layer: Layer, members: Members, x: Tensor) -> Tensor:
         x_TI, y_TO = x.reshape(-1, x.shape[-1]).contiguous(), y.view(-1, y.shape[-1])
         add_term(y_TO, x_TI, A_SV, B_SCRI, members.slots_of_tokens(tokens), (y.shape[-1],))
     elif name:
-        E_KOI = members.matrices[name]
-        E = E_KOI if members.in_order else E_KOI[members.pair_N]  # all rows of a pair in one product, where they can be
-        signed = x * members.sign_N.view(-1, *[1] * (x.ndim - 1))
-        y.view(len(E), -1, y.shape[-1]).baddbmm_(signed.reshape(len(E), -1, x.shape[-1]), E.mT)
+        E_KOI, signed = members.matrices[name], x * members.sign_N.view(-1, *[1] * (x.ndim - 1))
+        for rows, pairs in members.stretches or [(slice(None), members.pair_N)]:
+            E = E_KOI[pairs]  # once for all rows of a pair, where they lie together
+            y[rows].view(len(E), -1, y.shape[-1]).baddbmm_(signed[rows].reshape(len(E), -1, x.shape[-1]), E.mT)
     bias = members.vector(layer, "bias", y)
     return y if bias is None else y.add_(bias)
 

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -33,8 +34,8 @@ def checked_settings(others: Mapping[str, Any], *, seed: int, steps: int, **own:
         raise ConfigError("lr = 0.0: must be positive")
     if es.optimizer == "momentum" and es.momentum == 0:
         raise ConfigError('momentum = 0.0: is plain SGD. Set momentum to 0.9, or optimizer to "sgd"')
-    for field, other, value in without_effect(es):
-        raise ConfigError(f"{field} = {getattr(es, field)}: has no effect: leave it out, or set {other} to {value!r}")
+    for sentence in without_effect(es):
+        warnings.warn(sentence, stacklevel=3)
     try:
         check_bounds(es)
         plan = plan_step(es, seed=seed, step=1, steps=steps)

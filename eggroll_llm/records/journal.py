@@ -9,6 +9,7 @@ it is dropped and reported. Updates are read when they are looked at, one at a t
 Raises `JournalError`, naming file and line, for a journal that is damaged elsewhere or belongs to another run.
 """
 
+import contextlib
 import fcntl
 import json
 import os
@@ -197,6 +198,9 @@ class Journal(AbstractContextManager["Journal"]):
 
     def close(self) -> None:
         """Close the file; a second call does nothing."""
+        if not self._file.closed:
+            with contextlib.suppress(OSError):
+                fcntl.flock(self._file, fcntl.LOCK_UN)  # a forked child has the file, too
         self._file.close()
 
     @property

@@ -10,6 +10,7 @@ from typing import Any
 from eggroll_llm.config.compare import frozen_hash
 from eggroll_llm.config.schema import RunConfig
 from eggroll_llm.errors import ConfigError, TaskError
+from eggroll_llm.es.settings import without_effect
 from eggroll_llm.models.architectures import check_method, check_quantization, check_tensor_parallel, check_tested
 from eggroll_llm.models.files import architecture_of, context_limit, read_config
 from eggroll_llm.models.resolve import model_identity, resolve_model, settled_name
@@ -103,7 +104,7 @@ def prepare(config: RunConfig, recipe_dir: Path) -> Prepared:
     if config.method == "es":
         check_rank(model_dir, "es.rank", config.es.rank)
         check_layers(model_dir, config.es.layers)
-        notes = (*notes, *left_out(model_dir))
+        notes = (*notes, *left_out(model_dir), *(f"{each}." for each in without_effect(config.es, "es.")))
     else:
         check_rank(model_dir, "grpo.lora_rank", config.grpo.lora_rank)
     prompter = Prompter(model_dir, config.chat)

@@ -148,12 +148,6 @@ def test_files_that_are_no_recipe(recipe: Path) -> None:
          'two members of a pair. Set es.antithetic to true, or es.fitness to "rank".'),
         ({"es.optimizer": "momentum", "es.momentum": "0"}, 'es.optimizer = "momentum", es.momentum = 0.0: momentum 0 is plain '
          'SGD. Set es.momentum to 0.9, or es.optimizer to "sgd".'),
-        ({"es.momentum": "0.95"}, 'es.momentum = 0.95, es.optimizer = "sgd": has no effect. Leave es.momentum out, or set '
-         'es.optimizer to "momentum".'),
-        ({"es.optimizer": "momentum", "es.adam_eps": "1e-6"}, 'es.adam_eps = 1e-06, es.optimizer = "momentum": has no effect. '
-         'Leave es.adam_eps out, or set es.optimizer to "adam".'),
-        ({"es.schedule_end": "0.5"}, 'es.schedule_end = 0.5, es.learning_rate_schedule = "constant": has no effect. Leave '
-         'es.schedule_end out, or set es.learning_rate_schedule to "linear".'),
         ({"es.sigma_schedule": "linear", "steps": "0", "minutes": "5"}, 'es.sigma_schedule = "linear", steps = 0: a schedule '
          'needs to know the last step. Set steps above 0, or es.sigma_schedule to "constant".'),
         ({"es.sigma_schedule": "linear", "es.schedule_end": "0"}, 'es.sigma_schedule = "linear", es.schedule_end = 0.0: sigma '

@@ -46,3 +46,27 @@ def test_an_engine_has_its_gpus_or_cores_on_one_machine(
         return
     cluster = replicas.Cluster(config)
     assert (cluster.engines, cluster.cpus_each) == (engines, threads)
+
+
+@pytest.mark.parametrize(
+    ("engines", "free", "avoided", "given_up", "more"),
+    [
+        (2, 2, [], {}, 0),  # one GPU on each machine, and an engine needs two
+        (1, 4, [], {}, 1),
+        (1, 1, [], {}, 0),  # others use them
+        (1, 4, [], {"a": 1}, 0),  # its GPU is broken
+        (1, 4, [], {"gone": 1}, 1),
+        (1, 4, ["a"], {}, 0),
+        (0, 6, ["a"], {"b": 1}, 0),
+    ],
+)
+def test_engines_are_added_where_one_machine_has_room(
+    monkeypatch: pytest.MonkeyPatch, engines: int, free: int, avoided: list[str], given_up: dict[str, int], more: int
+) -> None:
+    nodes = [{"Alive": name != "gone", "NodeID": name, "Resources": {"GPU": 3.0}} for name in ("a", "b", "gone")]
+    monkeypatch.setattr(replicas.ray, "nodes", lambda: nodes)
+    monkeypatch.setattr(replicas.ray, "available_resources", lambda: {"GPU": float(free)})
+    monkeypatch.setattr(replicas.ray, "is_initialized", lambda: True)
+    monkeypatch.setattr(replicas, "serves_on_cpu", lambda: False)
+    cluster = replicas.Cluster(EngineConfig(replicas=0, tensor_parallel=2))
+    assert cluster.spare(engines, avoided, given_up) == more

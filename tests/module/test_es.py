@@ -309,13 +309,23 @@ def test_modules_that_cannot_be_trained_are_refused(module: nn.Module, said: str
         ({"sigma_schedule": "cosine", "schedule_end": 0.0, "steps": 3}, "sigma = "),
         ({"lr": 0.0}, "lr = 0.0: must be positive"),
         ({"optimizer": "momentum", "momentum": 0.0}, "is plain SGD"),
-        ({"momentum": 0.95}, "momentum = 0.95: has no effect: leave it out, or set optimizer to 'momentum'"),
         ({"masters": "split"}, "masters: is not a setting of ES, which are adam_beta1, "),
     ],
 )
 def test_impossible_settings_are_refused(settings: dict[str, Any], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         es_of(nn.Linear(2, 2), **settings)
+
+
+def test_a_setting_without_effect_is_a_warning() -> None:
+    """No more: with the settings of its journal, a run goes on."""
+    for settings, said in (
+        ({"momentum": 0.95}, "momentum = 0.95 has no effect without optimizer = "),
+        ({"optimizer": "momentum", "adam_eps": 1e-6}, 'adam_eps = 1e-06 has no effect without optimizer = "adam"'),
+        ({"schedule_end": 0.5}, "schedule_end = 0.5 has no effect without a schedule"),
+    ):
+        with pytest.warns(UserWarning, match=said):
+            es_of(nn.Linear(2, 2), **settings)
 
 
 @pytest.mark.parametrize(
@@ -494,8 +504,9 @@ def test_after_an_interrupted_update_nothing_goes_on(
     with pytest.raises(KeyboardInterrupt):
         es.tell(fitness(1))
     monkeypatch.undo()
-    for call in (lambda: es.tell(fitness(1)), lambda: es.ask().__enter__()):
-        with pytest.raises(PopulationError, match="the update of step 1 was interrupted"):
+    replay = lambda: es.replay(tmp_path / "none")  # noqa: E731
+    for call in (lambda: es.tell(fitness(1)), lambda: es.ask().__enter__(), es.state_dict, replay):
+        with pytest.raises(PopulationError, match="an update after step 0 was interrupted"):
             call()
     if name:
         es.close()

@@ -196,7 +196,7 @@ class PipeLauncher:
             code = link.process.exitcode
             return Lost(f"killed by signal {-code}" if code and code < 0 else f"exit status {code}")
 
-    def spare(self) -> int:
+    def spare(self, engines: int, given_up: Mapping[str, int]) -> int:
         more, self.more = self.more, 0
         return more
 

@@ -16,6 +16,7 @@ from rewards.turns import last_match, next_turns, visible
 DETAILS = ("correct", "wrong", "no_math", "truncated", "bad_gold")
 """Vocabulary of `Score.detail`."""
 _MATH = re.compile(r"(?<!\\)\$|\\(?:boxed|fbox|[(\[])")
+_FILLED = re.compile(BOX.pattern + r"(?!\s*\})")
 _LIST = re.compile(r"(?:[\s$,;/.()\[\]{}\\]|\btext\b|\band\b|\bor\b)*")
 """What stands between boxes that are one answer; after a sentence the last box corrects the others."""
 _SECONDS = 3
@@ -67,8 +68,8 @@ def _answered(text: str, *, truncated: bool) -> str | None:
 
 def _corrected(text: str) -> str:
     """Return the text from its last box on, where that comes after a sentence that follows another box."""
-    box = last_match(BOX, text)
-    before = None if box is None else last_match(BOX, text[: box.start()])
+    box = last_match(_FILLED, text)
+    before = None if box is None else last_match(_FILLED, text[: box.start()])
     end = -1 if before is None or box is None else closing_brace(text, before.end(), box.start())
     if box is None or end < 0 or _LIST.fullmatch(text, end + 1, box.start()):
         return text
