@@ -73,7 +73,7 @@ def _config(options: argparse.Namespace, settings: Settings) -> RunConfig:
         raise ConfigError("name a recipe to measure, or give --random-weights SHAPE, but not both")
     if options.recipe is None:
         # Of no consequence for speed: a task must be named, and a sigma be positive.
-        if any(key == "model" for key, _ in settings):
+        if any(flag == "--model" for flag, _ in settings):
             raise ConfigError("--model is of a recipe: --random-weights takes the directory of a model, for its shape")
         if options.input_len == 1:
             raise ConfigError("--input-len 1: must be at least 2, as members score the second half of a prompt")
