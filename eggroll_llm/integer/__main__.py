@@ -21,7 +21,10 @@ from eggroll_llm.integer.reference import STEP, float_bits_per_byte
 from eggroll_llm.integer.text import load_text, unigram_bits
 from eggroll_llm.system.files import check_output_file, write_output_file
 
-_OF_A_RUN = {"tokens": 60_000_000, "population": 1024, "fitness": "centered", "reference": None}
+_OF_A_RUN = {
+    **{"tokens": 60_000_000, "population": 1024, "last_fraction": 0.125},
+    **{"fitness": "centered", "reference": None},
+}
 """Flags that one step of `--generation` has no use for, and their defaults."""
 
 
@@ -46,6 +49,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--tokens", type=_positive, help="default: 60000000")
     parser.add_argument("--population", type=_members, help="even; default: 1024")
     parser.add_argument("--length", type=_positive, help="bytes that a member predicts in a step; default: 50")
+    parser.add_argument("--last-fraction", type=_fraction, help="of weights that move in the last step; default: 0.125")
     parser.add_argument("--fitness", choices=("centered", "sign"), help="default: centered")
     parser.add_argument("--journal", type=Path, metavar="FILE", help="record fitness: `Pretraining.replay` rebuilds")
     parser.add_argument("--out", type=Path, metavar="FILE.json", help="write what is printed")
@@ -56,7 +60,8 @@ def _options() -> argparse.Namespace:
         if getattr(options, name) is None:
             setattr(options, name, default)
         elif options.generation:
-            parser.error(f"--{name}: --generation is one step of its own population, with fitness 'sign': leave it out")
+            flag = f"--{name.replace('_', '-')}"
+            parser.error(f"{flag}: --generation is one step of its own population, with fitness 'sign': leave it out")
     return options
 
 
@@ -71,6 +76,13 @@ def _positive(text: str) -> int:
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"{text}: must be at least 1")
+    return number
+
+
+def _fraction(text: str) -> float:
+    number = float(text)
+    if not 0 < number <= 1:
+        raise argparse.ArgumentTypeError(f"{text}: must be above 0 and at most 1")
     return number
 
 
@@ -93,7 +105,12 @@ def _pretrain(options: argparse.Namespace) -> dict[str, object]:
     length = options.length or 50
     steps = max(1, options.tokens // (options.population * length))
     settings = Settings(
-        seed=options.seed, population=options.population, length=length, steps=steps, fitness=options.fitness
+        seed=options.seed,
+        population=options.population,
+        length=length,
+        steps=steps,
+        last_fraction=options.last_fraction,
+        fitness=options.fitness,
     )
     run = Pretraining(train_T, settings, options.journal)
     unigram = unigram_bits(train_T, held_out_T)

@@ -167,6 +167,8 @@ def test_a_text_that_is_too_short_is_refused() -> None:
         ("--generation 8 --population 1024", "--population: --generation is"),
         ("--generation 8 --fitness centered", "--fitness: --generation is"),
         ("--generation 8 --reference 6400", "--reference: --generation is"),
+        ("--generation 8 --last-fraction 0.5", "--last-fraction: --generation is"),
+        ("--last-fraction 0", "--last-fraction: 0: must be above 0 and at most 1"),
         ("--seed -1", "--seed: -1: must be from 0 to 4294967295"),
         ("--seed 4294967296", "--seed: 4294967296: must be from 0 to 4294967295"),
         ("--reference 6399", "--reference: 6399: must be at least 6400, the tokens of one step"),
