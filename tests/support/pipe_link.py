@@ -198,7 +198,7 @@ class PipeLauncher:
 
     def spare(self, engines: int, given_up: Mapping[str, int]) -> int:
         more, self.more = self.more, 0
-        return more
+        return max(0, more - sum(given_up.values()))
 
     def avoid(self, node: str) -> None:
         self.avoided.append(node)

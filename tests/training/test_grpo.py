@@ -4,7 +4,6 @@ With the stand-in engine, but for the last part, which is the real one on tiny m
 """
 
 import dataclasses
-import functools
 import importlib.util
 import math
 import shutil
@@ -41,20 +40,6 @@ from eggroll_llm.training.scorer import Scoring
 @pytest.fixture
 def bench(tmp_path: Path, tiny_model: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> Bench:
     return Bench(tmp_path, tiny_model("llama"), monkeypatch)
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory, tiny_model: Callable[[str], Path]) -> Callable[..., Path]:
-    """Return what trains without an interruption, once for the same flags, and returns the run."""
-
-    @functools.cache
-    def train(**flags: Any) -> Path:
-        with pytest.MonkeyPatch.context() as patch:
-            bench = Bench(tmp_path_factory.mktemp("whole"), tiny_model("llama"), patch)
-            bench.train("whole", **flags)
-        return bench.folder / "whole"
-
-    return train
 
 
 def steps_of(engine: StubEngine, per_step: int) -> list[list[tuple[int, ...]]]:
@@ -209,11 +194,10 @@ class Killed(BaseException):
         ("step", 2),  # of the optimizer
     ],
 )
-def test_a_run_killed_anywhere_ends_like_one_that_was_not(
-    bench: Bench, whole: Callable[..., Path], place: str, every: int
-) -> None:
+def test_a_run_killed_anywhere_ends_like_one_that_was_not(bench: Bench, place: str, every: int) -> None:
     """At its third step. Without a checkpoint everything is done again."""
     flags = {"checkpoint__every": every, "checkpoint__best": "false", "eval__every": 1}
+    bench.train("whole", **flags)
     owner: Any = {"save": Harness, "generate": StubEngine, "step": torch.optim.AdamW}.get(place, RunDir)
     real, calls = getattr(owner, place), [0]
 
@@ -230,7 +214,7 @@ def test_a_run_killed_anywhere_ends_like_one_that_was_not(
     assert bench.engine.closed
     assert not (bench.folder / "killed" / "final").exists()
     bench.train("killed", "resume", **flags)
-    same_run(whole(**flags), bench.folder / "killed")
+    same_run(bench.folder / "whole", bench.folder / "killed")
 
 
 def test_a_signal_that_was_swallowed_while_sampling_ends_the_run(bench: Bench) -> None:
@@ -378,9 +362,7 @@ def test_a_run_whose_weights_are_lost_stops(bench: Bench, learning_rate: float, 
     ("step", "kept"),
     [(2, "There is no checkpoint yet, so the run starts over"), (4, "The checkpoint of step 3 is")],
 )
-def test_when_the_engine_fails_the_run_goes_on_from_the_newest_checkpoint(
-    bench: Bench, whole: Callable[..., Path], step: int, kept: str
-) -> None:
+def test_when_the_engine_fails_the_run_goes_on_from_the_newest_checkpoint(bench: Bench, step: int, kept: str) -> None:
     def prepare(engine: StubEngine) -> None:
         sampled = 0
 
@@ -402,7 +384,8 @@ def test_when_the_engine_fails_the_run_goes_on_from_the_newest_checkpoint(
     assert bench.engine.closed
     bench.prepare_engine = lambda engine: None
     bench.train("run", "resume", **flags)
-    same_run(run, whole(**flags))
+    bench.train("whole", **flags)
+    same_run(run, bench.folder / "whole")
 
 
 def test_lost_weights_are_not_served_and_the_last_checkpoint_goes_on(bench: Bench) -> None:
