@@ -298,7 +298,7 @@ def _spells(words: str, number: str) -> bool:
         return False
     total = group = 0
     for word in re.findall("[a-z]+", words.lower()):
-        if zeros := _ZEROS.get(word.removesuffix("s") if word not in _WORTH else ""):
+        if zeros := _ZEROS.get(word.removesuffix("s")):
             group = max(1, group) * 10**zeros
             if zeros > 2:
                 total, group = total + group, 0

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 from eggroll_llm.errors import UserError
+from eggroll_llm.es.settings import MOST_RANK
 
 Device = Literal["cpu", "cuda"]
 WAVES = {"even": 1, "mixed": 4}  # prompts of a workload / prompts decoded at once
 MIXED_LENGTHS = 64  # different ones, if there are as many prompts
-MOST_RANK = 64
 
 
 @dataclass(frozen=True, kw_only=True)

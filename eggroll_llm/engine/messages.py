@@ -90,9 +90,8 @@ class Failure:
         if isinstance(error, errors.UserError | NonFiniteUpdate):
             return cls(type(error).__name__, str(error))
         if cause := of_the_system(error):
-            error = cause
-            details = (*error.args[:2], error.filename) if error.filename else error.args
-            return cls("OSError", str(error), details)
+            details = (*cause.args[:2], cause.filename) if cause.filename else cause.args
+            return cls("OSError", str(cause), details)
         return cls("EngineError", f"the engine failed: {type(error).__name__}: {error}")
 
     @property

@@ -6,6 +6,8 @@ from typing import Annotated, Literal
 
 from annotated_types import Ge, Le, Lt
 
+MOST_RANK = 64
+"""As many columns as the kernels take."""
 Schedule = Literal["constant", "linear", "cosine"]
 
 
@@ -19,7 +21,7 @@ class EsSettings:
     """Standard deviation of the perturbation of a weight; method "es" needs it."""
     learning_rate: Annotated[float, Ge(0), Le(1e6)] = 0.0  # beyond, a step could leave the range of float32
     """Root-mean-square change of a weight in a step (with update_scale "rms"); method "es" needs it."""
-    rank: Annotated[int, Ge(1), Le(64)] = 1  # as many as the kernels take
+    rank: Annotated[int, Ge(1), Le(MOST_RANK)] = 1
     """Rank of the perturbation of each weight matrix."""
     layers: tuple[Annotated[int, Ge(0)], ...] = ()
     """First and last decoder block, counted from 0, whose weights are perturbed and trained; empty: all."""

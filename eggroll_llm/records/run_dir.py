@@ -259,10 +259,10 @@ class RunDir(AbstractContextManager["RunDir"]):
     def _append(self, path: Path, rows: Iterable[Mapping[str, Any]], *, durable: bool = False) -> None:
         data = "".join(to_json(row) + "\n" for row in rows).encode()
         try:
-            created = not path.exists()
+            created = durable and not path.exists()
             with path.open("ab", buffering=0) as file:
                 append(file, data, durable=durable)
-            if created and durable:
+            if created:
                 fsync_directory(path.parent)
         except OSError as error:
             raise RunDirError(describe_failure(path, error, f"{len(data)} bytes")) from error

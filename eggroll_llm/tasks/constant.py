@@ -38,6 +38,8 @@ class Judge(Protocol):
         """Yield the verdict on each, in their order; `voted` asks for the answers that majority votes count."""
 
 
+_Sum = tuple[list[int], Fraction, Fraction]
+"""Numbers and target of a problem, and how far from the target a value may be."""
 _APPLY: dict[str, Callable[[Fraction, Fraction], Fraction]] = {
     "+": operator.add,
     "-": operator.sub,
@@ -100,11 +102,12 @@ def _frequent(task: Task, problems: Iterable[Problem], judge: Judge, deadline: f
 def best_pattern(operators: str, problems: Sequence[Mapping[str, object]]) -> Constant | None:
     """Return the Countdown pattern that solves most of the problems; None without any, or where they are too long."""
     rows = [(p.get("numbers"), p.get("target")) for p in problems]
-    by_count: dict[int, list[tuple[list[int], Fraction]]] = defaultdict(list)
+    by_count: dict[int, list[_Sum]] = defaultdict(list)
     for numbers, target in rows:
         if not isinstance(numbers, Sequence) or target is None or len(numbers) > MOST_NUMBERS:
             return None
-        by_count[len(numbers)].append((list(numbers), Fraction(str(target))))
+        goal = Fraction(str(target))
+        by_count[len(numbers)].append((list(numbers), goal, tolerance(goal)))
     if not by_count:
         return None
     solved, patterns = 0, []
@@ -122,9 +125,9 @@ def _patterns(operators: str, count: int) -> Iterable[tuple[str, tuple[str, ...]
     return product(_ORDERS, product(operators, repeat=count - 1))
 
 
-def _solved(group: Sequence[tuple[list[int], Fraction]], order: str, signs: Sequence[str]) -> int:
-    values = ((_value(_ORDERS[order](numbers), signs), target) for numbers, target in group)
-    return sum(value is not None and abs(value - target) <= tolerance(target) for value, target in values)
+def _solved(group: Sequence[_Sum], order: str, signs: Sequence[str]) -> int:
+    values = ((_value(_ORDERS[order](numbers), signs), target, within) for numbers, target, within in group)
+    return sum(value is not None and abs(value - target) <= within for value, target, within in values)
 
 
 def _value(numbers: Sequence[int], signs: Sequence[str]) -> Fraction | None:
