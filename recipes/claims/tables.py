@@ -76,10 +76,12 @@ def throughput(folder: Path) -> str:
                 f"{ms['shared'] / ms['EGGROLL forward']:.0%}".replace("%", " %"),
                 f"{ms['OpenES forward'] / ms['EGGROLL forward']:.1f}",
                 f"{generation[1] / generation[0]:.1f}",
+                f"{ms['own matrices forward'] / ms['EGGROLL forward']:.1f}",
             ]
         )
     head = ["width", "population", "EGGROLL's forward pass, of shared weights' speed"]
-    return grid([*head, "OpenES's time / EGGROLL's, forward", "the same, generation"], rows)
+    head += ["OpenES's time / EGGROLL's, forward", "the same, generation", "a matrix a member / EGGROLL, forward"]
+    return grid(head, rows)
 
 
 def line_of(points: Sequence[dict[str, Any]]) -> tuple[float, float]:

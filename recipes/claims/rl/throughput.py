@@ -1,8 +1,9 @@
 """Time of a generation by width and population: `python recipes/claims/rl/throughput.py`. Writes throughput.json.
 
 The policy is one square layer with tanh, one row for each member. Timed are the shared weights (all members the same),
-EGGROLL (rank 1) and OpenES (full rank), by turns in one process, in the processor's time: the least of several. A
-generation is the noise, 200 forward passes and the update; environments are left out.
+EGGROLL (rank 1), OpenES (full rank), and a weight matrix for each member, multiplied by torch.bmm as one would write it
+first, by turns in one process, in the processor's time: the least of several. A generation is the noise, 200 forward
+passes and the update; environments are left out.
 """
 
 import argparse
@@ -18,7 +19,7 @@ from torch import nn
 from eggroll_llm import ES
 
 CASES = [(width, 64) for width in (64, 128, 256, 512, 1024, 2048)] + [(256, population) for population in (16, 256)]
-STEPS, TURNS, METHODS = 200, 3, {"EGGROLL": 1, "OpenES": None}
+STEPS, TURNS, METHODS = 200, 9, {"EGGROLL": 1, "OpenES": None}
 
 
 def seconds(work: Callable[[], object], repeat: int = 1) -> float:
@@ -38,6 +39,7 @@ def measure(width: int, population: int) -> dict[str, float]:
         for method, policy in policies.items()
     }
     x, fitness = torch.randn(population, width), torch.randn(population)
+    own_MOI = torch.randn(population, width, width)
     repeat = max(1, int(5e7 / (width * width * population)))
     least: dict[str, float] = {}
 
@@ -55,6 +57,7 @@ def measure(width: int, population: int) -> dict[str, float]:
                 policy(x)
                 note(f"{method} forward", seconds(lambda policy=policy: policy(x), repeat))
             note(f"{method} noise and update", made + seconds(lambda es=es: es.tell(fitness)))
+        note("own matrices forward", seconds(lambda: torch.bmm(own_MOI, x[:, :, None]).tanh_(), repeat))
     return least
 
 
@@ -64,8 +67,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("build/claims"), help="folder of the result")
     options = parser.parse_args()
     rows = []
-    print("| width | population | EGGROLL / shared | OpenES / EGGROLL, forward | OpenES / EGGROLL, generation |")
-    print("|---|---|---|---|---|")
+    print("| width | population | EGGROLL / shared | OpenES / EGGROLL, forward | generation | own matrices, forward |")
+    print("|---|---|---|---|---|---|")
     for width, population in CASES:
         found = measure(width, population)
         whole = {m: STEPS * found[f"{m} forward"] + found[f"{m} noise and update"] for m in METHODS}
@@ -73,8 +76,10 @@ def main() -> None:
             found["shared"] / found["EGGROLL forward"],
             found["OpenES forward"] / found["EGGROLL forward"],
             whole["OpenES"] / whole["EGGROLL"],
+            found["own matrices forward"] / found["EGGROLL forward"],
         )
-        print(f"| {width} | {population} | {ratios[0]:.0%} | {ratios[1]:.1f} | {ratios[2]:.1f} |", flush=True)
+        numbers = " | ".join(f"{ratio:.1f}" for ratio in ratios[1:])
+        print(f"| {width} | {population} | {ratios[0]:.0%} | {numbers} |", flush=True)
         milliseconds = {what: round(value, 4) for what, value in found.items()}
         rows.append({"width": width, "population": population, "milliseconds": milliseconds})
     options.out.mkdir(parents=True, exist_ok=True)
