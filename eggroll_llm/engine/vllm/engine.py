@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from vllm import EngineArgs, SamplingParams
 from vllm.lora.request import LoRARequest
+from vllm.model_executor.models import registry
 from vllm.outputs import RequestOutput
 from vllm.v1.engine.llm_engine import LLMEngine
 
@@ -111,7 +112,7 @@ class VllmEngine:
     def _start(self, args: EngineArgs, config: EngineConfig) -> None:
         set_num_threads = torch.set_num_threads
         try:
-            with self.watchdog, environment(config):
+            with self.watchdog, environment(config), _inspected_here():
                 self._llm = LLMEngine.from_engine_args(args)
                 self.text_rules = TextRules(self._llm.get_tokenizer())
                 started, *_ = self._llm.collective_rpc("es_call", args=("start",))
@@ -373,6 +374,18 @@ class VllmEngine:
             return None
         name = f"{self._version}-{member}"
         return LoRARequest(name, member + 1, f"eggroll://{name}")
+
+
+@contextlib.contextmanager
+def _inspected_here() -> Iterator[None]:
+    """Let vLLM look at a model's class in this process, without CUDA: a process for each class takes ten seconds."""
+    in_subprocess = registry._run_in_subprocess
+    if serves_on_cpu():
+        registry._run_in_subprocess = lambda inspect: inspect()
+    try:
+        yield
+    finally:
+        registry._run_in_subprocess = in_subprocess
 
 
 def _admission(config: EngineConfig) -> tuple[int, int]:

@@ -1,6 +1,6 @@
 """RMSNorm and SwiGLU of the served model in one pass each, on CPU without compilation.
 
-vLLM composes both of torch operations there: at 128 sequences a seventh of a step of a 135M model. `fused.cpp` rounds
+vLLM composes both of torch operations there: at 128 sequences a seventh of a step of a 135M model. `norms.cpp` rounds
 where those operations round, so that completions stay those of plain vLLM up to the order of one sum and the last bit
 of an exponential. What cannot be built, or is called in another way than Llama and Qwen blocks do, is left to vLLM.
 """
