@@ -38,7 +38,7 @@ class EsSettings:
     problems: Literal["shared", "per_pair"] = "shared"
     """Whether all members of a step have the same problems, or each pair sampling.prompts_per_step of its own."""
     skip_tied: bool = False
-    """Whether to skip problems more often on which all rewards tied when they last came; none is dropped for good."""
+    """Whether to skip problems the more often, the more often all rewards tied on them; none is dropped for good."""
     fitness: Literal["centered", "rank", "sign"] = "centered"
     """How rewards become fitness: centred per prompt and scaled, centred ranks, or signs of pair differences."""
     update_scale: Literal["rms", "literature"] = "rms"

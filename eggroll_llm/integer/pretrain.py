@@ -91,7 +91,11 @@ class Pretraining:
             learning_rate=self.settings.fraction(self.step + 1),
         )
         if self._journal:
-            self._journal.append(entry)
+            try:
+                self._journal.append(entry)
+            except BaseException:
+                self._texts_of = -1  # members have read the bytes of this step
+                raise
         self._apply(entry)
         return float(loss_M.sum()) / (UNITS * loss_M.numel() * self.settings.length)
 

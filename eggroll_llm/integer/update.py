@@ -48,7 +48,7 @@ def whole_eighths(fitness_M: Tensor) -> Tensor:
 
 def threshold(fraction: float) -> int:
     """Return the threshold, in 1/1024 deviations, that a fraction of normal numbers exceed, up or down."""
-    return round(NormalDist().inv_cdf(1 - fraction / 2) * Z_ONE)
+    return round(-NormalDist().inv_cdf(fraction / 2) * Z_ONE)
 
 
 def zero_sums() -> dict[str, Tensor]:

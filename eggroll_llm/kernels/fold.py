@@ -1,4 +1,4 @@
-"""`update.Fold` of a device: products, their sum with a weight and its rounding in one pass over it.
+"""`es.estimate.Fold` of a device: products, their sum with a weight and its rounding in one pass over it.
 
 On a CPU that is `fold.cpp`, or torch operations where it cannot be built; on a GPU `fold_triton`.
 """

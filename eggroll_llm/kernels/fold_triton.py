@@ -1,4 +1,4 @@
-"""`update.Fold` on the GPU: products, their sum with a weight and its rounding in one pass over it.
+"""`es.estimate.Fold` on the GPU: products, their sum with a weight and its rounding in one pass over it.
 
 The sum over terms goes in order, in float32 without TF32, so its bits do not depend on how many processors the GPU has.
 A launch takes a chunk of pairs, and reads and writes the weight once.
@@ -39,7 +39,7 @@ def _fold(
 
 
 def fold_triton(to_OI: Tensor, products: Products, served_OI: Tensor | None) -> None:
-    """Compute `update.Fold` of tensors on one GPU. Raises ValueError for others."""
+    """Compute `es.estimate.Fold` of tensors on one GPU. Raises ValueError for others."""
     (out, inside), device = to_OI.shape, to_OI.device
     check_array("the weight", to_OI, (out, inside), torch.float32, device)
     if served_OI is not None:

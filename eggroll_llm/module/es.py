@@ -350,7 +350,8 @@ class ES:
         return members_N.long()
 
     def _checked_fitness(self, fitness: Tensor | Sequence[float]) -> Tensor:
-        fitness_M = torch.as_tensor(fitness).detach().cpu()
+        fitness_M = fitness if isinstance(fitness, Tensor) else torch.as_tensor(fitness, dtype=torch.float64)
+        fitness_M = fitness_M.detach().cpu()
         if fitness_M.ndim not in (1, 2) or len(fitness_M) != self.population or not fitness_M.numel():
             raise PopulationError(
                 f"fitness of shape {[*fitness_M.shape]}: must be [{self.population}], a number for each member, or "

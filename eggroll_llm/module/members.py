@@ -78,7 +78,7 @@ class Members:
                 B_SV = rows_KV[:, at_B : at_B + layout.rank * inside][row_S]
                 self.factors[name] = A_SV, B_SV.unflatten(1, (1, layout.rank, inside))
             else:
-                self.vectors[name] = A_SV.unflatten(1, (layout.rank, out)).sum(1)
+                self.vectors[name] = _wide(A_SV).unflatten(1, (layout.rank, out)).sum(1)  # as the update adds them
         self.called: set[str] = set()
         """Layers that have computed."""
         self._slots_of_tokens: dict[int, Tensor] = {}

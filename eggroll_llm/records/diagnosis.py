@@ -4,7 +4,8 @@ Pure: the loop asks after every step, the summary, the report and the model card
 and says nothing below it:
 
     no signal       steps in which every reward was the same, so nothing could be learned
-    tied            problems that all members earned the same on, in steps that had others
+    tied            problems that all members earned the same on, in steps that had others (twins with problems of their
+                    own mostly earn the same)
     form            twins of which one is right, and of the other the form was refused
     cut off         answers that the length limit ended
     unscored        answers on which the user's score() failed
@@ -134,7 +135,7 @@ class _Course:
     def tied_problems(self) -> Finding | None:
         """Problems whose rewards were all equal, in steps that had others."""
         share = tied_share(self.config, self.recent)
-        if len(self.recent) < RECENT or not share >= TIED_PROBLEMS:
+        if self.config.own_problems or len(self.recent) < RECENT or not share >= TIED_PROBLEMS:
             return None
         same = "all members" if self.config.members_answer else "all answers"
         return Finding(

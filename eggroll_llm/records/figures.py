@@ -18,7 +18,8 @@ def figures(config: RunConfig, rows: Sequence[Row]) -> dict[str, str]:
     evaluations = [row for row in rows if math.isfinite(number(row, "eval/accuracy"))]
     if not recent:
         return {}
-    found = {"problems on which all rewards tied": tied_share(config, recent)}
+    tied = "problems on which both twins tied" if config.own_problems else "problems on which all rewards tied"
+    found = {tied: tied_share(config, recent)}
     answering = "members" if config.members_answer else "the weights"
     found[f"training problems solved by {answering}"] = share_of(recent, "reward/accuracy")
     shown = {name: percent(share) for name, share in found.items() if math.isfinite(share)}

@@ -17,6 +17,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
+from io import FileIO
 from pathlib import Path
 from typing import Any, BinaryIO, Self, overload
 
@@ -118,27 +119,34 @@ class JournalContents:
     """Byte position after each valid line, header included."""
 
 
+def _locked(path: Path) -> FileIO:
+    """Open a journal to write. Raises JournalError when another writer has it."""
+    file = path.open("r+b", buffering=0)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise JournalError(
+            f"{path}: is being written by another process, or another object of this one: close that, or name a new "
+            "file"
+        ) from None
+    except OSError:  # a file system without locks
+        pass
+    return file
+
+
 class Journal(AbstractContextManager["Journal"]):
     """An open journal, to append to. Use as a context manager or call `close`."""
 
-    def __init__(self, path: Path, contents: JournalContents) -> None:
+    def __init__(self, path: Path, contents: JournalContents, file: FileIO) -> None:
+        """Append to what was read from `file`, which is locked."""
         self.path = path
         self.header = contents.header
         self.entries = contents.entries
         """Updates found when the journal was opened."""
         self.dropped_tail = contents.dropped_tail
         self._line_ends = list(contents.line_ends)
-        self._file = path.open("r+b", buffering=0)
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self._file.close()
-            raise JournalError(
-                f"{path}: is being written by another process, or another object of this one: close that, or name a "
-                "new file"
-            ) from None
-        except OSError:  # a file system without locks
-            pass
+        self._file = file
         self._file.seek(self._end)
         self._has_tail = bool(contents.dropped_tail)  # stays until something is written: it tells what happened
 
@@ -152,10 +160,15 @@ class Journal(AbstractContextManager["Journal"]):
         try:
             path.touch()
             fsync_directory(path.parent)
-            contents = read_journal(path)
-            if contents.header is not None:
-                check_same_run(path, contents.header, header)
-            journal = cls(path, contents)
+            file = _locked(path)
+            try:  # under the lock: what was read before it may have grown
+                contents = read_journal(path)
+                if contents.header is not None:
+                    check_same_run(path, contents.header, header)
+                journal = cls(path, contents, file)
+            except BaseException:
+                file.close()
+                raise
         except OSError as error:
             raise JournalError(describe_failure(path, error, "the journal")) from error
         if journal.header is None:

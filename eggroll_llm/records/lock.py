@@ -52,6 +52,7 @@ class RunLock:
         if self._descriptor is not None:
             with contextlib.suppress(OSError):
                 os.ftruncate(self._descriptor, 0)
+                fcntl.flock(self._descriptor, fcntl.LOCK_UN)  # a forked child has the file, too
             os.close(self._descriptor)
             self._descriptor = None
 

@@ -2,13 +2,13 @@
 
 import copy
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from eggroll_llm.config.compare import frozen_hash
-from eggroll_llm.config.schema import RunConfig
+from eggroll_llm.config.schema import GrpoConfig, RunConfig
 from eggroll_llm.errors import ConfigError, TaskError
 from eggroll_llm.es.settings import without_effect
 from eggroll_llm.models.architectures import check_method, check_quantization, check_tensor_parallel, check_tested
@@ -20,7 +20,8 @@ from eggroll_llm.system import installed
 from eggroll_llm.system.hardware import resolve_dtype, serves_on_cpu
 from eggroll_llm.system.jsonl import to_json
 from eggroll_llm.tasks.chat import check_chat, check_thoughts
-from eggroll_llm.tasks.load import absolute_option, load_task
+from eggroll_llm.tasks.load import load_task
+from eggroll_llm.tasks.paths import absolute_option
 from eggroll_llm.tasks.prompts import ProblemSet, Prompter, needed_context, problems_hash
 from eggroll_llm.tasks.task import Problem, Task
 
@@ -107,6 +108,7 @@ def prepare(config: RunConfig, recipe_dir: Path) -> Prepared:
         notes = (*notes, *left_out(model_dir), *(f"{each}." for each in without_effect(config.es, "es.")))
     else:
         check_rank(model_dir, "grpo.lora_rank", config.grpo.lora_rank)
+        notes = (*notes, *_without_effect(config.grpo))
     prompter = Prompter(model_dir, config.chat)
     check_chat(prompter, [task.prompt(problem) for problem in train])
     check_thoughts(prompter, config.sampling.thinking_token_budget)
@@ -190,3 +192,17 @@ def check_packages(config: RunConfig) -> None:
         installed.check("log.wandb", "wandb")
     if config.log.tensorboard:
         installed.check("log.tensorboard", "tensorboard")
+
+
+def _without_effect(grpo: GrpoConfig) -> Iterator[str]:
+    """Yield a sentence for each field that was set in vain."""
+    default = GrpoConfig()
+    needed = {
+        "schedule_end": (grpo.learning_rate_schedule != "constant", "a schedule"),
+        "lora_alpha": (grpo.lora_rank > 0, "grpo.lora_rank"),
+        "epsilon": (grpo.num_iterations > 1, "grpo.num_iterations above 1"),
+        "epsilon_high": (grpo.num_iterations > 1, "grpo.num_iterations above 1"),
+    }
+    for field, (has_effect, what) in needed.items():
+        if (value := getattr(grpo, field)) != getattr(default, field) and not has_effect:
+            yield f"grpo.{field} = {value} has no effect without {what}."

@@ -12,6 +12,8 @@ from eggroll_llm.records.checkpoint import Checkpoint, list_checkpoints, load_tr
 from eggroll_llm.records.journal import Journal, JournalHeader
 from eggroll_llm.records.run_dir import RunDir
 from eggroll_llm.records.updates import check_weights
+from eggroll_llm.records.weights import final_step
+from eggroll_llm.system.files import remove_directory
 from eggroll_llm.system.invocation import command
 from eggroll_llm.training.harness import Display
 
@@ -57,6 +59,7 @@ def by_checkpoint(run: RunDir, display: Display) -> tuple[int, Checkpoint | None
     step = checkpoint.step if checkpoint else 0
     _check_logged(run, step)
     run.truncate_logs(step or -1)
+    _forget_final(run, step)
     return step, checkpoint
 
 
@@ -127,6 +130,13 @@ def _forget_later(run: RunDir, step: int, display: Display) -> None:
     if removed := remove_after(run.checkpoints, step):
         names = ", ".join(path.name for path in removed)
         display.message(f"{run.checkpoints}: {names} removed: the journal ends at step {step}")
+    _forget_final(run, step)
+
+
+def _forget_final(run: RunDir, step: int) -> None:
+    """Remove a final model of later updates than the run goes on from: the same step comes to other weights."""
+    if (final_step(run) or 0) > step:
+        remove_directory(run.final)
 
 
 def _check_logged(run: RunDir, step: int) -> None:

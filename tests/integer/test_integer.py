@@ -1,6 +1,8 @@
 """The integer model: compiled equals defined, no floating point in it, replay, learning, and memory of a generation."""
 
 import ctypes
+import errno
+import os
 import platform
 import subprocess
 import sys
@@ -144,6 +146,28 @@ def test_a_run_does_not_go_on_in_the_middle_of_a_text(tmp_path: Path) -> None:
     with pytest.raises(JournalError, match=r"new\.jsonl would lack its steps"):
         own.replay(tmp_path / "journal.jsonl")
     own.close()
+
+
+def test_nor_where_a_full_disk_came_between(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Members have read the bytes of a step that is not in the journal."""
+    run = Pretraining((torch.arange(2000) % 251).byte(), Settings(population=4, length=3, steps=9), tmp_path / "j")
+    run.take_step()
+
+    def fail(_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", fail)
+        with pytest.raises(JournalError, match="No space left"):
+            run.take_step()
+    with pytest.raises(JournalError, match=r"step 1 lies within a text"):
+        run.take_step()
+
+
+def test_the_threshold_of_any_fraction_is_a_number() -> None:
+    found = [update.threshold(10.0**-n) for n in (0, 1, 2, 10, 16, 100, 300)]
+    assert found == sorted(found)
+    assert found[:3] == [0, 1684, 2638]
 
 
 def test_runs_of_different_seeds_read_different_texts() -> None:

@@ -12,13 +12,14 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 from eggroll_llm import ES
 from eggroll_llm.errors import ConfigError, JournalError, ModelError, PopulationError
-from eggroll_llm.es.noise import NoiseSpec, normal_factors
+from eggroll_llm.es.noise import NoiseSpec, normal_factors, served_factors
 
 ROOT = Path(__file__).parents[2]
 SIGMA = 0.05
@@ -326,6 +327,27 @@ def test_a_setting_without_effect_is_a_warning() -> None:
     ):
         with pytest.warns(UserWarning, match=said):
             es_of(nn.Linear(2, 2), **settings)
+
+
+def test_a_list_of_fitness_is_as_exact_as_an_array() -> None:
+    """Differences below what float32 holds, and numbers beyond it."""
+    base = [1e6 + 0.01 * i for i in range(4)]
+    weights = []
+    for fitness in (base, [1e33 * f for f in base], np.array(base), torch.tensor(base, dtype=torch.float64)):
+        torch.manual_seed(0)
+        module = nn.Linear(2, 2)
+        es_of(module, population=4).tell(fitness)
+        weights.append(module.weight.detach().clone())
+    assert all(torch.equal(weight, weights[0]) for weight in weights)
+
+
+def test_members_have_the_vectors_that_the_update_adds() -> None:
+    """Columns of a rank are added before they are rounded."""
+    layer = nn.Linear(4, 300, dtype=torch.bfloat16)
+    A_MO1, _ = es_of(layer, population=4, rank=8).factors("bias")
+    noise = NoiseSpec(seed=5, step=1, rank=8, sigma=SIGMA)
+    A_KOR, _ = served_factors(noise, torch.arange(2), "bias", 300, 0, torch.bfloat16, "cpu")
+    assert torch.equal(A_MO1[0::2, :, 0], A_KOR.float().sum(2))
 
 
 @pytest.mark.parametrize(

@@ -65,6 +65,13 @@ def test_nothing_is_said_of_a_run_that_learns(config: RunConfig) -> None:
     assert diagnose(config, rows, ended=True) == []
 
 
+def test_twins_with_problems_of_their_own_may_earn_the_same() -> None:
+    own = dataclasses.replace(ES, es=dataclasses.replace(ES.es, problems="per_pair"))
+    rows = course(prompts__tied=int(0.8 * own.problems_per_step) + 1)
+    assert diagnose(own, rows, ended=True) == []
+    assert [key for key in figures(own, rows) if "tied" in key] == ["problems on which both twins tied"]
+
+
 def test_nothing_is_said_of_what_was_not_recorded() -> None:
     """Rows of an older version, or with values that were not finite."""
     for rows in (

@@ -221,6 +221,20 @@ def test_lock_held_by_a_child_that_outlived_its_parent_is_named(path: Path) -> N
         assert f"in use by a child of process {holder.pid} on {socket.gethostname()} (which has ended)" in message
 
 
+def test_lock_is_released_on_close_though_a_child_lives_on(path: Path) -> None:
+    """As a worker of a data loader does."""
+    code = (
+        "import os, sys; from eggroll_llm.records.run_dir import RunDir; run = RunDir.create(sys.argv[1], 'x = 1')\n"
+        "if os.fork() == 0: sys.stdin.read(); os._exit(0)\n"
+        "run.close(); print('closed', flush=True); os.wait()"
+    )
+    command = [sys.executable, "-c", code, str(path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "closed\n"
+        RunDir.create(path, CONFIG, "overwrite").close()
+
+
 def test_lock_is_released_on_close_and_after_a_refusal(path: Path) -> None:
     first = RunDir.create(path, CONFIG)
     assert f"in use by process {os.getpid()} on" in refusal(path, foreseen=False)
