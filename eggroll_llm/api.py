@@ -16,7 +16,7 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from eggroll_llm.config import recipe
+from eggroll_llm.config import recipe as recipes
 from eggroll_llm.config.flags import flag_text
 from eggroll_llm.config.schema import RunConfig
 from eggroll_llm.system import installed
@@ -33,12 +33,16 @@ if TYPE_CHECKING:
 def load_recipe(path: Path | str, settings: Mapping[str, Any] | None = None) -> RunConfig:
     """Return the checked configuration of a TOML recipe, its paths made absolute.
 
-    `settings` override the recipe's, by dotted name: `{"steps": 20, "es.sigma": 1e-3}`. Raises ConfigError.
+    `settings` override the recipe's, by dotted name: `{"steps": 20, "es.sigma": 1e-3}`; paths in them begin in the
+    working directory. Raises ConfigError.
     """
     installed.check("load_recipe", *installed.ENGINE)
+    from eggroll_llm.tasks.paths import absolute_settings
     from eggroll_llm.training.prepare import with_absolute_paths
 
-    return with_absolute_paths(recipe.load_recipe(path, _flags(settings)), Path(path).resolve().parent)
+    return with_absolute_paths(
+        recipes.load_recipe(path, absolute_settings(_flags(settings))), Path(path).resolve().parent
+    )
 
 
 def train(
@@ -70,7 +74,8 @@ def evaluate(
     model: Path | str,
     *,
     task: str | None = None,
-    at: str = "final",
+    recipe: RunConfig | None = None,
+    at: str | int = "final",
     settings: Mapping[str, Any] | None = None,
     limit: int = 0,
     samples: int = 1,
@@ -89,20 +94,22 @@ def evaluate(
     """Evaluate a model or a run on a task's test split; return the figures, under the keys of lm-evaluation-harness.
 
     `model` is a name, a model directory or a run directory, whose model is taken `at` "final", "best" or a step. A run
-    is evaluated on its own task unless another is named. `settings` are those of the tables [task_options], [engine]
-    and [reward], by dotted name. `limit` takes that many problems, 0 all. Where they are None, `stop` (texts at
-    which answers end besides the task's), `repetition_penalty` and `thinking_token_budget` are the run's. Raises
-    UserError.
+    is evaluated on its own task, and any model on that of a `recipe`, unless another is named. `settings` are those of
+    the tables [task_options], [chat], [engine] and [reward], by dotted name. `limit` takes that many problems, 0 all.
+    Where they are None, `stop` (texts at which answers end besides the task's), `repetition_penalty` and
+    `thinking_token_budget` are those of the recipe or the run. Raises UserError.
     """
     installed.check("evaluate", *installed.ENGINE)
+    from eggroll_llm.tasks.paths import absolute_task
     from eval.evaluation import evaluate_subject, settings_for
     from eval.subject import find_subject
     from eval.summary import summarize
 
     how = settings_for(
-        find_subject(str(model), at),
+        find_subject(str(model), str(at)),
         _flags(settings),
-        task=task,
+        task=absolute_task(task, Path.cwd()) if task else None,
+        recipe=recipe,
         shots=num_fewshot,
         apply_chat_template=apply_chat_template,
         limit=limit,

@@ -29,7 +29,7 @@ from eggroll_llm.system.hardware import resolve_dtype, serves_on_cpu
 from eggroll_llm.system.versions import package_versions
 from eggroll_llm.tasks.chat import check_chat, check_thoughts, is_chat
 from eggroll_llm.tasks.constant import best_constant
-from eggroll_llm.tasks.load import PATH_OPTIONS
+from eggroll_llm.tasks.paths import PATH_OPTIONS
 from eggroll_llm.tasks.prompts import ProblemSet, Prompter, needed_context, set_hash
 from eggroll_llm.tasks.task import sandboxed
 from eggroll_llm.training.evaluation import Grader, answer, grade_again
@@ -78,6 +78,8 @@ class Settings:
     seed: int = 0
     """Seed of sampling."""
     chat: ChatConfig = field(default_factory=ChatConfig)
+    trained_chat: ChatConfig | None = None
+    """Those of the run or recipe, if there is one."""
     engine: EngineConfig = field(default_factory=EngineConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
 
@@ -115,18 +117,21 @@ def settings_for(
     flags: Sequence[tuple[str, str]],
     *,
     task: str | None = None,
+    recipe: RunConfig | None = None,
     protocol: Protocol | None = None,
     **how: Any,
 ) -> Settings:
-    """Return the settings: from the flags, and otherwise from the run. Raises ConfigError.
+    """Return the settings: from the flags, and otherwise from the recipe or the run. Raises ConfigError.
 
-    GSM8K requested by name is lm-eval's; a run without `task` is evaluated on the task it was trained on.
+    GSM8K requested by name is lm-eval's; a run without `task` is evaluated on the task it was trained on. The paths in
+    `recipe` are absolute.
     """
-    config = subject.config
+    config = recipe or subject.config
     name = task or (config.task if config else "")
     if not name:
         raise ConfigError(
-            f"{subject.name}: which task? Add --task gsm8k, countdown, dataset, verifiers or file.py:NAME"
+            f"{subject.name}: which task? Add --recipe RECIPE.toml, or --task gsm8k, countdown, dataset, verifiers or "
+            "file.py:NAME"
         )
     protocol = protocol or ("lm-eval" if task in lm_eval.TASKS else "task")
     if protocol == "lm-eval" and name not in lm_eval.TASKS:
@@ -137,7 +142,7 @@ def settings_for(
     if config is not None:
         same_data = name == config.task or (name, config.task) == ("gsm8k_cot", "gsm8k")
         options = dict(config.task_options) if same_data else {}
-        subject = subject if same_data else dataclasses.replace(subject, selected_on=0)
+        subject = subject if same_data and not recipe else dataclasses.replace(subject, selected_on=0)
         if protocol == "lm-eval":
             options = {key: value for key, value in options.items() if key == "data_dir"}
         engine = dataclasses.asdict(config.engine) | {"max_model_len": 0}
@@ -154,6 +159,7 @@ def settings_for(
         protocol=protocol,
         task_options=sourced(changed.task_options, Sourced.origin, flags),
         chat=changed.chat,
+        trained_chat=config.chat if config else None,
         engine=changed.engine,
         reward=changed.reward,
         **{key: value for key, value in how.items() if value is not None},
@@ -316,8 +322,7 @@ def _ask(settings: Settings, questions: Questions) -> _Asked:
 
 def _chat(settings: Settings, questions: Questions) -> ChatConfig:
     """Return the settings of [chat] but for those of the run, where the prompts are plain text."""
-    run = settings.subject.config
-    plain = run is not None and settings.chat == run.chat and not is_chat(questions.prompts)
+    plain = settings.chat == settings.trained_chat and not is_chat(questions.prompts)
     return ChatConfig() if plain else settings.chat
 
 

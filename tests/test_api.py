@@ -6,7 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from grpo_stub import Recorder, StubEngine, write_recipe
 
 import eggroll_llm
@@ -35,7 +37,7 @@ def test_train_evaluate_and_plot(recipe: Path, tmp_path: Path, monkeypatch: pyte
     assert [row["step"] for row in rows] == [0, 1, 2]
     assert rows == list(run.metrics)
     assert (run.steps, run.path, run.final) == (2, tmp_path / "run", tmp_path / "run" / "final")
-    figures = evaluate(run.path, limit=3, display=Recorder())
+    figures = evaluate(run.path, at=2, limit=3, display=Recorder())
     ((_, count),) = figures["n-samples"].items()
     assert (count["effective"], figures["completions"]) == (3, 3)
     figure = plot(run.path)
@@ -85,6 +87,14 @@ def test_strings_among_the_settings_stay_strings(recipe: Path) -> None:
     loaded = load_recipe(recipe, {**settings, "chat.template_args.effort": "0.5", "steps": "2"})
     assert loaded.task_options == options
     assert (loaded.chat.template_args, loaded.steps) == ({"effort": "0.5"}, 2)
+
+
+def test_settings_are_as_in_a_notebook(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    given = {"steps": np.int64(2), "grpo.learning_rate": np.float64(1e-5), "eval.problems": torch.tensor(3)}
+    loaded = load_recipe(recipe, {**given, "task_options.data_dir": "data", "task_options.weights": [np.float64(0.5)]})
+    assert (loaded.steps, loaded.grpo.learning_rate, loaded.eval.problems) == (2, 1e-5, 3)
+    assert loaded.task_options == {"data_dir": str(tmp_path / "data"), "weights": [0.5]}
 
 
 def test_the_package_lists_its_public_names_and_loads_nothing() -> None:

@@ -120,7 +120,11 @@ def of_shape(shape: str, engine: EngineConfig, sigma: float, num_prompts: int, i
     with TemporaryDirectory(prefix="eggroll-bench-") as folder:
         model_dir = Path(folder)
         (model_dir / "config.json").write_text(json.dumps(config), encoding="utf-8")
-        _write_header(model_dir)
+        try:
+            _write_header(model_dir)
+        except Exception as error:  # transformers raises anything
+            cause = str(error).partition("\n")[0]
+            raise ModelError(f"--random-weights {shape}: transformers makes no model of it ({cause:.300})") from error
         _write_tokenizer(model_dir)
         generator, size = random.Random(0), config["vocab_size"]
         yield Subject(
@@ -148,6 +152,8 @@ def shape_config(shape: str) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise ModelError(f"--random-weights {shape}: {path} does not hold a JSON object")
     check_architecture(config, path)
+    if type(config.get("vocab_size")) is not int:
+        raise ModelError(f"--random-weights {shape}: {path} has no vocab_size")
     return {key: value for key, value in config.items() if key not in ("auto_map", "quantization_config")}
 
 

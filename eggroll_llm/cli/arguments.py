@@ -5,16 +5,12 @@ the recipe where the setting stands first, and could not tell a misspelt flag fr
 """
 
 import argparse
-import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import Any
 
-from eggroll_llm.config.flags import FREE, toml_value, whole_number
+from eggroll_llm.config.flags import FREE, whole_number
 from eggroll_llm.config.hints import did_you_mean
 from eggroll_llm.config.parse import unknown_key
-from eggroll_llm.config.toml import format_value
 from eggroll_llm.errors import ConfigError
 from eggroll_llm.system.invocation import command as command_line
 
@@ -153,37 +149,3 @@ def _whole(text: str, least: int, limit: str) -> int:
     if value < least:
         raise argparse.ArgumentTypeError(f"{text}: {limit}")
     return value
-
-
-def absolute_settings(settings: Sequence[tuple[str, str]]) -> Settings:
-    """Return flags with the paths in them resolved against the working directory, where those of a recipe are not."""
-    return [(flag, absolute_setting(flag, text)) for flag, text in settings]
-
-
-def absolute_setting(flag: str, text: str) -> str:
-    """Return the text of a flag with the paths in it resolved against the working directory."""
-    if text.startswith("[") and _key(flag).startswith("task_options."):
-        return format_value(absolute_value(flag, toml_value(text), Path.cwd()))
-    return str(absolute_value(flag, text, Path.cwd()))
-
-
-def absolute_value(key: str, value: Any, folder: Path) -> Any:
-    """Return the value of a setting with the paths in it resolved against a folder."""
-    from eggroll_llm.tasks.load import absolute_option
-
-    table, _, option = _key(key).partition(".")
-    if table == "task_options":
-        return absolute_option(option, value, folder)
-    if not isinstance(value, str):
-        return value
-    if (table, option) == ("task", ""):
-        return absolute_task(value, folder)
-    if (table, option) == ("chat", "template_file") and value:
-        return os.path.abspath(folder / os.path.expanduser(value))
-    return value
-
-
-def absolute_task(task: str, folder: Path) -> str:
-    """Return a task with the path of its file, if it is the user's own, resolved against a folder."""
-    path, separator, name = task.rpartition(":")
-    return f"{os.path.abspath(folder / path)}:{name}" if separator and path.endswith(".py") else task

@@ -6,13 +6,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from eggroll_llm.cli.arguments import Settings, absolute_settings, positive
+from eggroll_llm.cli.arguments import Settings, positive
 from eggroll_llm.config.flags import apply_overrides
 from eggroll_llm.config.parse import parse_table
 from eggroll_llm.config.recipe import load_recipe
 from eggroll_llm.config.schema import RunConfig
 from eggroll_llm.errors import ConfigError
 from eggroll_llm.system.files import check_output_file
+from eggroll_llm.tasks.paths import absolute_settings
 
 if TYPE_CHECKING:
     from eggroll_llm.bench.subject import Subject

@@ -3,9 +3,11 @@
 import argparse
 from pathlib import Path
 
-from eggroll_llm.cli.arguments import GO_ON, Settings, absolute_task, add_at, not_negative, positive
+from eggroll_llm.cli.arguments import GO_ON, Settings, add_at, not_negative, positive
+from eggroll_llm.config.recipe import load_recipe
 from eggroll_llm.errors import ConfigError
 from eggroll_llm.system.files import check_output_file
+from eggroll_llm.tasks.paths import absolute_task
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -15,6 +17,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--task", help="gsm8k, gsm8k_cot, countdown, dataset, verifiers or file.py:NAME; default: the run's task"
+    )
+    parser.add_argument(
+        "--recipe", type=Path, metavar="RECIPE.toml", help="task, prompts and limits of a recipe, for any model"
     )
     add_at(parser)
     parser.add_argument(
@@ -27,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--apply-chat-template", action="store_true", help="apply the chat template to lm-eval's prompts"
     )
     parser.add_argument(
-        "--data-dir", type=Path, metavar="DIR", help="folder with the task's train.jsonl and test.jsonl"
+        "--data-dir", type=Path, metavar="DIR", help="of gsm8k, gsm8k_cot: folder with train.jsonl and test.jsonl"
     )
     parser.add_argument("--limit", type=positive, default=0, metavar="N", help="only the first N problems")
     parser.add_argument("--max-tokens", type=positive, default=0, metavar="N", help="length limit of an answer")
@@ -78,17 +83,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace, settings: Settings) -> int:
     """Evaluate a model or a run, print the table and write the files."""
     from eggroll_llm.cli.display import ConsoleDisplay
+    from eggroll_llm.training.prepare import with_absolute_paths
     from eval.evaluation import evaluate_subject, settings_for
     from eval.subject import find_subject
     from eval.summary import summarize, table, write_summary
 
     samples_file = _samples_file(options.out) if options.out else None
+    recipe = (
+        with_absolute_paths(load_recipe(options.recipe), options.recipe.resolve().parent) if options.recipe else None
+    )
     if options.data_dir:
+        if options.task not in (None, "gsm8k", "gsm8k_cot"):
+            raise ConfigError(
+                f"--data-dir is of gsm8k and gsm8k_cot, not of {options.task}: name its data by --task_options.KEY"
+            )
         settings = [*settings, ("task_options.data_dir", str(options.data_dir.resolve()))]
     how = settings_for(
         find_subject(options.model, options.at),
         settings,
         task=absolute_task(options.task, Path.cwd()) if options.task else None,
+        recipe=recipe,
         protocol=options.protocol,
         shots=options.num_fewshot,
         apply_chat_template=options.apply_chat_template,

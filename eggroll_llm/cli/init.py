@@ -61,6 +61,8 @@ _ASKING = {
     "choice": "Answer with the letter alone.",
     "countdown": "Give an expression that uses {nums} and equals {target}, between <answer> and </answer>.",
 }
+_CHOICES = ("choices", "options", "endings")
+"""Names of columns that hold choices."""
 _MAX_TOKENS = {"gsm8k": 320, "math": 512, "countdown": 320}
 
 
@@ -68,6 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's own arguments."""
     parser.add_argument("file", type=Path, metavar="FILE", help="my_task.py, or with --dataset my_recipe.toml")
     parser.add_argument("--dataset", metavar="DATA", help="file or folder of data, or a name on the hub")
+    parser.add_argument("--subset", metavar="NAME", default="", help="configuration of a hub data set, such as main")
 
 
 def run(options: argparse.Namespace, settings: Settings) -> int:
@@ -78,8 +81,10 @@ def run(options: argparse.Namespace, settings: Settings) -> int:
         other = " With --dataset DATA it writes a recipe." if file.suffix == ".toml" else ""
         raise ConfigError(f"{file}: name a file that ends with {wanted}.{other}")
     recipe = file.with_suffix(".toml")
+    if options.subset and not options.dataset:
+        raise ConfigError("--subset belongs to --dataset: leave it out")
     if options.dataset:
-        texts = {recipe: _dataset_recipe(options.dataset, recipe)}
+        texts = {recipe: _dataset_recipe(options.dataset, options.subset, recipe)}
     else:
         first = _FIRST_LINES.format(task=format_value(f"{file.name}:Task"))
         starts = {"dry": command("train", recipe.name, "--dry-run"), "train": command("train", recipe.name)}
@@ -105,7 +110,7 @@ def _write(texts: Mapping[Path, str]) -> None:
             raise ConfigError(f"{path}: cannot be written ({error.strerror}). Name another file.") from error
 
 
-def _dataset_recipe(dataset: str, recipe: Path) -> str:
+def _dataset_recipe(dataset: str, subset: str, recipe: Path) -> str:
     """Return a recipe with the columns and the grader that the data suggest."""
     from eggroll_llm.tasks.dataset.columns import find_columns, lookup, plain
     from eggroll_llm.tasks.dataset.options import DatasetOptions
@@ -113,23 +118,34 @@ def _dataset_recipe(dataset: str, recipe: Path) -> str:
     from eggroll_llm.tasks.task import no_place
 
     here = Path.cwd()
-    options = DatasetOptions(dataset=dataset)
+    options = DatasetOptions(dataset=dataset, subset=subset)
     rows, _ = plain(load_splits(options, here, no_place).train)
     names = list(dict.fromkeys(name for _, row in rows for name in row))
     if is_path(dataset, here):
         dataset = os.path.relpath(here / Path(dataset).expanduser(), recipe.parent.resolve())
-    lines = [f"dataset = {format_value(dataset)}", f"# columns: {', '.join(map(ascii, names))}"]
+    lines = [f"dataset = {format_value(dataset)}"]
+    lines += [f"subset = {format_value(subset)}"] if subset else []
+    lines.append(f"# columns: {', '.join(map(ascii, names))}")
+    countdown = {"nums", "target"} <= set(names)
     try:
-        columns = find_columns(rows, options, no_place, graded=not {"nums", "target"} <= set(names))
+        columns = find_columns(rows, options, no_place, graded=not countdown)
     except TaskError:
+        if countdown:
+            lines += [f"template = {format_value(_ASKING['countdown'])}", 'rewards = "countdown"']
+            return _recipe(lines, _MAX_TOKENS["countdown"])
         lines += ['prompt_column = ""          # name one of them', 'answer_column = ""', 'rewards = "exact"']
         return _recipe(lines, 64)
-    answers = [lookup(row, columns.answer) for _, row in rows] if columns.answer else []
-    grader = _grader([str(answer) for answer in answers if answer is not None])
+    choices = next((name for name in _CHOICES if name in names), "")
+    answered = [row for _, row in rows if columns.answer and lookup(row, columns.answer) is not None]
+    answers = [str(lookup(row, columns.answer)) for row in answered]
+    by_position = bool(answers) and all(
+        isinstance(row.get(choices), list) and answer.isdecimal() and int(answer) < len(row[choices])
+        for row, answer in zip(answered, answers, strict=True)
+    )
+    grader = "choice" if by_position else _grader(answers)
     asked = columns.prompt
     if isinstance(rows[0][1].get(asked), str):
-        choices = next((name for name in ("choices", "options") if grader == "choice" and name in names), "")
-        text = [f"{{{asked}}}", *([f"{{{choices}}}"] if choices else []), _ASKING[grader]]
+        text = [f"{{{asked}}}", *([f"{{{choices}}}"] if choices and grader == "choice" else []), _ASKING[grader]]
         lines.append(f"template = {format_value(chr(10).join(text))}")
     else:
         lines.append(f"prompt_column = {format_value(asked)}")

@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from eggroll_llm.cli.arguments import GO_ON, Settings, absolute_settings, absolute_value
+from eggroll_llm.cli.arguments import GO_ON, Settings
 from eggroll_llm.cli.compare import show_comparison
 from eggroll_llm.config.compare import applies, flat, may_change
 from eggroll_llm.config.flags import flag_text
@@ -39,6 +39,7 @@ from eggroll_llm.records.weights import final_step
 from eggroll_llm.system.files import describe_failure
 from eggroll_llm.system.invocation import child_python
 from eggroll_llm.system.terminal import inert
+from eggroll_llm.tasks.paths import absolute_settings, absolute_value
 
 Flags = list[tuple[str, str]]
 

@@ -12,19 +12,21 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from rich.table import Table
 from rich.text import Text
 
-from eggroll_llm.cli.arguments import Settings, absolute_settings
+from eggroll_llm.cli.arguments import Settings
 from eggroll_llm.config.compare import is_scheduled
 from eggroll_llm.config.help import field_help
 from eggroll_llm.config.recipe import load_recipe, to_toml
 from eggroll_llm.config.schema import RunConfig
 from eggroll_llm.errors import UserError
 from eggroll_llm.records.accuracy import accuracy_text, p_text, points
+from eggroll_llm.records.checkpoint import list_checkpoints
 from eggroll_llm.records.diagnosis import RECENT, p_value
 from eggroll_llm.records.figures import figures
-from eggroll_llm.records.run_dir import OnExisting, default_run_dir, is_run_dir
+from eggroll_llm.records.run_dir import OnExisting, RunDir, default_run_dir, is_run_dir
 from eggroll_llm.records.weights import best_step
 from eggroll_llm.system.invocation import command
 from eggroll_llm.system.terminal import inert
+from eggroll_llm.tasks.paths import absolute_settings
 
 if TYPE_CHECKING:
     from eggroll_llm.training.harness import Display
@@ -93,7 +95,9 @@ def train_and_report(
             outcome = train(config, recipe_dir, run_path, on_existing, display)
     except KeyboardInterrupt:
         if is_run_dir(run_path):
-            options.again = f"resume with: {command('resume', run_path)}"
+            lost = config.method == "grpo" and not list_checkpoints(RunDir(run_path).checkpoints)
+            starts_over = "there is no checkpoint yet, so the run starts over; " if lost else ""
+            options.again = f"{starts_over}resume with: {command('resume', run_path)}"
         raise
     display.table(_outcome_table(outcome))
     if seen := figures(config, outcome.metrics):

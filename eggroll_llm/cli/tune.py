@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING
 
 from rich.table import Table
 
-from eggroll_llm.cli.arguments import Settings, absolute_settings
+from eggroll_llm.cli.arguments import Settings
 from eggroll_llm.config.recipe import load_recipe
 from eggroll_llm.config.toml import read_toml
+from eggroll_llm.tasks.paths import absolute_settings
 
 if TYPE_CHECKING:
     from eggroll_llm.tuning.tune import Tuned

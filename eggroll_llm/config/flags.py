@@ -53,6 +53,8 @@ def apply_overrides(cls: type, table: Mapping[str, Any], overrides: Sequence[tup
 
 def flag_text(key: str, value: object) -> str:
     """Return the value of a setting as the text of its flag, from which the same value is read."""
+    if getattr(value, "shape", None) == ():  # of numpy or torch
+        value = value.item()  # type: ignore[attr-defined]
     free = key.replace("-", "_").startswith(FREE)
     if isinstance(value, str) and (not free or toml_value(value) == value):
         return value
@@ -109,8 +111,14 @@ def _read(kind: Any, text: str, flag: str) -> object:
         if value is None:
             raise ConfigError(f"{flag} {text:.60}: {expected(kind)} is expected.")
         return value
-    if (get_origin(kind) or kind) in (tuple, list) and not text.strip().startswith("["):
-        text = f"[{text}]"
+    if (get_origin(kind) or kind) in (tuple, list):
+        array = text if text.strip().startswith("[") else f"[{text}]"
+        if isinstance(items := toml_value(array), list):
+            return items
+        item = get_args(kind)[0]
+        if item is not str:
+            raise ConfigError(f"{flag} {text:.60}: an array is expected, each {expected(item)}. Write {flag} A,B.")
+        return [text]
     return toml_value(text)
 
 

@@ -17,7 +17,18 @@ _WORDS_ELSEWHERE = (
     ("iterations iters numiterations generations numupdates updates", "steps"),
     ("time maxtime duration hours", "minutes"),
     ("modelname modelnameorpath modelpath basemodel modelid", "model"),
-    ("dataset datasetname env environment rewardfuncs", "task"),
+    ("dataset datasetname", "task_options.dataset task"),
+    ("env environment", "task"),
+    ("rewards rewardfuncs rewardfunctions rewardfunc", "task_options.rewards task"),
+    ("rewardweights", "task_options.reward_weights"),
+    ("template prompttemplate", "task_options.template"),
+    ("promptcolumn", "task_options.prompt_column"),
+    ("answercolumn", "task_options.answer_column"),
+    ("testfile", "task_options.test_file"),
+    ("datadir", "data-dir task_options.data_dir"),
+    ("systemprompt systemmessage", "chat.system"),
+    ("enablethinking", "chat.template_args.enable_thinking"),
+    ("maxnumseqs", "engine.max_sequences"),
     ("algorithm algo trainer", "method"),
     ("randomseed noiseseed", "seed"),
     ("outputdir outdir savedir logdir workdir output", "run-dir out"),
@@ -43,6 +54,8 @@ _WORDS_ELSEWHERE = (
     ("check info", "doctor"),
     ("run fit finetune", "train"),
 )
+_GREEDY = ("eval.temperature", "eval.top_p", "eval.top_k", "eval.min_p")
+"""Not there, because evaluations in training are greedy; a setting of that name in [sampling] changes the training."""
 LEAST_ABBREVIATION = 3  # characters
 _ELSEWHERE = {word: here.split() for words, here in _WORDS_ELSEWHERE for word in words.split()}
 
@@ -50,11 +63,17 @@ _ELSEWHERE = {word: here.split() for words, here in _WORDS_ELSEWHERE for word in
 def meant(name: str, valid: Iterable[str]) -> Sequence[str]:
     """Return the valid names, dotted or not, that `name` most likely stands for; none when it is like none."""
     names = list(dict.fromkeys(valid))
+    if name in _GREEDY:
+        return []
     whole, last = _plain(name), _plain(_last(name))
     if found := [known for known in names if _plain(known) == whole]:
         return found
     # The right name in the wrong table is the other common slip: `sigma` outside of [es].
-    elsewhere = [known for known in _ELSEWHERE.get(last, ()) if known in names]
+    elsewhere = [
+        known
+        for known in _ELSEWHERE.get(last, ())
+        if known in names or any(known.startswith(f"{free}.") for free in names)
+    ]
     if found := [*elsewhere, *(known for known in names if _plain(_last(known)) == last and known not in elsewhere)]:
         return found
     by_last = {_last(known): known for known in names}

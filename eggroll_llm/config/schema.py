@@ -66,7 +66,7 @@ class RewardConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GrpoConfig:
-    """Group relative policy optimization by TRL, with its defaults; the size of a group is in [sampling]."""
+    """Group relative policy optimization by TRL; the size of a group is in [sampling]."""
 
     learning_rate: Annotated[float, Ge(0)] = 0.0
     """Learning rate of AdamW; method "grpo" needs it."""
@@ -199,7 +199,7 @@ class RunConfig:
     """A whole run."""
 
     model: str = "smollm2-135m-instruct"
-    """Model to train: the embedded default, a directory, GGUF file or hub name, RUN[@STEP], or LoRA ADAPTER[@BASE]."""
+    """Model: the embedded default, a directory or GGUF file (from where you stand), hub name, RUN[@STEP] or ADAPTER."""
     task: str
     """Task: "countdown", "gsm8k", "dataset" (file or hub data set), "verifiers" (an environment), or "file.py:NAME"."""
     method: Literal["es", "grpo"] = "es"
@@ -237,7 +237,11 @@ class RunConfig:
         return self.method == "es" and self.es.fitness_from == "rewards"
 
     @property
+    def own_problems(self) -> bool:
+        """Return whether each pair of twins has problems of its own."""
+        return self.method == "es" and self.es.problems == "per_pair"
+
+    @property
     def problems_per_step(self) -> int:
         """Return how many problems all members of a step have together."""
-        own = self.method == "es" and self.es.problems == "per_pair"
-        return self.sampling.prompts_per_step * (self.es.population // 2 if own else 1)
+        return self.sampling.prompts_per_step * (self.es.population // 2 if self.own_problems else 1)

@@ -96,7 +96,8 @@ def _located(name: str) -> Path:
         return _download(name)
     raise ModelError(
         f"model {name!r} is neither an existing directory, nor a GGUF file, nor a hub id like "
-        f"'Qwen/Qwen2.5-0.5B', nor the embedded model {embedded.NAME!r}: correct `model`"
+        f"'Qwen/Qwen2.5-0.5B', nor the embedded model {embedded.NAME!r} (looked for "
+        f"{os.path.abspath(name)}): correct `model`"
     )
 
 

@@ -12,7 +12,6 @@ from eggroll_llm.errors import TaskError
 from eggroll_llm.tasks.countdown import CountdownOptions, load_countdown
 from eggroll_llm.tasks.dataset.load import load_dataset
 from eggroll_llm.tasks.dataset.options import DatasetOptions
-from eggroll_llm.tasks.dataset.source import is_path
 from eggroll_llm.tasks.gsm8k import Gsm8kOptions, load_gsm8k
 from eggroll_llm.tasks.sandbox.pool import ScorePool
 from eggroll_llm.tasks.task import Task, check_golds
@@ -25,33 +24,7 @@ if TYPE_CHECKING:
 
     Options = TypeVar("Options", bound=DataclassInstance)
 
-PATH_OPTIONS = {
-    "countdown": ("file", "test_file"),
-    "gsm8k": ("data_dir",),
-    "gsm8k_cot": ("data_dir",),
-    "dataset": ("dataset", "test_file"),
-    "verifiers": ("environment",),
-}
-"""Options that are paths, relative to the recipe's folder; `dataset` and `environment` may be names instead."""
 NAMES = ("countdown", "gsm8k", "dataset", "verifiers")
-
-
-def absolute_option(key: str, value: Any, base_dir: Path) -> Any:
-    """Return the value of an option that is a path, or has paths in it, with these resolved against a folder."""
-    if isinstance(value, list | tuple):
-        return [absolute_option(key, item, base_dir) for item in value]
-    if not isinstance(value, str) or not value:
-        return value
-    if key == "rewards":
-        path, _, name = value.rpartition(":")
-        return f"{(base_dir / path).resolve()}:{name}" if path.endswith(".py") else value
-    if key == "environment":
-        return str((base_dir / Path(value).expanduser()).resolve()) if value.endswith(".py") else value
-    if key not in {option for options in PATH_OPTIONS.values() for option in options}:
-        return value
-    if key == "dataset" and not is_path(value, base_dir):
-        return value
-    return str((base_dir / Path(value).expanduser()).resolve())
 
 
 def load_task(name: str, options: Mapping[str, Any], *, base_dir: Path, limits: RewardConfig | None = None) -> Task:

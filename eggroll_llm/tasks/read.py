@@ -6,6 +6,7 @@ A file is taken as it is or refused; nothing is skipped or repaired silently. Er
 import csv
 import io
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ Row = tuple[str, dict[str, Any]]
 ENDINGS = (".jsonl", ".json", ".parquet", ".csv", ".tsv")
 """Of the names of files that can be read."""
 _SEPARATORS = {".csv": ",", ".tsv": "\t"}
+_CONFIGURATIONS = re.compile(r"among the available configs: \[(.*?)\]")
 _PARQUET = b"PAR1"  # how such a file begins and ends
 
 
@@ -207,7 +209,12 @@ def load_hub(name: str, split: str, config: str | None = None, *, instead: str) 
     try:
         return datasets.load_dataset(name, config, split=split)
     except Exception as error:  # The hub's client raises anything from OSError to its own classes.
-        cause = str(error).partition("\n")[0]
+        cause, _, more = str(error).partition("\n")
+        if names := _CONFIGURATIONS.search(more):
+            raise TaskError(
+                f"{name} has several configurations: {names[1]:.400}. Choose one by subset in [task_options], or with "
+                "init --subset."
+            ) from error
         raise TaskError(
             f"{name} cannot be loaded from the hub ({type(error).__name__}: {cause}). Offline? "
             f"{instead[0].upper()}{instead[1:]}."

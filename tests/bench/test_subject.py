@@ -73,3 +73,14 @@ def test_a_shape_that_is_none_is_a_mistake(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"architectures": ["BertModel"]}')
     with pytest.raises(ModelError, match="BertModel"):
         shape_config(str(tmp_path))
+    (tmp_path / "config.json").write_text('{"architectures": ["NewForCausalLM"], "model_type": "new"}')
+    with pytest.raises(ModelError, match="has no vocab_size"):
+        shape_config(str(tmp_path))
+    (tmp_path / "config.json").write_text(
+        '{"architectures": ["NewForCausalLM"], "model_type": "new", "vocab_size": 320}'
+    )
+    with (
+        pytest.raises(ModelError, match="transformers makes no model of it"),
+        of_shape(str(tmp_path), EngineConfig(dtype="bfloat16"), 0.01, 1, 4),
+    ):
+        pass

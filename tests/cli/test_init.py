@@ -41,6 +41,11 @@ def test_a_task_that_loads(tmp_path, capsys):
             ["{question}\\n{choices}\\nAnswer with the letter", 'rewards = "choice"'],
         ),
         (
+            [{"question": f"{i}?", "choices": ["a", "b"], "answer": i % 2} for i in range(9)],
+            ["{question}\\n{choices}\\nAnswer with the letter", 'rewards = "choice"'],
+        ),
+        ([{"nums": [1, i], "target": 1 + i} for i in range(9)], ['template = "Give an', 'rewards = "countdown"']),
+        (
             [
                 {"prompt": [{"role": "user", "content": f"{i}?"}], "reward_model": {"ground_truth": "yes"}}
                 for i in range(9)
@@ -77,6 +82,7 @@ def test_columns_with_other_names_are_left_to_fill_in(tmp_path, capsys):
         (["made/my_task.toml"], "made/my_task.toml: name a file that ends with .py. With --dataset DATA it writes"),
         (["made/t.py", "--dataset", "d.csv"], "made/t.py: name a file that ends with .toml."),
         (["made/t.toml", "--dataset", "d.csv"], "d.csv: there is no such file."),
+        (["made/t.py", "--subset", "main"], "--subset belongs to --dataset"),
         (["none/t.py"], "none/t.py: cannot be written (No such file or directory)"),
     ],
 )

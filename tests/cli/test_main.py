@@ -341,7 +341,7 @@ def test_a_prompt_that_does_not_fit(refused: Callable[..., str], recipe: Path) -
 def test_eval_of_a_model_needs_a_task(refused: Callable[..., str], recipe: Path, tmp_path: Path) -> None:
     model = load_recipe(recipe).model
     tasks = "gsm8k, countdown, dataset, verifiers or file.py:NAME"
-    assert refused("eval", model) == f"{model}: which task? Add --task {tasks}"
+    assert refused("eval", model) == f"{model}: which task? Add --recipe RECIPE.toml, or --task {tasks}"
     assert "neither an existing directory" in refused("eval", "nothing", "--task", "countdown")
     assert 'task = "gsm9k" is not known' in refused("eval", model, "--task", "gsm9k")
     assert "unknown flag --es.sigma" in refused("eval", model, "--task", "countdown", "--es.sigma", "1")
@@ -578,6 +578,27 @@ def test_interrupted(recipe: Path, capsys: pytest.CaptureFixture[str], monkeypat
     assert main(["train", str(recipe)]) == 130
     assert capsys.readouterr().err == "interrupted\n"  # before there was a run
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+@pytest.mark.parametrize("method", ["es", "grpo"])
+def test_an_interruption_says_what_a_resumed_run_begins_with(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    """The journal of ES has every update; GRPO has its checkpoints."""
+
+    def train(config: RunConfig, recipe_dir: Path, run_path: Path, *_: Any) -> Outcome:
+        run_path.mkdir()
+        for name in ("config.toml", "journal.jsonl"):
+            (run_path / name).touch()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(session, "train", train)
+    run = tmp_path / "run"
+    words = ["--method", method, "--grpo.learning_rate", "1e-6", "--sampling.samples_per_prompt", "8"]
+    words += ["--sampling.temperature", "1"]
+    assert main(["train", str(recipe), "--run-dir", str(run), *(words if method == "grpo" else [])]) == 130
+    lost = "there is no checkpoint yet, so the run starts over; " if method == "grpo" else ""
+    assert capsys.readouterr().err == f"interrupted; {lost}resume with: {invocation.command('resume', run)}\n"
 
 
 def test_text_of_a_model_in_an_error_is_inert(

@@ -15,13 +15,14 @@ from fake_engine import CONFIG, Bench, same_run
 from process_tree import ROOT, ProcessTree, wait_for
 
 from eggroll_llm.cli import sweep
-from eggroll_llm.cli.arguments import GO_ON, absolute_setting
+from eggroll_llm.cli.arguments import GO_ON
 from eggroll_llm.cli.main import main
 from eggroll_llm.cli.sweep import Planned, read_sweep, run_sweep
 from eggroll_llm.config.recipe import load_recipe, to_toml
 from eggroll_llm.config.schema import RunConfig
 from eggroll_llm.errors import ConfigError, RunDirError
 from eggroll_llm.system.invocation import command
+from eggroll_llm.tasks.paths import absolute_setting
 from eggroll_llm.training import session
 from eggroll_llm.training.prepare import settle
 

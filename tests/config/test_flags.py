@@ -27,6 +27,17 @@ def test_flags_are_read_as_the_type_of_their_field(recipe: Path) -> None:
     assert type(loaded.engine.kv_cache_gib) is float
 
 
+def test_a_text_is_an_array_of_one(recipe: Path) -> None:
+    for text, stop in (("Question:", ("Question:",)), ('"a, b"', ("a, b",)), ('["a", "b"]', ("a", "b"))):
+        assert load_recipe(recipe, [("sampling.stop", text)]).sampling.stop == stop
+
+
+def test_what_evaluations_do_not_have_is_not_sought_in_training(recipe: Path) -> None:
+    message = refusal(recipe, ("eval.temperature", "0.7"))
+    assert "sampling" not in message
+    assert "--eval.every" in message
+
+
 @pytest.mark.parametrize(
     ("text", "value"),
     [
@@ -60,6 +71,14 @@ def test_task_option_flag_makes_the_tables_it_needs(recipe: Path) -> None:
     [
         ("es.sigmaa", "1", "unknown flag --es.sigmaa. Did you mean --es.sigma?"),
         ("sigma", "1", "unknown flag --sigma. Did you mean --es.sigma?"),
+        ("dataset", "x", "unknown flag --dataset. Did you mean --task_options.dataset or --task?"),
+        ("reward_funcs", "x", "unknown flag --reward_funcs. Did you mean --task_options.rewards or --task?"),
+        (
+            "enable_thinking",
+            "x",
+            "unknown flag --enable_thinking. Did you mean --chat.template_args.enable_thinking?",
+        ),
+        ("es.layers", "8-15", "--es.layers 8-15: an array is expected, each an integer. Write --es.layers A,B."),
         ("es.sigma.x", "1", "unknown flag --es.sigma.x. Did you mean --es.sigma?"),
         ("es", "1", "--es: es is a table. Set one of its keys, e.g. --es.population VALUE."),
         (

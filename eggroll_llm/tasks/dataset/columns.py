@@ -43,6 +43,8 @@ class Columns:
     """Whether text becomes a chat message."""
     kind: str = ""
     """Column with the kind of a problem; empty where there is none."""
+    choices: str = ""
+    """Column whose list the template shows with letters, of which a right answer may be the position; empty: none."""
 
     def asked(self, row: Mapping[str, Any]) -> str | list[Message]:
         """Return the prompt as the data set has it: text, or messages. Raises BadRowError."""
@@ -65,6 +67,11 @@ class Columns:
             if not math.isfinite(value):
                 raise BadRowError(f"{self.answer} is missing or {value}")
             value = int(value) if value.is_integer() else value  # integers beside a null are floats in many a table
+        if self.choices and (position := _position(value)) is not None:
+            count = len(lookup(row, self.choices) or ())
+            if position >= count:
+                raise BadRowError(f"{self.answer} = {position}, but {self.choices} has {count}, counted from 0")
+            return chr(ord("A") + position)
         if isinstance(value, int | float) and not isinstance(value, bool):
             return str(value)
         return _text(str(value) if isinstance(value, bool) else value, self.answer)
@@ -89,8 +96,24 @@ def find_columns(rows: Sequence[Row], options: DatasetOptions, place: Place, *, 
         answer=answer,
         template=options.template,
         chat=options.prompt_style == "chat",
+        choices=_lettered(options, sample),
         kind=_found("kind_column", options.kind_column, (), sample, place, at) if options.kind_column else "",
     )
+
+
+def _lettered(options: DatasetOptions, sample: Mapping[str, Any]) -> str:
+    """Return the column of choices that the template shows, where a letter is to be the answer."""
+    rewards = [options.rewards] if isinstance(options.rewards, str) else options.rewards
+    shown = [match[1].strip() for match in _FIELD.finditer(options.template) if match[1]]
+    lists = [name for name in shown if isinstance(lookup(sample, name), list)]
+    return lists[0] if lists and "choice" in rewards else ""
+
+
+def _position(value: object) -> int | None:
+    """Return the whole number that an answer is, also as text; None where it is none."""
+    if isinstance(value, str) and re.fullmatch(r"[0-9]{1,2}", value):
+        return int(value)
+    return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else None
 
 
 def fill(template: str, row: Mapping[str, Any]) -> str:

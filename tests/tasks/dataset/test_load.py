@@ -81,6 +81,31 @@ def test_a_name_that_is_no_path_is_on_the_hub(tmp_path, monkeypatch):
     assert asked == [("me/sums", "main", "train"), ("me/sums", "main", "test")]
 
 
+def test_configurations_of_a_hub_data_set_are_named(tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+
+    def load_dataset(name, subset, split):
+        raise ValueError(
+            "Config name is missing.\nPlease pick one among the available configs: ['main', 'socratic']\nExample"
+        )
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    with pytest.raises(TaskError, match=r"^openai/gsm8k has several configurations: 'main', 'socratic'. Choose one"):
+        load_task("dataset", OPTIONS | {"dataset": "openai/gsm8k"}, base_dir=tmp_path)
+
+
+@pytest.mark.parametrize("kind", [int, str, float])
+def test_a_choice_by_its_position(load, kind):
+    rows = [{"question": f"{i}?", "choices": ["a", "b", "c"], "answer": kind(i % 3)} for i in range(9)]
+    task = load(rows, rewards="choice", template="{question}\n{choices}")
+    for problem in [*task.problems("train"), *task.problems("test")]:
+        assert task.gold(problem) == "ABC"[int(problem["answer"])]
+        assert task.score(f"({task.gold(problem).lower()})", problem).reward == 1.0
+    rows[0]["answer"] = kind(3)
+    with pytest.raises(TaskError, match="answer = 3, but choices has 3, counted from 0"):
+        load(rows, rewards="choice", template="{question}\n{choices}")
+
+
 def test_chat_messages_are_the_prompt(load):
     task = load([{"prompt": CHAT, "answer": "2"}, {"prompt": CHAT[1:], "answer": "2"}])
     prompts = [task.prompt(problem) for split in ("train", "test") for problem in task.problems(split)]
