@@ -25,6 +25,7 @@ _ADDED = {
     "es.max_drift": 0.0,
     "es.problems": "shared",
     "es.skip_tied": False,
+    "grpo.mask_truncated_completions": False,
     "engine.quantization": "none",
     "sampling.top_k": 0,
     "sampling.min_p": 0.0,

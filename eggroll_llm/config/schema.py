@@ -82,6 +82,8 @@ class GrpoConfig:
     """What the token loss is averaged over: the step, each completion, the length limit, the micro batch."""
     scale_rewards: Literal["group", "batch", "none"] = "group"
     """Standard deviation that divides advantages: of the group's rewards, of all rewards, or none."""
+    mask_truncated_completions: bool = False
+    """Whether completions that the length limit has cut off are left out of the loss."""
     importance_sampling: bool = True
     """Whether to correct for the difference between the engine's and the trainer's probabilities."""
     lora_rank: Annotated[int, Ge(0)] = 0

@@ -260,6 +260,18 @@ class EngineGrpoTrainer(GRPOTrainer):
         repeats = self.num_iterations * self.args.steps_per_generation
         return StepSampler(self._run_config, len(self._train_prompts), steps, repeats)
 
+    def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
+        """Return the completions of a step; TRL would tell those that were cut off by their last token.
+
+        That of one which ended at a text is any.
+        """
+        batch: dict[str, Any] = super()._generate_and_score_completions(inputs)
+        if self._run_config.grpo.mask_truncated_completions:
+            whole = [not rollout.completion.truncated for rollout in self.vllm_generation.last]
+            batch["completion_mask"] *= torch.tensor(whole, device=batch["completion_mask"].device)[:, None]
+            batch["num_items_in_batch"] = batch["completion_mask"].sum()
+        return batch
+
     def _prepare_inputs(self, generation_batch: Any) -> Any:
         if self.loss_type == "bnpo":
             return super()._prepare_inputs(generation_batch)

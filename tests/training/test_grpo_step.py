@@ -122,6 +122,7 @@ def by_the_formula(step: Step, config: RunConfig) -> dict[str, Tensor]:
     )
     for _ in range(grpo.num_iterations):
         losses = []
+        kept = [not (completion.truncated and grpo.mask_truncated_completions) for completion in completions]
         for now, before, reference, advantage, completion in zip(
             logprobs(), old, base, advantages, completions, strict=True
         ):
@@ -134,9 +135,9 @@ def by_the_formula(step: Step, config: RunConfig) -> dict[str, Tensor]:
             difference = reference - now
             losses.append(loss_T + grpo.beta * ratio * (difference.exp() - difference - 1))
         if grpo.loss_type == "dapo":
-            loss = torch.cat(losses).mean()
+            loss = torch.cat([loss_T for loss_T, keep in zip(losses, kept, strict=True) if keep]).mean()
         elif grpo.loss_type == "grpo":
-            loss = torch.stack([loss_T.mean() for loss_T in losses]).mean()
+            loss = torch.stack([keep * loss_T.mean() for loss_T, keep in zip(losses, kept, strict=True)]).mean()
         else:  # dr_grpo
             loss = torch.cat(losses).sum() / (len(losses) * config.sampling.max_tokens)
         optimizer.zero_grad()
@@ -167,6 +168,8 @@ def some_noise(request: Request) -> float:
         {"beta": 0.1, "num_iterations": 2},
         {"num_iterations": 3, "epsilon": 0.02, "epsilon_high": 0.03, "learning_rate": 0.05},
         {"importance_sampling": False},
+        {"mask_truncated_completions": True},
+        {"mask_truncated_completions": True, "loss_type": "grpo", "num_iterations": 2},
         {"micro_batch": 12},
         {"micro_batch": 1},
         {"gradient_checkpointing": True},
@@ -185,6 +188,8 @@ def test_a_step_is_that_of_the_formula(step_of: Callable[..., Step], grpo: dict[
     if grpo.get("importance_sampling", True):  # the case is not an empty one: some were left out, some kept
         assert row["sampling/importance_sampling_ratio/min"] == 0
         assert 0.3 < row["sampling/importance_sampling_ratio/mean"] < 1
+    if grpo.get("mask_truncated_completions"):
+        assert 0 < sum(completion.truncated for completion in step.rollouts[1]) < len(step.rollouts[1])
     if grpo.get("epsilon"):
         assert row["clip_ratio/region_mean"] > 0
     if grpo.get("beta"):
@@ -334,6 +339,14 @@ def test_what_comes_after_the_end_is_masked_and_what_ends_it_is_not(step_of: Cal
         assert (batch["completion_ids"][row][mask][-1] == eos) == (not completion.truncated)
         assert batch["prompt_ids"][row][batch["prompt_mask"][row].bool()].tolist() == list(request.prompt_ids)
         assert batch["sampling_per_token_logps"][row][mask].tolist() == pytest.approx(completion.logprobs, abs=1e-6)
+
+
+def test_a_step_whose_completions_are_all_cut_off_changes_nothing(step_of: Callable[..., Step]) -> None:
+    step = step_of(sampling={"max_tokens": 1}, mask_truncated_completions=True, weight_decay=0.0)
+    ours = step.make()
+    assert all(completion.truncated for completion in step.rollouts[1])
+    base = checkpoint_tensors(AutoModelForCausalLM.from_pretrained(step.prepared.model_dir, dtype=torch.float32))
+    assert largest_difference(ours, base) == 0
 
 
 @pytest.mark.parametrize(("schedule", "rates"), [("constant", [1.0] * 4), ("linear", [1.0, 0.7, 0.4, 0.1])])
