@@ -3,8 +3,10 @@
 And what a trainer needs to know of the completions: the log-probability of each token where it was drawn.
 """
 
+import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +42,11 @@ def served(request: pytest.FixtureRequest, tiny_model: Callable[[str], Path]) ->
 
 
 def model_of(model_dir: Path) -> Any:
+    return copy.deepcopy(loaded(model_dir))
+
+
+@cache
+def loaded(model_dir: Path) -> Any:
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)

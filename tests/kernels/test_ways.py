@@ -41,16 +41,15 @@ def before_and_after(model_dir: Path, *, stock: bool) -> tuple[Tensor, Tensor]:
         engine.close()
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen3"])
-def test_all_ways_agree(tiny_model: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
-    ours = before_and_after(tiny_model(kind), stock=False)
+def test_all_ways_agree(tiny_model: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    ours = before_and_after(tiny_model("llama"), stock=False)
     assert (ours[0] - ours[1]).abs().max() > 0.02
     assert (ours[0][0] - ours[0][1]).abs().max() > 0.02
-    stock = before_and_after(tiny_model(kind), stock=True)
+    stock = before_and_after(tiny_model("llama"), stock=True)
     monkeypatch.setattr(build, "library", lambda: None)
     member_term.implementation.cache_clear()
     try:
-        without_a_compiler = before_and_after(tiny_model(kind), stock=False)
+        without_a_compiler = before_and_after(tiny_model("llama"), stock=False)
     finally:
         member_term.implementation.cache_clear()
     for other in (stock, without_a_compiler):

@@ -1,10 +1,12 @@
 """A task, a recipe and a stand-in for the engine: both methods run in a second, and nothing is left to chance."""
 
+import copy
 import dataclasses
 import json
 import math
 import random
 from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -94,8 +96,8 @@ class StubEngine:
     def __init__(self, model_dir: Path) -> None:
         self.watchdog = Watchdog(0)
         self.model_dir = model_dir
-        self.model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
-        self.tokenizer = AutoTokenizer.from_pretrained(model_dir)
+        model, self.tokenizer = loaded(model_dir, (model_dir / "model.safetensors").stat().st_mtime_ns)
+        self.model = copy.deepcopy(model)
         self.asked: list[tuple[tuple[Request, ...], Decoding]] = []
         self.answers: list[list[Completion]] = []
         self.loads = 0
@@ -168,6 +170,13 @@ class StubEngine:
 
     def close(self) -> None:
         self.closed = True
+
+
+@lru_cache(maxsize=4)
+def loaded(model_dir: Path, written: int) -> tuple[Any, Any]:
+    """The model and the tokenizer that a directory held when it was written."""
+    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
+    return model, AutoTokenizer.from_pretrained(model_dir)
 
 
 def token_logprobs(model: Any, prompt: Sequence[int], completion: Sequence[int], temperature: float) -> torch.Tensor:

@@ -3,10 +3,11 @@
 vLLM's Transformers backend changes the classes of transformers in the process that serves them, for good.
 """
 
+import copy
 import multiprocessing
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 
 import torch
@@ -56,15 +57,20 @@ def _scores(model_dir, completions, added):  # type: ignore[no-untyped-def]
 
 
 def _model(model_dir, added):  # type: ignore[no-untyped-def]
-    import transformers
-
-    transformers.utils.logging.disable_progress_bar()
-    torch.set_num_threads(1)
-    model = transformers.AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
+    model = copy.deepcopy(_loaded(model_dir, (model_dir / "model.safetensors").stat().st_mtime_ns))
     with torch.no_grad():
         for name, delta in added.items():
             model.get_parameter(name).add_(torch.from_numpy(delta))
     return model
+
+
+@lru_cache(maxsize=4)
+def _loaded(model_dir, written):  # type: ignore[no-untyped-def]
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    torch.set_num_threads(1)
+    return transformers.AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
 
 
 def _adapted_layers(model_dir, config):  # type: ignore[no-untyped-def]

@@ -616,11 +616,11 @@ def test_a_users_score_that_loops_or_exits_ends_like_one_that_raises(bench: Benc
     (bench.folder / "users.py").write_text(USERS)
     for name in ("good", "raises", "loops", "exits"):
         task = load_task("users.py:Mine", {"how": name}, base_dir=bench.folder)
-        outcome = bench.train(name, task=task, steps=2, reward=limits)
+        outcome = bench.train(name, task=task, steps=1, reward=limits)
         assert outcome.metrics[1]["rewards/failed"] == (0 if name == "good" else 2)
     ours = Near()
     ours.file_hash = hashlib.sha256(USERS.encode()).hexdigest()  # type: ignore[attr-defined]  # as in the journal
-    bench.train("ours", task=ours, steps=2)
+    bench.train("ours", task=ours, steps=1)
     same_run(bench.folder / "good", bench.folder / "ours")
     for name in ("loops", "exits"):
         same_run(bench.folder / "raises", bench.folder / name)

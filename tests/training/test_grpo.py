@@ -484,7 +484,6 @@ def compared(monkeypatch: pytest.MonkeyPatch) -> Comparison:
     ("kind", "dtype", "flags"),
     [
         ("llama", "float32", {}),
-        ("qwen2", "float32", {}),
         ("qwen3", "float32", {"grpo.lora_rank": "4", "grpo.learning_rate": "0.1"}),
         ("llama", "bfloat16", {}),
         ("qwen2", "bfloat16", {"grpo.dtype": "bfloat16"}),

@@ -199,23 +199,25 @@ MAY_CHANGE = [
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run without an interruption."""
+def whole_and_half(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A run without an interruption, and one that ended after half of its steps."""
     with pytest.MonkeyPatch.context() as patch:
-        bench = Bench(tmp_path_factory.mktemp("whole"), patch)
+        bench = Bench(tmp_path_factory.mktemp("runs"), patch)
         bench.train("whole")
-    return bench.folder / "whole"
+        bench.train("half", steps=2)
+    return bench.folder / "whole", bench.folder / "half"
 
 
 @pytest.mark.parametrize("key", MAY_CHANGE)
-def test_a_setting_that_may_change_on_resume_changes_no_weight(bench: Bench, whole: Path, key: str) -> None:
+def test_a_setting_that_may_change_on_resume_changes_no_weight(
+    bench: Bench, whole_and_half: tuple[Path, Path], key: str
+) -> None:
     table, _, name = key.rpartition(".")
     value = another(key, flat(CONFIG)[key])
     more = {"replicas": value} if key == "engine.min_replicas" else {}  # of which no more may be needed
     changes = {table: dataclasses.replace(getattr(CONFIG, table), **{name: value}, **more)} if table else {name: value}
-    bench.train("halves", steps=2)
+    one, other = whole_and_half[0], shutil.copytree(whole_and_half[1], bench.folder / "halves")
     bench.train("halves", "resume", **changes)
-    one, other = whole, bench.folder / "halves"
     assert (one / "journal.jsonl").read_text() == (other / "journal.jsonl").read_text()
     finals = [(path / "final" / "model.safetensors").read_bytes() for path in (one, other)]
     assert finals[0] == finals[1]
@@ -238,9 +240,12 @@ def test_checkpoints_of_a_course_that_was_given_up_are_removed(bench: Bench) -> 
     assert checkpoints(path) == [f"step-00000{step}" for step in (1, 2, 3, 4)]
     for name in ("journal.jsonl", "metrics.jsonl"):  # header or base model, and two steps
         (path / name).write_bytes(b"".join((path / name).read_bytes().splitlines(keepends=True)[:3]))
+    final_at_start: list[bool] = []
+    bench.prepare_engine = lambda _: final_at_start.append((path / "final").exists())
     bench.train("cut", "resume", steps=4, **every(0))
     removed = f"{path}/checkpoints: step-000003, step-000004 removed: the journal ends at step 2"
     assert bench.display.messages.count(removed) == 1
+    assert final_at_start == [False]
     assert checkpoints(path) == ["step-000001", "step-000002"]
     bench.train("cut", "resume", steps=5, **every(0))
     assert "resuming after step 4: checkpoint of step 2 and 2 updates from the journal" in bench.display.messages
@@ -458,10 +463,13 @@ every = 3
 """
 
 
-@pytest.fixture(params=["float32", "bfloat16"])
-def recipe(request: pytest.FixtureRequest, tmp_path: Path, tiny_model: Callable[[str], Path]) -> Path:
-    (tmp_path / "letters.py").write_text(TASK)
-    path = tmp_path / "recipe.toml"
+@pytest.fixture(scope="module", params=["float32", "bfloat16"])
+def recipe(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, tiny_model: Callable[[str], Path]
+) -> Path:
+    folder = tmp_path_factory.mktemp("real")
+    (folder / "letters.py").write_text(TASK)
+    path = folder / "recipe.toml"
     path.write_text(RECIPE.format(model=tiny_model("qwen3"), dtype=request.param))
     return path
 
@@ -472,13 +480,18 @@ def run(recipe: Path, directory: str, on_existing: Any = "fail", **flags: str) -
     return config, train(config, recipe.parent, path, on_existing, ConsoleDisplay())
 
 
+@pytest.fixture(scope="module")
+def served_whole(recipe: Path) -> tuple[RunConfig, Outcome]:
+    """The run "whole" of the real engine, without an interruption."""
+    return run(recipe, "whole", checkpoint__best="false")  # which it is depends on the machine
+
+
 @pytest.mark.vllm
-def test_two_halves_are_the_whole(recipe: Path, tmp_path: Path) -> None:
+def test_two_halves_are_the_whole(recipe: Path, served_whole: tuple[RunConfig, Outcome]) -> None:
     """2 steps + resume + 2 steps = 4 steps: weights, fitness and metrics are bit-equal, with other slots as well."""
-    run(recipe, "whole")
     run(recipe, "halves", steps="2")
     run(recipe, "halves", "resume", steps="4", engine__slots="2")
-    whole, halves = tmp_path / "whole", tmp_path / "halves"
+    whole, halves = recipe.parent / "whole", recipe.parent / "halves"
     finals = [load_file(path / "final" / "model.safetensors") for path in (whole, halves)]
     assert finals[0].keys() == finals[1].keys()
     for name, tensor in finals[0].items():
@@ -494,12 +507,12 @@ def test_two_halves_are_the_whole(recipe: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.vllm
-def test_what_a_run_leaves_behind(recipe: Path, tmp_path: Path) -> None:
+def test_what_a_run_leaves_behind(recipe: Path, served_whole: tuple[RunConfig, Outcome], tmp_path: Path) -> None:
     """The directory, a checkpoint and a final model that transformers loads, and a replay with their bits."""
     from transformers import AutoModelForCausalLM
 
-    config, outcome = run(recipe, "run", checkpoint__best="false")  # which it is depends on the machine
-    path = tmp_path / "run"
+    config, outcome = served_whole
+    path = recipe.parent / "whole"
     assert outcome.steps == 4
     files = "config.toml environment.json metrics.jsonl completions.jsonl journal.jsonl checkpoints final"
     assert {entry.name for entry in path.iterdir()} >= set(files.split())
@@ -522,9 +535,9 @@ def test_what_a_run_leaves_behind(recipe: Path, tmp_path: Path) -> None:
     moved = {name for name in base if not torch.equal(base[name].float(), final[name].float())}
     assert moved == {name for name in base if "proj.weight" in name}
     with pytest.raises(RunDirError, match="--on-existing"):
-        run(recipe, "run")
+        run(recipe, "whole")
     with pytest.raises(ConfigError, match=r"es\.sigma was 0\.05 and is now 0\.06"):
-        run(recipe, "run", "resume", es__sigma="0.06")
+        run(recipe, "whole", "resume", es__sigma="0.06")
 
 
 PLAIN_VLLM = """
@@ -534,29 +547,79 @@ from eggroll_llm.engine.vllm.weights import keep_linear_weights
 keep_linear_weights()  # which vLLM packs for the CPU and drops
 from safetensors.torch import save_file
 from vllm import LLM, SamplingParams
-job = json.loads(sys.argv[1])
-llm = LLM(job["model"], dtype="float32", max_model_len=128, kv_cache_memory_bytes=2**26, enforce_eager=True)
 
-def save(model):
+def save(model, loaded):
     tensors = {name: parameter.data for name, parameter in model.named_parameters()}
     for name, module in model.named_modules():
         if hasattr(module, "es_loaded_weight"):
             tensors[name + ".weight"] = module.es_loaded_weight
-    save_file({name: tensor.clone().contiguous() for name, tensor in tensors.items()}, job["loaded"])
+    save_file({name: tensor.clone().contiguous() for name, tensor in tensors.items()}, loaded)
 
-llm.apply_model(save)
-prompts = [{"prompt_token_ids": ids} for ids in job["prompts"]]
-outputs = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=12), use_tqdm=False)
-print("RESULT" + json.dumps([output.outputs[0].token_ids for output in outputs]))
+answers = []
+for job in json.loads(sys.argv[1]):
+    llm = LLM(job["model"], dtype="float32", max_model_len=128, kv_cache_memory_bytes=2**26, enforce_eager=True)
+    llm.apply_model(lambda model: save(model, job["loaded"]))
+    prompts = [{"prompt_token_ids": ids} for ids in job["prompts"]]
+    outputs = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=12), use_tqdm=False)
+    answers.append([output.outputs[0].token_ids for output in outputs])
+    llm.llm_engine.engine_core.shutdown()  # or it would be when the next one is there
+print("RESULT" + json.dumps(answers))
 """
 PARTS = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 
 
+FINALS = {"es": "qwen2", "grpo": "llama"}
+
+
+@dataclasses.dataclass
+class Final:
+    """A final model, what it was asked, and what our engine after the last update and plain vLLM answered."""
+
+    path: Path
+    prompts: list[list[int]]
+    ours: list[str]
+    loaded: Path
+    """The tensors of plain vLLM."""
+    plain: list[list[int]] = dataclasses.field(default_factory=list)
+
+
+@pytest.fixture(scope="module")
+def finals(tmp_path_factory: pytest.TempPathFactory, tiny_model: Callable[[str], Path]) -> dict[str, Final]:
+    """Of a run of each method. One process loads both: most of its time is the import of vLLM."""
+    from transformers import AutoTokenizer
+
+    finals = {}
+    for method, kind in FINALS.items():
+        folder = tmp_path_factory.mktemp(method)
+        recipe = grpo_stub.write_recipe(folder, tiny_model(kind), method)
+        flags = {"eval.problems": "20", "eval.every": "0", "checkpoint.every": "0", "grpo.learning_rate": "2e-3"}
+        config = load_recipe(recipe, [*flags.items()])
+        train(config, folder, folder / "run", "fail", grpo_stub.Recorder())
+        path = folder / "run" / "final"
+        samples = read_samples(folder / "run" / "evaluations" / "step-000004.jsonl")[1]
+        task, tokenizer = load_task(config.task, {}, base_dir=folder), AutoTokenizer.from_pretrained(path)
+        finals[method] = Final(
+            path=path,
+            prompts=[tokenizer(task.prompt(sample.doc))["input_ids"] for sample in samples],
+            ours=[sample.completion for sample in samples],
+            loaded=folder / "loaded.safetensors",
+        )
+    jobs = [
+        {"model": str(final.path), "prompts": final.prompts, "loaded": str(final.loaded)} for final in finals.values()
+    ]
+    command = [sys.executable, "-c", PLAIN_VLLM, json.dumps(jobs)]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr[-3000:]
+    for final, plain in zip(finals.values(), json.loads(result.stdout.rpartition("RESULT")[2]), strict=True):
+        final.plain = plain
+    return finals
+
+
 @pytest.mark.vllm
 @pytest.mark.slow
-@pytest.mark.parametrize(("method", "kind"), [("es", "qwen2"), ("grpo", "llama")])
+@pytest.mark.parametrize("method", FINALS)
 def test_the_final_model_is_the_same_in_transformers_and_vllm(
-    tmp_path: Path, tiny_model: Callable[[str], Path], method: str, kind: str
+    finals: dict[str, Final], tiny_model: Callable[[str], Path], method: str
 ) -> None:
     """Of 20 greedy answers in float32 all: of our engine after the last update, of plain vLLM, and of transformers.
 
@@ -564,35 +627,20 @@ def test_the_final_model_is_the_same_in_transformers_and_vllm(
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    recipe = grpo_stub.write_recipe(tmp_path, tiny_model(kind), method)
-    flags = {"eval.problems": "20", "eval.every": "0", "checkpoint.every": "0", "grpo.learning_rate": "2e-3"}
-    config = load_recipe(recipe, [*flags.items()])
-    train(config, tmp_path, tmp_path / "run", "fail", grpo_stub.Recorder())
-    final = tmp_path / "run" / "final"
-    samples = read_samples(tmp_path / "run" / "evaluations" / "step-000004.jsonl")[1]
-    ours = [sample.completion for sample in samples]
-    task, tokenizer = load_task(config.task, {}, base_dir=tmp_path), AutoTokenizer.from_pretrained(final)
-    prompts = [tokenizer(task.prompt(sample.doc))["input_ids"] for sample in samples]
-
-    job = {"model": str(final), "prompts": prompts, "loaded": str(tmp_path / "loaded.safetensors")}
-    command = [sys.executable, "-c", PLAIN_VLLM, json.dumps(job)]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr[-3000:]
-    plain = json.loads(result.stdout.rpartition("RESULT")[2])
-
-    model = AutoModelForCausalLM.from_pretrained(final)
+    final = finals[method]
+    model = AutoModelForCausalLM.from_pretrained(final.path)
     found = [
         model.generate(torch.tensor([ids]), max_new_tokens=12, do_sample=False)[0, len(ids) :].tolist()
-        for ids in prompts
+        for ids in final.prompts
     ]
-    assert len(set(ours)) >= 15  # of 20, or little would be proven
-    turn = TextRules(tokenizer).turn
-    assert ours == [turn(ids)[0] for ids in plain]
-    assert ours == [turn(ids)[0] for ids in found]
+    assert len(set(final.ours)) >= 15  # of 20, or little would be proven
+    turn = TextRules(AutoTokenizer.from_pretrained(final.path)).turn
+    assert final.ours == [turn(ids)[0] for ids in final.plain]
+    assert final.ours == [turn(ids)[0] for ids in found]
 
-    stored, state = load_file(final / "model.safetensors"), model.state_dict()
-    base = load_file(tiny_model(kind) / "model.safetensors")
-    in_vllm = load_file(tmp_path / "loaded.safetensors")
+    stored, state = load_file(final.path / "model.safetensors"), model.state_dict()
+    base = load_file(tiny_model(FINALS[method]) / "model.safetensors")
+    in_vllm = load_file(final.loaded)
     assert [name for name in stored if not torch.equal(stored[name], base[name].float())]
     for name, tensor in stored.items():
         assert torch.equal(state[name], tensor), name

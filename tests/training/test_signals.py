@@ -56,16 +56,24 @@ class Run:
         assert self.messages.read_text().splitlines()[-1] == f"interrupted; {again}"
         assert self.tree.all_end()
 
-    def goes_on(self, bench: Bench) -> None:
+    def goes_on(self, bench: Bench, whole: Path) -> None:
         """Resumed, it comes to what a run comes to that was never stopped."""
-        bench.train("whole", **CHANGES)
         bench.train("run", "resume", **CHANGES)
-        same_run(self.folder / "whole", self.folder / "run")
+        same_run(whole, self.folder / "run")
 
 
 @pytest.fixture
 def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
     return Bench(tmp_path, monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that was never stopped."""
+    with pytest.MonkeyPatch.context() as patch:
+        bench = Bench(tmp_path_factory.mktemp("whole"), patch)
+        bench.train("whole", **CHANGES)
+    return bench.folder / "whole"
 
 
 @pytest.mark.parametrize(
@@ -79,21 +87,23 @@ def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
     ],
 )
 def test_a_run_ends_in_order_in_any_phase(
-    tree: ProcessTree, tmp_path: Path, bench: Bench, phase: str, number: signal.Signals
+    tree: ProcessTree, tmp_path: Path, bench: Bench, whole: Path, phase: str, number: signal.Signals
 ) -> None:
     run = Run(tree, tmp_path, phase, "raise")
     assert len(tree.alive()) == 4  # with the second process of the watchdog
     run.ends_in_order(number)
     assert "Traceback" not in run.messages.read_text()
     assert not [path.name for path in (tmp_path / "run").rglob(".*") if path.name.startswith((".tmp-", ".old-"))]
-    run.goes_on(bench)
+    run.goes_on(bench, whole)
     assert not [text for text in bench.display.messages if "did not shut down cleanly" in text]
 
 
-def test_a_terminal_that_is_closed_ends_a_run_in_order(tree: ProcessTree, tmp_path: Path, bench: Bench) -> None:
+def test_a_terminal_that_is_closed_ends_a_run_in_order(
+    tree: ProcessTree, tmp_path: Path, bench: Bench, whole: Path
+) -> None:
     run = Run(tree, tmp_path, "reward", "raise")
     run.ends_in_order(signal.SIGHUP)
-    run.goes_on(bench)
+    run.goes_on(bench, whole)
 
 
 def test_the_second_signal_of_a_closed_terminal_is_no_second_one(tree: ProcessTree, tmp_path: Path) -> None:
@@ -134,13 +144,13 @@ def test_no_thread_of_a_task_keeps_a_command_that_was_interrupted() -> None:
 
 @pytest.mark.parametrize(("phase", "how", "updates"), [("reward", "swallow", 1), ("update", "unraisable", 2)])
 def test_a_signal_that_was_swallowed_ends_the_run_soon_after(
-    tree: ProcessTree, tmp_path: Path, bench: Bench, phase: str, how: str, updates: int
+    tree: ProcessTree, tmp_path: Path, bench: Bench, whole: Path, phase: str, how: str, updates: int
 ) -> None:
     """By a grader with a bare `except:`, and in a `__del__`, out of which Python lets nothing come."""
     run = Run(tree, tmp_path, phase, how)
     run.ends_in_order(signal.SIGTERM)
     assert len(read_journal(tmp_path / "run" / "journal.jsonl").entries) == updates
-    run.goes_on(bench)
+    run.goes_on(bench, whole)
 
 
 @pytest.mark.parametrize(
@@ -152,7 +162,13 @@ def test_a_signal_that_was_swallowed_ends_the_run_soon_after(
     ],
 )
 def test_a_second_signal_ends_it_at_once(
-    tree: ProcessTree, tmp_path: Path, bench: Bench, how: str, first: signal.Signals, second: signal.Signals
+    tree: ProcessTree,
+    tmp_path: Path,
+    bench: Bench,
+    whole: Path,
+    how: str,
+    first: signal.Signals,
+    second: signal.Signals,
 ) -> None:
     """A reward that hangs whatever comes, with children in sessions of their own and not."""
     run = Run(tree, tmp_path, "reward", how)
@@ -165,7 +181,7 @@ def test_a_second_signal_ends_it_at_once(
     run.process.send_signal(second)
     assert run.process.wait(20) == 128 + second
     assert tree.all_end()
-    run.goes_on(bench)
+    run.goes_on(bench, whole)
 
 
 SCRIPT = """
