@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from documented import undocumented
 from fake_engine import CONFIG, SHAPES, Bench, FakeEngine, Near, rows, same_run
 from pipe_link import NODE, SLOW, Fault, Plan, pool
 from safetensors.torch import load_file
@@ -64,6 +65,7 @@ def test_any_number_of_engines_makes_the_same_run(bench: Benches, one: Path, eng
     same_run(one, run)
     assert {(row["engines"], row["time/replay"]) for row in rows(run)[1:]} == {(engines, 0.0)}
     assert "engines" not in rows(one)[1]
+    assert undocumented(rows(run)[1]) == set()
     assert not bench.display.messages
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from documented import undocumented
 from fake_engine import (
     CONFIG,
     MEMBERS,
@@ -608,6 +609,15 @@ class Mine:
         reward = -abs(float(value) - problem["target"])
         return Score(reward, reward > -0.5, "near")
 """
+
+
+def test_every_key_of_a_row_is_documented(bench: Bench) -> None:
+    bench.train("rewards")
+    for name, changes in {"reused": {"answer_reuse": 2, "max_drift": 1.0}, "skipping": {"skip_tied": True}}.items():
+        bench.train(name, **PROBABILITIES | {"es": dataclasses.replace(PROBABILITIES["es"], **changes)})
+    seen = {key for name in ("rewards", "reused", "skipping") for row in rows(bench.folder / name) for key in row}
+    assert undocumented(seen) == set()
+    assert {"twins/differ", "weights/drift", "problems/skipped", "eval/won", "tokens/scored"} <= seen
 
 
 def test_a_users_score_that_loops_or_exits_ends_like_one_that_raises(bench: Bench) -> None:

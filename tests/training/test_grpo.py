@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from documented import undocumented
 from grpo_stub import Bench, Recorder, StubEngine, final, rows, same_run, write_recipe
 from safetensors.torch import load_file
 from torch import Tensor
@@ -148,6 +149,7 @@ def test_rows_have_the_names_of_es(bench: Bench) -> None:
     names = [{key for row in rows(bench.folder / name) for key in row} for name in ("es", "grpo")]
     of_es = {"fitness/std", "members/dropped", "time/noise", "sigma", "twins/differ", "base/divergence"}
     assert names[0] - names[1] - {"twins/unread"} == of_es
+    assert undocumented(names[1]) == set()
     assert names[1] - names[0] >= {"loss", "grad_norm", "entropy", "completions/dropped", "clip_ratio/region_mean"}
     row = outcome.metrics[1]
     completions = [
