@@ -8,7 +8,7 @@ PAGE = Path(__file__).parents[2] / "docs" / "commands.md"
 
 
 def undocumented(keys: Iterable[str]) -> set[str]:
-    """The keys that are in no row of the table; NAME stands for any name, and what ends with / for all that it begins."""
+    """The keys that are in no row of the table; NAME is any name there, and what ends with / what it begins."""
     table = PAGE.read_text(encoding="utf-8").partition("## A row of metrics.jsonl")[2].partition("\n## ")[0]
     cells = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `")]
     names = [name for cell in cells for name in re.findall(r"`([^`]+)`", cell)]
