@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 settings.register_profile("everyday", max_examples=25, deadline=None)
 settings.register_profile("nightly", max_examples=1000, deadline=None)
 settings.load_profile("everyday")
+# No test switches the machine off, and the disk would take a third of the time of runs with the stand-in engine.
+os.fsync = lambda file: os.fstat(file if isinstance(file, int) else file.fileno()) and None
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
@@ -64,6 +66,15 @@ SLOW_FIRST = (
     "engine/test_pool.py",
     "bench/test_run.py",
     "training/test_es.py",
+    "engine/test_tensor_parallel.py",
+    "eval/test_evaluation.py",
+    "models/test_gguf.py",
+    "rewards/test_properties.py",
+    "training/test_grpo_step.py",
+    "tasks/test_process.py",
+    "engine/test_batch.py",
+    "cli/test_sweep.py",
+    "kernels/test_ways.py",
     "engine/test_ten_steps.py",
 )
 """Files that take long: a process of pytest-xdist that gets one last works on while the other has nothing to do."""
