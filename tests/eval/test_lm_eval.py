@@ -219,34 +219,42 @@ def test_filters_on_anything(task: ours.LmEvalTask, text: str, reference: Callab
         assert verdicts(reference(task), text, problem(gold)) == our_verdicts(task, text, problem(gold))
 
 
+@pytest.fixture(scope="module")
+def own_runs(
+    embedded_model: Path, tiny_model: Callable[[str], Path], data: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, dict[str, Any]]:
+    """What the package was given on vLLM, by the kind of model, and under `out` what came of it."""
+    folder = tmp_path_factory.mktemp("theirs")
+    tiny = other_end_of_text(tiny_model("llama"), folder / "model")
+    jobs: dict[str, dict[str, Any]] = {
+        "embedded": {"model": str(embedded_model), "shots": 5, "limit": 3, "context": 2048},
+        "other end of text": {"model": str(tiny), "shots": 0, "limit": 16, "context": 512},
+    }
+    for kind, job in jobs.items():
+        job |= {"config": published("gsm8k", data) | {"num_fewshot": job["shots"]}, "out": str(folder / kind)}
+    command = [sys.executable, str(HERE / "run_lm_eval.py"), json.dumps([*jobs.values()])]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=HERE.parents[1])
+    assert done.returncode == 0, done.stderr[-3000:]
+    return jobs
+
+
 @pytest.mark.model
 @pytest.mark.vllm
 @pytest.mark.slow
-@pytest.mark.parametrize(("kind", "shots", "limit"), [("embedded", 5, 3), ("other end of text", 0, 16)])
+@pytest.mark.parametrize("kind", ["embedded", "other end of text"])
 def test_its_own_run_on_vllm_gives_the_same_answers(
-    kind: str,
-    shots: int,
-    limit: int,
-    embedded_model: Path,
-    tiny_model: Callable[[str], Path],
-    data: Path,
-    tmp_path: Path,
+    kind: str, own_runs: dict[str, dict[str, Any]], data: Path, tmp_path: Path
 ) -> None:
     """In float32, where no near tie is decided by rounding: same prompts, same text, same figures.
 
     The tiny model writes special tokens all the time, and <|im_end|>, a stop string, is not its end of text.
     """
-    model = embedded_model if kind == "embedded" else other_end_of_text(tiny_model("llama"), tmp_path / "model")
-    config = published("gsm8k", data) | {"num_fewshot": shots}
-    context = 2048 if kind == "embedded" else 512
-    job = {"model": str(model), "config": config, "context": context, "limit": limit, "out": str(tmp_path / "theirs")}
-    command = [sys.executable, str(HERE / "run_lm_eval.py"), json.dumps(job)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=HERE.parents[1])
-    assert done.returncode == 0, done.stderr[-3000:]
+    job = own_runs[kind]
+    shots, limit = job["shots"], job["limit"]
     words = f"--task gsm8k --num-fewshot {shots} --limit {limit} --engine.dtype float32 --engine.kv_cache_gib 0.25"
     words += f" --data-dir {data} --out {tmp_path / 'ours.json'}"
-    assert main(["eval", str(model), *words.split()]) == 0
-    wanted = json.loads((tmp_path / "theirs").read_text())
+    assert main(["eval", job["model"], *words.split()]) == 0
+    wanted = json.loads(Path(job["out"]).read_text())
     found = read_samples(tmp_path / "ours.samples.jsonl")[1]
     assert len(found) == limit
     by_id = {(sample["doc_id"], sample["filter"]): sample for sample in wanted["samples"]["gsm8k"]}

@@ -15,7 +15,7 @@ from made_up_runs import PROBLEMS, make_config, write_run
 from matplotlib.image import imread
 
 from eggroll_llm.errors import RunDirError
-from eval import report
+from eval import plots, report
 from eval.compare import compare_runs
 from eval.report import write_run_report
 from eval.runs import read_runs
@@ -30,6 +30,12 @@ SURROGATE = "SURROGATE"
 CHROMIUM = next(
     (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), ""
 )
+
+
+@pytest.fixture(autouse=True)
+def coarse(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Images are drawn sooner; their resolution is tested with the figures."""
+    monkeypatch.setattr(plots, "DPI", 20)
 
 
 def write_comparison(paths: list[Path], out: Path) -> Path:

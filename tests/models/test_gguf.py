@@ -198,6 +198,7 @@ def test_converted_once_and_found_by_content(small: Path, tmp_path: Path, monkey
     content = bytearray(path.read_bytes())
     content[-2] ^= 1  # of a weight, in the bits that bfloat16 keeps
     path.write_bytes(content)
+    monkeypatch.setattr("eggroll_llm.models.expanded._convert", expand)  # which it does in another process
     other = resolve_model(str(path))
     assert other != directory
     assert model_identity(other) != identity
