@@ -37,12 +37,11 @@ def load_recipe(path: Path | str, settings: Mapping[str, Any] | None = None) -> 
     working directory. Raises ConfigError.
     """
     installed.check("load_recipe", *installed.ENGINE)
-    from eggroll_llm.tasks.paths import absolute_settings
+    from eggroll_llm.tasks.paths import absolute_value
     from eggroll_llm.training.prepare import with_absolute_paths
 
-    return with_absolute_paths(
-        recipes.load_recipe(path, absolute_settings(_flags(settings))), Path(path).resolve().parent
-    )
+    own = {key: absolute_value(key, value, Path.cwd()) for key, value in (settings or {}).items()}
+    return with_absolute_paths(recipes.load_recipe(path, _flags(own)), Path(path).resolve().parent)
 
 
 def train(

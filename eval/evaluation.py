@@ -142,7 +142,13 @@ def settings_for(
     if config is not None:
         same_data = name == config.task or (name, config.task) == ("gsm8k_cot", "gsm8k")
         options = dict(config.task_options) if same_data else {}
-        subject = subject if same_data and not recipe else dataclasses.replace(subject, selected_on=0)
+        trained = subject.config
+        chosen_on = (
+            same_data
+            and trained is not None
+            and (trained.task, trained.task_options) == (config.task, config.task_options)
+        )
+        subject = subject if chosen_on else dataclasses.replace(subject, selected_on=0)
         if protocol == "lm-eval":
             options = {key: value for key, value in options.items() if key == "data_dir"}
         engine = dataclasses.asdict(config.engine) | {"max_model_len": 0}

@@ -92,9 +92,12 @@ def test_strings_among_the_settings_stay_strings(recipe: Path) -> None:
 def test_settings_are_as_in_a_notebook(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     given = {"steps": np.int64(2), "grpo.learning_rate": np.float64(1e-5), "eval.problems": torch.tensor(3)}
-    loaded = load_recipe(recipe, {**given, "task_options.data_dir": "data", "task_options.weights": [np.float64(0.5)]})
-    assert (loaded.steps, loaded.grpo.learning_rate, loaded.eval.problems) == (2, 1e-5, 3)
-    assert loaded.task_options == {"data_dir": str(tmp_path / "data"), "weights": [0.5]}
+    given |= {"sampling.stop": np.array(["a", "b"]), "task_options.weights": [np.float32(0.5), np.int64(1)]}
+    for folder in ("data", "2024"):
+        loaded = load_recipe(recipe, {**given, "task_options.data_dir": folder})
+        assert (loaded.steps, loaded.grpo.learning_rate, loaded.eval.problems) == (2, 1e-5, 3)
+        assert loaded.sampling.stop == ("a", "b")
+        assert loaded.task_options == {"data_dir": str(tmp_path / folder), "weights": [0.5, 1]}
 
 
 def test_the_package_lists_its_public_names_and_loads_nothing() -> None:

@@ -16,7 +16,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "model", metavar="MODEL_OR_RUN", help="run directory (or RUN@STEP), or a model as in `model`, adapters included"
     )
     parser.add_argument(
-        "--task", help="gsm8k, gsm8k_cot, countdown, dataset, verifiers or file.py:NAME; default: the run's task"
+        "--task",
+        help="gsm8k, gsm8k_cot, countdown, dataset, verifiers or file.py:NAME; default: the recipe's or run's task",
     )
     parser.add_argument(
         "--recipe", type=Path, metavar="RECIPE.toml", help="task, prompts and limits of a recipe, for any model"
@@ -48,19 +49,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--min-p", type=float, default=0.0, metavar="P", help="least probability, relative to the most probable token's"
     )
     parser.add_argument(
-        "--repetition-penalty", type=float, metavar="F", help="factor against repeated tokens; default: the run's, or 1"
+        "--repetition-penalty",
+        type=float,
+        metavar="F",
+        help="factor against repeated tokens; default: the recipe's or run's, or 1",
     )
     parser.add_argument(
         "--stop",
         action="append",
         metavar="TEXT",
-        help="one more text at which answers end (may be repeated); default: the run's",
+        help="one more text at which answers end (may be repeated); default: the recipe's or run's",
     )
     parser.add_argument(
         "--thinking-token-budget",
         type=not_negative,
         metavar="N",
-        help="tokens of an answer in thoughts before </think> is forced; default: the run's, or no limit (0)",
+        help="tokens in thoughts before </think> is forced; default: the recipe's or run's, or no limit (0)",
     )
     parser.add_argument("--seed", type=not_negative, default=0, metavar="N", help="seed of sampling")
     parser.add_argument(

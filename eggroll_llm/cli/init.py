@@ -5,6 +5,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from eggroll_llm.cli.arguments import Settings
 from eggroll_llm.config.toml import format_value
@@ -61,8 +62,6 @@ _ASKING = {
     "choice": "Answer with the letter alone.",
     "countdown": "Give an expression that uses {nums} and equals {target}, between <answer> and </answer>.",
 }
-_CHOICES = ("choices", "options", "endings")
-"""Names of columns that hold choices."""
 _MAX_TOKENS = {"gsm8k": 320, "math": 512, "countdown": 320}
 
 
@@ -112,7 +111,7 @@ def _write(texts: Mapping[Path, str]) -> None:
 
 def _dataset_recipe(dataset: str, subset: str, recipe: Path) -> str:
     """Return a recipe with the columns and the grader that the data suggest."""
-    from eggroll_llm.tasks.dataset.columns import find_columns, lookup, plain
+    from eggroll_llm.tasks.dataset.columns import CHOICES, find_columns, lookup, plain, position_of
     from eggroll_llm.tasks.dataset.options import DatasetOptions
     from eggroll_llm.tasks.dataset.source import is_path, load_splits
     from eggroll_llm.tasks.task import no_place
@@ -135,16 +134,21 @@ def _dataset_recipe(dataset: str, subset: str, recipe: Path) -> str:
             return _recipe(lines, _MAX_TOKENS["countdown"])
         lines += ['prompt_column = ""          # name one of them', 'answer_column = ""', 'rewards = "exact"']
         return _recipe(lines, 64)
-    choices = next((name for name in _CHOICES if name in names), "")
+    choices = next((name for name in CHOICES if name in names), "")
     answered = [row for _, row in rows if columns.answer and lookup(row, columns.answer) is not None]
-    answers = [str(lookup(row, columns.answer)) for row in answered]
-    by_position = bool(answers) and all(
-        isinstance(row.get(choices), list) and answer.isdecimal() and int(answer) < len(row[choices])
-        for row, answer in zip(answered, answers, strict=True)
-    )
-    grader = "choice" if by_position else _grader(answers)
     asked = columns.prompt
-    if isinstance(rows[0][1].get(asked), str):
+    is_text = isinstance(rows[0][1].get(asked), str)
+
+    def by_position(row: Mapping[str, Any]) -> bool:
+        listed = row.get(choices)
+        if not isinstance(listed, list):
+            return False
+        position = position_of(lookup(row, columns.answer), listed)
+        return position is not None and position < len(listed)
+
+    positions = is_text and bool(answered) and all(map(by_position, answered))
+    grader = "choice" if positions else _grader([str(lookup(row, columns.answer)) for row in answered])
+    if is_text:
         text = [f"{{{asked}}}", *([f"{{{choices}}}"] if choices and grader == "choice" else []), _ASKING[grader]]
         lines.append(f"template = {format_value(chr(10).join(text))}")
     else:

@@ -53,12 +53,20 @@ def apply_overrides(cls: type, table: Mapping[str, Any], overrides: Sequence[tup
 
 def flag_text(key: str, value: object) -> str:
     """Return the value of a setting as the text of its flag, from which the same value is read."""
-    if getattr(value, "shape", None) == ():  # of numpy or torch
-        value = value.item()  # type: ignore[attr-defined]
+    value = _plain(value)
     free = key.replace("-", "_").startswith(FREE)
     if isinstance(value, str) and (not free or toml_value(value) == value):
         return value
     return format_value(value, key)
+
+
+def _plain(value: Any) -> Any:
+    """Return a value with Python's own numbers and lists in place of those of numpy and torch."""
+    if hasattr(value, "dtype") and hasattr(value, "tolist"):
+        return value.tolist()
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def flags_by_key(overrides: Sequence[tuple[str, str]]) -> dict[str, str]:
@@ -112,14 +120,18 @@ def _read(kind: Any, text: str, flag: str) -> object:
             raise ConfigError(f"{flag} {text:.60}: {expected(kind)} is expected.")
         return value
     if (get_origin(kind) or kind) in (tuple, list):
-        array = text if text.strip().startswith("[") else f"[{text}]"
-        if isinstance(items := toml_value(array), list):
-            return items
-        item = get_args(kind)[0]
-        if item is not str:
-            raise ConfigError(f"{flag} {text:.60}: an array is expected, each {expected(item)}. Write {flag} A,B.")
-        return [text]
+        return _read_array(get_args(kind)[0], text, flag)
     return toml_value(text)
+
+
+def _read_array(item: Any, text: str, flag: str) -> list[Any]:
+    written = text.strip().startswith("[") and text.strip().endswith("]")
+    items = toml_value(text if written else f"[{text}]")
+    if isinstance(items, list) and (item is not str or written or (items and all(type(one) is str for one in items))):
+        return items
+    if item is str and not written:
+        return [text] if text else []
+    raise ConfigError(f"{flag} {text:.60}: an array is expected, each {expected(item)}. Write {flag} A,B.")
 
 
 def _read_union(kinds: Sequence[Any], text: str, flag: str) -> object:

@@ -167,7 +167,7 @@ def format_value(value: object, key: str = "value") -> str:
     if isinstance(value, int) and value not in _INTEGERS:
         raise ConfigError(f"{key}: {_TOO_LARGE}")
     if isinstance(value, int | float):
-        return repr(float(value) if isinstance(value, float) else int(value))  # numpy's float64 is a float, too
+        return repr(value)
     if isinstance(value, str):
         return _format_string(value, key)
     if isinstance(value, datetime.date | datetime.time):

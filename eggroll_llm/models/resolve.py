@@ -97,7 +97,7 @@ def _located(name: str) -> Path:
     raise ModelError(
         f"model {name!r} is neither an existing directory, nor a GGUF file, nor a hub id like "
         f"'Qwen/Qwen2.5-0.5B', nor the embedded model {embedded.NAME!r} (looked for "
-        f"{os.path.abspath(name)}): correct `model`"
+        f"{os.path.abspath(local)}): correct `model`"
     )
 
 

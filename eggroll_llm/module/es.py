@@ -185,7 +185,8 @@ class ES:
         """Return A_MOR and B_MIR of a parameter for members of this step, for code of your own.
 
         Member m computes with `weight + (A[m] @ B[m].T).view(weight.shape)`: sign, sigma and 1 / sqrt(r) are in A. For
-        a vector, and in full rank, O is the number of values and B is 1. Raises PopulationError.
+        a vector, and in full rank, O is the number of values and B is 1; of a bfloat16 vector they are float32. Raises
+        PopulationError.
         """
         if name not in self._parameters:
             raise PopulationError(f"parameter {name!r}: is none of those trained, {', '.join(self._parameters)}")

@@ -59,7 +59,8 @@ def by_checkpoint(run: RunDir, display: Display) -> tuple[int, Checkpoint | None
     step = checkpoint.step if checkpoint else 0
     _check_logged(run, step)
     run.truncate_logs(step or -1)
-    _forget_final(run, step)
+    if checkpoint:
+        _forget_final(run, step, display)
     return step, checkpoint
 
 
@@ -130,13 +131,14 @@ def _forget_later(run: RunDir, step: int, display: Display) -> None:
     if removed := remove_after(run.checkpoints, step):
         names = ", ".join(path.name for path in removed)
         display.message(f"{run.checkpoints}: {names} removed: the journal ends at step {step}")
-    _forget_final(run, step)
+    _forget_final(run, step, display)
 
 
-def _forget_final(run: RunDir, step: int) -> None:
+def _forget_final(run: RunDir, step: int, display: Display) -> None:
     """Remove a final model of later updates than the run goes on from: the same step comes to other weights."""
-    if (final_step(run) or 0) > step:
+    if (final := final_step(run) or 0) > step:
         remove_directory(run.final)
+        display.message(f"{run.final}: removed, it is of step {final} and the run goes on after step {step}")
 
 
 def _check_logged(run: RunDir, step: int) -> None:

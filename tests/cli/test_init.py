@@ -47,6 +47,13 @@ def test_a_task_that_loads(tmp_path, capsys):
         ([{"nums": [1, i], "target": 1 + i} for i in range(9)], ['template = "Give an', 'rewards = "countdown"']),
         (
             [
+                {"prompt": [{"role": "user", "content": f"{i}?"}], "choices": ["1", "0"], "answer": "1"}
+                for i in range(9)
+            ],
+            ['prompt_column = "prompt"', 'rewards = "gsm8k"'],
+        ),
+        (
+            [
                 {"prompt": [{"role": "user", "content": f"{i}?"}], "reward_model": {"ground_truth": "yes"}}
                 for i in range(9)
             ],
@@ -65,6 +72,8 @@ def test_a_recipe_for_the_columns_of_a_file(tmp_path, rows, lines):
         pytest.importorskip("math_verify")
     task = loaded("made/r.toml", tmp_path)
     assert len(task.problems("train")) + len(task.problems("test")) == len(rows)
+    if "nums" in rows[0]:
+        assert "uses 1, " in task.prompt(task.problems("train")[0])[0]["content"]
 
 
 def test_columns_with_other_names_are_left_to_fill_in(tmp_path, capsys):

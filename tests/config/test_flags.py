@@ -28,7 +28,16 @@ def test_flags_are_read_as_the_type_of_their_field(recipe: Path) -> None:
 
 
 def test_a_text_is_an_array_of_one(recipe: Path) -> None:
-    for text, stop in (("Question:", ("Question:",)), ('"a, b"', ("a, b",)), ('["a", "b"]', ("a", "b"))):
+    texts = {
+        "Question:": ("Question:",),
+        "\n": ("\n",),
+        "1": ("1",),
+        "true": ("true",),
+        "1]#": ("1]#",),
+        "a,b": ("a,b",),
+    }
+    texts |= {'"a, b"': ("a, b",), '"a", "b"': ("a", "b"), '["a", "b"]': ("a", "b"), "[]": (), "": ()}
+    for text, stop in texts.items():
         assert load_recipe(recipe, [("sampling.stop", text)]).sampling.stop == stop
 
 
@@ -77,6 +86,11 @@ def test_task_option_flag_makes_the_tables_it_needs(recipe: Path) -> None:
             "enable_thinking",
             "x",
             "unknown flag --enable_thinking. Did you mean --chat.template_args.enable_thinking?",
+        ),
+        (
+            "sampling.stop",
+            "[a]",
+            "--sampling.stop [a]: an array is expected, each a string in quotes. Write --sampling.stop A,B.",
         ),
         ("es.layers", "8-15", "--es.layers 8-15: an array is expected, each an integer. Write --es.layers A,B."),
         ("es.sigma.x", "1", "unknown flag --es.sigma.x. Did you mean --es.sigma?"),

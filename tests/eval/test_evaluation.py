@@ -124,6 +124,13 @@ def test_a_recipe_asks_any_model() -> None:
         assert decide(config, recipe=CONFIG) == dataclasses.replace(decide(CONFIG), subject=subject)
 
 
+def test_a_step_is_chosen_on_the_problems_of_its_run_whoever_names_them() -> None:
+    chosen = Subject(name="it", model_dir=Path("/model"), config=CONFIG, selected_on=256)
+    assert settings_for(chosen, [], recipe=dataclasses.replace(CONFIG, steps=9)).subject.selected_on == 256
+    others = dataclasses.replace(CONFIG, task_options={"data_dir": "/others"})
+    assert settings_for(chosen, [], recipe=others).subject.selected_on == 0
+
+
 def test_another_task_takes_the_engine_alone() -> None:
     settings = decide(CONFIG, task="countdown")
     chosen = dataclasses.replace(Subject(name="it", model_dir=Path("/model"), config=CONFIG), selected_on=256)

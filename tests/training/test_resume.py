@@ -246,6 +246,8 @@ def test_checkpoints_of_a_course_that_was_given_up_are_removed(bench: Bench) -> 
     removed = f"{path}/checkpoints: step-000003, step-000004 removed: the journal ends at step 2"
     assert bench.display.messages.count(removed) == 1
     assert final_at_start == [False]
+    said = f"{path}/final: removed, it is of step 4 and the run goes on after step 2"
+    assert bench.display.messages.count(said) == 1
     assert checkpoints(path) == ["step-000001", "step-000002"]
     bench.train("cut", "resume", steps=5, **every(0))
     assert "resuming after step 4: checkpoint of step 2 and 2 updates from the journal" in bench.display.messages

@@ -18,6 +18,8 @@ PROMPTS = ("prompt", "question", "problem", "query", "instruction", "input", "me
 """Names of columns that hold a prompt, the first that is there."""
 ANSWERS = ("answer", "solution", "ground_truth", "reward_model.ground_truth", "gold", "target", "label", "answerKey")
 """Names of columns that hold the right answer, the first that is there; with dots as verl has them."""
+CHOICES = ("choices", "options", "endings")
+"""Names of columns that hold choices."""
 _FIELD = re.compile(r"\{\{|\}\}|\{([^{}\n]*)\}")
 _NAME = re.compile(r"[A-Za-z_][\w.]*")
 SHOWN = 5
@@ -49,7 +51,7 @@ class Columns:
     def asked(self, row: Mapping[str, Any]) -> str | list[Message]:
         """Return the prompt as the data set has it: text, or messages. Raises BadRowError."""
         if self.template:
-            return fill(self.template, row)
+            return fill(self.template, row, self.choices)
         value = lookup(row, self.prompt)
         if isinstance(value, list):
             return _messages(value, self.prompt)
@@ -67,10 +69,10 @@ class Columns:
             if not math.isfinite(value):
                 raise BadRowError(f"{self.answer} is missing or {value}")
             value = int(value) if value.is_integer() else value  # integers beside a null are floats in many a table
-        if self.choices and (position := _position(value)) is not None:
-            count = len(lookup(row, self.choices) or ())
-            if position >= count:
-                raise BadRowError(f"{self.answer} = {position}, but {self.choices} has {count}, counted from 0")
+        choices = lookup(row, self.choices) if self.choices else None
+        if isinstance(choices, list) and (position := position_of(value, choices)) is not None:
+            if position >= len(choices):
+                raise BadRowError(f"{self.answer} = {position}, but {self.choices} has {len(choices)}, counted from 0")
             return chr(ord("A") + position)
         if isinstance(value, int | float) and not isinstance(value, bool):
             return str(value)
@@ -105,29 +107,44 @@ def _lettered(options: DatasetOptions, sample: Mapping[str, Any]) -> str:
     """Return the column of choices that the template shows, where a letter is to be the answer."""
     rewards = [options.rewards] if isinstance(options.rewards, str) else options.rewards
     shown = [match[1].strip() for match in _FIELD.finditer(options.template) if match[1]]
-    lists = [name for name in shown if isinstance(lookup(sample, name), list)]
-    return lists[0] if lists and "choice" in rewards else ""
+    lists = [name for name in shown if isinstance(lookup(sample, name), list) and not _has_labels(name, sample)]
+    lists = [name for name in lists if name in CHOICES] or lists
+    return lists[0] if len(lists) == 1 and "choice" in rewards else ""
 
 
-def _position(value: object) -> int | None:
-    """Return the whole number that an answer is, also as text; None where it is none."""
-    if isinstance(value, str) and re.fullmatch(r"[0-9]{1,2}", value):
-        return int(value)
-    return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else None
+def _has_labels(name: str, sample: Mapping[str, Any]) -> bool:
+    """Whether the choices of a column have labels beside them, as ARC's have, of which the answer is one."""
+    around = lookup(sample, name.rpartition(".")[0]) if "." in name else None
+    return isinstance(around, Mapping) and "label" in around
 
 
-def fill(template: str, row: Mapping[str, Any]) -> str:
+def position_of(answer: object, choices: Sequence[object]) -> int | None:
+    """Return the position that an answer is, from 0, also as text; None where it is none, or one of the choices."""
+    if any(type(answer) is type(choice) and answer == choice for choice in choices):
+        return None
+    if isinstance(answer, str) and re.fullmatch(r"[0-9]{1,2}", answer):
+        return int(answer)
+    return answer if isinstance(answer, int) and not isinstance(answer, bool) and answer >= 0 else None
+
+
+def fill(template: str, row: Mapping[str, Any], choices: str = "") -> str:
     """Return the template with the columns of a row in their places; nothing in them is looked at again.
 
-    A list becomes lettered lines (A. ..., B. ...), and so do choices as ARC has them, with labels and texts.
-    Raises BadRowError for a column that has nothing.
+    A list becomes lettered lines (A. ..., B. ...), but one of numbers that is not the column of choices stays in a
+    line; choices as ARC has them, with labels and texts, become labelled lines. Raises BadRowError for a column that
+    has nothing.
     """
 
     def put(match: re.Match[str]) -> str:
         if match[0] in ("{{", "}}"):
             return match[0][0]
         name = match[1].strip()
-        return _shown(lookup(row, name), name) if name in row or _NAME.fullmatch(name) else match[0]
+        if name not in row and not _NAME.fullmatch(name):
+            return match[0]
+        value = lookup(row, name)
+        if name != choices and isinstance(value, list) and value and all(isinstance(n, int | float) for n in value):
+            return ", ".join(map(str, value))
+        return _shown(value, name)
 
     return _FIELD.sub(put, template)
 

@@ -106,6 +106,23 @@ def test_a_choice_by_its_position(load, kind):
         load(rows, rewards="choice", template="{question}\n{choices}")
 
 
+def test_a_choice_that_is_a_number_is_no_position(load):
+    rows = [{"question": f"{i}?", "choices": ["1", "2", "3"], "answer": "3"} for i in range(9)]
+    with pytest.raises(TaskError, match="choice gives the right answer '3' 0"):
+        load(rows, rewards="choice", template="{question}\n{choices}")
+    task = load([row | {"answer": 2} for row in rows], rewards="choice", template="{question}\n{choices}")
+    assert {task.gold(problem) for problem in task.problems("train")} == {"C"}
+
+
+def test_of_several_lists_the_choices_are_those_called_so(load):
+    rows = [{"question": f"{i}?", "facts": ["x", "y"], "choices": ["a", "b", "c"], "answer": 2} for i in range(9)]
+    task = load(rows, rewards="choice", template="{facts}\n{question}\n{choices}")
+    assert task.gold(task.problems("train")[0]) == "C"
+    unclear = [{"question": f"{i}?", "facts": ["x", "y"], "ways": ["a", "b", "c"], "answer": 2} for i in range(9)]
+    with pytest.raises(TaskError, match="choice gives the right answer '2' 0"):
+        load(unclear, rewards="choice", template="{facts}\n{question}\n{ways}")
+
+
 def test_chat_messages_are_the_prompt(load):
     task = load([{"prompt": CHAT, "answer": "2"}, {"prompt": CHAT[1:], "answer": "2"}])
     prompts = [task.prompt(problem) for split in ("train", "test") for problem in task.problems(split)]
