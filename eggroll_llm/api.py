@@ -16,7 +16,6 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from eggroll_llm.config import recipe as recipes
 from eggroll_llm.config.flags import flag_text
 from eggroll_llm.config.schema import RunConfig
 from eggroll_llm.system import installed
@@ -38,10 +37,10 @@ def load_recipe(path: Path | str, settings: Mapping[str, Any] | None = None) -> 
     """
     installed.check("load_recipe", *installed.ENGINE)
     from eggroll_llm.tasks.paths import absolute_value
-    from eggroll_llm.training.prepare import with_absolute_paths
+    from eggroll_llm.training.prepare import load_absolute
 
     own = {key: absolute_value(key, value, Path.cwd()) for key, value in (settings or {}).items()}
-    return with_absolute_paths(recipes.load_recipe(path, _flags(own)), Path(path).resolve().parent)
+    return load_absolute(path, _flags(own))
 
 
 def train(

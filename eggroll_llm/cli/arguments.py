@@ -8,7 +8,7 @@ import argparse
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
-from eggroll_llm.config.flags import FREE, whole_number
+from eggroll_llm.config.flags import FREE, key_of, whole_number
 from eggroll_llm.config.hints import did_you_mean
 from eggroll_llm.config.parse import unknown_key
 from eggroll_llm.errors import ConfigError
@@ -92,13 +92,13 @@ def _kind(flag: str) -> str:
     from eggroll_llm.config.schema import RunConfig
 
     kinds = {row.key: row.kind for row in field_help(RunConfig)}
-    kind = kinds.get(_key(flag), "")
+    kind = kinds.get(key_of(flag), "")
     return kind.replace("|", " or ") if "|" in kind else "VALUE"
 
 
 def _check_flag(flag: str, own: Mapping[str, object], keys: Sequence[str]) -> None:
     """Raise ConfigError for an unknown setting; keys of a free table may be anything."""
-    key = _key(flag)
+    key = key_of(flag)
     tables = {known.rpartition(".")[0] for known in keys}
     if not (key in keys or key in tables or key.startswith(FREE)):
         raise _unknown_flag(flag, own, lambda: keys)
@@ -119,10 +119,6 @@ def _unknown_command(
         hint = f" Did you mean: {command_line('train', name, *others)}"
     hint = hint or f" Commands: {', '.join(commands)}."
     return ConfigError(f"{name!r} is not a command.{hint}")
-
-
-def _key(flag: str) -> str:
-    return flag.removeprefix("--").replace("-", "_")
 
 
 def add_at(parser: argparse.ArgumentParser) -> None:

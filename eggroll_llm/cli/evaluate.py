@@ -4,7 +4,6 @@ import argparse
 from pathlib import Path
 
 from eggroll_llm.cli.arguments import GO_ON, Settings, add_at, not_negative, positive
-from eggroll_llm.config.recipe import load_recipe
 from eggroll_llm.errors import ConfigError
 from eggroll_llm.system.files import check_output_file
 from eggroll_llm.tasks.paths import absolute_task
@@ -87,15 +86,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace, settings: Settings) -> int:
     """Evaluate a model or a run, print the table and write the files."""
     from eggroll_llm.cli.display import ConsoleDisplay
-    from eggroll_llm.training.prepare import with_absolute_paths
+    from eggroll_llm.training.prepare import load_absolute
     from eval.evaluation import evaluate_subject, settings_for
     from eval.subject import find_subject
     from eval.summary import summarize, table, write_summary
 
     samples_file = _samples_file(options.out) if options.out else None
-    recipe = (
-        with_absolute_paths(load_recipe(options.recipe), options.recipe.resolve().parent) if options.recipe else None
-    )
+    recipe = load_absolute(options.recipe) if options.recipe else None
     if options.data_dir:
         if options.task not in (None, "gsm8k", "gsm8k_cot"):
             raise ConfigError(

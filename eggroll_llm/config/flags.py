@@ -69,6 +69,11 @@ def _plain(value: Any) -> Any:
     return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
 
 
+def key_of(flag: str) -> str:
+    """Return the dotted key of the setting that a flag names."""
+    return flag.removeprefix("--").replace("-", "_")
+
+
 def flags_by_key(overrides: Sequence[tuple[str, str]]) -> dict[str, str]:
     """Return dotted key of a setting -> the flag that sets it, as it was written."""
     keys = {}

@@ -1,6 +1,6 @@
 """Settings of the evolution strategy: the [es] table of a recipe. Imports no torch."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -67,12 +67,18 @@ class EsSettings:
 
 def without_effect(settings: EsSettings, prefix: str = "") -> Iterator[str]:
     """Yield a sentence for each field that was set in vain; `prefix` comes before the names of fields."""
-    default = EsSettings()
-    needed = {"momentum": "momentum", "adam_beta1": "adam", "adam_beta2": "adam", "adam_eps": "adam"}
-    for field, optimizer in needed.items():
-        if getattr(settings, field) != getattr(default, field) and settings.optimizer != optimizer:
-            value = getattr(settings, field)
-            yield f'{prefix}{field} = {value} has no effect without {prefix}optimizer = "{optimizer}"'
+    optimizer_of = {"momentum": "momentum", "adam_beta1": "adam", "adam_beta2": "adam", "adam_eps": "adam"}
+    needed = {
+        field: (settings.optimizer == optimizer, f'{prefix}optimizer = "{optimizer}"')
+        for field, optimizer in optimizer_of.items()
+    }
     scheduled = {settings.sigma_schedule, settings.learning_rate_schedule} != {"constant"}
-    if settings.schedule_end != default.schedule_end and not scheduled:
-        yield f"{prefix}schedule_end = {settings.schedule_end} has no effect without a schedule"
+    return set_in_vain(settings, needed | {"schedule_end": (scheduled, "a schedule")}, prefix)
+
+
+def set_in_vain(settings: object, needed: Mapping[str, tuple[bool, str]], prefix: str) -> Iterator[str]:
+    """Yield a sentence for each field that is not at its default; `needed`: whether it has an effect, and by what."""
+    default = type(settings)()
+    for field, (has_effect, what) in needed.items():
+        if (value := getattr(settings, field)) != getattr(default, field) and not has_effect:
+            yield f"{prefix}{field} = {value} has no effect without {what}"

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from eggroll_llm.config.flags import toml_value
+from eggroll_llm.config.flags import key_of, toml_value
 from eggroll_llm.config.toml import format_value
 from eggroll_llm.tasks.dataset.source import is_path
 
@@ -26,14 +26,14 @@ def absolute_settings(settings: Sequence[tuple[str, str]]) -> list[tuple[str, st
 
 def absolute_setting(flag: str, text: str) -> str:
     """Return the text of a flag with the paths in it resolved against the working directory."""
-    if text.startswith("[") and _key(flag).startswith("task_options."):
+    if text.startswith("[") and key_of(flag).startswith("task_options."):
         return format_value(absolute_value(flag, toml_value(text), Path.cwd()))
     return str(absolute_value(flag, text, Path.cwd()))
 
 
 def absolute_value(key: str, value: Any, folder: Path) -> Any:
     """Return the value of a setting with the paths in it resolved against a folder."""
-    table, _, option = _key(key).partition(".")
+    table, _, option = key_of(key).partition(".")
     if table == "task_options":
         return absolute_option(option, value, folder)
     if not isinstance(value, str):
@@ -67,7 +67,3 @@ def absolute_option(key: str, value: Any, base_dir: Path) -> Any:
     if key == "dataset" and not is_path(value, base_dir):
         return value
     return str((base_dir / Path(value).expanduser()).resolve())
-
-
-def _key(flag: str) -> str:
-    return flag.removeprefix("--").replace("-", "_")

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from eggroll_llm.config.compare import frozen_hash
+from eggroll_llm.config.recipe import load_recipe
 from eggroll_llm.config.schema import GrpoConfig, RunConfig
 from eggroll_llm.errors import ConfigError, TaskError
-from eggroll_llm.es.settings import without_effect
+from eggroll_llm.es.settings import set_in_vain, without_effect
 from eggroll_llm.models.architectures import check_method, check_quantization, check_tensor_parallel, check_tested
 from eggroll_llm.models.files import architecture_of, context_limit, read_config
 from eggroll_llm.models.resolve import model_identity, resolve_model, settled_name
@@ -56,6 +57,11 @@ def with_absolute_paths(config: RunConfig, recipe_dir: Path) -> RunConfig:
         file = (recipe_dir / Path(chat.template_file).expanduser()).resolve()
         chat = dataclasses.replace(chat, template_file=str(file))
     return dataclasses.replace(config, task=task, task_options=options, chat=chat)
+
+
+def load_absolute(path: Path | str, overrides: Sequence[tuple[str, str]] = ()) -> RunConfig:
+    """Return the configuration of a recipe and flags, its paths made absolute. Raises ConfigError."""
+    return with_absolute_paths(load_recipe(path, overrides), Path(path).resolve().parent)
 
 
 def settle(config: RunConfig, recipe_dir: Path) -> RunConfig:
@@ -108,7 +114,7 @@ def prepare(config: RunConfig, recipe_dir: Path) -> Prepared:
         notes = (*notes, *left_out(model_dir), *(f"{each}." for each in without_effect(config.es, "es.")))
     else:
         check_rank(model_dir, "grpo.lora_rank", config.grpo.lora_rank)
-        notes = (*notes, *_without_effect(config.grpo))
+        notes = (*notes, *(f"{each}." for each in _without_effect(config.grpo)))
     prompter = Prompter(model_dir, config.chat)
     check_chat(prompter, [task.prompt(problem) for problem in train])
     check_thoughts(prompter, config.sampling.thinking_token_budget)
@@ -196,13 +202,11 @@ def check_packages(config: RunConfig) -> None:
 
 def _without_effect(grpo: GrpoConfig) -> Iterator[str]:
     """Yield a sentence for each field that was set in vain."""
-    default = GrpoConfig()
+    several = (grpo.num_iterations > 1, "grpo.num_iterations above 1")
     needed = {
         "schedule_end": (grpo.learning_rate_schedule != "constant", "a schedule"),
         "lora_alpha": (grpo.lora_rank > 0, "grpo.lora_rank"),
-        "epsilon": (grpo.num_iterations > 1, "grpo.num_iterations above 1"),
-        "epsilon_high": (grpo.num_iterations > 1, "grpo.num_iterations above 1"),
+        "epsilon": several,
+        "epsilon_high": several,
     }
-    for field, (has_effect, what) in needed.items():
-        if (value := getattr(grpo, field)) != getattr(default, field) and not has_effect:
-            yield f"grpo.{field} = {value} has no effect without {what}."
+    return set_in_vain(grpo, needed, "grpo.")

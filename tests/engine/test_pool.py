@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from documented import undocumented
-from fake_engine import CONFIG, SHAPES, Bench, FakeEngine, Near, rows, same_run
+from fake_engine import CONFIG, SHAPES, Bench, FakeEngine, Near, rows, same_run, train_once
 from pipe_link import NODE, SLOW, Fault, Plan, pool
 from safetensors.torch import load_file
 from torch import Tensor
@@ -53,10 +53,7 @@ def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Benches:
 @pytest.fixture(scope="module")
 def one(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run by one engine in this process."""
-    with pytest.MonkeyPatch.context() as patch:
-        bench = Bench(tmp_path_factory.mktemp("one"), patch)
-        bench.train("run", **CHANGES)
-        return bench.folder / "run"
+    return train_once(tmp_path_factory.mktemp("one"), run=CHANGES) / "run"
 
 
 @pytest.mark.parametrize("engines", [1, 2, 3])

@@ -291,6 +291,15 @@ class Bench:
             yield
 
 
+def train_once(folder: Path, **runs: Mapping[str, Any]) -> Path:
+    """Train runs by their names, with changes to the configuration, for all tests of a module; return the folder."""
+    with pytest.MonkeyPatch.context() as patch:
+        bench = Bench(folder, patch)
+        for name, changes in runs.items():
+            bench.train(name, **changes)
+    return folder
+
+
 def problem_set(task: Any, split: str) -> ProblemSet:
     problems = task.problems(split)
     return ProblemSet(

@@ -16,7 +16,7 @@ from typing import Any
 import grpo_stub
 import pytest
 import torch
-from fake_engine import CONFIG, Bench, Near, same_run, timeless
+from fake_engine import CONFIG, Bench, Near, same_run, timeless, train_once
 from safetensors.torch import load_file
 
 from eggroll_llm.cli.display import ConsoleDisplay
@@ -201,11 +201,8 @@ MAY_CHANGE = [
 @pytest.fixture(scope="module")
 def whole_and_half(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A run without an interruption, and one that ended after half of its steps."""
-    with pytest.MonkeyPatch.context() as patch:
-        bench = Bench(tmp_path_factory.mktemp("runs"), patch)
-        bench.train("whole")
-        bench.train("half", steps=2)
-    return bench.folder / "whole", bench.folder / "half"
+    folder = train_once(tmp_path_factory.mktemp("runs"), whole={}, half={"steps": 2})
+    return folder / "whole", folder / "half"
 
 
 @pytest.mark.parametrize("key", MAY_CHANGE)

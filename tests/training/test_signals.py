@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fake_engine import CONFIG, Bench, same_run
+from fake_engine import CONFIG, Bench, same_run, train_once
 from process_tree import ROOT, ProcessTree, wait_for
 
 from eggroll_llm.cli.arguments import GO_ON
@@ -70,10 +70,7 @@ def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that was never stopped."""
-    with pytest.MonkeyPatch.context() as patch:
-        bench = Bench(tmp_path_factory.mktemp("whole"), patch)
-        bench.train("whole", **CHANGES)
-    return bench.folder / "whole"
+    return train_once(tmp_path_factory.mktemp("whole"), whole=CHANGES) / "whole"
 
 
 @pytest.mark.parametrize(

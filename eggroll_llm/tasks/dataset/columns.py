@@ -106,10 +106,17 @@ def find_columns(rows: Sequence[Row], options: DatasetOptions, place: Place, *, 
 def _lettered(options: DatasetOptions, sample: Mapping[str, Any]) -> str:
     """Return the column of choices that the template shows, where a letter is to be the answer."""
     rewards = [options.rewards] if isinstance(options.rewards, str) else options.rewards
-    shown = [match[1].strip() for match in _FIELD.finditer(options.template) if match[1]]
-    lists = [name for name in shown if isinstance(lookup(sample, name), list) and not _has_labels(name, sample)]
+    lists = [
+        name
+        for name in _names_in(options.template)
+        if isinstance(lookup(sample, name), list) and not _has_labels(name, sample)
+    ]
     lists = [name for name in lists if name in CHOICES] or lists
     return lists[0] if len(lists) == 1 and "choice" in rewards else ""
+
+
+def _names_in(template: str) -> list[str]:
+    return [match[1].strip() for match in _FIELD.finditer(template) if match[1]]
 
 
 def _has_labels(name: str, sample: Mapping[str, Any]) -> bool:
@@ -224,7 +231,7 @@ def _found(option: str, given: str, usual: Sequence[str], sample: Mapping[str, A
 
 
 def _check_template(template: str, sample: Mapping[str, Any], answer: str, place: Place) -> None:
-    names = [match[1].strip() for match in _FIELD.finditer(template) if match[1]]
+    names = _names_in(template)
     for name in names:
         if answer and name == answer:
             raise TaskError(
