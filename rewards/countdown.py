@@ -8,11 +8,11 @@
 
 Only text outside thoughts counts, and after an answer only that before a next turn (`turns`).
 
-Numbers are ASCII digits without leading zeros, signs + and -, and U+2212, x, ×, ÷ and the middle dot stand
-for -, *, / and *. At most 512 characters and 32 parentheses deep. The numbers are compared with the given
-ones, as multisets, before anything is evaluated; then the value is exact (fractions). A target with up to four
-decimals must be met exactly. One with more is a decimal rounding, to be met within half a unit of its last decimal, or
-within the error of a float.
+Numbers are ASCII digits without leading zeros, signs + and -; U+2212 and short dashes stand for -, ÷ for /, and x, ×
+and dots or asterisks of mathematics for *. At most 512 characters and 32 parentheses deep. The numbers are compared
+with the given ones, as multisets, before anything is evaluated; then the value is exact (fractions). A target with up
+to four decimals must be met exactly. One with more is a decimal rounding, to be met within half a unit of its last
+decimal, or within the error of a float.
 
 Reward: 1 if correct; `format_reward` for a wrong answer in the right format; 0 without an answer. A tag that
 is not blank is an answer whatever it holds; a line is one if it is an expression. A problem that is not
@@ -52,8 +52,9 @@ DETAILS = (
 )
 """Vocabulary of `Score.detail`; "wrong_result" is a right expression followed by `= something else`."""
 
-_OPERATORS = str.maketrans("\u2212x\u00d7\u00f7\u00b7", "-**/*")
+_OPERATORS = str.maketrans("\u2212\u2013\u2010\uff0dx\u00d7\u00f7\u00b7\u22c5\u2219\u2217", "----**/****")
 _TOKEN = re.compile(r"\s*(?:(0(?![0-9])|[1-9][0-9]*)|([-+*/()]))")
+_BEGUN = re.compile(r"<answer>[\s(+-]{0,64}[0-9]")
 _MAX_DIGITS = 64
 _DECIMAL = re.compile(rf"[-+]?[0-9]{{1,{_MAX_DIGITS}}}(?:\.[0-9]{{1,{_MAX_DIGITS}}})?")
 _PRECEDENCE = {"+": 1, "-": 1, "*": 2, "/": 2, "neg": 3, "pos": 3}
@@ -124,7 +125,10 @@ def read_answer(
 
 
 def _in_tag(text: str) -> str:
-    closed = text.find("</answer>", max(0, text.find("<answer>")))
+    begin = text.find("<answer>")
+    closed = text.find("</answer>", max(0, begin))
+    if begin >= 0 and _BEGUN.match(text, begin) and any(turn < closed for turn in next_turns(text, begin)):
+        return ""  # an answer without an end, and then another turn's
     end = next(iter(next_turns(text, closed)), len(text)) if closed >= 0 else 0
     while (opening := text.rfind("<answer>", 0, max(0, text.rfind("</answer>", 0, end)))) >= 0:
         if answer := text[opening + len("<answer>") : text.find("</answer>", opening)].strip():

@@ -24,22 +24,25 @@ BOX = re.compile(r"\\(?:boxed|fbox)\s{0,4}\{")
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
 _PROSE = re.compile(
     r"(?i)[*_`\"']{0,3}(?:\s{1,3}\([^()\n]{0,60}\))?(?:\s{1,3}(?:to|for|of) (?:the|this|your) [a-z]{1,20})?"
-    r"(?:\s{0,3}[*_`]{0,3}[:=]|\s{1,3}(?:is|was|equals|(?:would|will|should|must) be)\b(?!n[\u2019']t))"
+    r"(?:\s{0,3}[*_`]{0,3}[:=\uff1a]|\s{1,3}(?:is|was|equals|(?:would|will|should|must) be)\b(?!n[\u2019']t))"
 )
 _REMARK = re.compile(
     r"(?i)[\s:]{0,8}(?:correct|right|wrong|based|rounded|obtained|consistent|reasonable|verified|confirmed|derived"
-    r"|calculated|computed|found|determined|reached|given\sby|in\s(?:dollars|cents|hours|minutes|units)|positive|the\s(?:product|sum|difference)\sof)\b"
+    r"|calculated|computed|found|determined|reached|given\sby|in\s(?:dollars|cents|hours|minutes|units)|positive"
+    r"|the\s(?:product|sum|difference)\sof)\b(?!\sto\sbe\b)"
 )
+_CHECKED = re.compile(r"(?i)\b(?:check|verify|confirm)(?:ing)?\s(?:(?:the|my|our|this|that)\s){1,2}(?:final\s)?\Z")
+
 _ANSWER_HEADING = re.compile(r"(?i)[\W_]*(?:(?:the|final)\s+){0,2}(?:answer)?[\W_]*")
 # Four hashes are also a Markdown heading: "#### 2. Multiply". "#### 18. She sold all." ends like a sentence.
 _HEADING = re.compile(
-    r"(?i)[\s*]*(?:(?:step|part|phase|question|problem)\s[0-9]|(?:note|explanation|reasoning)\b"
+    r"(?i)[\s*]*(?:(?:step|part|phase|question|problem)\s[0-9]|(?:note|explanation|reasoning|verification|check|proof)\b"
     r"|[0-9]{1,3}[.)]\s+[a-z].*[^.!?\s]\s*$)"
 )
-_HEADED = re.compile(r"(?i)#{1,6}\s{1,3}[*_]{0,3}(?:(?:the|my|your|final)\s){0,2}")
+_HEADED = re.compile(r"(?i)(?:#{1,6}\s{1,3}[*_]{0,3}|[*_]{2,3})(?:(?:the|my|your|final)\s){0,2}")
 _BELOW = re.compile(
-    r"[*_]{0,3}[ \t]{0,3}(?=\n\s{0,20}[*_$\\(\[{]{0,6}(?:boxed\{)?[-+]?[$£€¥]?[0-9][0-9,.]*[\s*_$\\)\]}%]*"
-    r"(?:[A-Za-z]+[ .*_]*){0,2}(?:\n|\Z))"
+    r"[*_]{0,3}[ \t]{0,3}(?=\n\s{0,20}[*_$\\(\[{]{0,6}(?:boxed\{)?[-+\u2212]?[$£€¥]?[0-9][0-9,.]*[\s*_$£€¥\\)\]}%]*"
+    r"(?:[A-Za-z]+[ .*_]*){0,2}(?:\^[23])?\s*(?:\n|\Z))"
 )
 """What follows a heading "Answer" above a line that is a number and little else."""
 _EXCLAMATION = re.compile(r"(?<=[0-9])!(?=\s|$)")
@@ -50,16 +53,18 @@ _LATEX = r"\\[()\[\],;:! ]|\\q?quad(?![a-z])|\\(?:text|math)(?:rm|bf|it|sf|tt)?\
 _GAP = rf"(?:\s|{_LATEX})*"
 _CONTINUED = re.compile(
     rf"(?i)(?:[ \t$*)\]}}~]|{_LATEX})*(?:{_GAP}[,;]?{_GAP}(?P<another>or)\b|and\s\D{{0,12}}[0-9]"
+    r"|(?:squared|cubed|000)\b|and\sa\shalf(?=\W*$|[.,;!])|[0-9]+/[0-9]|\u00b1"
+    r"|[\u00b2\u00b3\u00b9\u00bc-\u00be\u2070-\u209f\u2150-\u215e]"
     r"|\s*(?:hundred|thousand|lakh|crore|[a-z]{1,6}illion|dozen)|\\[dt]?frac\s?\{?\s?[0-9]|\.[0-9]"
     r"|(?:[\^/×÷·*+\u2212-]|\\(?:times|cdot|div)(?![a-z]))[ \t]?\{?[0-9])"
     r"|\}[ \t]?\{[ \t]?[0-9]|:[0-9]{2}(?![0-9])|(?:,|\\[,;:]|\{,\})[0-9]{3}(?![0-9])|[\u2010-\u2013][0-9]|(?<=\})[0-9]"
-    r"|(?:(?:\\[,;: ])?\\(?:text|mathrm)\s?\{\s?)?(?-i:[kKMBT]|bn)\b"
-    r"|[\u00b2\u00b3\u00b9\u00bc-\u00be\u2070-\u209f\u2150-\u215e]"
+    r"|(?:(?:\\[,;: ])?\\(?:text|mathrm)\s?\{\s?)?(?-i:[kKMBT]|bn)\b|e[0-9]"
 )
 # In front of a box: a digit or a sign that belongs to its number, or an operator after another number.
 _DASH = r"\-\u2010-\u2015\u2212"
 _CHANGED = re.compile(
-    rf"(?:[0-9]\$?|(?<![A-Za-z])[+{_DASH}]\\?\$?|\\(?:pm|sqrt|neg)|\b(?:[Nn]egative|[Mm]inus)[ \t$\\]*"
+    rf"(?:[0-9][.,]?\$?|\b(?:[Hh]alf(?:\sof)?|[Tt]wice|[Dd]ouble|[Tt]riple)[ \t$]*"
+    rf"|(?<![A-Za-z])[+{_DASH}]\\?\$?|\\(?:pm|sqrt|neg)|\b(?:[Nn]egative|[Mm]inus)[ \t$\\]*"
     rf"|[0-9][ \t$]{{0,3}}(?:[+*/^×÷·{_DASH}]|\\(?:times|cdot|div))[ \t$]{{0,3}}"
     rf"|=[ \t$]{{0,3}}[{_DASH}][ \t$]{{0,3}})\Z"
 )
@@ -69,6 +74,8 @@ _ALTERNATIVE = re.compile(
     rf"|{_OR}(?:{_LATEX}|[a-z]\s?=|[\s$*\\(\[{{}}#])*+)$"
     rf"|(?:[0-9}}]|</answer>)(?:\\[)\]]|[\s$*.,;])*{_OR}(?:\\[(\[]|[\s$*])*\Z"
 )
+_NUMBER_OR = re.compile(rf"(?i)[0-9][\s$]{{1,3}}{_OR}[\s$]{{1,3}}\Z")
+_BLANKS = re.compile(r"[ \t]{3,}")
 _DENIED = re.compile(r"(?i)(?:\b(?:not|never)|n['\u2019]t)(?:\s(?:be|equal\sto))?[ \t$*\\(\[]*\Z")
 _BULLET = re.compile(r"[ \t]*[-+*\u2022\u2023\u2043\u2010-\u2015\u2212\u25aa\u25cf\u25e6\u00b7][ \t\u00a0]+(?=\S)")
 _LISTED = re.compile(rf"\n{_BULLET.pattern}")
@@ -77,6 +84,10 @@ _MATH = re.compile(r"\s*(?:\$\$|\\\[)\s*")
 # Between two boxes, or two tags, that offer one number each: then the last is no correction of the first.
 _BETWEEN_BOXES = re.compile(rf"\}}(?:{_LATEX}|\\\\|[\s$,;/])*\Z")
 _BETWEEN_TAGS = re.compile(r"</answer>\s*[,/][\s,/]*\Z")
+
+
+class _UnclosedError(RefusedError):
+    """A tag or box that holds a number is never closed: an answer was begun, so a later turn's does not count."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +110,7 @@ def answer_text(text: str, *, truncated: bool) -> str:
         try:
             return _last(text, turn).text
         except RefusedError as refusal:
-            if str(refusal) == "hedged":
+            if str(refusal) == "hedged" or isinstance(refusal, _UnclosedError):
                 raise
     span = _last(text, len(text))
     if truncated and not span.complete:
@@ -136,7 +147,7 @@ def _tag(text: str, start: int, end: int) -> _Span:
     begin = start + len("<answer>")
     close = text.find("</answer>", begin, end)
     if close < 0:
-        raise RefusedError("unclosed")
+        raise _unclosed(text, begin, end)
     content = _enclosed(text, start, begin, close, close + len("</answer>"), end)
     return _Span(_LISTED.sub("\n", content), complete=True)
 
@@ -144,10 +155,14 @@ def _tag(text: str, start: int, end: int) -> _Span:
 def _box(text: str, start: int, begin: int, end: int) -> _Span:
     brace = closing_brace(text, begin, end)
     if brace < 0:
-        raise RefusedError("unclosed")
+        raise _unclosed(text, begin, end)
     if _CHANGED.search(text, max(0, start - 16), start):
         raise RefusedError("not_plain")
     return _Span(_enclosed(text, start, begin, brace, brace + 1, end), complete=True)
+
+
+def _unclosed(text: str, begin: int, end: int) -> RefusedError:
+    return (_UnclosedError if _NUMBER_FIRST.match(text, begin, min(end, begin + 64)) else RefusedError)("unclosed")
 
 
 def closing_brace(text: str, begin: int, end: int) -> int:
@@ -161,13 +176,16 @@ def closing_brace(text: str, begin: int, end: int) -> int:
 
 
 def _enclosed(text: str, start: int, begin: int, close: int, after: int, end: int) -> str:
-    content = text[begin : min(close, begin + MAX_TEXT + 1)]
+    content = text[begin:close]
+    if len(content) > MAX_TEXT:
+        content = content.strip()[: MAX_TEXT + 1]
     earlier = text[max(0, start - 64) : start]
     listed = _listed_before(text, start)
-    if _is_alternative(earlier) or _DENIED.search(earlier):
+    if _is_alternative(earlier) or _NUMBER_OR.search(earlier) or _DENIED.search(earlier):
         raise RefusedError("hedged")
-    if continued := _CONTINUED.match(text, after, min(after + 64, end)):
-        other = text[continued.end() : end].partition("\n")[0]
+    rest = _BLANKS.sub("  ", text[after - 1 : min(after + 2 * MAX_TEXT, end)])
+    if continued := _CONTINUED.match(rest, 1, 65):
+        other = rest[continued.end() :].partition("\n")[0]
         if not continued["another"] or len(other) > MAX_TEXT or _number(other) != _number(content):
             raise RefusedError("hedged")
     if listed is not None and _number(listed) != _number(content):
@@ -208,11 +226,15 @@ def _line_marker(text: str, literal: str, start: int, end: int) -> int | None:
         return start + len(literal)
     if start == 0 or text[start - 1] not in "aA" or text[start - 2 : start - 1].isalpha():
         return None
+    if _CHECKED.search(text, max(0, start - 40), start - 1):
+        return None
     phrase = _PROSE.match(text, start + len(literal), end)
     line = text.rfind("\n", 0, start) + 1
     if _HEADED.fullmatch(text, line, start - 1) and (rest := _BELOW.match(text, start + len(literal), end)):
         return rest.end()
-    return phrase.end() if phrase and not _REMARK.match(text, phrase.end(), end) else None
+    if phrase is None or (phrase.group()[-1] not in ":=\uff1a" and _REMARK.match(text, phrase.end(), end)):
+        return None
+    return phrase.end()
 
 
 def _line(text: str, begin: int, end: int) -> _Span | None:
@@ -247,7 +269,7 @@ def _without_bullet(text: str, position: int, end: int, span: _Span) -> _Span:
 def _until_newline(text: str, begin: int, end: int) -> _Span:
     stops = [stop for stop in (text.find("\n", begin, end), text.find("</answer>", begin, end)) if stop >= 0]
     stop = min(stops, default=end)
-    line = text[begin : min(stop, begin + MAX_TEXT)]
-    if stop > begin + MAX_TEXT:
-        line = line[: max(line.rfind(" "), 0)]  # A number must not be cut in two.
+    line = text[begin:stop]
+    if len(line) > MAX_TEXT and len(line := _BLANKS.sub("  ", line)) > MAX_TEXT:
+        line = line[: max(line.rfind(" ", 0, MAX_TEXT), 0)]  # A number must not be cut in two.
     return _Span(line, complete=stop < len(text) or bool(_SENTENCE_END.search(line)))

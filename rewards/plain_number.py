@@ -26,15 +26,20 @@ _DASH_NAME = re.compile(
 )
 _NO_DASH_NAME = re.compile("ARROW|THEREFORE|VARIATION SELECTOR|MODIFIER FITZPATRICK")
 _CHARACTERS = str.maketrans(_INVISIBLE | dict.fromkeys(map(ord, _DASHES), "-") | {0xD7: "*", 0xF7: "/", 0xFF0B: "+"})
-_UNIT = "(?:[cdkm]?m|[cdkm]?(?:meter|metre)s?|centi(?:meter|metre)s?|feet|foot|inch(?:es)?|yards?|miles?|ft|in|yd|mi)"
+_UNIT = (
+    "(?:[cdkm]?m|(?:[cdkm]|centi|deci|kilo|milli)?(?:meter|metre)s?|units?|feet|foot|inch(?:es)?|yards?|miles?"
+    "|ft|in|yd|mi)"
+)
 _MARKUP: list[tuple[re.Pattern[str], str]] = [
     (re.compile(pattern), replacement)
     for pattern, replacement in [
         (r"<<[^<>]{0,200}=[^<>]{0,200}>>", ""),
+        # Mathematics, not money.
+        (r"(?<![\\$])\$(?=[^\s$])([^$\n]{0,200}\\[^$\n]{0,200})(?<=[^\s\\])\$(?![0-9$])", r"\1 "),
         (r"(?i)<(?:del|strike|sub)>(?=[^<]{0,20}[0-9])", "~"),
         (r"<{1,2}([^<>=A-Za-z]{0,20}[0-9][^<>=]{0,60})>{1,2}", r" \1 "),  # a placeholder of the prompt, copied
         (
-            r"(?<=[A-Za-wz])[\s}$]{0,3}(?:\^\s?\{?\s?-?[1-4](?![0-9])\s?\}?|\*\*[23]\b|[²³]"
+            r"(?<=[A-Za-wz])[\s}$.]{0,3}(?:\^\s?[{(]?\s?(?:\\text\s?\{)?-?[1-4](?![0-9])\s?[})]{0,2}|\*\*[23]\b|[²³]"
             r"|\\textsuperscript\s?\{[23]\}|<sup>[23]</sup>)",
             " ",
         ),
@@ -52,7 +57,7 @@ _MARKUP: list[tuple[re.Pattern[str], str]] = [
         ),
         (r"\\[dt]?frac(?=[\s{}A-Za-z]{2,60}(?:[^\s{}A-Za-z0-9]|\Z))", " "),
         (r"(?<=[A-Za-z])\}?\s?\\cdot(?=[\s{]{0,3}[A-Za-z])", " "),
-        (r"\\(?:pounds|euro|textdollar)(?![A-Za-z])", " "),
+        (r"\\(?:pounds|euro|textdollar|rm)(?![A-Za-z])", " "),
         (r"\\(?:left|right|displaystyle|quad|qquad)(?![A-Za-z])|\\[,:; ()\[\]\\]", " "),
         (r"\\(?=[$%#&_])", ""),
         (r"(?<=[0-9}])~|(?<=\{)~(?=[A-Za-z])", " "),
@@ -71,11 +76,13 @@ _SCALE_WORDS = re.compile(rf"(?i){'|'.join(_ZEROS)}")
 _SCALE = rf"(?:{'|'.join(_ZEROS)})s?\b"
 _SCALED = re.compile(rf"(?i)(?<![0-9])(?<![0-9][.,])((?>{_NUMBER.pattern}))\s{{0,6}}-?((?:\s?{_SCALE}){{1,2}})(?!-)")
 
+# What explains a number before it, as 9 * 2 = 18, whose asterisk has been removed.
+_EQUATION = rf"[{_CURRENCY}]?[0-9](?:[0-9,.]*[0-9])?(?:\s?[-+/]\s?|\s{{1,4}})[{_CURRENCY}]?[0-9][^=\n]{{0,60}}="
 _ABBREVIATED = ("sq", "cu", "ft", "yd", "mi", "lb", "lbs", "oz", "hr", "hrs", "min", "mins", "sec")
 _UNIT_WITH_STOP = "".join(rf"(?<!\b{unit}\.)" for unit in _ABBREVIATED)
-_NEW_SENTENCE = re.compile(
-    rf"(?<!\bMr)(?<!\bMs)(?<!\bDr)(?<!\bSt)(?<!\bMrs)(?:;|\.(?:{_UNIT_WITH_STOP}|(?=\s+[A-Z])))\s+(?=[A-Za-z\"'(])"
-)
+_SENTENCE_END = rf"(?<!\bMr)(?<!\bMs)(?<!\bDr)(?<!\bSt)(?<!\bMrs)(?:;|\.(?:{_UNIT_WITH_STOP}|(?=\s+[A-Z])))\s+"
+_NEW_SENTENCE = re.compile(rf"{_SENTENCE_END}(?=[A-Za-z\"'(])")
+_NEW_SENTENCE_OR_EQUATION = re.compile(rf"{_SENTENCE_END}(?=[A-Za-z\"'(]|{_EQUATION})")
 _RETRACTION = re.compile(
     r"(?i)[\"'(]?(?:(?:hm+|oh|um|uh|ah)[,.!\s\u2026]{1,3})?"
     r"(?:or|no|not|wait|oops|sorry|hold on|maybe|perhaps|actually|alternatively|otherwise)\b"
@@ -89,6 +96,7 @@ _CONCLUSION = re.compile(
 )
 _TAKEN_BACK = re.compile(r"(?i),?\s(?:which|that)\s(?:is|was)\s(?:not|wrong|incorrect|false)\b")
 _BRACKETS = re.compile(r"\((?:[^()]|\([^()]*\))*\)|\[[^\[\]]*\]")
+_LISTED = re.compile(rf"[^A-Za-z0-9]*((?>{_NUMBER.pattern}))[^0-9=,;]{{0,20}}[,;]\s+{_EQUATION[:-1]}\Z")
 _ENUMERATION = re.compile(r"(?i)[,;]\s|\b(?:and|or)\b")
 
 
@@ -103,7 +111,8 @@ _NUMBER_WORD = (
 )
 _SCALE_WORD = re.compile(
     r"(?i)\b(?:hundred|thousand|[a-z]{1,9}illion|mill|mio|mrd|lakh|lac|crore|dozen)s?\b"
-    r"|\b(?:million(?:en|es)|milliarden?|mille|tausend)\b|"
+    r"|\b(?:million(?:en|es)|millon(?:es)?|milh(?:\u00e3o|\u00f5es)|milliard(?:en?|s)?|mille|tausend)\b"
+    r"|\b(?:\u0442\u044b\u0441|\u043c\u0438\u043b|\u043c\u043b)[\u0430-\u044f]*|\A\s?[\ucc9c\ub9cc\uc5b5\uc870]|"
     + _one_of("halves thirds fourths fifths sixths sevenths eighths ninths tenths elevenths twelfths")
     + "|"
     + _one_of("twentieths hundredths thousandths squared cubed factorial")
@@ -133,8 +142,16 @@ _TENS = ("twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ni
 _TEENS = ("thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen")
 _WORTH = {word: worth for worth, word in enumerate((*_DIGIT_WORDS.split(), *_TEENS), start=1)}
 _WORTH |= {word: worth for worth, word in zip(range(20, 100, 10), _TENS, strict=True)}
-_SPELLED = re.compile(rf"(?i){_NUMBER_WORD}(?:[\s-]*(?:\band\b|{_NUMBER_WORD}|{_SCALE}))*")
-_HEDGE = re.compile("(?i)" + _one_of("or maybe perhaps possibly probably likely approx approximately roughly"))
+_SPELLED = re.compile(rf"(?i){_NUMBER_WORD}(?:[\s,-]*(?:\band\b|{_NUMBER_WORD}|{_SCALE}))*")
+# "18 students play football or basketball" offers no other number.
+_OR = (
+    rf"\bor\b(?=\W*(?:\Z|[0-9]|{_NUMBER_WORD}|{_SCALE}|"
+    + _one_of("an? so more less fewer higher lower greater above below about around thereabouts near not none zero")
+    + "|"
+    + _one_of("nothing neither maybe perhaps possibly even else rather twice half double dozen")
+    + "))"
+)
+_HEDGE = re.compile(f"(?i){_OR}|" + _one_of("maybe perhaps possibly probably likely approx approximately roughly"))
 _NOT = r"(?:\b(?:not|never|neither|nor|cannot)\b|n['\u2019]t\b)"
 # A sentence may deny something else, "18 students did not vote".
 _DENIED_BEFORE = re.compile(
@@ -144,7 +161,7 @@ _DENIED_AFTER = re.compile(
     rf"(?i)\W*(?:{_NOT}|(?:(?:which|that|this)\s+)?(?:is|was|has|would\sbe)\s*(?:{_NOT}|(?:wrong|incorrect|false)\b)"
     r"|(?:wrong|incorrect|false)\W*$)"
 )
-_DENIED_IN_REMARK = re.compile(rf"(?i){_NOT}|\b(?:wrong|incorrect|guess|unsure)\b")
+_DENIED_IN_REMARK = re.compile(rf"(?i){_NOT}(?!\s(?:including|counting)\b)|\b(?:wrong|incorrect|guess|unsure)\b")
 _HEDGE_BEFORE = re.compile(
     "(?i)"
     + _one_of("nearly almost circa")
@@ -152,7 +169,7 @@ _HEDGE_BEFORE = re.compile(
     + r"|\b(?:either|both|between)\s*$"
     + r"|\b(?:(?:any|every)thing|except|besides|but|near|approaching"
     + r"|(?:could|might|may)\s+be|close\s+to|far\s+from|short\s+of|ca?\.)\s*$"
-    + r"|\b(?:at least|at most|up to|(?:more|less|fewer|greater|other) than)\b"
+    + r"|\b(?:at least|at most|up to|(?:more|less|fewer|greater|other) than)\b(?!.*\b(?:by|is|are|was|were|equals)\W*$)"
     + r"|(?<!\bleft\s)\b(?:over|under)\s*$|[<>≈~≤≥≠\u223c≃≅]"
 )
 _BESIDE = re.compile(r"(?i)\b(?:below|above)\s*$")
@@ -165,10 +182,11 @@ _MINUS_WORD = re.compile(r"(?i)\b(?:negative|minus)[\s:\"']*$")
 _CODE = "(?:USD?|Rs|INR|EUR|GBP|CAD|AUD|NZD|HKD|SGD|CHF|JPY|CNY|RMB|MXN|BRL|SEK|NOK|DKK|PLN|ZAR)"
 _CURRENCY_CODE = re.compile(rf"(?:^|[^A-Za-z]){_CODE}$")
 _MONEY_AFTER = re.compile(rf"(?i)\s*(?:mm|[mb])\s*(?:[{_CURRENCY}]|{_CODE}\b|(?:dollar|euro|pound|rupee)s?\b)")
-_PER_SCALE = re.compile(r"(?i)\A\s*(?:per|a|each|every|/)\s*(?:dozen|hundred|thousand)\b")
+_PER_SCALE = re.compile(r"(?i)\A\s*(?:per|a|each|every|/|for\s(?:an?|one))\s*(?:dozen|hundred|thousand)\b")
+_OPENING = r"\s(\[\"'\u2018\u201a\u201b\u201c\u201e\u201f\u00ab\u2039\u300c"
 # From where they begin, as a search from each of many signs would take quadratic time.
 _CURRENCY_BEFORE = re.compile(
-    rf"(?<![{_CURRENCY}\s(\[])(?:(?<![A-Za-z])[A-Z]{{1,2}}\$|[{_CURRENCY}\s(\[]|(?<![A-Za-z]){_CODE}\.?)+$"
+    rf"(?<![{_CURRENCY}{_OPENING}])(?:(?<![A-Za-z])[A-Z]{{1,2}}\$|[{_CURRENCY}{_OPENING}]|(?<![A-Za-z]){_CODE}\.?)+$"
 )
 
 
@@ -235,7 +253,8 @@ def _split_reason(text: str) -> tuple[str, str]:
     if first is None:
         return text, ""
     end = len(text)
-    sentence = _NEW_SENTENCE.search(text, first.end())
+    bare = not any(map(str.isalpha, text[: first.start()]))
+    sentence = (_NEW_SENTENCE_OR_EQUATION if bare else _NEW_SENTENCE).search(text, first.end())
     if sentence is not None:
         if _RETRACTION.match(text, sentence.end()):
             raise RefusedError("hedged")
@@ -274,6 +293,8 @@ def _right_side(text: str) -> str:
         raise RefusedError("hedged")
     stated = {canonical(bare) for side in left if _NUMBER.fullmatch(bare := side.strip(f" \t\r\n()%{_CURRENCY}"))}
     numbers = {canonical(number.group()) for number in _NUMBER.finditer(right)}
+    if left and (listed := _LISTED.match(left[0])):
+        stated.add(canonical(listed[1]))
     if stated - numbers:
         raise RefusedError("several_numbers")
     return right
@@ -313,7 +334,7 @@ def _check_surroundings(before: str, after: str) -> None:
     hedged = hedged or _HEDGE.search(after) or _HEDGE_AFTER.search(after)
     if hedged or _DENIED_BEFORE.search(before) or _DENIED_AFTER.match(after):
         raise RefusedError("hedged")
-    money = re.search(r"[^\s(\[]", before[len(words) :]) or _MONEY_AFTER.match(after)
+    money = re.search(rf"[^{_OPENING}]", before[len(words) :]) or _MONEY_AFTER.match(after)
     glued = before[-1:].isalpha() and not _CURRENCY_CODE.search(before)
     changed = (
         glued

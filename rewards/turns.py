@@ -20,7 +20,7 @@ TURN_END = re.compile(
 )
 """Special tokens that end the model's turn."""
 TURN_START = re.compile(
-    rf"<s>|<bos>|<start_of_turn>|\[/?INST\]|<<SYS>>|<(?i:user|human|assistant|system)>|<{_BAR}(?i:start|im_start|start_header_id|start_of_role|begin_of_text"
+    rf"<s>|<bos>|<start_of_turn>|\[/?INST\]|<<SYS>>|<(?i:user|human|assistant|system|question|problem)>|<{_BAR}(?i:start|im_start|start_header_id|start_of_role|begin_of_text"
     rf"|begin[\u2581_]of[\u2581_]sentence|user|assistant|system|human|START_OF_TURN_TOKEN){_BAR}>"
 )
 """Special tokens that start a turn."""
@@ -43,16 +43,18 @@ _TOKEN_CUES = (
     "user>",
     "human>",
     "User>",
+    "question>",
+    "problem>",
 )
 _BEFORE_CUE = {"INST]": "["}
 _ROLES = (
     *("Human", "User", "Assistant", "System", "HUMAN", "USER", "ASSISTANT", "SYSTEM"),
-    *("human", "user", "assistant", "system", "model", "Student", "Teacher", "Tutor", "Bot", "AI"),
+    *("human", "user", "assistant", "system", "model", "Student", "Teacher", "Tutor", "Bot", "AI", "Customer"),
 )
 _TOPICS = (
     *("Question", "Problem", "Exercise", "Instruction", "Example", "QUESTION", "PROBLEM", "EXERCISE"),
     *("question", "problem", "exercise", "Q", "Task", "Prompt", "Input", "Query", "Puzzle", "Challenge"),
-    *("example", "Scenario", "scenario"),
+    *("example", "Scenario", "scenario", "Problem statement", "Problem Statement", "Follow-up"),
 )
 # What may stand between the beginning of its line and the cue.
 _LINE_START = re.compile(
@@ -147,6 +149,6 @@ def _turn_at(text: str, position: int, cue: str) -> int | None:
         return position if speaks and _SPOKEN.match(text, after) else None
     if cue == "Question" and text.startswith((":", "\uff1a"), after):
         return position
-    plain = cue in ("Question", "Problem")
+    plain = cue in ("Question", "Problem", "Problem statement", "Problem Statement")
     numbered = line and alone and (alone["number"] or line["heading"] or line["another"] or plain)
     return position if numbered or (line and (_COLON.match(text, after) or _LISTED.match(text, after))) else None
