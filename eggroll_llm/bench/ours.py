@@ -73,12 +73,12 @@ class Population:
         }
         length_of = {id(request): n for request, n in zip(requests, work.new_tokens, strict=True)}
         start = time.perf_counter()
-        self._engine._queue(
+        self._engine.queue.add(
             dict(enumerate(requests)),
             lambda request: params[length_of[id(request)]](request),
             lambda output: output.request_id,
         )
-        for _ in self._engine._drain():
+        for _ in self._engine.queue.drain():
             pass
         sample = time.perf_counter() - start
         times = self._engine.update(

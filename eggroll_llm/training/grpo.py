@@ -55,24 +55,25 @@ class GrpoTrainer:
 
     def __init__(self, harness: Harness, *, checkpoint: Checkpoint | None = None) -> None:
         """Continue after `checkpoint`, at whose step `harness` stands; the engine may hold any weights."""
-        from eggroll_llm.training import grpo_trl
+        from eggroll_llm.training.grpo_trl import trainer
+        from eggroll_llm.training.grpo_trl.rollouts import Rollouts
 
-        grpo_trl.quiet()
+        trainer.quiet()
         keep_freed_memory()
         run, config = harness.run, harness.config
         self.harness, self.config, self.checkpoint = harness, config, checkpoint
         self.engine, self.scorer, self.recorder = run.engine, run.scorer, run.recorder
         self.model_dir = run.prepared.model_dir
-        self.rollouts = grpo_trl.Rollouts(run.engine, config, harness.decoding, harness.show_sampling, self._scoring)
-        model, tokenizer = grpo_trl.load_model(self.model_dir)
-        self.trl = grpo_trl.EngineGrpoTrainer(
+        self.rollouts = Rollouts(run.engine, config, harness.decoding, harness.show_sampling, self._scoring)
+        model, tokenizer = trainer.load_model(self.model_dir)
+        self.trl = trainer.EngineGrpoTrainer(
             config,
             model,
             tokenizer,
             run.prepared.train,
             self.rollouts,
             self._reward,
-            grpo_trl.Hooks(config.grpo.num_iterations, self._begin_step, self._end_step),
+            trainer.Hooks(config.grpo.num_iterations, self._begin_step, self._end_step),
             self.recorder.directory.checkpoints,
             use_cpu=serves_on_cpu(),
         )
@@ -180,7 +181,7 @@ class GrpoTrainer:
 
     def _stored_tensors(self) -> "dict[str, Tensor]":
         """Return the tensors of the base checkpoint as they are now. Raises ModelError when one is not trained."""
-        from eggroll_llm.training.grpo_trl import checkpoint_tensors
+        from eggroll_llm.training.grpo_trl.rollouts import checkpoint_tensors
 
         tensors = checkpoint_tensors(self.trl.model)
         stored = tensor_shapes(self.model_dir)

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from next_token import next_token_logprobs
 from torch import Tensor
 from without_vllm import dense_logprobs
 
@@ -67,7 +68,7 @@ def test_members_and_the_base_model_share_a_batch(served: tuple[VllmEngine, Path
     engine, model_dir = served
     engine.begin(NOISE, POPULATION)
     members = [0, 1, 4, 5, None]
-    found = engine.next_token_logprobs([Request(prompt_ids=p, member=m) for m in members for p in PROMPTS])
+    found = next_token_logprobs(engine, [Request(prompt_ids=p, member=m) for m in members for p in PROMPTS])
     for member, logprobs in zip(members, found.split(len(PROMPTS)), strict=True):
         assert (logprobs - dense(model_dir, engine, member)).abs().max() < 2e-4
     pairs = combinations(found.view(len(members), -1), 2)
@@ -81,7 +82,7 @@ def test_an_update_is_served_and_members_follow_it(served: tuple[VllmEngine, Pat
     engine.export(tmp_path / "model")
     engine.begin(NOISE, POPULATION)
     for member in (None, 3):
-        found = engine.next_token_logprobs([Request(prompt_ids=p, member=member) for p in PROMPTS])
+        found = next_token_logprobs(engine, [Request(prompt_ids=p, member=member) for p in PROMPTS])
         assert (found - dense(tmp_path / "model", engine, member)).abs().max() < 2e-4
         assert (found - dense(model_dir, engine, member)).abs().max() > 0.02
 
@@ -95,7 +96,7 @@ def test_decoding_goes_on_from_what_a_member_wrote(served: tuple[VllmEngine, Pat
     for request, completion in zip(requests, together, strict=True):
         first, second = completion.token_ids
         longer = Request(prompt_ids=(*request.prompt_ids, first), member=request.member)
-        assert int(engine.next_token_logprobs([longer])[0].argmax()) == second
+        assert int(next_token_logprobs(engine, [longer])[0].argmax()) == second
 
 
 def test_sampled_completions_depend_on_their_seed_alone(served: tuple[VllmEngine, Path]) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from next_token import next_token_logprobs
 from torch import Tensor
 
 from eggroll_llm.config.schema import EngineConfig
@@ -68,7 +69,7 @@ def logprobs(model: Any) -> Tensor:
 
 
 def ours(engine: VllmEngine) -> Tensor:
-    return engine.next_token_logprobs([Request(prompt_ids=prompt) for prompt in PROMPTS])
+    return next_token_logprobs(engine, [Request(prompt_ids=prompt) for prompt in PROMPTS])
 
 
 def test_every_parameter_is_served(served: Served) -> None:

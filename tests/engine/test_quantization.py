@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from next_token import next_token_logprobs
 from torch import Tensor
 from without_vllm import dense_logprobs
 
@@ -55,7 +56,7 @@ def logprobs(engine: VllmEngine) -> Tensor:
     """[members, prompts, vocabulary], the base model first."""
     engine.begin(NOISE, 6)
     requests = [Request(prompt_ids=prompt, member=member) for member in MEMBERS for prompt in PROMPTS]
-    return engine.next_token_logprobs(requests).view(len(MEMBERS), len(PROMPTS), -1)
+    return next_token_logprobs(engine, requests).view(len(MEMBERS), len(PROMPTS), -1)
 
 
 def dense(model_dir: Path, engine: VllmEngine, member: int | None) -> Tensor:

@@ -1,7 +1,6 @@
 """The engine's side of vLLM, with a stand-in that answers as a script says: outputs find their request, or none."""
 
 from collections.abc import Callable, Sequence
-from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,8 +10,9 @@ import torch
 
 from eggroll_llm.config.schema import EngineConfig
 from eggroll_llm.engine.interface import Completion, Decoding, Request
-from eggroll_llm.engine.vllm import engine as engine_module
+from eggroll_llm.engine.vllm import requests as requests_module
 from eggroll_llm.engine.vllm.engine import VllmEngine
+from eggroll_llm.engine.vllm.requests import RequestQueue
 from eggroll_llm.engine.watchdog import Watchdog
 from eggroll_llm.errors import EngineError, ModelError
 from eggroll_llm.es.estimate import NonFiniteUpdate
@@ -86,10 +86,9 @@ def scripted(script: Callable[[list[Any]], list[Any]]) -> tuple[VllmEngine, Scri
     engine._llm = llm  # type: ignore[assignment]
     engine.own_sampler = False
     engine.text_rules = Words()  # type: ignore[assignment]
-    engine._calls, engine._version = count(), "base"
-    engine._in_flight, engine._burst, engine._patience = IN_FLIGHT, 1, 40
-    engine._no_requests()
     engine.watchdog = Watchdog(0)
+    engine.queue = RequestQueue(engine._llm, engine.watchdog, EngineConfig(), max_model_len=64)
+    engine.queue._in_flight, engine.queue._burst, engine.queue._patience = IN_FLIGHT, 1, 40
     return engine, llm
 
 
@@ -113,7 +112,7 @@ def one_at_a_time_last_first(outputs: list[Any]) -> list[Any]:
 def test_a_burst_waits_until_there_is_room_for_it(burst: int, waited: list[int]) -> None:
     """Twelve requests, of which one is answered at each step; no more than five at once."""
     engine, llm = scripted(one_at_a_time_last_first)
-    llm.forgets, engine._burst = False, burst
+    llm.forgets, engine.queue._burst = False, burst
     assert engine.generate(REQUESTS, DECODING) == right(REQUESTS)
     assert llm.given == waited
 
@@ -122,8 +121,8 @@ def test_a_burst_waits_until_there_is_room_for_it(burst: int, waited: list[int])
 def test_bursts_are_for_graphs(monkeypatch: pytest.MonkeyPatch, eager: bool, expected: tuple[int, int]) -> None:
     config = EngineConfig(max_sequences=256, enforce_eager=eager)
     for on_cpu, right_ in ((False, expected), (True, (512, 1))):
-        monkeypatch.setattr(engine_module, "serves_on_cpu", lambda on_cpu=on_cpu: on_cpu)
-        assert engine_module._admission(config) == right_
+        monkeypatch.setattr(requests_module, "serves_on_cpu", lambda on_cpu=on_cpu: on_cpu)
+        assert requests_module._admission(config) == right_
 
 
 def repeated(outputs: list[Any]) -> list[Any]:

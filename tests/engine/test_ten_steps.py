@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from next_token import next_token_logprobs
 from safetensors.torch import load_file
 from torch import Tensor
 from without_vllm import dense_logprobs
@@ -46,7 +47,7 @@ def test_ten_steps_raise_the_reward_and_the_export_is_what_was_served(
     close = VllmEngine.close
 
     def look_and_close(engine: VllmEngine) -> None:
-        served.append(engine.next_token_logprobs([Request(prompt_ids=prompt) for prompt in PROMPTS]))
+        served.append(next_token_logprobs(engine, [Request(prompt_ids=prompt) for prompt in PROMPTS]))
         close(engine)
 
     monkeypatch.setattr(VllmEngine, "close", look_and_close)

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from next_token import next_token_logprobs
 from torch import Tensor
 
 from eggroll_llm.config.schema import EngineConfig
@@ -71,7 +72,7 @@ def run(engine: VllmEngine, directory: Path) -> Run:
         return {name: tensor.clone() for name, tensor in engine.state().items()}
 
     def logprobs() -> Tensor:
-        return engine.next_token_logprobs([Request(prompt_ids=p, member=m) for m in MEMBERS for p in PROMPTS])
+        return next_token_logprobs(engine, [Request(prompt_ids=p, member=m) for m in MEMBERS for p in PROMPTS])
 
     found = Run(
         logprobs=[],
@@ -169,7 +170,7 @@ def test_a_run_goes_on_with_another_number_of_ranks(both: Both) -> None:
     engine.load_state(last)
     assert engine.checksum() == both.one.checksums[3]
     engine.begin(noise(4), POPULATION)
-    found = engine.next_token_logprobs([Request(prompt_ids=p, member=m) for m in MEMBERS for p in PROMPTS])
+    found = next_token_logprobs(engine, [Request(prompt_ids=p, member=m) for m in MEMBERS for p in PROMPTS])
     assert (found - both.one.logprobs[3]).abs().max() < 2e-4
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from next_token import next_token_logprobs
 from torch import Tensor
 
 from eggroll_llm.config.schema import EngineConfig
@@ -33,10 +34,10 @@ def before_and_after(model_dir: Path, *, stock: bool) -> tuple[Tensor, Tensor]:
     engine = VllmEngine(model_dir, config, slots=4, rank=2, max_model_len=64, stock=stock)
     try:
         engine.begin(NOISE, 4)
-        before = engine.next_token_logprobs(REQUESTS)
+        before = next_token_logprobs(engine, REQUESTS)
         engine.update(UPDATE)
         engine.begin(NOISE, 4)
-        return before, engine.next_token_logprobs(REQUESTS)
+        return before, next_token_logprobs(engine, REQUESTS)
     finally:
         engine.close()
 

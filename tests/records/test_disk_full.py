@@ -64,7 +64,7 @@ def test_a_full_disk_under_a_checkpoint_of_grpo_keeps_the_one_before(
     tmp_path: Path, tiny_model: Callable[[str], Path]
 ) -> None:
     """Which torch writes: the second checkpoint fails, the first one stays, and the run goes on from it."""
-    from eggroll_llm.training.grpo_trl import EngineGrpoTrainer
+    from eggroll_llm.training.grpo_trl.trainer import EngineGrpoTrainer
 
     bench = grpo_stub.Bench(tmp_path, tiny_model("llama"), pytest.MonkeyPatch())
     flags = {"steps": 3, "checkpoint__every": 1, "eval__every": 0}

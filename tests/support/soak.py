@@ -138,7 +138,7 @@ def soak_es(folder: Path) -> None:
 def soak_grpo(folder: Path, model: Path) -> None:
     from grpo_stub import Bench, same_run
 
-    import eggroll_llm.training.grpo_trl  # noqa: F401  # takes longer than a run
+    import eggroll_llm.training.grpo_trl.trainer  # noqa: F401  # takes longer than a run
 
     bench = Bench(folder, model, pytest.MonkeyPatch())
 

@@ -77,7 +77,7 @@ def _adapted_layers(model_dir, config):  # type: ignore[no-untyped-def]
     from peft import get_peft_model
     from transformers import AutoModelForCausalLM
 
-    from eggroll_llm.training import grpo_trl
+    from eggroll_llm.training.grpo_trl.trainer import adapters
 
-    model = get_peft_model(AutoModelForCausalLM.from_pretrained(model_dir), grpo_trl.adapters(config)).get_base_model()
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(model_dir), adapters(config)).get_base_model()
     return {name for name, module in model.named_modules() if hasattr(module, "get_delta_weight")}

@@ -16,6 +16,7 @@ import pytest
 import torch
 from documented import undocumented
 from grpo_stub import Bench, Recorder, StubEngine, final, rows, same_run, write_recipe
+from next_token import next_token_logprobs
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -32,7 +33,7 @@ from eggroll_llm.tasks import prompts
 from eggroll_llm.tasks.task import Problem
 from eggroll_llm.training import es as trainer
 from eggroll_llm.training import grpo, session
-from eggroll_llm.training.grpo_trl import checkpoint_tensors
+from eggroll_llm.training.grpo_trl.rollouts import checkpoint_tensors
 from eggroll_llm.training.harness import Harness
 from eggroll_llm.training.prepare import prepare
 from eggroll_llm.training.scorer import Scoring
@@ -392,7 +393,7 @@ def test_when_the_engine_fails_the_run_goes_on_from_the_newest_checkpoint(bench:
 
 def test_lost_weights_are_not_served_and_the_last_checkpoint_goes_on(bench: Bench) -> None:
     """Lost in the optimizer step of step 3, as in a fault that loss and gradient do not show."""
-    from eggroll_llm.training.grpo_trl import Rollouts
+    from eggroll_llm.training.grpo_trl.rollouts import Rollouts
 
     flags = {"checkpoint__every": 1, "checkpoint__best": "false"}
     bench.train("whole", **flags)
@@ -463,7 +464,7 @@ def compared(monkeypatch: pytest.MonkeyPatch) -> Comparison:
         comparison.before = logits(self)
 
     def logits(of: Any) -> Tensor:
-        return of.engine.next_token_logprobs([Request(prompt_ids=prompt) for prompt in PROMPTS])
+        return next_token_logprobs(of.engine, [Request(prompt_ids=prompt) for prompt in PROMPTS])
 
     def end(self: Harness, *arguments: Any, **options: Any) -> Any:
         ours = logits(comparison.trainer)

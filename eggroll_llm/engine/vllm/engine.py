@@ -8,17 +8,14 @@ import contextlib
 import dataclasses
 import logging
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from itertools import count, islice
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from vllm import EngineArgs, SamplingParams
-from vllm.lora.request import LoRARequest
+from vllm import EngineArgs
 from vllm.model_executor.models import registry
-from vllm.outputs import RequestOutput
 from vllm.v1.engine.llm_engine import LLMEngine
 
 from eggroll_llm.config.schema import EngineConfig
@@ -26,12 +23,13 @@ from eggroll_llm.engine.interface import Completion, Decoding, Progress, Request
 from eggroll_llm.engine.sampling import in_order
 from eggroll_llm.engine.token_tree import trees_of
 from eggroll_llm.engine.vllm.arguments import VLLM_RANKS, engine_args, population_settings
-from eggroll_llm.engine.vllm.failures import REFUSALS, Refused, call_error, rank_error, start_error
+from eggroll_llm.engine.vllm.failures import Refused, call_error, calling, start_error
 from eggroll_llm.engine.vllm.ranks import environment
+from eggroll_llm.engine.vllm.requests import RequestQueue
 from eggroll_llm.engine.vllm.sampler import ThoughtBudget
 from eggroll_llm.engine.vllm.text import TextRules, completion, sampling_params
 from eggroll_llm.engine.watchdog import Watchdog
-from eggroll_llm.errors import EngineError, ModelError, UserError
+from eggroll_llm.errors import ModelError, UserError
 from eggroll_llm.es.estimate import UpdateSpec
 from eggroll_llm.es.noise import NoiseSpec
 from eggroll_llm.es.settings import EsSettings
@@ -73,10 +71,10 @@ class VllmEngine:
         """Start vLLM on a checked model directory.
 
         `slots` members are resident at once, of rank `rank`. Without `trainable` there are no float32 masters, and only
-        `generate`, `stream`, `next_token_logprobs` and `load_weights` may be called. `stock` leaves a CPU to vLLM's own
-        adapter arithmetic, for comparison. With `logprobs` decoding may ask for them, which costs a softmax per token;
-        with `thinking` it may limit thoughts, which takes the tokens of every step to the processor before the next.
-        `vllm_args` replace arguments of vLLM, such as `load_format`, for measurements.
+        `generate`, `stream` and `load_weights` may be called. `stock` leaves a CPU to vLLM's own adapter arithmetic,
+        for comparison. With `logprobs` decoding may ask for them, which costs a softmax per token; with `thinking` it
+        may limit thoughts, which takes the tokens of every step to the processor before the next. `vllm_args` replace
+        arguments of vLLM, such as `load_format`, for measurements.
         Raises ModelError when the model cannot be adapted, ConfigError when memory is short, else EngineError.
         """
         if rank > VLLM_RANKS[-1]:
@@ -85,12 +83,9 @@ class VllmEngine:
         self.model_dir, self.dtype = model_dir, getattr(torch, resolve_dtype(config.dtype))
         if config.threads:
             torch.set_num_threads(config.threads)
-        self._calls, self._slots, self._thinking = count(), slots, thinking
-        self._in_flight, self._burst = _admission(config)
-        self._context, self._patience = max_model_len, 2 * config.max_sequences * max_model_len
-        self._no_requests()
+        self._context, self._slots, self._thinking = max_model_len, slots, thinking
         self.watchdog = Watchdog(config.timeout_seconds)
-        self._version, self._in_process = "base", config.tensor_parallel == 1
+        self._in_process = config.tensor_parallel == 1
         layers = es.layers if es else ()
         sizes = {"slots": slots, "rank": rank, "max_model_len": max_model_len}
         args = engine_args(model_dir, config, self.dtype, **sizes, layers=layers, stock=stock)
@@ -104,6 +99,7 @@ class VllmEngine:
         with contextlib.ExitStack() as failed:
             failed.callback(self.close)
             self._start(args, config)
+            self.queue = RequestQueue(self._llm, self.watchdog, config, max_model_len)
             _check_shapes(model_dir, layers, self.shapes)
             if config.compile:  # which must not fall into the first step
                 self.generate([Request(prompt_ids=(1, 2, 3))], Decoding(max_tokens=2))
@@ -112,7 +108,7 @@ class VllmEngine:
     def _start(self, args: EngineArgs, config: EngineConfig) -> None:
         set_num_threads = torch.set_num_threads
         try:
-            with self.watchdog, environment(config), _inspected_here():
+            with self.watchdog, environment(config), _inspected_here(self._in_process):
                 self._llm = LLMEngine.from_engine_args(args)
                 self.text_rules = TextRules(self._llm.get_tokenizer())
                 started, *_ = self._llm.collective_rpc("es_call", args=("start",))
@@ -125,15 +121,9 @@ class VllmEngine:
         self.shapes: dict[str, tuple[int, int]] = started.shapes
         self.own_sampler: bool = started.own_sampler
 
-    def _no_requests(self) -> None:
-        self._open: dict[str, tuple[int, Callable[[RequestOutput], Any]]] = {}  # by vLLM's id, in order
-        self._waiting: dict[str, tuple[Request, Callable[[Request], SamplingParams]]] = {}  # not with vLLM yet
-        self._asked = 0  # since nothing was open
-        self._steps = 0  # since a request was answered
-
     def begin(self, noise: NoiseSpec, population: int, *, antithetic: bool = True) -> float:
         """Make the members of a step available; return the seconds that their noise took."""
-        self._version = f"{noise.seed}-{noise.step}-{noise.sigma}-{next(self._calls)}"
+        self.queue.name_members(noise)
         return float(max(self._call_all("begin", noise, population, antithetic)))
 
     def generate(
@@ -152,29 +142,21 @@ class VllmEngine:
         Raises EngineError when the engine does not answer every request.
         """
         self.submit(dict(enumerate(requests)), decoding)
-        yield from self._drain()
+        yield from self.queue.drain()
 
     def submit(self, requests: Mapping[int, Request], decoding: Decoding) -> None:
         """Take requests, by keys that are not in use; `poll` answers them."""
         assert not decoding.thinking_token_budget or self._thinking
         params = sampling_params(decoding, self.text_rules, own_sampler=self.own_sampler)
-        self._queue(requests, params, lambda output: completion(output, decoding, self.text_rules))
+        self.queue.add(requests, params, lambda output: completion(output, decoding, self.text_rules))
+
+    def poll(self) -> list[tuple[int, Completion]]:
+        """Compute one step with what was submitted; return (key, completion) of what it finished."""
+        return self.queue.poll()
 
     def abort(self) -> None:
         """Forget whatever was submitted and is not answered."""
-        if unanswered := list(self._open):
-            self._open.clear()
-            self._waiting.clear()
-            with self.watchdog:
-                self._llm.abort_request(unanswered)
-
-    def next_token_logprobs(self, requests: Sequence[Request]) -> Tensor:
-        """Return the log-probabilities [requests, vocabulary] of the token after each prompt, float32."""
-        params = SamplingParams(temperature=0, max_tokens=1, logprobs=-1, detokenize=False)
-        self._queue(dict(enumerate(requests)), lambda request: params, lambda output: output.outputs[0].logprobs[0])
-        first = dict(self._drain())
-        rows = [first[i] for i in range(len(requests))]
-        return torch.tensor([[row[token_id].logprob for token_id in range(len(row))] for row in rows])
+        self.queue.abort()
 
     def score(self, completions: Sequence[Scored], members: Sequence[int | None], temperature: float = 1.0) -> Tensor:
         """Return the log-probabilities [members, tokens], float32, of the tokens of all completions, in order.
@@ -279,23 +261,12 @@ class VllmEngine:
         finally:
             self.watchdog.close()
 
-    @contextlib.contextmanager
-    def _calling(self, what: str) -> Iterator[None]:
-        """A call of vLLM, watched. Raises EngineError for what vLLM raises."""
-        try:
-            with self.watchdog:
-                yield
-        except REFUSALS:
-            raise
-        except Exception as error:
-            raise rank_error(what, self._llm) or call_error(what, error) from error
-
     def _call(self, method: str, *args: Any) -> Any:
         """Call a method of the population on all ranks; return what the first one says."""
         return self._call_all(method, *args)[0]
 
     def _call_all(self, method: str, *args: Any) -> list[Any]:
-        with self._calling(method):
+        with calling(method, self._llm, self.watchdog):
             results = self._llm.collective_rpc("es_call", args=(method, *args))
             for result in results:
                 if isinstance(result, Refused):
@@ -307,96 +278,24 @@ class VllmEngine:
 
     def _forget_prefixes(self) -> None:
         """The cached keys and values belong to the old weights."""
-        with self._calling("reset_prefix_cache"):
+        with calling("reset_prefix_cache", self._llm, self.watchdog):
             if not self._llm.reset_prefix_cache():
                 raise RuntimeError("requests are still running")
 
-    def _queue(
-        self,
-        requests: Mapping[int, Request],
-        params: Callable[[Request], SamplingParams],
-        read: Callable[[RequestOutput], Any],
-    ) -> None:
-        """Take requests, by key; `poll` returns what `read` makes of their outputs."""
-        if not self._open:
-            self._asked = self._steps = 0
-        self._asked += len(requests)
-        for key, request in requests.items():
-            request_id = f"{next(self._calls)}"
-            self._open[request_id] = key, read
-            self._waiting[request_id] = request, params
-
-    def poll(self) -> list[tuple[int, Completion]]:
-        """Compute one step with what was submitted; return (key, completion) of what it finished.
-
-        The first output of a request counts, and others, or of requests that are not open, are left out.
-        """
-        try:
-            with self._calling("sampling"):
-                # vLLM looks through all that wait, at every step, when slots are short: so few wait at a time.
-                unfinished = self._llm.get_num_unfinished_requests()
-                room = self._in_flight - unfinished
-                for request_id in list(islice(self._waiting, room if room >= self._burst else 0)):
-                    request, params = self._waiting.pop(request_id)
-                    prompt: Any = {"prompt_token_ids": list(request.prompt_ids)}
-                    adapter = self._adapter(request.member)
-                    self._llm.add_request(request_id, prompt, params(request), lora_request=adapter)
-                # A step computes a token of those in flight at least, unless vLLM has lost them.
-                self._steps += 1
-                if self._steps > self._patience or not self._llm.has_unfinished_requests():
-                    raise EngineError(
-                        f"the inference engine left {len(self._open)} of {self._asked} requests unanswered"
-                    )
-                outputs = self._llm.step()
-        except EngineError:
-            self._open.clear()  # an engine that failed is asked for nothing more
-            self._waiting.clear()
-            raise
-        answered: list[tuple[int, Any]] = []
-        for output in outputs:
-            if output.finished and output.request_id in self._open:
-                key, read = self._open.pop(output.request_id)
-                self._steps = 0
-                answered.append((key, read(output)))
-        return answered
-
-    def _drain(self) -> Generator[tuple[int, Any]]:
-        """Poll until nothing is open; what is unfinished when this is closed is aborted."""
-        try:
-            while self._open:
-                yield from self.poll()
-        finally:
-            self.abort()
-
-    def _adapter(self, member: int | None) -> LoRARequest | None:
-        """The name is part of the prefix cache's key, so it changes with the noise and the weights."""
-        if member is None:
-            return None
-        name = f"{self._version}-{member}"
-        return LoRARequest(name, member + 1, f"eggroll://{name}")
-
 
 @contextlib.contextmanager
-def _inspected_here() -> Iterator[None]:
-    """Let vLLM look at a model's class in this process, without CUDA: a process for each class takes ten seconds."""
+def _inspected_here(in_process: bool) -> Iterator[None]:
+    """Let vLLM look at a model's class in this process: one of its own for each takes ten seconds.
+
+    It is to keep CUDA out of a process that forks others.
+    """
     in_subprocess = registry._run_in_subprocess
-    if serves_on_cpu():
+    if in_process or serves_on_cpu():
         registry._run_in_subprocess = lambda inspect: inspect()
     try:
         yield
     finally:
         registry._run_in_subprocess = in_subprocess
-
-
-def _admission(config: EngineConfig) -> tuple[int, int]:
-    """Return how many requests vLLM holds at most, and how many it has to lack before it gets more.
-
-    A step with a prompt in it is no CUDA graph, which takes twice as long: of 384 sequences of 150 tokens two or three
-    end at every step, and if others took their places at once, hardly a step would be one.
-    """
-    if serves_on_cpu() or config.enforce_eager:
-        return 2 * config.max_sequences, 1
-    return config.max_sequences, max(1, config.max_sequences // 8)
 
 
 def _parts(members: Sequence[int], slots: int, at_once: int) -> Iterator[list[int]]:

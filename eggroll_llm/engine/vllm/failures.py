@@ -2,6 +2,8 @@
 
 import re
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -10,6 +12,7 @@ from typing import Any
 from vllm import ModelRegistry
 
 from eggroll_llm.config.schema import EngineConfig
+from eggroll_llm.engine.watchdog import Watchdog
 from eggroll_llm.errors import ConfigError, EngineError, ModelError, UserError
 from eggroll_llm.es.estimate import NonFiniteUpdate
 from eggroll_llm.models.architectures import TESTED
@@ -34,7 +37,19 @@ class Refused:
     error: Exception
 
 
-def rank_error(what: str, llm: Any) -> EngineError | None:
+@contextmanager
+def calling(what: str, llm: Any, watchdog: Watchdog) -> Iterator[None]:
+    """A call of vLLM, watched. Raises EngineError for what vLLM raises."""
+    try:
+        with watchdog:
+            yield
+    except REFUSALS:
+        raise
+    except Exception as error:
+        raise _rank_error(what, llm) or call_error(what, error) from error
+
+
+def _rank_error(what: str, llm: Any) -> EngineError | None:
     """Return the error that a call failed with because a rank of the engine has ended; None where none has."""
     workers = getattr(getattr(llm, "model_executor", None), "workers", ())
     if not wait([worker.proc.sentinel for worker in workers], NOTICED if workers else 0):

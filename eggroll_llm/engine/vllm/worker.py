@@ -3,7 +3,7 @@
 vLLM mixes `EsWorkerExtension` into its worker class; `es_call` reaches the methods of the `Population`, which exists as
 soon as the model is loaded: before vLLM measures how much memory is left, and before it captures CUDA graphs. What is
 replaced, on instances only: how members become resident and tokens get their slots (nothing is loaded from disk), and
-the linear layers' adapter arithmetic with the norms and activations around it (`blocks`, `norms`, `compiled`). With
+the linear layers' adapter arithmetic with the norms and activations around it (`blocks`, `norms`). With
 `stock`, a reference, vLLM's own arithmetic stays: on CPU it is slow and applies the last slot's adapter to tokens
 without one, on CUDA most of its grid is empty.
 """
@@ -27,7 +27,6 @@ from eggroll_llm.engine.interface import UpdateTimes
 from eggroll_llm.engine.token_tree import TokenTree
 from eggroll_llm.engine.vllm import norms
 from eggroll_llm.engine.vllm.arguments import POPULATION
-from eggroll_llm.engine.vllm.compiled import compile_model
 from eggroll_llm.engine.vllm.failures import REFUSALS, Refused
 from eggroll_llm.engine.vllm.layers import Layer, find_layers, parameter_parts
 from eggroll_llm.engine.vllm.ranks import Ranks
@@ -58,6 +57,16 @@ from eggroll_llm.kernels.member_term import AddTerm, graph_operator, implementat
 from eggroll_llm.system.hardware import cxx_compiler
 
 log = logging.getLogger(__name__)
+
+# As vLLM sets them for its own compilation on CPU, and without guards: shapes are dynamic, nothing else changes.
+_COMPILATION: dict[str, Any] = {
+    "dce": True,
+    "size_asserts": False,
+    "nan_asserts": False,
+    "epilogue_fusion": True,
+    "cpp.dynamic_threads": True,
+    "guard_filter_fn": torch.compiler.skip_all_guards_unsafe,
+}
 
 
 class EsWorkerExtension:
@@ -282,9 +291,21 @@ class Population:
         for layer in self.layers:
             layer.module.apply = _linear_with_term(layer, self._tokens.slot_T, add_term)
         if compiled:
-            compile_model(model)
+            _compile(model)
         else:
             norms.install(model)
+
+
+def _compile(model: torch.nn.Module) -> None:
+    """Compile the transformer inside `model` at its first forward pass, which vLLM does not do with adapters on CPU.
+
+    The member term is an operator inside the graph, and weights sit behind handles that the graph reads at every call,
+    so that an update needs no new compilation.
+    """
+    # Without guards, code compiled for an earlier engine of this process would be taken for this one's.
+    torch._dynamo.reset()
+    inner: Any = next(module for module in model.modules() if hasattr(module, "do_not_compile"))
+    inner.forward = torch.compile(inner.forward, fullgraph=True, dynamic=True, backend="inductor", options=_COMPILATION)
 
 
 def _linear_with_term(layer: Layer, slot_T: Tensor, add_term: AddTerm) -> Callable[..., Tensor]:

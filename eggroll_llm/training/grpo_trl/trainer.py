@@ -1,15 +1,15 @@
-"""TRL's `GRPOTrainer` with our engine where it has vLLM. The only module that imports TRL; `grpo` does when it runs.
+"""TRL's `GRPOTrainer` with our engine where it has vLLM. Only this folder imports TRL; `grpo` does when it runs.
 
 TRL 1.16 offers two ways to roll out elsewhere. A `rollout_func` gets no importance-sampling correction: that belongs to
-`use_vllm`. So we take the place of TRL's `VLLMGeneration`, the object with `sync_weights` and `generate` behind
-`use_vllm`, and everything else is TRL's own code: when weights are synchronised, what is done with log-probabilities,
-advantages, loss, micro batches, clipping, optimizer. What is replaced besides:
+`use_vllm`. So `Rollouts` takes the place of TRL's `VLLMGeneration`, the object with `sync_weights` and `generate`
+behind `use_vllm`, and everything else is TRL's own code: when weights are synchronised, what is done with
+log-probabilities, advantages, loss, micro batches, clipping, optimizer. What is replaced besides:
 
 * The sampler: each batch holds the problems of `problems_of_step`, each `samples_per_prompt` times in a row.
 * The tokens of the prompts: `Prompter`'s, which ES sees too. To TRL a prompt is the number of a problem.
 * The scheduler: `es.plan.schedule`, the one of ES, times a linear warm-up.
 * The pass over prompts: completions of a problem in a micro batch share one, forward and backward, as they share a
-  prefix in vLLM (`_score_completions`): 64 answers of a few tokens to 8 prompts of 84 take a third of the time.
+  prefix in vLLM (`score_completions`): 64 answers of a few tokens to 8 prompts of 84 take a third of the time.
 * The padding: TRL fills every completion up to the longest of the step, here it is up to the longest of a micro batch.
 * The order of completions, which TRL shuffles before it cuts them into micro batches: those of a prompt stay together,
   short before long, so that more of a prompt and less padding is shared (`side_by_side`). Only "bnpo", whose loss
@@ -21,30 +21,23 @@ advantages, loss, micro batches, clipping, optimizer. What is replaced besides:
 * Model cards, telemetry and printing are switched off: ours are used.
 """
 
-import contextlib
-import dataclasses
 import logging
-import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence, Sized
+from collections.abc import Callable, Iterator, Sized
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.nn.functional import pad
 
 import eggroll_llm.engine.vllm  # noqa: F401  # TRL imports vLLM, whose environment this sets
 from eggroll_llm.config.schema import RunConfig
-from eggroll_llm.engine.interface import Decoding, Engine, Progress
-from eggroll_llm.engine.sampling import OnRollout, Rollout, sample_population, sampling_seed
-from eggroll_llm.errors import TrainingError
-from eggroll_llm.es.matmul import float32_products
 from eggroll_llm.es.plan import schedule
-from eggroll_llm.es.weight_change import UpdateReport, sampled_rows, update_report
-from eggroll_llm.models.targets import TARGET_MODULES, is_trained
+from eggroll_llm.models.targets import TARGET_MODULES
 from eggroll_llm.system.hardware import return_freed_memory
 from eggroll_llm.tasks.order import problems_of_step
 from eggroll_llm.tasks.prompts import ProblemSet
+from eggroll_llm.training.grpo_trl.passes import score_completions, side_by_side
+from eggroll_llm.training.grpo_trl.rollouts import Rollouts
 
 with warnings.catch_warnings():
     # That vLLM is newer than TRL knows: its vLLM code is not used, and the engine pins its own version.
@@ -62,7 +55,6 @@ from transformers import (
     TrainerState,
 )
 from transformers.utils import logging as transformers_logging
-from trl.kernels import chunked_logprob
 from trl.trainer import grpo_trainer
 from trl.trainer import utils as trl_utils
 
@@ -70,80 +62,6 @@ trl_utils._use_triton = lambda device: True  # in that module it means nothing b
 
 NO_LIMIT = 10**7  # steps of a run that ends by the clock
 _NUMPY_SEEDS = 2**32
-_ADAPTED = ".base_layer."  # what peft puts into the name of a weight that has an adapter
-
-
-class Rollouts:
-    """Takes the place of TRL's `VLLMGeneration`."""
-
-    def __init__(
-        self,
-        engine: Engine,
-        config: RunConfig,
-        decoding: Decoding,
-        on_progress: Progress,
-        on_begin: Callable[[], OnRollout],
-    ) -> None:
-        """`on_begin` is called before a step is sampled, and what it returns with each rollout."""
-        self._engine, self._config, self._on_begin = engine, config, on_begin
-        self._decoding, self._on_progress = dataclasses.replace(decoding, logprobs=True), on_progress
-        self.model: Any = None
-        """The model in training, set by its trainer."""
-        self.step = 0
-        """Step of the run, set before it samples: sampling depends on nothing but seed and step."""
-        self.last: list[Rollout] = []
-        """What the last call of `generate` returned, in order."""
-        self.sampling_seconds = self.sync_seconds = 0.0
-        """Spent since they were set to 0."""
-        self.report: UpdateReport | None = None
-        """How far the weights moved between the last two times that they were served."""
-        self._rows: list[torch.Tensor] = []
-
-    def sync_weights(self) -> None:
-        """Serve the weights of the model in training, rounded to the engine's format.
-
-        Raises TrainingError, with the old ones served on, when there is a weight that is not finite.
-        """
-        start = time.perf_counter()
-        weights = checkpoint_tensors(self.model)
-        sums = torch.stack([tensor.sum(dtype=torch.float32) for tensor in weights.values()])
-        if lost := [name for name, finite in zip(weights, sums.isfinite().tolist(), strict=True) if not finite]:
-            raise TrainingError(
-                f"step {self.step}: {len(lost)} tensors are not finite any more, first {lost[0]}: start a new run with "
-                "a lower grpo.learning_rate"
-            )
-        rows = sampled_rows([tensor.detach() for name, tensor in weights.items() if is_trained(name)])
-        self.report = update_report(self._rows, rows, self._engine.dtype) if self._rows else None
-        self._rows = rows
-        self._engine.load_weights(weights)
-        self.sync_seconds += time.perf_counter() - start
-
-    def generate(
-        self, prompts: Sequence[Sequence[int]], images: Any, num_generations: int, profiler: Any = None
-    ) -> tuple[Any, list[list[int]], list[list[list[float]]], None]:
-        """Answer prompts, each of which comes `num_generations` times in a row.
-
-        Returns:
-            The prompts, and per completion its tokens and, in a list of one, the log-probability of each.
-        """
-        start = time.perf_counter()
-        self.last = sample_population(
-            self._engine,
-            [tuple(ids) for ids in prompts[::num_generations]],
-            (None,),
-            num_generations,
-            self._decoding,
-            seed=self._config.seed,
-            step=self.step,
-            on_progress=self._on_progress,
-            on_rollout=self._on_begin(),
-        )
-        # TRL shuffles completions with "bnpo" before it cuts them into micro batches; vLLM has moved the generator.
-        torch.manual_seed(sampling_seed(self._config.seed, self.step, len(prompts), 0))
-        self.sampling_seconds += time.perf_counter() - start
-        completions = [rollout.completion for rollout in self.last]
-        ids = [list(completion.token_ids) for completion in completions]
-        return prompts, ids, [[[logprob] for logprob in c.logprobs] for c in completions], None
 
 
 class StepSampler(torch.utils.data.Sampler[int]):
@@ -302,60 +220,12 @@ class EngineGrpoTrainer(GRPOTrainer):
         with self.accelerator.autocast():
             for ids, mask in zip(input_ids.split(sizes), attention_mask.split(sizes), strict=True):
                 return_freed_memory()  # no two passes are of the same size
-                outputs.append(_score_completions(model, ids, mask, logits_to_keep))
+                outputs.append(score_completions(model, ids, mask, logits_to_keep))
         logps, entropies = zip(*outputs, strict=True)
         return torch.cat(logps), torch.cat(entropies) if compute_entropy else None, None
 
     def _tokenize_prompts(self, prompts: list[str]) -> tuple[list[list[int]], None, dict[str, Any]]:
         return [list(self._train_prompts[int(prompt)]) for prompt in prompts], None, {}
-
-
-def add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
-    """Add a @ b to a float32 matrix in place, as TRL does, without rounding the product first.
-
-    Of bfloat16 matrices on CPU, TRL makes float32 ones for it. Their products can still be had from bfloat16
-    instructions, which add up in float32 too, in half the time.
-    """
-    with float32_products("medium") if a.dtype == b.dtype == torch.bfloat16 else contextlib.nullcontext():
-        _trl_add_product(total, a, b)
-
-
-_trl_add_product, chunked_logprob._addmm_fp32 = chunked_logprob._addmm_fp32, add_product
-
-
-def side_by_side(batch: dict[str, Any]) -> dict[str, Any]:
-    """Return the completions of a step with those of a prompt in a row, short before long."""
-    _, prompt = torch.unique(batch["prompt_ids"], dim=0, return_inverse=True)
-    length = batch["completion_mask"].sum(dim=1)
-    order = (prompt * (1 + length.max()) + length).argsort(stable=True)
-    return {key: value[order] if torch.is_tensor(value) and value.ndim else value for key, value in batch.items()}
-
-
-def _score_completions(
-    model: Any, ids: torch.Tensor, mask: torch.Tensor, length: int
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Return log-probabilities and entropies (B, length) of the last `length` tokens, 0 where there is padding.
-
-    A prompt's keys and values are computed once and selected for each of its completions; gradients add up on the way
-    back. The last token of the prompt goes with the completion, as it predicts the first one. Columns that are padding
-    in every row are left out.
-    """
-    used = mask.any(dim=0).nonzero()
-    first, padding = int(used[0]), min(mask.size(1) - 1 - int(used[-1]), length - 1)  # one column stays, whatever it is
-    ids, mask = (tensor[:, first : tensor.size(1) - padding] for tensor in (ids, mask))
-    head = ids.size(1) - (length - padding) - 1
-    cache = None
-    if head:  # else all prompts are of one token
-        prompts, which = torch.unique(torch.stack([ids, mask], dim=-1)[:, :head], dim=0, return_inverse=True)
-        inner = model.get_base_model() if hasattr(model, "peft_config") else model
-        passed = inner.base_model(input_ids=prompts[..., 0], attention_mask=prompts[..., 1], use_cache=True)
-        cache = passed.past_key_values
-        cache.batch_select_indices(which)
-    tail = ids[:, head:]
-    labels = tail.masked_fill(mask[:, head:] == 0, -100)
-    out = model(input_ids=tail, attention_mask=mask, past_key_values=cache, labels=labels, fused_lm_head=True)
-    entropy = None if out.entropy is None else pad(out.entropy, (0, padding))
-    return pad(out.log_probs, (0, padding)), entropy
 
 
 def arguments(config: RunConfig, directory: Path, *, use_cpu: bool) -> GRPOConfig:
@@ -425,19 +295,3 @@ def load_model(directory: Path) -> tuple[Any, Any]:
     """Return the model with float32 weights, and its tokenizer."""
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, trust_remote_code=False)
     return model, AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
-
-
-def checkpoint_tensors(model: Any) -> dict[str, torch.Tensor]:
-    """Return every weight by name: views of the model's own, but where it has an adapter W + (alpha / r) B A, a copy.
-
-    Merging in place, as peft does it, and taking the adapter out again would leave a rounding error in W every time.
-    """
-    inner = model.get_base_model() if hasattr(model, "peft_config") else model
-    tensors = {
-        name.replace(_ADAPTED, "."): tensor for name, tensor in inner.state_dict().items() if ".lora_" not in name
-    }
-    for name, module in inner.named_modules():
-        if hasattr(module, "get_delta_weight"):
-            for adapter in module.active_adapters:
-                tensors[f"{name}.weight"] = tensors[f"{name}.weight"] + module.get_delta_weight(adapter).detach()
-    return tensors
