@@ -6,7 +6,7 @@ the first (reference.json).
 
 import json
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +25,11 @@ class Drawn:
     """Problems."""
     token_ids: tuple[tuple[Tokens, ...], ...]
     """Answers in tokens, by problem."""
-    rewards: tuple[tuple[float, ...], ...]
-    """Their rewards, by problem; NaN and infinity are kept."""
-    logprobs: tuple[float, ...]
-    """Float32 log-probabilities of the scored tokens under the weights that drew them."""
-    metrics: dict[str, float]
+    rewards: tuple[tuple[float, ...], ...] = ()
+    """Their rewards, by problem; NaN and infinity are kept. A reference has none."""
+    logprobs: tuple[float, ...] = ()
+    """Float32 log-probabilities of the scored tokens under the weights that drew them; empty until they are asked."""
+    metrics: dict[str, float] = field(default_factory=dict)
     """What the row of that step said of the rewards."""
 
 

@@ -24,6 +24,7 @@ from typing import Any, Literal, Self
 from eggroll_llm.errors import RunDirError, SamplesError
 from eggroll_llm.records.answers import Sample, read_samples, samples_text
 from eggroll_llm.records.baseline import Constant
+from eggroll_llm.records.drawn import Drawn, drawn_text
 from eggroll_llm.records.lock import RunLock, holder_of
 from eggroll_llm.system.files import (
     append,
@@ -144,13 +145,9 @@ class RunDir(AbstractContextManager["RunDir"]):
         """Add a line a row, each with its `step`, to completions.jsonl; half surrogates become U+FFFD."""
         self._append(self.completions, rows)
 
-    def write_reference(self, text: str) -> None:
-        """Replace reference.json, whole or not at all."""
-        self._write_text(self.reference, text)
-
-    def write_drawn(self, text: str) -> None:
-        """Replace drawn.json, whole or not at all."""
-        self._write_text(self.drawn, text)
+    def write_drawn(self, file: Path, drawn: Drawn) -> None:
+        """Replace drawn.json or reference.json, whole or not at all."""
+        self._write_text(file, drawn_text(drawn))
 
     def write_evaluation(self, step: int, settings: Mapping[str, Any], samples: Iterable[Sample]) -> None:
         """Write the graded answers of an evaluation to evaluations/, whole or not at all."""

@@ -37,7 +37,7 @@ from eggroll_llm.es.estimate import NonFiniteUpdate, UpdateSpec, check_finite
 from eggroll_llm.es.fitness import Fitness, shape_fitness, shape_twins
 from eggroll_llm.es.likelihood import Candidates, candidates, divergence, returns
 from eggroll_llm.es.plan import StepPlan
-from eggroll_llm.records.drawn import Drawn
+from eggroll_llm.records.drawn import Drawn, read_drawn
 from eggroll_llm.records.updates import CHECKSUM_EVERY, journal_entry
 from eggroll_llm.tasks.order import SkippingOrder
 from eggroll_llm.training.evaluation import Evaluation
@@ -78,7 +78,7 @@ class EsTrainer:
         run = harness.run
         self.harness, self.config, self.train_set = harness, harness.config, run.prepared.train
         self.engine, self.scorer, self.recorder = run.engine, run.scorer, run.recorder
-        self._drawn = run.recorder.kept_answers()
+        self._drawn = read_drawn(run.recorder.directory.drawn)
         # Answers of a later step are of a run that was cut back.
         unknown = self._drawn is None or self._drawn.step > harness.step + 1
         if self.config.es.answer_reuse > 1 and harness.step and unknown:
@@ -177,14 +177,12 @@ class EsTrainer:
             indices=tuple(indices_P),
             token_ids=tuple(tuple(token_ids[p : p + samples]) for p in range(0, len(token_ids), samples)),
             rewards=tuple(map(tuple, rewards_PS.tolist())),
-            logprobs=(),
-            metrics={},
         )
         fitness, logprob_N, asked = self._ask(plan, drawn)
         if es.answer_reuse > 1:
             said = {key: metrics[key] for key in ("reward/mean", "reward/accuracy", "completions/truncated")}
             self._drawn = dataclasses.replace(drawn, logprobs=tuple(logprob_N.tolist()), metrics=said | NOTHING_SAMPLED)
-            self.recorder.keep_answers(self._drawn)
+            self.recorder.keep(self.recorder.directory.drawn, self._drawn)
         return Judged(rollouts=scored, fitness=fitness, metrics=metrics | asked | drifted)
 
     def _drift(self, kept: Drawn) -> float:

@@ -133,14 +133,7 @@ def draw_reference(engine: Engine, problems: ProblemSet, decoding: Decoding) -> 
     indices = range(min(REFERENCES, len(problems.prompts)))
     requests = [Request(prompt_ids=problems.prompts[p], seed=sampling_seed(0, 0, p, 0)) for p in indices]
     completions = engine.generate(requests, plain(decoding, max_tokens=REFERENCE_TOKENS))
-    drawn = Drawn(
-        step=0,
-        indices=tuple(indices),
-        token_ids=tuple((completion.token_ids,) for completion in completions),
-        rewards=(),
-        logprobs=(),
-        metrics={},
-    )
+    drawn = Drawn(step=0, indices=tuple(indices), token_ids=tuple((each.token_ids,) for each in completions))
     (logprob_N,) = engine.score(_scored(problems, drawn), [None])
     return dataclasses.replace(drawn, logprobs=tuple(logprob_N.tolist()))
 

@@ -18,6 +18,7 @@ from eggroll_llm.engine.sampling import OnRollout, Rollout, added, decoding_of, 
 from eggroll_llm.errors import ModelError, TaskError
 from eggroll_llm.records.baseline import Constant
 from eggroll_llm.records.diagnosis import diagnose, news
+from eggroll_llm.records.drawn import read_drawn
 from eggroll_llm.system import signals
 from eggroll_llm.tasks.constant import best_constant
 from eggroll_llm.tasks.order import problems_of_step
@@ -139,16 +140,15 @@ class Harness:
 
     def start(self) -> Evaluation:
         """Evaluate the base model, as step 0, and find the best constant answer, which the figures are read next to."""
-        prepared = self.run.prepared
+        prepared, recorder = self.run.prepared, self.run.recorder
         train, held_out = prepared.train.problems, prepared.held_out.problems
         constant = best_constant(prepared.task, train, held_out, self.run.scorer.judge)
         evaluation = self._evaluate(constant)
         if self.config.method == "es":
             with contextlib.suppress(ModelError):  # an architecture that cannot score is trained without
-                self.run.recorder.keep_reference(draw_reference(self.run.engine, prepared.held_out, self.greedy))
-        self.run.recorder.record_metrics(
-            {"step": 0, "wall_time": 0.0, **evaluation.metrics}, answers=evaluation.samples
-        )
+                reference = draw_reference(self.run.engine, prepared.held_out, self.greedy)
+                recorder.keep(recorder.directory.reference, reference)
+        recorder.record_metrics({"step": 0, "wall_time": 0.0, **evaluation.metrics}, answers=evaluation.samples)
         self._show_course()
         return evaluation
 
@@ -172,7 +172,7 @@ class Harness:
         evaluation = self._evaluate() if self._evaluation_due() else None
         if evaluation:
             row |= evaluation.metrics | recorder.against_base(evaluation)
-            if reference := recorder.reference():
+            if reference := read_drawn(recorder.directory.reference):
                 row["base/divergence"] = divergence_from(reference, self.run.engine, self.run.prepared.held_out)
         recorded = to_record(shown, rollouts, config.log.completions)
         completions = [completion_row(rollout, self.step, train, indices_P) for rollout in recorded]

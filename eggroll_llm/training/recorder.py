@@ -14,7 +14,7 @@ from eggroll_llm.errors import SamplesError
 from eggroll_llm.models.card import Trained, write_card
 from eggroll_llm.records.answers import Sample
 from eggroll_llm.records.checkpoint import checkpoint_path, is_valid, list_checkpoints, prune, save_checkpoint
-from eggroll_llm.records.drawn import Drawn, drawn_text, read_drawn
+from eggroll_llm.records.drawn import Drawn
 from eggroll_llm.records.journal import Journal
 from eggroll_llm.records.run_dir import RunDir
 from eggroll_llm.records.weights import best_step, write_provenance
@@ -84,23 +84,10 @@ class Recorder:
         with self.saving():
             self.directory.write_evaluation(step, settings, evaluation.samples)
 
-    def keep_answers(self, drawn: Drawn) -> None:
-        """Write the answers that later steps learn from, too."""
+    def keep(self, file: Path, drawn: Drawn) -> None:
+        """Write answers, with what later steps need of them, into a file of the run directory."""
         with self.saving():
-            self.directory.write_drawn(drawn_text(drawn))
-
-    def kept_answers(self) -> Drawn | None:
-        """Return the answers that an earlier process kept; None when there are none."""
-        return read_drawn(self.directory.drawn)
-
-    def keep_reference(self, drawn: Drawn) -> None:
-        """Write the base model's own answers with their log-probabilities, which later weights are compared with."""
-        with self.saving():
-            self.directory.write_reference(drawn_text(drawn))
-
-    def reference(self) -> Drawn | None:
-        """Return what `keep_reference` wrote; None when there is nothing."""
-        return read_drawn(self.directory.reference)
+            self.directory.write_drawn(file, drawn)
 
     def against_base(self, evaluation: Evaluation) -> Metrics:
         """Compare with the base model's answers, problem by problem; {} where they are missing or of other problems."""
