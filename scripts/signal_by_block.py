@@ -25,6 +25,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from eggroll_llm.config.recipe import load_recipe
 from eggroll_llm.models.targets import block_of, trained_parameters
 from eggroll_llm.tasks.prompts import ProblemSet
+from eggroll_llm.tasks.task import Answer
 from eggroll_llm.training.prepare import Prepared, prepare
 
 BATCH = 16
@@ -52,7 +53,7 @@ class Answers:
             for row, tokens in enumerate(out[:, width:].tolist()):
                 i = start + row // (len(out) // len(prompts))
                 kept, text = self.cut(tokens)
-                yield i, kept, self.prepared.task.score(text, problems.problems[i])
+                yield i, kept, self.prepared.task.score(Answer(text=text, problem=problems.problems[i]))
 
     def cut(self, tokens: list[int]) -> tuple[tuple[int, ...], str]:
         """Return the tokens of an answer, its end included, and its text before that."""

@@ -23,7 +23,7 @@ from typing import Any, Literal, NoReturn
 from eggroll_llm.errors import TaskError
 from eggroll_llm.tasks.countdown_generate import Key, Space, draw_problems, key_of
 from eggroll_llm.tasks.countdown_read import Solutions, file_problems, hub_problems
-from eggroll_llm.tasks.task import Message, Place, Problem, Split, check_format_reward, no_place
+from eggroll_llm.tasks.task import Answer, Message, Place, Problem, Split, check_format_reward, no_place
 from rewards import Score, countdown
 
 _Rows = list[Problem]
@@ -110,24 +110,23 @@ class CountdownTask:
         content = _CHAT.format(target=target, numbers=_listed(numbers), usage=usage, operators=operators)
         return [{"role": "user", "content": content}]
 
-    def score(self, completion: str, problem: Problem, *, truncated: bool = False, thought_open: bool = False) -> Score:
-        """Grade a completion; one that was cut off has no closing tag, so `truncated` changes nothing."""
+    def score(self, answer: Answer) -> Score:
+        """Grade an answer; one that was cut off has no closing tag, so `truncated` changes nothing."""
         return countdown.score(
-            completion,
-            problem["numbers"],
-            problem["target"],
+            answer.text,
+            answer.problem["numbers"],
+            answer.problem["target"],
             use_all=self.options.use_all,
             format_reward=self.options.format_reward,
             answer_format=self._answer_format,
-            thought_open=thought_open or self._opens_thought,
+            thought_open=answer.thought_open or self._opens_thought,
         )
 
-    def answer(self, completion: str, *, truncated: bool = False, thought_open: bool = False) -> str | None:
+    def answer(self, answer: Answer) -> str | None:
         """Return the expression, without spaces."""
-        answer = countdown.read_answer(
-            completion, answer_format=self._answer_format, thought_open=thought_open or self._opens_thought
-        )
-        return "".join(answer.split()) if answer else None
+        thought_open = answer.thought_open or self._opens_thought
+        expression = countdown.read_answer(answer.text, answer_format=self._answer_format, thought_open=thought_open)
+        return "".join(expression.split()) if expression else None
 
     @property
     def _answer_format(self) -> Literal["tag", "line"]:

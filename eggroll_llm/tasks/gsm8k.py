@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 from eggroll_llm.errors import TaskError
 from eggroll_llm.tasks.read import load_file, load_hub, missing_column
-from eggroll_llm.tasks.task import Message, Place, Problem, Split, check_format_reward, no_place
+from eggroll_llm.tasks.task import Answer, Message, Place, Problem, Split, check_format_reward, no_place
 from rewards import Score, gsm8k
 
 HUB_NAME = "openai/gsm8k"
@@ -84,20 +84,19 @@ class Gsm8kTask:
         ]
         return "".join(shots) + f"Question: {problem['question']}\nAnswer:"
 
-    def score(self, completion: str, problem: Problem, *, truncated: bool = False, thought_open: bool = False) -> Score:
-        """Grade a completion."""
+    def score(self, answer: Answer) -> Score:
+        """Grade an answer."""
         return gsm8k.score(
-            completion,
-            problem["answer"],
-            truncated=truncated,
-            thought_open=thought_open,
+            answer.text,
+            answer.problem["answer"],
+            **answer.options,
             method=self.options.grader,
             format_reward=self.options.format_reward,
         )
 
-    def answer(self, completion: str, *, truncated: bool = False, thought_open: bool = False) -> str | None:
+    def answer(self, answer: Answer) -> str | None:
         """Return the number in the form that the grader compares."""
-        return gsm8k.read_answer(completion, truncated=truncated, thought_open=thought_open, method=self.options.grader)
+        return gsm8k.read_answer(answer.text, **answer.options, method=self.options.grader)
 
     def gold(self, problem: Problem) -> str | None:
         """Return the published solution."""

@@ -54,17 +54,33 @@ def _as_json(value: object) -> str | None:
         return None
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Answer:
+    """What is graded."""
+
+    text: str
+    problem: Problem
+    truncated: bool = False
+    """Whether the length limit cut it off."""
+    thought_open: bool = False
+    """Whether the prompt ended in a thought."""
+    token_ids: Sequence[int] = ()
+    """Its tokens, where they are known."""
+
+    @property
+    def options(self) -> dict[str, bool]:
+        """Return what graders of texts get as keywords."""
+        return {"truncated": self.truncated, "thought_open": self.thought_open}
+
+
 class Grading(Protocol):
-    """Grades completions."""
+    """Grades answers."""
 
-    def score(self, completion: str, problem: Problem, *, truncated: bool = False, thought_open: bool = False) -> Score:
-        """Grade a completion.
+    def score(self, answer: Answer) -> Score:
+        """Grade an answer."""
 
-        `truncated` says that the length limit cut it off, `thought_open` that the prompt ended in a thought.
-        """
-
-    def answer(self, completion: str, *, truncated: bool = False, thought_open: bool = False) -> str | None:
-        """Return the answer of the completion for majority votes, equal for equal answers; None without one."""
+    def answer(self, answer: Answer) -> str | None:
+        """Return what majority votes count, equal for equal answers; None where there is none."""
 
 
 class Task(Grading, Protocol):
@@ -124,25 +140,6 @@ def sandboxed(task: Task) -> Sandboxed | None:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Answer:
-    """What is graded."""
-
-    text: str
-    problem: Problem
-    truncated: bool = False
-    """Whether the length limit cut it off."""
-    thought_open: bool = False
-    """Whether the prompt ended in a thought."""
-    token_ids: Sequence[int] = ()
-    """Its tokens, where they are known."""
-
-    @property
-    def options(self) -> dict[str, bool]:
-        """Return what a task's methods get besides text and problem; `thought_open` only where it is true."""
-        return {"truncated": self.truncated} | ({"thought_open": True} if self.thought_open else {})
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class Verdict:
     """The result of grading an answer."""
 
@@ -170,14 +167,14 @@ def judge(
     """
     score, failure, out_of_memory, vote = None, "", False, None
     try:
-        given: Any = scored() if scored else task.score(answer.text, answer.problem, **answer.options)
+        given: Any = scored() if scored else task.score(answer)
         parts = {str(name): None if value is None else float(value) for name, value in dict(given.parts).items()}
         score = Score(float(given.reward), bool(given.correct), str(given.detail), parts)
     except catch as error:
         failure, out_of_memory = short_traceback(error), isinstance(error, MemoryError)
     if voted:
         with contextlib.suppress(catch):  # like a score that fails, it costs its own completion
-            vote = task.answer(answer.text, **answer.options)
+            vote = task.answer(answer)
     return Verdict(score=score, failure=failure, vote=vote, out_of_memory=out_of_memory)
 
 

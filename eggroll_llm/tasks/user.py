@@ -112,14 +112,12 @@ class UserTask:
             "dict with a role and a content."
         )
 
-    def score(self, completion: str, problem: Problem, *, truncated: bool = False, thought_open: bool = False) -> Score:
+    def score(self, answer: Answer) -> Score:
         """Return the user's score; its exceptions propagate. Raises TypeError when it is not a score."""
         if not hasattr(self.inner, "score"):
-            answer = Answer(text=completion, problem=problem, truncated=truncated, thought_open=thought_open)
             return as_score(self.score_batch([answer])[0])
-        given = {"truncated": truncated, "thought_open": thought_open}
-        options = {name: value for name, value in given.items() if name in self.takes}
-        return as_score(self.inner.score(completion, problem, **options))
+        options = {name: getattr(answer, name) for name in self.takes}
+        return as_score(self.inner.score(answer.text, answer.problem, **options))
 
     def score_batch(self, answers: Sequence[Answer]) -> list[object]:
         """Return what the user's score_batch returns; its exceptions propagate.
@@ -139,12 +137,12 @@ class UserTask:
             )
         return values
 
-    def answer(self, completion: str, *, truncated: bool = False, thought_open: bool = False) -> str | None:
+    def answer(self, answer: Answer) -> str | None:
         """Return the user's answer, if there is such a method."""
         if not hasattr(self.inner, "answer"):
             return None
-        answer = self.inner.answer(completion)
-        return None if answer is None else str(answer)
+        given = self.inner.answer(answer.text)
+        return None if given is None else str(given)
 
     def gold(self, problem: Problem) -> str | None:
         """Return the user's gold answer, if there is such a method. Raises TaskError when it is not text."""

@@ -2,6 +2,7 @@
 
 import pytest
 from dataset_files import SUMS, write
+from scored import written
 
 from eggroll_llm.cli.main import main
 from eggroll_llm.config.recipe import load_recipe
@@ -27,7 +28,7 @@ def test_a_task_that_loads(tmp_path, capsys):
     task = loaded("made/my_task.toml", tmp_path)
     problem = task.problems("train")[0]
     assert "my_task.toml --dry-run" in (tmp_path / "made/my_task.py").read_text()
-    assert [task.score(text, problem).reward for text in (task.gold(problem), " 7", "?")] == [1.0, 0.1, 0.0]
+    assert [task.score(written(text, problem)).reward for text in (task.gold(problem), " 7", "?")] == [1.0, 0.1, 0.0]
     assert not {task.prompt(p) for p in task.problems("train")} & {task.prompt(p) for p in task.problems("test")}
 
 

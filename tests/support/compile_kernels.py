@@ -26,6 +26,7 @@ TYPES: dict[str, str] = {
     "inside": NUMBER, "first_block": NUMBER, "first_A": NUMBER, "first_B": NUMBER,
     "token_Q": WORDS, "logits_QV": FLOATS, "seed_Q": WORDS, "position_Q": WORDS, "stride": NUMBER,
 }  # fmt: skip
+NORM = {"SIZE": 1536, "BLOCK": 2048}
 NOTHING_BEFORE = {"h_TR": None, "A_SV": None}
 WITHOUT = {**NOTHING_BEFORE, "after_TCR": None, "B_SCRI": None}
 KERNELS: list[tuple[Any, dict[str, Any]]] = [  # with the sizes of Qwen2.5-1.5B at ranks 1 and 8
@@ -33,10 +34,10 @@ KERNELS: list[tuple[Any, dict[str, Any]]] = [  # with the sizes of Qwen2.5-1.5B 
     (member_term_triton._shrink, {"INSIDE": 1536, "ROWS": 24, "BLOCK_ROWS": 8, "BLOCK_I": 512}),
     (member_term_triton._expand, {"OUT": 2048, "C": 3, "R": 1, "BLOCK": 1024}),
     (member_term_triton._expand, {"OUT": 1536, "C": 1, "R": 8, "BLOCK": 1024}),
-    (norms_triton._rms_norm, {"SIZE": 1536, "R": 0, "AFTER": 0, "HAS_RESIDUAL": False, "BLOCK": 2048, **WITHOUT}),
-    (norms_triton._rms_norm, {"SIZE": 1536, "R": 0, "AFTER": 3, "HAS_RESIDUAL": True, "BLOCK": 2048, **NOTHING_BEFORE}),
-    (norms_triton._rms_norm, {"SIZE": 1536, "R": 8, "AFTER": 24, "HAS_RESIDUAL": True, "BLOCK": 2048}),
-    (norms_triton._silu_and_mul, {"SIZE": 8960, "R": 8, "AFTER": 8, "ROWS": 8, "BLOCK": 512}),
+    (norms_triton._rms_norm, {"R": 0, "AFTER": 0, "ROWS": 1, "HAS_RESIDUAL": False, **NORM, **WITHOUT}),
+    (norms_triton._rms_norm, {"R": 0, "AFTER": 3, "ROWS": 4, "HAS_RESIDUAL": True, **NORM, **NOTHING_BEFORE}),
+    (norms_triton._rms_norm, {"R": 8, "AFTER": 24, "ROWS": 4, "HAS_RESIDUAL": True, **NORM}),
+    (norms_triton._silu_and_mul, {"SIZE": 8960, "R": 8, "AFTER": 8, "ROWS": 8, "BLOCK": 1024}),
     (noise_triton._place, {"R": 3, "BLOCKS": 512}),
     (fold_triton._fold, {"SERVES": True, "BLOCK": 64, "BLOCK_K": 16}),
     (fold_triton._fold, {"SERVES": False, "BLOCK": 64, "BLOCK_K": 16}),

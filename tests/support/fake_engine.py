@@ -26,7 +26,7 @@ from eggroll_llm.es.settings import EsSettings
 from eggroll_llm.records.journal import read_journal
 from eggroll_llm.system.jsonl import last_step
 from eggroll_llm.tasks.prompts import ProblemSet
-from eggroll_llm.tasks.task import Score
+from eggroll_llm.tasks.task import Answer, Score
 from eggroll_llm.training import session
 from eggroll_llm.training.limits import Course
 from eggroll_llm.training.prepare import Prepared
@@ -191,12 +191,12 @@ class Near:
     def reward(self, member: int, value: float, problem: Mapping[str, Any]) -> float:
         return -abs(value - problem["target"])
 
-    def score(self, completion: str, problem: Mapping[str, Any], *, truncated: bool = False) -> Score:
-        member, value = completion.split()
-        reward = self.reward(int(member), float(value), problem)
+    def score(self, answer: Answer) -> Score:
+        member, value = answer.text.split()
+        reward = self.reward(int(member), float(value), answer.problem)
         return Score(reward, reward > -0.5, "near")
 
-    def answer(self, completion: str) -> str | None:
+    def answer(self, answer: Answer) -> str | None:
         return None
 
     def gold(self, problem: Mapping[str, Any]) -> str | None:

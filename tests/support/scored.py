@@ -1,11 +1,15 @@
-"""What a scorer makes of completions that are all there."""
+"""Answers for tasks, and what a scorer makes of completions that are all there."""
 
 from collections.abc import Sequence
 
 from eggroll_llm.engine.interface import Completion
 from eggroll_llm.records.answers import Graded
-from eggroll_llm.tasks.task import Problem, Score, Verdict
+from eggroll_llm.tasks.task import Answer, Problem, Score, Verdict
 from eggroll_llm.training.scorer import Scorer, graded, score_of
+
+
+def written(text: str, problem: Problem | None = None, *, truncated: bool = False) -> Answer:
+    return Answer(text=text, problem=problem or {}, truncated=truncated)
 
 
 def verdicts(scorer: Scorer, pairs: Sequence[tuple[Completion, Problem]], *, voted: bool = False) -> list[Verdict]:

@@ -64,7 +64,7 @@ class Words:
     def gold(self, problem: Mapping[str, Any]) -> str | None:
         return None if problem["a"] == "-" else f"because {id(problem)}, so {problem['a']}"
 
-    def answer(self, completion: str) -> str | None:
+    def answer(self, answer: Answer) -> str | None:
         raise AssertionError("called where nothing limits it")
 
     def judge(self, answers: Sequence[Answer], *, voted: bool = False) -> Iterator[Verdict]:

@@ -7,6 +7,7 @@ import time
 from fractions import Fraction
 
 import pytest
+from scored import written
 
 from eggroll_llm.errors import TaskError
 from eggroll_llm.tasks.countdown_generate import Space, _text, draw_problems, key_of
@@ -49,7 +50,7 @@ def test_generated_problems_are_in_range_solvable_and_different(tmp_path, option
         assert low <= target <= high
         assert set(solution) <= set("0123456789()" + options.get("operators", "+-*/"))
         assert countdown.score(f"<answer>{solution}</answer>", numbers, target).correct
-        assert task.score(task.gold(problem), problem).correct
+        assert task.score(written(task.gold(problem), problem)).correct
 
 
 def test_the_test_split_comes_first_and_train_gets_the_rest(tmp_path):
@@ -125,10 +126,10 @@ def test_few_shot_prompt(tmp_path):
     for shot, sign in zip(shots, "+-*", strict=True):
         assert sign in shot.partition(":")[2]
     assert task.stop == ("\n",)
-    assert task.score(" 4+5=9", problem).reward == 1
-    assert task.score(" 4+5", problem).reward == 1
-    assert task.score(" 4*5=9\nMake", problem).reward == 0.1
-    assert task.score("<answer>4+5</answer>", problem).reward == 0
+    assert task.score(written(" 4+5=9", problem)).reward == 1
+    assert task.score(written(" 4+5", problem)).reward == 1
+    assert task.score(written(" 4*5=9\nMake", problem)).reward == 0.1
+    assert task.score(written("<answer>4+5</answer>", problem)).reward == 0
 
 
 def test_few_shot_prompt_lists_three_numbers(tmp_path):
@@ -144,7 +145,7 @@ def test_chat_prompt(tmp_path):
         assert words in message["content"]
     task = load(tmp_path, test_size=1, train_size=1, use_all=False)
     assert "each at most once" in task.prompt(problem)[0]["content"]
-    assert task.score("<answer>25 - 3</answer>", {**problem, "target": 22}).correct
+    assert task.score(written("<answer>25 - 3</answer>", {**problem, "target": 22})).correct
     assert task.stop == ()
 
 
@@ -162,16 +163,16 @@ def test_a_tinyzero_answer_inside_the_thought_is_none(tmp_path):
     problem = {"numbers": [44, 19, 35], "target": 98, "solution": "44+19+35"}
     for cut in (False, True):
         inside = "... it is <answer>44 + 19 + 35</answer>? Wait, must I"
-        assert task.score(inside, problem, truncated=cut) == Score(0.0, False, "no_answer")
-        assert task.answer(inside, truncated=cut) is None
-        assert task.score(f"{inside}</think>\n<answer>44+19+35</answer>", problem, truncated=cut).correct
+        assert task.score(written(inside, problem, truncated=cut)) == Score(0.0, False, "no_answer")
+        assert task.answer(written(inside, truncated=cut)) is None
+        assert task.score(written(f"{inside}</think>\n<answer>44+19+35</answer>", problem, truncated=cut)).correct
     assert task.gold(problem) == "</think>\n<answer>44+19+35</answer>"
-    assert task.score(task.gold(problem), problem).correct
+    assert task.score(written(task.gold(problem), problem)).correct
 
 
 def test_the_format_reward_can_be_set(tmp_path):
     task = load(tmp_path, test_size=1, train_size=1, format_reward=0.0)
-    assert task.score("<answer>1</answer>", {"numbers": [3, 7], "target": 21}).reward == 0
+    assert task.score(written("<answer>1</answer>", {"numbers": [3, 7], "target": 21})).reward == 0
 
 
 @pytest.mark.parametrize(
@@ -255,7 +256,7 @@ def test_targets_with_a_fraction(tmp_path):
     )
     task = load(tmp_path, file="all.jsonl", test_size=1)
     [problem] = [row for row in (*task.test, *task.train) if len(row["numbers"]) == 2]
-    assert task.score("<answer>10/3</answer>", problem).correct
+    assert task.score(written("<answer>10/3</answer>", problem)).correct
     assert abs(Fraction(10, 3) - Fraction(problem["target"])) < Fraction(1, 10**9)
 
 
@@ -361,7 +362,7 @@ def test_a_file_of_any_kind_with_targets_in_quotes_and_solutions_that_are_wrong(
         "5_8=40": None,
     }
     assert all(type(n) is int for row in problems.values() for n in row["numbers"])
-    assert task.score("<answer>44+19+35</answer>", problems["19_35_44=98"]).correct
+    assert task.score(written("<answer>44+19+35</answer>", problems["19_35_44=98"])).correct
     wrong, missing, *_ = task.notes
     assert re.fullmatch(
         r"Countdown: the solution of 2 of 6 rows is wrong and left out, first .*countdown\.json.[34]\]?: "
@@ -436,7 +437,7 @@ def test_without_the_package_datasets(tmp_path, monkeypatch):
 
 def test_what_a_majority_votes_on(tmp_path):
     chat, line = (load_task("countdown", {"prompt_style": style}, base_dir=tmp_path) for style in ("chat", "few_shot"))
-    assert chat.answer("first <answer>(1 + 2) * 3</answer>") == "(1+2)*3"
-    assert chat.answer("(1 + 2) * 3") is None
-    assert line.answer(" 3 * 4 = 12\nMake") == "3*4=12"
-    assert line.answer("\n") is None
+    assert chat.answer(written("first <answer>(1 + 2) * 3</answer>")) == "(1+2)*3"
+    assert chat.answer(written("(1 + 2) * 3")) is None
+    assert line.answer(written(" 3 * 4 = 12\nMake")) == "3*4=12"
+    assert line.answer(written("\n")) is None

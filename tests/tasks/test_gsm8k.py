@@ -4,6 +4,7 @@ import types
 from pathlib import Path
 
 import pytest
+from scored import written
 
 from eggroll_llm.errors import TaskError
 from eggroll_llm.tasks.load import load_task
@@ -93,21 +94,21 @@ def test_few_shot_prompt(folder):
 
 def test_score_and_grader(folder):
     problem = load(folder).problems("train")[0]
-    assert load(folder).score("#### $1,200", problem).correct
-    assert load(folder).score("#### 1,200", problem, truncated=True).detail == "truncated"
-    assert load(folder, grader="flexible").score("about 1200", problem).correct
-    assert not load(folder, grader="strict").score("####1200", problem).correct
+    assert load(folder).score(written("#### $1,200", problem)).correct
+    assert load(folder).score(written("#### 1,200", problem, truncated=True)).detail == "truncated"
+    assert load(folder, grader="flexible").score(written("about 1200", problem)).correct
+    assert not load(folder, grader="strict").score(written("####1200", problem)).correct
 
 
 def test_the_format_reward_is_for_a_finished_answer(folder):
     problem = load(folder).problems("train")[0]
-    assert load(folder).score("#### 7", problem).reward == 0
+    assert load(folder).score(written("#### 7", problem)).reward == 0
     task = load(folder, format_reward=0.2)
-    assert task.score("#### 1,200", problem).reward == 1
-    wrong = task.score("#### 7", problem)
+    assert task.score(written("#### 1,200", problem)).reward == 1
+    wrong = task.score(written("#### 7", problem))
     assert (wrong.reward, wrong.correct, wrong.detail) == (0.2, False, "wrong_value")
-    assert task.score("It is 7.", problem).reward == 0
-    assert task.score("#### 7", problem, truncated=True).reward == 0
+    assert task.score(written("It is 7.", problem)).reward == 0
+    assert task.score(written("#### 7", problem, truncated=True)).reward == 0
 
 
 @pytest.mark.parametrize("style", ["chat", "boxed", "few_shot"])
@@ -218,8 +219,8 @@ def test_the_published_data():
 
 def test_what_a_majority_votes_on(folder):
     task = load_task("gsm8k", {"data_dir": str(folder)}, base_dir=folder)
-    assert task.answer("So #### $1,018.") == "1018"
-    assert task.answer("#### 18 or 17") is None
-    assert task.answer("#### 18", truncated=True) is None
+    assert task.answer(written("So #### $1,018.")) == "1018"
+    assert task.answer(written("#### 18 or 17")) is None
+    assert task.answer(written("#### 18", truncated=True)) is None
     strict = load_task("gsm8k", {"data_dir": str(folder), "grader": "strict"}, base_dir=folder)
-    assert strict.answer("#### 18 or 17") == "18"
+    assert strict.answer(written("#### 18 or 17")) == "18"

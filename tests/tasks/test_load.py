@@ -4,7 +4,7 @@ import math
 import textwrap
 
 import pytest
-from scored import grade
+from scored import grade, written
 
 from eggroll_llm.config.recipe import sourced
 from eggroll_llm.config.toml import Origin
@@ -68,21 +68,21 @@ def test_a_user_task_is_completed(folder):
     assert task.prompt(task.problems("train")[1]) == "Reverse stop:"
     assert (task.stop, task.notes, task.gold(task.problems("test")[0])) == ((), (), None)
     assert task.kind(task.problems("test")[0]) == ""
-    assert task.score("reward", {"word": "drawer"}, truncated=True) == Score(1.0, True, "reward")
-    assert task.score("drawer", {"word": "drawer"}) == Score(0.0, False, "reward")
+    assert task.score(written("reward", {"word": "drawer"}, truncated=True)) == Score(1.0, True, "reward")
+    assert task.score(written("drawer", {"word": "drawer"})) == Score(0.0, False, "reward")
 
 
 def test_a_user_task_gets_what_it_asks_for(folder):
     task = load_task("mine.py:FULL", {}, base_dir=folder)
     assert (task.stop, task.notes) == (("\n",), ("short",))
-    assert task.score("", {}, truncated=True) == Score(-1.0, False, "full")
-    assert load_task("mine.py:Full", {"bonus": 2.0}, base_dir=folder).score("", {}).reward == 3.0
+    assert task.score(written("", truncated=True)) == Score(-1.0, False, "full")
+    assert load_task("mine.py:Full", {"bonus": 2.0}, base_dir=folder).score(written("")).reward == 3.0
 
 
 def test_what_a_majority_votes_on_is_the_users_or_nothing(folder):
     full, plain = (load_task(f"mine.py:{name}", {}, base_dir=folder) for name in ("FULL", "TASK"))
-    assert [full.answer(text) for text in ("abc", "")] == ["3", None]
-    assert plain.answer("abc") is None
+    assert [full.answer(written(text)) for text in ("abc", "")] == ["3", None]
+    assert plain.answer(written("abc")) is None
 
 
 @pytest.mark.parametrize(
@@ -123,7 +123,7 @@ def test_tensors_with_one_number_become_scores(folder):
 def user_score(folder, value):
     task = load_task("mine.py:TASK", {}, base_dir=folder)
     task.inner.score = lambda completion, problem: value
-    return task.score("", {})
+    return task.score(written(""))
 
 
 @pytest.mark.parametrize(
@@ -258,7 +258,7 @@ def test_a_user_task_may_define_dataclasses(tmp_path):
     (tmp_path / "mine.py").write_text(textwrap.dedent(code), encoding="utf-8")
     task = load_task("mine.py:Task", {"size": 2}, base_dir=tmp_path)
     assert len(task.problems("train")) == 2
-    assert task.score("", {}, truncated=True).reward == 1.0
+    assert task.score(written("", truncated=True)).reward == 1.0
 
 
 def test_a_user_task_hears_of_an_open_thought_where_it_asks_for_it(user_task):

@@ -107,7 +107,7 @@ def said_there(task: UserTask) -> str:
 def test_modules_and_packages_beside_the_file_are_imported_here_and_there(folder: Path) -> None:
     """Whatever the current directory. Also one that is imported late, dynamically, or by another, in a circle."""
     task = load(folder)
-    assert task.score("a", task.problems("train")[0]).detail == SAYS
+    assert task.score(Answer(text="a", problem=task.problems("train")[0])).detail == SAYS
     assert said_there(task) == SAYS
     assert str(folder) not in sys.path
 
@@ -116,7 +116,7 @@ def test_they_are_loaded_as_they_were_read_though_edited_since(folder: Path) -> 
     task = load(folder)
     for name in FILES:
         (folder / name).write_text("raise SystemExit('edited')")
-    assert task.score("a", task.problems("train")[0]).detail == SAYS
+    assert task.score(Answer(text="a", problem=task.problems("train")[0])).detail == SAYS
     assert said_there(task) == SAYS
 
 

@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
+from scored import written
 
 from eggroll_llm.errors import TaskError
 from eggroll_llm.tasks.load import load_task
@@ -111,7 +112,7 @@ def test_a_batch_takes_the_place_of_a_score(tmp_path: Path) -> None:
     task = load(tmp_path, score=batch)
     assert (task.takes, task.batch_takes) == (frozenset(), {"truncated"})
     problem = task.problems("train")[0]
-    assert [task.score("a", problem, truncated=cut).reward for cut in (False, True)] == [0.0, 1.0]
+    assert [task.score(written("a", problem, truncated=cut)).reward for cut in (False, True)] == [0.0, 1.0]
     assert load(tmp_path).batch_takes is None
 
 

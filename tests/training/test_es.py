@@ -38,7 +38,7 @@ from eggroll_llm.records.journal import Journal, read_journal
 from eggroll_llm.records.run_dir import RunDir
 from eggroll_llm.system.invocation import command
 from eggroll_llm.tasks.load import load_task
-from eggroll_llm.tasks.task import Score
+from eggroll_llm.tasks.task import Answer, Score
 from eggroll_llm.training import es as trainer
 from eggroll_llm.training import recorder, session
 from eggroll_llm.training.recorder import twin_metrics
@@ -263,12 +263,12 @@ class Scripted(Near):
     def __init__(self) -> None:
         self.evaluated = 0
 
-    def score(self, completion: str, problem: Mapping[str, Any], *, truncated: bool = False) -> Score:
-        score = super().score(completion, problem, truncated=truncated)
-        if not completion.startswith("-1 "):
+    def score(self, answer: Answer) -> Score:
+        score = super().score(answer)
+        if not answer.text.startswith("-1 "):
             return score
         evaluation, self.evaluated = self.evaluated // 5, self.evaluated + 1
-        number = int(str(problem["id"]).removeprefix("test-"))
+        number = int(str(answer.problem["id"]).removeprefix("test-"))
         return Score(score.reward, number < round(5 * ACCURACIES[evaluation]), "scripted")
 
 
@@ -429,8 +429,8 @@ def test_tied_rewards_change_nothing_and_say_so_after_three_steps(bench: Bench) 
 class Breaking(Near):
     """Right until the weights have left their place."""
 
-    def score(self, completion: str, problem: Mapping[str, Any], *, truncated: bool = False) -> Score:
-        score = super().score(completion, problem, truncated=truncated)
+    def score(self, answer: Answer) -> Score:
+        score = super().score(answer)
         return Score(score.reward, score.reward > -10, "near")
 
     def problems(self, split: str) -> list[dict[str, Any]]:

@@ -11,7 +11,7 @@ from eggroll_llm.engine.interface import Completion, Decoding, Request
 from eggroll_llm.engine.sampling import sampling_seed
 from eggroll_llm.records.answers import TASK, Graded, Sample
 from eggroll_llm.tasks.prompts import ProblemSet
-from eggroll_llm.tasks.task import Score
+from eggroll_llm.tasks.task import Answer, Score
 from eggroll_llm.training.evaluation import answer, evaluate, grade_again
 from eggroll_llm.training.scorer import Scorer
 
@@ -36,11 +36,11 @@ class Engine:
 
 
 class Grader:
-    def score(self, text: str, problem: dict[str, str], *, truncated: bool) -> Score:
-        return Score(0.5 if truncated else 2.0, text == problem["want"], text)
+    def score(self, answer: Answer) -> Score:
+        return Score(0.5 if answer.truncated else 2.0, answer.text == answer.problem["want"], answer.text)
 
-    def answer(self, text: str, *, truncated: bool) -> str | None:
-        return None if truncated else text.upper()
+    def answer(self, answer: Answer) -> str | None:
+        return None if answer.truncated else answer.text.upper()
 
 
 def test_every_problem_is_put_once_to_the_base_model() -> None:
@@ -104,11 +104,11 @@ def test_what_stops_in_the_middle_closes_the_stream() -> None:
 
 
 class Thinking(Grader):
-    def score(self, text: str, problem: dict[str, str], *, truncated: bool, thought_open: bool = False) -> Score:
-        return Score(float(thought_open), thought_open, text)
+    def score(self, answer: Answer) -> Score:
+        return Score(float(answer.thought_open), answer.thought_open, answer.text)
 
-    def answer(self, text: str, *, truncated: bool, thought_open: bool = False) -> str | None:
-        return str(thought_open)
+    def answer(self, answer: Answer) -> str | None:
+        return str(answer.thought_open)
 
 
 def test_graders_hear_of_an_open_thought_then_and_when_they_grade_again() -> None:

@@ -15,6 +15,7 @@ import pytest
 import torch
 from grpo_stub import Recorder, StubEngine, token_logprobs, write_recipe
 from kinds import KINDS, MIXTURES
+from scored import written
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 from trl.kernels import chunked_logprob
@@ -28,7 +29,9 @@ from eggroll_llm.records.journal import Journal, JournalHeader
 from eggroll_llm.records.run_dir import RunDir
 from eggroll_llm.training import recorder
 from eggroll_llm.training.grpo import GrpoTrainer
-from eggroll_llm.training.grpo_trl import GRPOConfig, add_product, arguments, checkpoint_tensors, side_by_side
+from eggroll_llm.training.grpo_trl.passes import add_product, side_by_side
+from eggroll_llm.training.grpo_trl.rollouts import checkpoint_tensors
+from eggroll_llm.training.grpo_trl.trainer import GRPOConfig, arguments
 from eggroll_llm.training.harness import Harness, Run
 from eggroll_llm.training.prepare import Prepared, prepare
 from eggroll_llm.training.scorer import Scorer
@@ -59,7 +62,7 @@ class Step:
         requests, completions = self.rollouts
         prompts = list(self.prepared.train.prompts)
         scores = [
-            self.prepared.task.score(c.text, self.prepared.train.problems[prompts.index(r.prompt_ids)]).reward
+            self.prepared.task.score(written(c.text, self.prepared.train.problems[prompts.index(r.prompt_ids)])).reward
             for r, c in zip(requests, completions, strict=True)
         ]
         return torch.tensor(scores)

@@ -33,7 +33,7 @@ from eggroll_llm.records.journal import Journal, read_journal
 from eggroll_llm.records.run_dir import LOCK, RunDir
 from eggroll_llm.system.invocation import command
 from eggroll_llm.tasks.load import load_task
-from eggroll_llm.tasks.task import Score
+from eggroll_llm.tasks.task import Answer, Score
 from eggroll_llm.training import es as trainer
 from eggroll_llm.training import session
 from eggroll_llm.training.replay import replay
@@ -367,13 +367,13 @@ class Rising(Near):
 
     answers = 0
 
-    def score(self, completion: str, problem: Mapping[str, Any], *, truncated: bool = False) -> Score:
-        score = super().score(completion, problem, truncated=truncated)
-        if not completion.startswith("-1 "):
+    def score(self, answer: Answer) -> Score:
+        score = super().score(answer)
+        if not answer.text.startswith("-1 "):
             return score
-        evaluation, answer = divmod(self.answers, 5)
+        evaluation, number = divmod(self.answers, 5)
         self.answers += 1
-        return Score(score.reward, answer < evaluation, "rising")
+        return Score(score.reward, number < evaluation, "rising")
 
 
 def test_a_damaged_best_checkpoint_is_written_again(bench: Bench) -> None:

@@ -10,7 +10,7 @@ from scored import grade, score, score_all
 from eggroll_llm.engine.interface import Completion
 from eggroll_llm.errors import TaskError
 from eggroll_llm.records.answers import Graded
-from eggroll_llm.tasks.task import Score
+from eggroll_llm.tasks.task import Answer, Score
 from eggroll_llm.training.scorer import FAILED, Scorer
 
 
@@ -26,8 +26,8 @@ def scorer(grade: Any) -> Scorer:
 def test_the_grader_gets_text_problem_and_truncation() -> None:
     seen = []
 
-    def grade(text: str, problem: dict[str, Any], *, truncated: bool) -> Score:
-        seen.append((text, problem, truncated))
+    def grade(answer: Answer) -> Score:
+        seen.append((answer.text, answer.problem, answer.truncated))
         return Score(0.5, True, "fine")
 
     found = scorer(grade)
@@ -37,7 +37,7 @@ def test_the_grader_gets_text_problem_and_truncation() -> None:
 
 
 def raising(error: BaseException) -> Any:
-    def grade(text: str, problem: Any, *, truncated: bool) -> Score:
+    def grade(answer: Answer) -> Score:
         raise error
 
     return grade
@@ -49,11 +49,11 @@ def raising(error: BaseException) -> Any:
         raising(KeyError("answer")),
         raising(RecursionError()),
         raising(MemoryError()),
-        lambda text, problem, *, truncated: None,
-        lambda text, problem, *, truncated: 1.0,
-        lambda text, problem, *, truncated: Score("much", True, ""),  # type: ignore[arg-type]
-        lambda text, problem, *, truncated: Score(None, True, ""),  # type: ignore[arg-type]
-        lambda text: Score(1.0, True, ""),
+        lambda answer: None,
+        lambda answer: 1.0,
+        lambda answer: Score("much", True, ""),  # type: ignore[arg-type]
+        lambda answer: Score(None, True, ""),  # type: ignore[arg-type]
+        lambda answer, problem: Score(1.0, True, ""),
     ],
 )
 def test_a_failing_grader_costs_its_own_completion(grade: Any) -> None:
@@ -65,7 +65,7 @@ def test_a_failing_grader_costs_its_own_completion(grade: Any) -> None:
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_rewards_that_are_not_finite_pass(value: float) -> None:
     """They are the loop's to drop, with the whole member."""
-    found = scorer(lambda text, problem, *, truncated: Score(value, False, ""))
+    found = scorer(lambda answer: Score(value, False, ""))
     assert repr(score(found, completion(), {"id": 5}).reward) == repr(value)
     assert found.failures == 0
     assert found.first_dropped == f'{value} for problem 5, answer "x"'
@@ -75,7 +75,7 @@ def test_the_first_failure_is_kept_with_its_sample_and_said_once() -> None:
     """Of hostile text: nothing in the sentence acts on a terminal, and it is not as long as the answer."""
     said: list[str] = []
     answers = ["1", "\x1b[2J" + "y" * 10_000, "two"]
-    found = scorer(lambda text, problem, *, truncated: Score(float(text), True, ""))
+    found = scorer(lambda answer: Score(float(answer.text), True, ""))
     found.say = said.append
     scores = score_all(found, [(completion(text), {"id": f"{n}\n"}) for n, text in enumerate(answers)])
     assert scores == [Score(1.0, True, ""), Score(0.0, False, FAILED), Score(0.0, False, FAILED)]
@@ -95,7 +95,7 @@ def test_the_first_failure_is_kept_with_its_sample_and_said_once() -> None:
 
 def test_scores_become_plain_values() -> None:
     torch = pytest.importorskip("torch")
-    found = scorer(lambda text, problem, *, truncated: Score(torch.tensor(0.5), torch.tensor(True), 3))  # type: ignore[arg-type]
+    found = scorer(lambda answer: Score(torch.tensor(0.5), torch.tensor(True), 3))  # type: ignore[arg-type]
     plain = score(found, completion(), {})
     assert plain == Score(0.5, True, "3")
     assert [type(value) for value in (plain.reward, plain.correct, plain.detail)] == [float, bool, str]
@@ -117,7 +117,7 @@ def test_the_first_step_stops_only_when_everything_failed() -> None:
     assert "KeyError: 'answer'" in str(info.value)
     assert "test_scorer.py" in str(info.value)
 
-    fussy = scorer(lambda text, problem, *, truncated: Score(float(text), True, ""))
+    fussy = scorer(lambda answer: Score(float(answer.text), True, ""))
     score(fussy, completion("no number"), {})
     score(fussy, completion("1"), {})
     fussy.check(of=" of the first step")
@@ -126,10 +126,10 @@ def test_the_first_step_stops_only_when_everything_failed() -> None:
 
 @pytest.mark.parametrize(
     ("answer", "voted"),
-    [(lambda text, *, truncated: text if truncated else None, None), (raising(ValueError("no")), None)],
+    [(lambda answer: answer.text if answer.truncated else None, None), (raising(ValueError("no")), None)],
 )
 def test_a_grade_is_the_score_with_the_answer(answer: Any, voted: str | None) -> None:
-    task: Any = SimpleNamespace(score=lambda text, problem, *, truncated: Score(0.5, True, "so"), answer=answer)
+    task: Any = SimpleNamespace(score=lambda answer: Score(0.5, True, "so"), answer=answer)
     assert grade(Scorer(task), completion(), {}) == Graded(correct=True, reward=0.5, detail="so", answer=voted)
-    named: Any = SimpleNamespace(score=task.score, answer=lambda text, *, truncated: "18")
+    named: Any = SimpleNamespace(score=task.score, answer=lambda answer: "18")
     assert grade(Scorer(named), completion(), {}).answer == "18"

@@ -86,18 +86,14 @@ class Rewards:
             for i in range(len(answers))
         ]
 
-    def score(
-        self, completion: str, problem: Mapping[str, Any], *, truncated: bool = False, thought_open: bool = False
-    ) -> Score:
+    def score(self, answer: Answer) -> Score:
         """Return the score of one answer."""
-        return self.score_batch(
-            [Answer(text=completion, problem=problem, truncated=truncated, thought_open=thought_open)]
-        )[0]
+        return self.score_batch([answer])[0]
 
-    def answer(self, completion: str, *, truncated: bool = False, thought_open: bool = False) -> str | None:
+    def answer(self, answer: Answer) -> str | None:
         """Return the answer that the first grader reads; None where all are functions."""
         grader = next((term for term in self.terms.values() if isinstance(term, Grader)), None)
-        return grader.read(completion, truncated=truncated, thought_open=thought_open) if grader else None
+        return grader.read(answer.text, **answer.options) if grader else None
 
     def check(self) -> None:
         """Raise TaskError when a function needs an argument that it will not get."""

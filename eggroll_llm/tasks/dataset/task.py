@@ -21,7 +21,7 @@ from eggroll_llm.tasks.dataset.columns import lookup
 from eggroll_llm.tasks.dataset.graders import GRADERS
 from eggroll_llm.tasks.dataset.rewards import Rewards
 from eggroll_llm.tasks.modules import source_hash, unpacked
-from eggroll_llm.tasks.task import Message, Problem, Split
+from eggroll_llm.tasks.task import Answer, Message, Problem, Split
 from rewards import Score
 
 
@@ -85,13 +85,13 @@ class DatasetTask:
         """Return text to complete, or chat messages."""
         return self.rewards.columns.sent(problem)
 
-    def score(self, completion: str, problem: Problem, *, truncated: bool = False, thought_open: bool = False) -> Score:
+    def score(self, answer: Answer) -> Score:
         """Return the weighted sum of the rewards."""
-        return self.rewards.score(completion, problem, truncated=truncated, thought_open=thought_open)
+        return self.rewards.score(answer)
 
-    def answer(self, completion: str, *, truncated: bool = False, thought_open: bool = False) -> str | None:
+    def answer(self, answer: Answer) -> str | None:
         """Return the answer that the first grader by name reads."""
-        return self.rewards.answer(completion, truncated=truncated, thought_open=thought_open)
+        return self.rewards.answer(answer)
 
     def kind(self, problem: Problem) -> str:
         """Return the kind of a problem, where a column says it."""

@@ -1,6 +1,6 @@
 """The process of a user's task: lines go out and come back on two pipes, each within a time limit.
 
-    3 {"split": "train", "index": 5, "text": " 82", "options": {"truncated": false}, "voted": true}
+    3 {"split": "train", "index": 5, "text": " 82", "options": {"truncated": false, ...}, "voted": true}
         -> 3 {"score": [1.0, true, "sum", {}], "vote": "82"}
 
 Each line starts with a running number that its reply repeats, so a reply to another line is noticed.

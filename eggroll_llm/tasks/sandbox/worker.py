@@ -3,7 +3,7 @@
     {"name": "/home/me/sums.py:Sums", "source": "import ...", "modules": {"helper": ["/home/me/helper.py", "def ..."]},
      "options": "digits = 2\\n", "memory": 4294967296}
         -> {"train": "60303a...", "test": "fd61a0..."}                               or {"failed": "Traceback ..."}
-    {"split": "train", "index": 5, "text": " 82", "options": {"truncated": false}, "voted": true}
+    {"split": "train", "index": 5, "text": " 82", "options": {"truncated": false, "thought_open": false}, "voted": true}
         -> {"score": [1.0, true, "sum", {}], "vote": "82"}                or {"failed": "Traceback ...", "vote": "82"}
 
 For a data set the first line holds {"dataset": {...}}, what `tasks.dataset.rewards.describe` returns, and the answer
@@ -124,15 +124,8 @@ def _batch(task: _Loaded, requests: Sequence[Mapping[str, Any]]) -> list[dict[st
     return [_verdict(task, r, partial(as_score, value)) for r, value in zip(requests, values, strict=True)]
 
 
-def _only(task: Rewards, answer: Answer) -> Score:
-    (score,) = task.score_batch([answer])
-    return score
-
-
 def _verdict(task: _Loaded, request: Mapping[str, Any], scored: Callable[[], Score] | None = None) -> dict[str, Any]:
     answer = _answer(task, request)
-    if isinstance(task, Rewards) and scored is None:
-        scored = partial(_only, task, answer)
     try:
         verdict = judge(task, answer, voted=request["voted"], catch=BaseException, scored=scored)
     except MemoryError:  # there was too little even for a traceback

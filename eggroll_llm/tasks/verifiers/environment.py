@@ -73,14 +73,14 @@ class Environment:
         self._runner = self._runner or asyncio.Runner()
         return self._runner.run(self._together(answers))
 
-    def score(self, completion: str, problem: Problem, *, truncated: bool = False, thought_open: bool = False) -> Score:
+    def score(self, answer: Answer) -> Score:
         """Return the rubric's score of one answer. Raises TaskError."""
-        return self.score_batch([Answer(text=completion, problem=problem, truncated=truncated)])[0]
+        return self.score_batch([answer])[0]
 
-    def answer(self, completion: str, *, truncated: bool = False, thought_open: bool = False) -> str | None:
+    def answer(self, answer: Answer) -> str | None:
         """Return what the environment's parser reads; None where that is nothing, or the completion as it is."""
-        read = self._env.parser.parse_answer([{"role": "assistant", "content": completion}])
-        return None if read is None or read == completion else str(read)
+        read = self._env.parser.parse_answer([{"role": "assistant", "content": answer.text}])
+        return None if read is None or read == answer.text else str(read)
 
     async def _together(self, answers: Sequence[Answer]) -> list[Score]:
         return list(await asyncio.gather(*map(self._score, answers)))

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from eggroll_llm.errors import TaskError
-from eggroll_llm.tasks.task import Message, Problem, Split
+from eggroll_llm.tasks.task import Answer, Message, Problem, Split
 from rewards import Score
 
 
@@ -73,11 +73,11 @@ class VerifiersTask:
         prompt: str | list[Message] = problem["prompt"]
         return prompt
 
-    def score(self, completion: str, problem: Problem, *, truncated: bool = False, thought_open: bool = False) -> Score:
+    def score(self, answer: Answer) -> Score:
         """Raise TaskError: the rubric is in processes of its own, and `training.scorer` asks them."""
         raise TaskError(f"{self.label} is graded in processes of its own alone.")
 
-    def answer(self, completion: str, *, truncated: bool = False, thought_open: bool = False) -> str | None:
+    def answer(self, answer: Answer) -> str | None:
         """Return None: the parser is in processes of its own, too."""
         return None
 

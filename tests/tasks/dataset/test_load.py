@@ -6,6 +6,7 @@ import math
 
 import pytest
 from dataset_files import SUMS, write
+from scored import written
 
 from eggroll_llm.config.recipe import load_recipe
 from eggroll_llm.errors import ConfigError, TaskError
@@ -100,7 +101,7 @@ def test_a_choice_by_its_position(load, kind):
     task = load(rows, rewards="choice", template="{question}\n{choices}")
     for problem in [*task.problems("train"), *task.problems("test")]:
         assert task.gold(problem) == "ABC"[int(problem["answer"])]
-        assert task.score(f"({task.gold(problem).lower()})", problem).reward == 1.0
+        assert task.score(written(f"({task.gold(problem).lower()})", problem)).reward == 1.0
     rows[0]["answer"] = kind(3)
     with pytest.raises(TaskError, match="answer = 3, but choices has 3, counted from 0"):
         load(rows, rewards="choice", template="{question}\n{choices}")

@@ -172,7 +172,7 @@ def test_an_installed_environment_is_the_same_task_and_known_by_its_code(
     environment = here("text", "me/my-sums")
     problem = environment.problems("test", 0)["problems"][0]
     assert problem["prompt"] == "2 + 2 ="
-    assert environment.score("1234", problem) == Score(0.25, False, "reward")
+    assert environment.score(Answer(text="1234", problem=problem)) == Score(0.25, False, "reward")
     options = VerifiersOptions(environment="me/my-sums")
     _, before = describe(options, folder)
     (package / "inner.py").write_text(CODE + "#")
@@ -219,14 +219,14 @@ def test_so_is_what_shows_only_in_a_rollout(here: Callable[..., Environment], ki
     environment = here(kind)
     problem = environment.problems("train", 0)["problems"][0]
     with pytest.raises((TaskError, AttributeError), match=said):
-        environment.score("1", problem)
+        environment.score(Answer(text="1", problem=problem))
 
 
 def test_a_second_question_is_refused(here: Callable[..., Environment]) -> None:
     environment = here("held")
     environment._env.max_turns = -1
     with pytest.raises(AttributeError, match="asks the model again"):
-        environment.score("1", environment.problems("train", 0)["problems"][0])
+        environment.score(Answer(text="1", problem=environment.problems("train", 0)["problems"][0]))
 
 
 def test_the_trial_finds_it_before_the_engine_starts(folder: Path) -> None:
