@@ -35,9 +35,11 @@ from eggroll_llm.tasks.task import sandboxed
 from eggroll_llm.training.evaluation import Grader, answer, grade_again
 from eggroll_llm.training.scorer import Scorer
 from eval import lm_eval
-from eval.questions import DEFAULT_MAX_TOKENS, Protocol, Questions, lm_eval_questions, task_questions
+from eval.questions import Protocol, Questions, lm_eval_questions, task_questions
 from eval.subject import Subject
 
+DEFAULT_MAX_TOKENS = 320
+"""Length limit of an answer where neither a run, a recipe nor a protocol sets one."""
 OF_THE_RUN = ("repetition_penalty", "stop", "thinking_token_budget")
 """Settings of [sampling] that a run's evaluations have, and so this one has."""
 
@@ -57,24 +59,10 @@ class Settings:
     """Whether the prompts of lm-eval go through the model's chat template."""
     limit: int = 0
     """Number of problems, from the start of the test split; 0 takes all."""
-    max_tokens: int = 0
-    """Length limit of a completion; 0 takes the protocol's."""
     samples: int = 1
     """Completions per problem."""
-    temperature: float = 0.0
-    """Sampling temperature; 0 is greedy."""
-    top_p: float = 1.0
-    """Probability mass that nucleus sampling keeps."""
-    top_k: int = 0
-    """Most probable tokens that are sampled from; 0 is all."""
-    min_p: float = 0.0
-    """Least probability of a token that is sampled, relative to the most probable one's."""
-    repetition_penalty: float = 1.0
-    """As in [sampling]."""
-    stop: tuple[str, ...] = ()
-    """Texts at which an answer ends, besides those of the task or the protocol."""
-    thinking_token_budget: int = 0
-    """As in [sampling]."""
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    """How answers are sampled; its numbers of prompts and samples are a training's, and unused."""
     seed: int = 0
     """Seed of sampling."""
     chat: ChatConfig = field(default_factory=ChatConfig)
@@ -138,6 +126,9 @@ def settings_for(
         raise ConfigError(f"--protocol lm-eval: only gsm8k and gsm8k_cot have it, not {name}: leave the flag out")
     if protocol == "task" and (how.get("shots") is not None or how.get("apply_chat_template")):
         raise ConfigError("--num-fewshot and --apply-chat-template belong to --protocol lm-eval: leave them out")
+    given = {key: value for key, value in how.items() if value is not None}
+    sampling = {key: given.pop(key) for key in field_types(SamplingConfig) if key in given}
+    limit = lm_eval.MAX_TOKENS if protocol == "lm-eval" else DEFAULT_MAX_TOKENS
     base: dict[str, Any] = {}
     if config is not None:
         same_data = name == config.task or (name, config.task) == ("gsm8k_cot", "gsm8k")
@@ -155,9 +146,9 @@ def settings_for(
         base = {"task_options": options, "engine": engine, "reward": dataclasses.asdict(config.reward)}
         base["chat"] = dataclasses.asdict(config.chat)
         if protocol == "task" and name == config.task:
-            how["max_tokens"] = how.get("max_tokens") or config.eval.max_tokens or config.sampling.max_tokens
-            given = {key: value for key, value in how.items() if value is not None}
-            how |= {key: getattr(config.sampling, key) for key in OF_THE_RUN} | given
+            limit = config.eval.max_tokens or config.sampling.max_tokens
+            sampling = {key: getattr(config.sampling, key) for key in OF_THE_RUN} | sampling
+    sampling["max_tokens"] = sampling.get("max_tokens") or limit
     changed = parse_table(Changeable, apply_overrides(Changeable, base, flags), where="", source="flags")
     settings = Settings(
         subject=subject,
@@ -168,9 +159,10 @@ def settings_for(
         trained_chat=config.chat if config else None,
         engine=changed.engine,
         reward=changed.reward,
-        **{key: value for key, value in how.items() if value is not None},
+        sampling=SamplingConfig(**sampling),
+        **given,
     )
-    if settings.samples > 1 and settings.temperature == 0:
+    if settings.samples > 1 and settings.sampling.temperature == 0:
         raise ConfigError(
             f"--samples {settings.samples}: greedy decoding gives the same answer every time: add --temperature 0.7"
         )
@@ -180,26 +172,12 @@ def settings_for(
         steps=1,
         es=EsSettings(sigma=1.0, learning_rate=1.0),
         chat=settings.chat,
-        sampling=_sampling(settings),
+        sampling=settings.sampling,
         engine=settings.engine,
         reward=settings.reward,
     )
     validate(ranges, Origin(name="flags", flags=own | flags_by_key(flags)))
     return settings
-
-
-def _sampling(settings: Settings) -> SamplingConfig:
-    """Return the settings as those of a run; a length limit that the questions set is as small as it may be."""
-    return SamplingConfig(
-        max_tokens=settings.max_tokens or settings.thinking_token_budget + 1,
-        temperature=settings.temperature,
-        top_p=settings.top_p,
-        top_k=settings.top_k,
-        min_p=settings.min_p,
-        repetition_penalty=settings.repetition_penalty,
-        stop=settings.stop,
-        thinking_token_budget=settings.thinking_token_budget,
-    )
 
 
 def questions_for(settings: Settings, base_dir: Path) -> Questions:
@@ -214,14 +192,7 @@ def questions_for(settings: Settings, base_dir: Path) -> Questions:
             shots=settings.shots,
             chat=settings.apply_chat_template,
         )
-    return task_questions(
-        settings.task,
-        settings.task_options,
-        base_dir,
-        limit=settings.limit,
-        max_tokens=settings.max_tokens or DEFAULT_MAX_TOKENS,
-        limits=settings.reward,
-    )
+    return task_questions(settings.task, settings.task_options, base_dir, limit=settings.limit, limits=settings.reward)
 
 
 def evaluate_subject(
@@ -259,7 +230,7 @@ def evaluate_subject(
             on_progress(len(samples), total)
 
         if len(samples) < total:
-            thinking = settings.thinking_token_budget > 0
+            thinking = settings.sampling.thinking_token_budget > 0
             subject = settings.subject
             model = "" if subject.config else subject.name  # a hub name is enough for other machines
             engine = start_engine(subject.model_dir, asked.engine, thinking=thinking, model=model, say=say)
@@ -304,13 +275,12 @@ def _ask(settings: Settings, questions: Questions) -> _Asked:
         raise ConfigError(f"--apply-chat-template: {model_dir} has no chat template: leave the flag out")
     published = settings.protocol == "lm-eval"
     check_chat(prompter, questions.prompts, *(["add --apply-chat-template"] if published else []))
-    check_thoughts(prompter, settings.thinking_token_budget, "--thinking-token-budget")
+    check_thoughts(prompter, settings.sampling.thinking_token_budget, "--thinking-token-budget")
     kinds = [questions.source.kind(problem) for problem in questions.problems]
     problems = prompter.encode_all(questions.problems, questions.prompts, kinds=kinds, bos_by_text=published)
     eos = prompter.tokenizer.eos_token
     decoding = dataclasses.replace(
-        decoding_of(_sampling(settings), (*questions.stop, eos) if published and eos else questions.stop),
-        max_tokens=settings.max_tokens or questions.max_tokens,
+        decoding_of(settings.sampling, (*questions.stop, eos) if published and eos else questions.stop),
         special_tokens=published,
     )
     context = needed_context(

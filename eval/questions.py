@@ -16,7 +16,6 @@ from eggroll_llm.training.scorer import Scorer
 from eval import lm_eval
 
 Protocol = Literal["lm-eval", "task"]
-DEFAULT_MAX_TOKENS = 320
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,8 +35,6 @@ class Questions:
     """Problems in the test split."""
     prompts: Sequence[Prompt]
     stop: tuple[str, ...]
-    max_tokens: int
-    """Length limit of an answer that the protocol sets."""
     graders: Mapping[str, Grader]
     scorer: Scorer | None = None
     """The task's own grader, which counts its failures; the caller closes it."""
@@ -71,14 +68,13 @@ def lm_eval_questions(
         available=len(test),
         prompts=list(lm_eval.prompts(task, problems, train, shots, chat=chat)),
         stop=lm_eval.STOP[task],
-        max_tokens=lm_eval.MAX_TOKENS,
         graders=lm_eval.graders(task),
         source=data,
     )
 
 
 def task_questions(
-    name: str, options: Mapping[str, Any], base_dir: Path, *, limit: int, max_tokens: int, limits: RewardConfig
+    name: str, options: Mapping[str, Any], base_dir: Path, *, limit: int, limits: RewardConfig
 ) -> Questions:
     """Return a task's test split with the prompts of training; `limit` problems, all for 0. Raises UserError."""
     task = load_task(name, options, base_dir=base_dir, limits=limits)
@@ -95,7 +91,6 @@ def task_questions(
         available=len(test),
         prompts=[task.prompt(problem) for problem in problems],
         stop=tuple(task.stop),
-        max_tokens=max_tokens,
         graders=lm_eval.graders("gsm8k") | own if name == "gsm8k" else own,
         scorer=scorer,
         source=task,

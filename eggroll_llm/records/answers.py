@@ -8,7 +8,7 @@ The first line holds every setting that the completions depend on. A completion 
 one that is there twice is an error, one that was cut short by a kill is dropped and done again.
 """
 
-import fcntl
+import contextlib
 import json
 import os
 from collections.abc import Iterable, Mapping
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from eggroll_llm.errors import SamplesError
-from eggroll_llm.system.files import append, describe_failure, write_text
+from eggroll_llm.system.files import append, describe_failure, try_lock, unlock, write_text
 from eggroll_llm.system.jsonl import parse_json, to_json
 
 FORMAT = 1
@@ -85,13 +85,7 @@ class SampleFile(AbstractContextManager["SampleFile"]):
         except OSError as error:
             raise SamplesError(describe_failure(path, error, "completions")) from error
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            self._file.close()
-            raise SamplesError(
-                f"{path}: another evaluation is writing this file: wait for it, or name another file"
-            ) from error
-        try:
+            self._lock()
             self._take_over(overwrite)
         except BaseException:
             self._file.close()
@@ -112,10 +106,17 @@ class SampleFile(AbstractContextManager["SampleFile"]):
             write_samples(self.path, self.settings, samples)
             self._file.close()
             self._file = self.path.open("a+b", buffering=0)
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise SamplesError(describe_failure(self.path, error, "completions")) from error
+        self._lock()
         self.samples = {(sample.problem, sample.sample): sample for sample in samples}
+
+    def _lock(self) -> None:
+        with contextlib.suppress(OSError):  # a file system without locks
+            if not try_lock(self._file.fileno()):
+                raise SamplesError(
+                    f"{self.path}: another evaluation is writing this file: wait for it, or name another file"
+                )
 
     def __exit__(self, *_: object) -> None:
         self.close()
@@ -129,6 +130,7 @@ class SampleFile(AbstractContextManager["SampleFile"]):
         except OSError as error:
             raise SamplesError(describe_failure(self.path, error, "completions")) from error
         finally:
+            unlock(self._file.fileno())
             self._file.close()
 
     def _take_over(self, overwrite: bool) -> None:

@@ -10,7 +10,6 @@ Raises `JournalError`, naming file and line, for a journal that is damaged elsew
 """
 
 import contextlib
-import fcntl
 import json
 import os
 import zlib
@@ -23,7 +22,7 @@ from typing import Any, BinaryIO, Self, overload
 
 from eggroll_llm.errors import JournalError
 from eggroll_llm.records.packed import pack, unpack
-from eggroll_llm.system.files import describe_failure, fsync_directory
+from eggroll_llm.system.files import describe_failure, fsync_directory, try_lock, unlock
 from eggroll_llm.system.jsonl import parse_json
 
 FORMAT = 2
@@ -122,16 +121,13 @@ class JournalContents:
 def _locked(path: Path) -> FileIO:
     """Open a journal to write. Raises JournalError when another writer has it."""
     file = path.open("r+b", buffering=0)
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.close()
-        raise JournalError(
-            f"{path}: is being written by another process, or another object of this one: close that, or name a new "
-            "file"
-        ) from None
-    except OSError:  # a file system without locks
-        pass
+    with contextlib.suppress(OSError):  # a file system without locks
+        if not try_lock(file.fileno()):
+            file.close()
+            raise JournalError(
+                f"{path}: is being written by another process, or another object of this one: close that, or name a "
+                "new file"
+            )
     return file
 
 
@@ -212,8 +208,7 @@ class Journal(AbstractContextManager["Journal"]):
     def close(self) -> None:
         """Close the file; a second call does nothing."""
         if not self._file.closed:
-            with contextlib.suppress(OSError):
-                fcntl.flock(self._file, fcntl.LOCK_UN)  # a forked child has the file, too
+            unlock(self._file.fileno())
         self._file.close()
 
     @property

@@ -5,7 +5,6 @@ lock file only to name the holder. A holder still named when the lock is free di
 """
 
 import contextlib
-import fcntl
 import json
 import os
 import socket
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from eggroll_llm.errors import RunDirError
+from eggroll_llm.system.files import try_lock, unlock
 from eggroll_llm.system.jsonl import parse_json
 
 
@@ -23,18 +23,18 @@ class RunLock:
     def __init__(self, file: Path) -> None:
         descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holder = _read_holder(descriptor)
-            os.close(descriptor)
-            raise RunDirError(
-                f"{file.parent}: in use by {_name_holder(holder)}. Wait for it, stop it, or choose another --run-dir."
-            ) from None
+            locked = try_lock(descriptor)
         except OSError as error:
             os.close(descriptor)
             raise RunDirError(
                 f"{file}: the file system has no file locks ({error.strerror}). Put the run directory on another one."
             ) from None
+        if not locked:
+            holder = _read_holder(descriptor)
+            os.close(descriptor)
+            raise RunDirError(
+                f"{file.parent}: in use by {_name_holder(holder)}. Wait for it, stop it, or choose another --run-dir."
+            )
         self._descriptor: int | None = descriptor
         holder = _read_holder(descriptor)
         self.stale = _describe_process(holder) if holder else ""
@@ -52,7 +52,7 @@ class RunLock:
         if self._descriptor is not None:
             with contextlib.suppress(OSError):
                 os.ftruncate(self._descriptor, 0)
-                fcntl.flock(self._descriptor, fcntl.LOCK_UN)  # a forked child has the file, too
+            unlock(self._descriptor)
             os.close(self._descriptor)
             self._descriptor = None
 

@@ -6,6 +6,7 @@ directory is atomic, and durable once the directory itself is fsynced.
 
 import contextlib
 import errno
+import fcntl
 import hashlib
 import os
 import re
@@ -70,6 +71,24 @@ def append(file: FileIO, data: bytes, *, durable: bool = False) -> None:
         with contextlib.suppress(OSError):
             file.truncate(size)
         raise
+
+
+def try_lock(descriptor: int) -> bool:
+    """Take the lock on an open file and return True, or False when somebody has it.
+
+    Raises OSError where the file system has no locks.
+    """
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def unlock(descriptor: int) -> None:
+    """Release the lock on an open file; closing it is not enough, as a forked child may have it, too."""
+    with contextlib.suppress(OSError):
+        fcntl.flock(descriptor, fcntl.LOCK_UN)
 
 
 def replace_directory(target: Path, write: Callable[[Path], None]) -> None:

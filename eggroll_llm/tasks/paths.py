@@ -41,14 +41,14 @@ def absolute_value(key: str, value: Any, folder: Path) -> Any:
     if (table, option) == ("task", ""):
         return absolute_task(value, folder)
     if (table, option) == ("chat", "template_file") and value:
-        return os.path.abspath(folder / os.path.expanduser(value))
+        return _absolute(value, folder)
     return value
 
 
 def absolute_task(task: str, folder: Path) -> str:
     """Return a task with the path of its file, if it is the user's own, resolved against a folder."""
     path, separator, name = task.rpartition(":")
-    return f"{os.path.abspath(folder / path)}:{name}" if separator and path.endswith(".py") else task
+    return f"{_absolute(path, folder)}:{name}" if separator and path.endswith(".py") else task
 
 
 def absolute_option(key: str, value: Any, base_dir: Path) -> Any:
@@ -59,11 +59,16 @@ def absolute_option(key: str, value: Any, base_dir: Path) -> Any:
         return value
     if key == "rewards":
         path, _, name = value.rpartition(":")
-        return f"{(base_dir / path).resolve()}:{name}" if path.endswith(".py") else value
+        return f"{_absolute(path, base_dir)}:{name}" if path.endswith(".py") else value
     if key == "environment":
-        return str((base_dir / Path(value).expanduser()).resolve()) if value.endswith(".py") else value
+        return _absolute(value, base_dir) if value.endswith(".py") else value
     if key not in {option for options in PATH_OPTIONS.values() for option in options}:
         return value
     if key == "dataset" and not is_path(value, base_dir):
         return value
-    return str((base_dir / Path(value).expanduser()).resolve())
+    return _absolute(value, base_dir)
+
+
+def _absolute(path: str, folder: Path) -> str:
+    """Return a path resolved against a folder; links in it stay, as what they point to may change."""
+    return os.path.abspath(folder / os.path.expanduser(path))

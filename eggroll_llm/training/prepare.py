@@ -22,7 +22,7 @@ from eggroll_llm.system.hardware import resolve_dtype, serves_on_cpu
 from eggroll_llm.system.jsonl import to_json
 from eggroll_llm.tasks.chat import check_chat, check_thoughts
 from eggroll_llm.tasks.load import load_task
-from eggroll_llm.tasks.paths import absolute_option
+from eggroll_llm.tasks.paths import absolute_option, absolute_task, absolute_value
 from eggroll_llm.tasks.prompts import ProblemSet, Prompter, needed_context, problems_hash
 from eggroll_llm.tasks.task import Problem, Task
 
@@ -45,18 +45,16 @@ class Prepared:
 
 def with_absolute_paths(config: RunConfig, recipe_dir: Path) -> RunConfig:
     """Return the configuration with the paths that are relative to its recipe's folder made absolute."""
-    task = config.task
-    path, separator, name = task.rpartition(":")
-    if separator and path.endswith(".py"):
-        task = f"{(recipe_dir / path).resolve()}:{name}"
     options: Any = copy.copy(config.task_options)
-    for key in [] if separator else options:
+    for key in [] if ":" in config.task else options:
         options[key] = absolute_option(key, options[key], recipe_dir)
-    chat = config.chat
-    if chat.template_file:
-        file = (recipe_dir / Path(chat.template_file).expanduser()).resolve()
-        chat = dataclasses.replace(chat, template_file=str(file))
-    return dataclasses.replace(config, task=task, task_options=options, chat=chat)
+    template = absolute_value("chat.template_file", config.chat.template_file, recipe_dir)
+    return dataclasses.replace(
+        config,
+        task=absolute_task(config.task, recipe_dir),
+        task_options=options,
+        chat=dataclasses.replace(config.chat, template_file=template),
+    )
 
 
 def load_absolute(path: Path | str, overrides: Sequence[tuple[str, str]] = ()) -> RunConfig:

@@ -20,7 +20,6 @@ from eggroll_llm.es.settings import EsSettings
 from eggroll_llm.records.answers import read_samples
 from eval import evaluation, lm_eval
 from eval.evaluation import Settings, evaluate_subject, questions_for, settings_for
-from eval.questions import DEFAULT_MAX_TOKENS
 from eval.subject import Subject
 from eval.summary import summarize, table
 
@@ -50,11 +49,11 @@ def decide(config: RunConfig | None, flags: Sequence[tuple[str, str]] = (), **ho
 
 def test_a_run_is_asked_what_it_was_trained_on() -> None:
     settings = decide(CONFIG)
-    assert (settings.task, settings.protocol, settings.max_tokens) == ("gsm8k", "task", 99)
+    assert (settings.task, settings.protocol, settings.sampling.max_tokens) == ("gsm8k", "task", 99)
     assert settings.task_options == {"data_dir": "/data", "grader": "strict"}
     assert settings.engine == dataclasses.replace(CONFIG.engine, max_model_len=0)
-    assert decide(dataclasses.replace(CONFIG, eval=EvalConfig(max_tokens=150))).max_tokens == 150
-    assert decide(CONFIG, max_tokens=7).max_tokens == 7
+    assert decide(dataclasses.replace(CONFIG, eval=EvalConfig(max_tokens=150))).sampling.max_tokens == 150
+    assert decide(CONFIG, max_tokens=7).sampling.max_tokens == 7
 
 
 def test_a_run_is_asked_as_its_own_evaluations_ask() -> None:
@@ -65,9 +64,9 @@ def test_a_run_is_asked_as_its_own_evaluations_ask() -> None:
     run = dataclasses.replace(CONFIG, sampling=sampling)
 
     def asked(**how: Any) -> tuple[Any, ...]:
-        settings = decide(run, **how)
-        assert (settings.top_p, settings.temperature) == (1.0, 0.0)
-        return settings.repetition_penalty, settings.stop, settings.thinking_token_budget
+        sampling = decide(run, **how).sampling
+        assert (sampling.top_p, sampling.temperature) == (1.0, 0.0)
+        return sampling.repetition_penalty, sampling.stop, sampling.thinking_token_budget
 
     assert asked() == (1.2, ("###",), 9)
     assert asked(repetition_penalty=None, stop=None) == asked()
@@ -104,7 +103,7 @@ def test_gsm8k_by_name_is_lm_evals() -> None:
     """With the run's data, and nothing else of how it was trained."""
     for task in lm_eval.TASKS:
         settings = decide(CONFIG, task=task)
-        assert (settings.task, settings.protocol, settings.max_tokens) == (task, "lm-eval", 0)
+        assert (settings.task, settings.protocol, settings.sampling.max_tokens) == (task, "lm-eval", 256)
         assert settings.task_options == {"data_dir": "/data"}
     assert decide(None, task="gsm8k").task_options == {}
     assert decide(CONFIG, task="gsm8k", protocol="task") == decide(CONFIG)
@@ -136,7 +135,7 @@ def test_another_task_takes_the_engine_alone() -> None:
     chosen = dataclasses.replace(Subject(name="it", model_dir=Path("/model"), config=CONFIG), selected_on=256)
     assert settings_for(chosen, [], task="countdown").subject.selected_on == 0
     assert settings_for(chosen, []).subject.selected_on == 256
-    assert (settings.task, settings.task_options, settings.max_tokens) == ("countdown", {}, 0)
+    assert (settings.task, settings.task_options, settings.sampling.max_tokens) == ("countdown", {}, 320)
     assert settings.engine.dtype == "float32"
 
 
@@ -157,6 +156,7 @@ def test_another_task_takes_the_engine_alone() -> None:
         ({"task": "gsm8k", "top_p": 0.0}, [], "--top-p: sampling.top_p = 0.0: must be above 0"),
         ({"task": "gsm8k", "top_k": 5}, [], "--top-k: sampling.top_k = 5, sampling.temperature = 0.0: greedy decoding"),
         ({"task": "gsm8k", "repetition_penalty": 0.0}, [], "--repetition-penalty: sampling.repetition_penalty = 0.0"),
+        ({"task": "countdown", "thinking_token_budget": 400}, [], "= 320: leaves no room for an answer"),
         ({"task": "gsm8k", "stop": ("",)}, [], '--stop: sampling.stop = [""]: every completion would end at'),
     ],
 )
@@ -169,11 +169,11 @@ def test_what_is_refused(how: dict[str, Any], flags: list[tuple[str, str]], said
 def test_questions(data: Path) -> None:
     options = [("task_options.data_dir", str(data))]
     asked = questions_for(decide(None, options, task="gsm8k", limit=4), data)
-    assert (asked.version, asked.shots, asked.metric, asked.max_tokens) == ("3", 5, "exact_match", 256)
+    assert (asked.version, asked.shots, asked.metric) == ("3", 5, "exact_match")
     assert (len(asked.problems), asked.available, len(asked.prompts)) == (4, 12, 4)
     assert list(asked.graders) == ["strict-match", "flexible-extract", "robust"]
     own = questions_for(decide(None, options, task="gsm8k", protocol="task"), data)
-    assert (own.shots, own.metric, own.max_tokens, len(own.problems)) == (None, "accuracy", DEFAULT_MAX_TOKENS, 12)
+    assert (own.shots, own.metric, len(own.problems)) == (None, "accuracy", 12)
     assert list(own.graders) == ["strict-match", "flexible-extract", "robust", "task"]
     with pytest.raises(ConfigError, match=r"task_options\.seed: lm-eval's protocol does not have this option"):
         questions_for(decide(None, [*options, ("task_options.seed", "1")], task="gsm8k"), data)
@@ -232,7 +232,11 @@ def test_interrupted_anywhere_it_comes_to_the_same(
     assert run(path, 0) == whole  # complete: no engine is started
     assert parrots[-1].asked == 0
     assert len(path.read_text().splitlines()) == 21
-    for change in ({"seed": 1}, {"temperature": 0.5}, {"limit": 6}, {"apply_chat_template": True}, {"min_p": 0.1}):
+    other = [
+        {"sampling": dataclasses.replace(settings.sampling, **change)}
+        for change in ({"temperature": 0.5}, {"min_p": 0.1})
+    ]
+    for change in (*other, {"seed": 1}, {"limit": 6}, {"apply_chat_template": True}):
         with pytest.raises(SamplesError, match="belongs to another evaluation"):
             run(path, 99, **change)
     with pytest.raises(SamplesError, match="belongs to another evaluation"):

@@ -64,7 +64,6 @@ def results(answers: list[list[str | None]], grader: str = "robust", available: 
         available=available,
         prompts=[""] * len(answers),
         stop=(),
-        max_tokens=256,
         graders={grader: lambda *_: None},  # type: ignore[arg-type, return-value]
         source=None,  # type: ignore[arg-type]
     )

@@ -55,6 +55,19 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
     assert (tmp_path / "whole.jsonl").read_bytes() == path.read_bytes()
 
 
+def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "s.jsonl"
+
+    def flock(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    with SampleFile(path, SETTINGS) as file:
+        file.append(sample(1))
+        file.replace([sample(1, completion="again")])
+    assert read_samples(path)[1] == [sample(1, completion="again")]
+
+
 def test_hostile_text_and_numbers_stay_inert(tmp_path: Path) -> None:
     path = tmp_path / "s.jsonl"
     with SampleFile(path, SETTINGS) as file:
