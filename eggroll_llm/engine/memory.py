@@ -115,7 +115,6 @@ def es_parts(model: ModelShape, es: EsSettings, engine: EngineConfig, *, on_cpu:
     model = whole.on_each(ranks)
     split, offloaded = es.masters == "split", engine.offload_masters and not on_cpu
     member = member_bytes(model.trained, es.rank, size)
-    directions = es.population // 2 if es.antithetic else es.population
     quantised = engine.quantization == "fp8"
     # Packed for its matrix product, a CPU's copy of the head is one more.
     served = size * (model.weights + (model.vocabulary * model.hidden // ranks if on_cpu else 0))
@@ -142,7 +141,7 @@ def es_parts(model: ModelShape, es: EsSettings, engine: EngineConfig, *, on_cpu:
             size=4 * MOMENTS[es.optimizer] * model.linear,
             place="host" if offloaded else "beside",
         ),
-        Part(name="noise of a step", size=kept_bytes(member, directions) if on_cpu else 0, place="host"),
+        Part(name="noise of a step", size=kept_bytes(member, es.directions) if on_cpu else 0, place="host"),
         Part(name="an update", size=update_bytes(model, es, engine, on_cpu=on_cpu), place="beside"),
     ]
     if ranks > 1:
@@ -167,8 +166,7 @@ def update_bytes(model: ModelShape, es: EsSettings, engine: EngineConfig, *, on_
     """Return the buffers of an update, which takes the weights one by one, for the largest."""
     largest = max(out * inside for _, out, inside in model.trained)
     copies = (engine.offload_masters and not on_cpu) or es.masters == "split"
-    directions = es.population // 2 if es.antithetic else es.population
-    columns = 4 * directions * es.rank * max(out + inside for _, out, inside in model.trained)
+    columns = 4 * es.directions * es.rank * max(out + inside for _, out, inside in model.trained)
     packed = 2 * largest * SIZE[engine.dtype] if on_cpu else 0  # gate and up are packed as one
     return 4 * largest * (copies + (es.optimizer != "sgd")) + columns + packed
 

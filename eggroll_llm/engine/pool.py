@@ -90,7 +90,7 @@ class EnginePool:
         """Start the engines and wait for them. Raises what keeps one from starting; `say` gets what happens to them."""
         self.dtype = dtype
         self.watchdog = Watchdog(0)  # each engine has its own, and the roster watches them
-        self._launcher, self._rules = launcher, rules
+        self._launcher = launcher
         self._capacity = max(1, int(AHEAD * max_sequences))
         self._job: _Job | None = None
         self._jobs = count(1)

@@ -64,6 +64,11 @@ class EsSettings:
     noise_reuse: Annotated[int, Ge(1)] = 1
     """Number of steps for which the same noise is kept."""
 
+    @property
+    def directions(self) -> int:
+        """Perturbations of a step, of which antithetic members have both signs."""
+        return self.population // 2 if self.antithetic else self.population
+
 
 def without_effect(settings: EsSettings, prefix: str = "") -> Iterator[str]:
     """Yield a sentence for each field that was set in vain; `prefix` comes before the names of fields."""

@@ -19,6 +19,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from eggroll_llm.engine.memory import MOMENTS, SIZE
 from eggroll_llm.es.noise import Shape
 from eggroll_llm.models.architectures import experts_used, is_expert
 from eggroll_llm.models.files import read_config, tensor_shapes
@@ -37,7 +38,6 @@ ROWS = 512
 """Rows of the product that is measured, as in a prefill."""
 EXAMPLES = 64
 """Prompts examined for a shared prefix."""
-_SIZE = {"bfloat16": 2, "float32": 4}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -201,13 +201,12 @@ def step_seconds(prepared: "Prepared", model: Model, machine: Machine, *, length
         length=length * sampling.max_tokens,
     )
     seconds = _sampling_seconds(drawn, model, machine, prepared)
-    size = _SIZE[config.engine.dtype]
+    size = SIZE[config.engine.dtype]
     if config.method == "es":
         if es.fitness_from == "probabilities":
             seconds = seconds / es.answer_reuse + _scoring_seconds(drawn, model, machine, es.population)
-        directions = es.population // 2 if es.antithetic else es.population
-        moments = {"sgd": 0, "momentum": 1, "adam": 2}[es.optimizer]
-        operations = 2 * model.trained * directions * es.rank
+        moments = MOMENTS[es.optimizer]
+        operations = 2 * model.trained * es.directions * es.rank
         return seconds + operations / machine.training + model.trained * (8 * (1 + moments) + size) / machine.bandwidth
     grpo = config.grpo
     prompts = sampling.prompts_per_step * _mean_length(prepared.train.prompts)
@@ -233,7 +232,7 @@ def _sampling_seconds(drawn: Sampled, model: Model, machine: Machine, prepared: 
     at_once = min(drawn.completions, prepared.config.engine.max_sequences)
     passes = generated / at_once
     operations = _operations(model, drawn.prompt_tokens + generated, drawn.completions + generated, drawn.context)
-    read = passes * _SIZE[prepared.config.engine.dtype] * (model.linear + model.idle + model.head)
+    read = passes * SIZE[prepared.config.engine.dtype] * (model.linear + model.idle + model.head)
     return operations / machine.serving + read / machine.bandwidth + passes * machine.passes[0]
 
 
