@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Sampling throughput next to plain vLLM, then all tests that run on a GPU: one page of output, at most eight minutes.
+# The tests of the GPU's kernels and of an engine on them, sampling throughput next to plain vLLM, and as many of the
+# other engine tests as there is time for: one page of output, at most eight minutes.
 #
 #     scripts/gpu_check.sh [ARGUMENTS OF eggroll-llm bench]
 #
@@ -7,8 +8,8 @@
 #
 # Needs the CUDA builds of PyTorch and vLLM, pytest, and no network: the weights are random. It runs from a checkout with
 # .venv/bin/python where there is one, else with $PYTHON or python3, which may find packages by PYTHONPATH. The whole
-# output of both parts and bench.json go to $OUT, by default build/gpu_check. Status 0: all is well; 1: a test failed, or
-# there is no table; 2: there is no GPU, or no PyTorch or vLLM.
+# output of each part and bench.json go to $OUT, by default build/gpu_check. Status 0: all is well, though the last part
+# may have been cut off; 1: a test failed, or the benchmark did not end by itself; 2: there is no GPU, or no PyTorch or vLLM.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
 
@@ -34,8 +35,11 @@ print(f"{torch.cuda.get_device_name()}, {memory:.0f} GiB; torch {torch.__version
 PYTHON
 ) || exit 2
 
-# Seconds until all has to be over; 0 would be no limit.
-left() { echo $((seconds > SECONDS ? seconds - SECONDS : 1)); }
+# The least of so many seconds and those until all has to be over; 0 would be no limit.
+at_most() {
+    local left=$((seconds > SECONDS ? seconds - SECONDS : 1))
+    echo $(($1 < left ? $1 : left))
+}
 
 # Runs what follows for at most so many seconds, into a file of $out. An interrupted part still says what it has found.
 limited() {
@@ -47,29 +51,39 @@ limited() {
     return "$status"
 }
 
-echo "$machine; $(git describe --always --dirty 2>/dev/null || echo 'no git')"
-limited "$seconds_of_bench" bench.log "$python" -m eggroll_llm bench "$@" --out "$out/bench.json"
-bench_status=$?
-echo "== bench $* (${SECONDS} s, $out/bench.json)"
-tail -n 60 "$out/bench.log"
-
-# Engines first, one at a time, as another would disturb their look at free memory; then kernels, each to be compiled.
 # Warnings are errors in the pinned environment; torch and vLLM may be others here.
-start=$SECONDS tests_status=0
-tests() {
-    limited "$(left)" "$@" || tests_status=1
-}
 pytest=("$python" -m pytest -q --tb=line -p no:cacheprovider -o filterwarnings=default)
+status=0
+tests() {
+    local name=$1 limit=$2 start=$SECONDS
+    shift 2
+    limited "$(at_most "$limit")" "$name.log" "${pytest[@]}" "$@"
+    local ended=$?
+    echo "== tests of $name ($((SECONDS - start)) s, $out/$name.log)"
+    grep -vE '^(SKIPPED|$)|^[.sxFE]+ *(\[ *[0-9]+%\])?$' "$out/$name.log" | tail -n 12
+    return "$ended"
+}
+
+echo "$machine; $(git describe --always --dirty 2>/dev/null || echo 'no git')"
+# What says most comes first. Kernels side by side, as each is to be compiled; engines one at a time, as another would
+# disturb their look at free memory.
+"$python" -c 'import xdist' 2>/dev/null && processes=(--numprocesses=8) || processes=()
+tests kernels 120 "${processes[@]}" tests/kernels || status=1
 engines=()
-for test in tests/engine/test_cuda.py tests/engine/test_blocks.py tests/engine/*_triton.py tests/engine/test_engine.py; do
+for test in tests/engine/test_cuda.py tests/engine/*_triton.py; do
     [[ -e $test ]] && engines+=("$test")
 done
-"$python" -c 'import xdist' 2>/dev/null && processes=(--numprocesses=8) || processes=()
-tests engines.log "${pytest[@]}" "${engines[@]}"
-tests kernels.log "${pytest[@]}" "${processes[@]}" tests/kernels
-echo "== tests ($((SECONDS - start)) s, $out/engines.log and kernels.log)"
-for log in engines kernels; do
-    grep -vE '^(SKIPPED|$)|^[.sxFE]+ *(\[ *[0-9]+%\])?$' "$out/$log.log" | tail -n 12
-done
+tests engines 100 "${engines[@]}" || status=1
 
-[[ $tests_status == 0 && $bench_status == 0 ]] || exit 1
+limited "$(at_most "$seconds_of_bench")" bench.log "$python" -m eggroll_llm bench "$@" --out "$out/bench.json" || status=1
+echo "== bench $* ($SECONDS s, $out/bench.json)"
+tail -n 60 "$out/bench.log"
+
+others=()
+for test in tests/engine/test_blocks.py tests/engine/test_engine.py; do
+    [[ -e $test ]] && others+=("$test")
+done
+tests others "$seconds" "${others[@]}"
+ended=$?
+[[ $ended == 0 || $ended == 124 || $ended == 137 ]] || status=1
+exit "$status"

@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
@@ -213,6 +214,7 @@ class _Pool:
 
     def _start(self, variants: Sequence[Variant]) -> None:
         """Start them side by side or one by one; say what cannot be started here."""
+        began = time.monotonic()
         for together in [variants] if self._side_by_side else [[variant] for variant in variants]:
             for variant in together:
                 self._alive[variant] = Worker(variant, self._job)
@@ -220,6 +222,8 @@ class _Pool:
                 for variant in together:
                     with self._unless_it_fails(variant):
                         self._about[variant] = self._alive[variant].ready()
+                        if not self._console.is_terminal:  # what is slow or hangs is to be seen in a log
+                            self._console.print(f"{variant.name}: ready after {time.monotonic() - began:.0f} s")
 
     @contextmanager
     def _unless_it_fails(self, variant: Variant) -> Iterator[None]:

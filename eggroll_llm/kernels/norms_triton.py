@@ -21,8 +21,10 @@ from torch import Tensor
 from eggroll_llm.kernels.binding import check_array
 from eggroll_llm.kernels.rounding import rounded
 
-TILE = 4096
+TILE = 8192
 """Values of B in registers at a time, of an activation."""
+ROWS_AT_ONCE = 4
+"""Rows of B in registers at a time, of a norm."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,8 @@ def _with_term(y, A_of_slice, h_of_slice, mask, size, R: tl.constexpr, dtype: tl
 @triton.jit(do_not_specialize=["slots"])
 def _rms_norm(
     x_TI, y_TI, residual_TI, weight_I, epsilon, slot_T, slots, h_TR, A_SV, slot_A, after_TCR, B_SCRI, slot_B,
-    SIZE: tl.constexpr, R: tl.constexpr, AFTER: tl.constexpr, HAS_RESIDUAL: tl.constexpr, BLOCK: tl.constexpr,
+    SIZE: tl.constexpr, R: tl.constexpr, AFTER: tl.constexpr, ROWS: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     t, i = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     mask = i < SIZE
@@ -73,9 +76,12 @@ def _rms_norm(
     tl.store(x_TI + t * SIZE + i, x, mask=mask)
     if AFTER > 0:
         if slot >= 0:
-            for row in range(AFTER):
-                B = tl.load(B_SCRI + slot * slot_B + row * SIZE + i, mask=mask, other=0.0).to(tl.float32)
-                tl.store(after_TCR + t * AFTER + row, tl.sum(B * x.to(tl.float32), axis=0))
+            for first in range(0, AFTER, ROWS):  # one at a time, each would wait for its load and sum
+                row = first + tl.arange(0, ROWS)
+                B_at = B_SCRI + slot * slot_B + row[:, None] * SIZE + i[None, :]
+                B = tl.load(B_at, mask=(row < AFTER)[:, None] & mask[None, :], other=0.0).to(tl.float32)
+                h = tl.sum(B * x.to(tl.float32)[None, :], axis=1)
+                tl.store(after_TCR + t * AFTER + row, h, mask=row < AFTER)
 
 
 @triton.jit(do_not_specialize=["slots"])
@@ -134,8 +140,8 @@ def rms_norm(
     if tokens:
         _rms_norm[(tokens,)](
             x_TI, y_TI, x_TI if residual_TI is None else residual_TI, weight_I, epsilon, slot_T, slots, *with_h,
-            *with_B, size, rank, rows, residual_TI is not None, block, num_warps=_warps(block),
-            enable_fp_fusion=True,
+            *with_B, size, rank, rows, min(ROWS_AT_ONCE, _power_of_2(rows)), residual_TI is not None, block,
+            num_warps=_warps(block), enable_fp_fusion=True,
         )  # fmt: skip
     return x_TI, after_TCR
 
@@ -153,11 +159,12 @@ def silu_and_mul(
     rank, with_h = _before(before)
     rows, after_TCR, with_B = _after(after, x_TI)
     slot_T, slots = _slots(before[0] if before else after, x_TI)
-    block_rows = triton.next_power_of_2(max(1, rows))
+    block_rows = _power_of_2(rows)
     block = min(1024, TILE // block_rows, triton.next_power_of_2(size))
     if tokens:
         _silu_and_mul[(tokens,)](
-            x_TI, y_TO, slot_T, slots, *with_h, *with_B, size, rank, rows, block_rows, block, enable_fp_fusion=True
+            x_TI, y_TO, slot_T, slots, *with_h, *with_B, size, rank, rows, block_rows, block, num_warps=8,
+            enable_fp_fusion=True,
         )  # fmt: skip
     return x_TI, after_TCR
 
@@ -179,6 +186,10 @@ def _after(after: Factors | None, x_TI: Tensor) -> tuple[int, Tensor | None, tup
 
 def _slots(factors: Factors | None, x_TI: Tensor) -> tuple[Tensor, int]:
     return (x_TI, 0) if factors is None else (factors.slot_T, len(factors.A_SV))
+
+
+def _power_of_2(rows: int) -> int:
+    return int(triton.next_power_of_2(max(1, rows)))
 
 
 def _warps(block: int) -> int:
