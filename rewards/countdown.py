@@ -148,7 +148,7 @@ def _check(answer: str, given: Counter[int], goal: Fraction, use_all: bool, *, m
     expression, equals, result = answer.partition("=") if may_state_result else (answer, "", "")
     try:
         steps = _parse(expression)
-        stated = _number(result.strip().replace("\u2212", "-")) if equals else goal
+        stated = _number(result.strip().translate(_OPERATORS)) if equals else goal
         if stated is None:
             return "syntax"
         used = Counter(step for step in steps if isinstance(step, int))

@@ -13,7 +13,7 @@ and is not read.
 import re
 from dataclasses import dataclass
 
-from rewards.plain_number import MAX_TEXT, RefusedError, read_number
+from rewards.plain_number import MAX_TEXT, RefusedError, canonical, read_number
 from rewards.turns import last_match, next_turns
 
 MAX_MARKERS = 256
@@ -27,16 +27,17 @@ _PROSE = re.compile(
     r"(?:\s{0,3}[*_`]{0,3}[:=\uff1a]|\s{1,3}(?:is|was|equals|(?:would|will|should|must) be)\b(?!n[\u2019']t))"
 )
 _REMARK = re.compile(
-    r"(?i)[\s:]{0,8}(?:correct|right|wrong|based|rounded|obtained|consistent|reasonable|verified|confirmed|derived"
-    r"|calculated|computed|found|determined|reached|given\sby|in\s(?:dollars|cents|hours|minutes|units)|positive"
-    r"|the\s(?:product|sum|difference)\sof)\b(?!\sto\sbe\b)"
+    r"(?i)[\s:]{0,8}(?:correct|right|wrong|based|rounded(?!\sto\s[a-z ]{1,40}[,:]\s{0,2}[$£€]?[0-9])|obtained"
+    r"|consistent|reasonable|verified|confirmed|derived|(?:calculated|computed|found|determined)(?!\sto\sbe\b)|reached|given\sby"
+    r"|in\s(?:dollars|cents|hours|minutes|units)(?!:)|positive(?!\s[0-9])"
+    r"|the\s(?:product|sum|difference)\sof(?=[^=\n]*$))\b"
 )
-_CHECKED = re.compile(r"(?i)\b(?:check|verify|confirm)(?:ing)?\s(?:(?:the|my|our|this|that)\s){1,2}(?:final\s)?\Z")
+_CHECKED = re.compile(r"(?i)\b(?:check|verify)(?:ing)?[ \t](?:(?:the|my|our|this)[ \t]){1,2}(?:final[ \t])?\Z")
 
 _ANSWER_HEADING = re.compile(r"(?i)[\W_]*(?:(?:the|final)\s+){0,2}(?:answer)?[\W_]*")
 # Four hashes are also a Markdown heading: "#### 2. Multiply". "#### 18. She sold all." ends like a sentence.
 _HEADING = re.compile(
-    r"(?i)[\s*]*(?:(?:step|part|phase|question|problem)\s[0-9]|(?:note|explanation|reasoning|verification|check|proof)\b"
+    r"(?i)[\s*]*(?:(?:step|part|phase|question|problem)\s[0-9]|(?:note|explanation|reasoning)\b|(?:verification|check|proof)\b.*="
     r"|[0-9]{1,3}[.)]\s+[a-z].*[^.!?\s]\s*$)"
 )
 _HEADED = re.compile(r"(?i)(?:#{1,6}\s{1,3}[*_]{0,3}|[*_]{2,3})(?:(?:the|my|your|final)\s){0,2}")
@@ -53,7 +54,7 @@ _LATEX = r"\\[()\[\],;:! ]|\\q?quad(?![a-z])|\\(?:text|math)(?:rm|bf|it|sf|tt)?\
 _GAP = rf"(?:\s|{_LATEX})*"
 _CONTINUED = re.compile(
     rf"(?i)(?:[ \t$*)\]}}~]|{_LATEX})*(?:{_GAP}[,;]?{_GAP}(?P<another>or)\b|and\s\D{{0,12}}[0-9]"
-    r"|(?:squared|cubed|000)\b|and\sa\shalf(?=\W*$|[.,;!])|[0-9]+/[0-9]|\u00b1"
+    r"|(?:(?:squared|cubed)(?!\s[a-z])|000)\b|and\sa\shalf(?=\W*$|[.,;!])|[0-9]+/[0-9]+(?![\w-])|\u00b1"
     r"|[\u00b2\u00b3\u00b9\u00bc-\u00be\u2070-\u209f\u2150-\u215e]"
     r"|\s*(?:hundred|thousand|lakh|crore|[a-z]{1,6}illion|dozen)|\\[dt]?frac\s?\{?\s?[0-9]|\.[0-9]"
     r"|(?:[\^/×÷·*+\u2212-]|\\(?:times|cdot|div)(?![a-z]))[ \t]?\{?[0-9])"
@@ -63,7 +64,7 @@ _CONTINUED = re.compile(
 # In front of a box: a digit or a sign that belongs to its number, or an operator after another number.
 _DASH = r"\-\u2010-\u2015\u2212"
 _CHANGED = re.compile(
-    rf"(?:[0-9][.,]?\$?|\b(?:[Hh]alf(?:\sof)?|[Tt]wice|[Dd]ouble|[Tt]riple)[ \t$]*"
+    rf"(?:[0-9]\$?|(?<![0-9.])0\.\$?|\b(?:[Hh]alf(?:\sof)?|[Tt]wice|[Dd]ouble|[Tt]riple)[ \t$]*"
     rf"|(?<![A-Za-z])[+{_DASH}]\\?\$?|\\(?:pm|sqrt|neg)|\b(?:[Nn]egative|[Mm]inus)[ \t$\\]*"
     rf"|[0-9][ \t$]{{0,3}}(?:[+*/^×÷·{_DASH}]|\\(?:times|cdot|div))[ \t$]{{0,3}}"
     rf"|=[ \t$]{{0,3}}[{_DASH}][ \t$]{{0,3}})\Z"
@@ -74,7 +75,7 @@ _ALTERNATIVE = re.compile(
     rf"|{_OR}(?:{_LATEX}|[a-z]\s?=|[\s$*\\(\[{{}}#])*+)$"
     rf"|(?:[0-9}}]|</answer>)(?:\\[)\]]|[\s$*.,;])*{_OR}(?:\\[(\[]|[\s$*])*\Z"
 )
-_NUMBER_OR = re.compile(rf"(?i)[0-9][\s$]{{1,3}}{_OR}[\s$]{{1,3}}\Z")
+_NUMBER_OR = re.compile(rf"(?i)(?<![0-9.,/])([0-9][0-9,]*(?:\.[0-9]+)?)[\s$]{{1,3}}{_OR}[\s$]{{1,3}}\Z")
 _BLANKS = re.compile(r"[ \t]{3,}")
 _DENIED = re.compile(r"(?i)(?:\b(?:not|never)|n['\u2019]t)(?:\s(?:be|equal\sto))?[ \t$*\\(\[]*\Z")
 _BULLET = re.compile(r"[ \t]*[-+*\u2022\u2023\u2043\u2010-\u2015\u2212\u25aa\u25cf\u25e6\u00b7][ \t\u00a0]+(?=\S)")
@@ -181,7 +182,10 @@ def _enclosed(text: str, start: int, begin: int, close: int, after: int, end: in
         content = content.strip()[: MAX_TEXT + 1]
     earlier = text[max(0, start - 64) : start]
     listed = _listed_before(text, start)
-    if _is_alternative(earlier) or _NUMBER_OR.search(earlier) or _DENIED.search(earlier):
+    if _is_alternative(earlier) or _DENIED.search(earlier):
+        raise RefusedError("hedged")
+    alternative = _NUMBER_OR.search(earlier)
+    if alternative and canonical(alternative[1]) != _number(content) and "%" not in text[after : after + 4]:
         raise RefusedError("hedged")
     rest = _BLANKS.sub("  ", text[after - 1 : min(after + 2 * MAX_TEXT, end)])
     if continued := _CONTINUED.match(rest, 1, 65):
@@ -226,15 +230,14 @@ def _line_marker(text: str, literal: str, start: int, end: int) -> int | None:
         return start + len(literal)
     if start == 0 or text[start - 1] not in "aA" or text[start - 2 : start - 1].isalpha():
         return None
-    if _CHECKED.search(text, max(0, start - 40), start - 1):
-        return None
     phrase = _PROSE.match(text, start + len(literal), end)
     line = text.rfind("\n", 0, start) + 1
     if _HEADED.fullmatch(text, line, start - 1) and (rest := _BELOW.match(text, start + len(literal), end)):
         return rest.end()
-    if phrase is None or (phrase.group()[-1] not in ":=\uff1a" and _REMARK.match(text, phrase.end(), end)):
+    if phrase is None or _REMARK.match(text, phrase.end(), end):
         return None
-    return phrase.end()
+    checked = phrase.group()[-1] in ":=\uff1a" and _CHECKED.search(text, max(0, start - 40), start - 1)
+    return None if checked else phrase.end()
 
 
 def _line(text: str, begin: int, end: int) -> _Span | None:

@@ -39,10 +39,11 @@ _MARKUP: list[tuple[re.Pattern[str], str]] = [
         (r"(?i)<(?:del|strike|sub)>(?=[^<]{0,20}[0-9])", "~"),
         (r"<{1,2}([^<>=A-Za-z]{0,20}[0-9][^<>=]{0,60})>{1,2}", r" \1 "),  # a placeholder of the prompt, copied
         (
-            r"(?<=[A-Za-wz])[\s}$.]{0,3}(?:\^\s?[{(]?\s?(?:\\text\s?\{)?-?[1-4](?![0-9])\s?[})]{0,2}|\*\*[23]\b|[²³]"
+            r"(?<=[A-Za-wz])[\s}$.]{0,3}(?:\^\s?[{(]?\s?(?:\\text\s?\{)?-?[1-4](?![0-9])\s?[})]{0,2}|[²³]"
             r"|\\textsuperscript\s?\{[23]\}|<sup>[23]</sup>)",
             " ",
         ),
+        (r"(?<=[A-Za-wz])\*\*[23]\b(?!\*)", " "),  # no bold number
         (rf"(?<=[0-9\s]){_UNIT}[23]\b", " "),
         (rf"(?i)(?<=[0-9\s]){_UNIT}\s(?:squared|cubed)\b", " "),
         (r"</?[A-Za-z][^<>]{0,60}>|<\|[^<>|]{0,30}\|>", " "),
@@ -82,7 +83,10 @@ _ABBREVIATED = ("sq", "cu", "ft", "yd", "mi", "lb", "lbs", "oz", "hr", "hrs", "m
 _UNIT_WITH_STOP = "".join(rf"(?<!\b{unit}\.)" for unit in _ABBREVIATED)
 _SENTENCE_END = rf"(?<!\bMr)(?<!\bMs)(?<!\bDr)(?<!\bSt)(?<!\bMrs)(?:;|\.(?:{_UNIT_WITH_STOP}|(?=\s+[A-Z])))\s+"
 _NEW_SENTENCE = re.compile(rf"{_SENTENCE_END}(?=[A-Za-z\"'(])")
-_NEW_SENTENCE_OR_EQUATION = re.compile(rf"{_SENTENCE_END}(?=[A-Za-z\"'(]|{_EQUATION})")
+# A number, which is not that of a list, and what explains it: 18 dollars. 9 * 2 = 18.
+_EXPLAINED = re.compile(
+    rf"([^A-Za-z0-9=]*(?![0-9][.)])(?>{_NUMBER.pattern})[^0-9=;.]{{0,40}}){_SENTENCE_END}{_EQUATION}"
+)
 _RETRACTION = re.compile(
     r"(?i)[\"'(]?(?:(?:hm+|oh|um|uh|ah)[,.!\s\u2026]{1,3})?"
     r"(?:or|no|not|wait|oops|sorry|hold on|maybe|perhaps|actually|alternatively|otherwise)\b"
@@ -112,7 +116,8 @@ _NUMBER_WORD = (
 _SCALE_WORD = re.compile(
     r"(?i)\b(?:hundred|thousand|[a-z]{1,9}illion|mill|mio|mrd|lakh|lac|crore|dozen)s?\b"
     r"|\b(?:million(?:en|es)|millon(?:es)?|milh(?:\u00e3o|\u00f5es)|milliard(?:en?|s)?|mille|tausend)\b"
-    r"|\b(?:\u0442\u044b\u0441|\u043c\u0438\u043b|\u043c\u043b)[\u0430-\u044f]*|\A\s?[\ucc9c\ub9cc\uc5b5\uc870]|"
+    r"|\b(?:\u0442\u044b\u0441(?:\u044f\u0447[\u0430-\u044f]*)?|\u043c\u0438\u043b\u043b\u0438[\u0430-\u044f]+|\u043c\u043b\u043d|\u043c\u043b\u0440\u0434)\b"
+    r"|\A\s?[\ucc9c\ub9cc\uc5b5\uc870](?:\uc6d0|\W|\Z)|"
     + _one_of("halves thirds fourths fifths sixths sevenths eighths ninths tenths elevenths twelfths")
     + "|"
     + _one_of("twentieths hundredths thousandths squared cubed factorial")
@@ -148,7 +153,9 @@ _OR = (
     rf"\bor\b(?=\W*(?:\Z|[0-9]|{_NUMBER_WORD}|{_SCALE}|"
     + _one_of("an? so more less fewer higher lower greater above below about around thereabouts near not none zero")
     + "|"
-    + _one_of("nothing neither maybe perhaps possibly even else rather twice half double dozen")
+    + _one_of("nothing neither maybe perhaps possibly even else rather twice half double dozen something anything")
+    + "|"
+    + _one_of("slightly just almost nearly close only under over up down some any several few much many roughly")
     + "))"
 )
 _HEDGE = re.compile(f"(?i){_OR}|" + _one_of("maybe perhaps possibly probably likely approx approximately roughly"))
@@ -169,7 +176,8 @@ _HEDGE_BEFORE = re.compile(
     + r"|\b(?:either|both|between)\s*$"
     + r"|\b(?:(?:any|every)thing|except|besides|but|near|approaching"
     + r"|(?:could|might|may)\s+be|close\s+to|far\s+from|short\s+of|ca?\.)\s*$"
-    + r"|\b(?:at least|at most|up to|(?:more|less|fewer|greater|other) than)\b(?!.*\b(?:by|is|are|was|were|equals)\W*$)"
+    + r"|\b(?:at least|at most|up to|(?:more|less|fewer|greater|other) than)\b"
+    + r"(?!\s+\S+.*\b(?:by|is|are|was|were|equals)\W*$)"
     + r"|(?<!\bleft\s)\b(?:over|under)\s*$|[<>≈~≤≥≠\u223c≃≅]"
 )
 _BESIDE = re.compile(r"(?i)\b(?:below|above)\s*$")
@@ -253,8 +261,9 @@ def _split_reason(text: str) -> tuple[str, str]:
     if first is None:
         return text, ""
     end = len(text)
-    bare = not any(map(str.isalpha, text[: first.start()]))
-    sentence = (_NEW_SENTENCE_OR_EQUATION if bare else _NEW_SENTENCE).search(text, first.end())
+    sentence = _NEW_SENTENCE.search(text, first.end())
+    if (explained := _EXPLAINED.match(text)) and (sentence is None or explained.end(1) < sentence.start()):
+        return explained[1], text[explained.end(1) :]
     if sentence is not None:
         if _RETRACTION.match(text, sentence.end()):
             raise RefusedError("hedged")
@@ -294,7 +303,8 @@ def _right_side(text: str) -> str:
     stated = {canonical(bare) for side in left if _NUMBER.fullmatch(bare := side.strip(f" \t\r\n()%{_CURRENCY}"))}
     numbers = {canonical(number.group()) for number in _NUMBER.finditer(right)}
     if left and (listed := _LISTED.match(left[0])):
-        stated.add(canonical(listed[1]))
+        operands = {canonical(number) for number in _NUMBER.findall(left[0][listed.end(1) :])}
+        stated |= {canonical(listed[1])} - operands
     if stated - numbers:
         raise RefusedError("several_numbers")
     return right
@@ -356,6 +366,7 @@ def _check_surroundings(before: str, after: str) -> None:
 def _sign(before: str) -> str:
     """Return the sign in front of the number: "-$18", "$-18", "minus 18", but not the dash of "Total - 18"."""
     head = _CURRENCY_BEFORE.sub("", before)
+    spaced = any(map(str.isspace, before[len(head) :]))
     if _MINUS_WORD.search(head):
         return "-"
     if _is_other_dash(head[-1:]):
@@ -363,7 +374,6 @@ def _sign(before: str) -> str:
     if not head.endswith(("-", "+")):
         return ""
     sign, head = head[-1], head[:-1]
-    spaced = before[-1:].isspace()
     if not _CURRENCY_CODE.search(head) and (head[-1:].isalpha() or (spaced and head.rstrip()[-1:].isalpha())):
         return ""
     if _CURRENCY_BEFORE.sub("", head).endswith(("-", "+")):

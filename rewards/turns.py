@@ -44,7 +44,9 @@ _TOKEN_CUES = (
     "human>",
     "User>",
     "question>",
+    "Question>",
     "problem>",
+    "Problem>",
 )
 _BEFORE_CUE = {"INST]": "["}
 _ROLES = (

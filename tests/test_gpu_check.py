@@ -14,7 +14,7 @@ PYTHON = """#!/bin/sh
 echo "$@" >>"$CALLS"
 case "$*" in
 *pytest*)
-    echo ".....s [100%]"; echo "FAILED a - no"; echo "5 passed"
+    echo ".....s [100%]"; [ -z "$SAYS" ] || echo "$SAYS"; echo "5 passed"
     case "$*" in *$ONLY) [ -z "$TESTS_TAKE" ] || exec sleep "$TESTS_TAKE" ;; esac
     exit "${TESTS_END:-0}" ;;
 *bench*) echo "the table"; [ -z "$BENCH_TAKES" ] || exec sleep "$BENCH_TAKES"; exit "${BENCH_ENDS:-0}" ;;
@@ -62,6 +62,9 @@ def test_without_a_gpu_it_says_so(tmp_path: Path) -> None:
 def test_the_tests_and_the_table_are_on_one_page(check: Check, checkout: Path) -> None:
     result = check()
     assert result.returncode == 0, result.stderr
+    (checkout / "calls").unlink()
+    result = check(SAYS="FAILED a - no", TESTS_END="1")
+    assert result.returncode == 1
     page = result.stdout.splitlines()
     assert page[0].startswith("H100; torch 2; ")
     assert "FAILED a - no" in page
@@ -104,6 +107,7 @@ def test_what_takes_too_long_is_stopped_and_spares_the_rest(check: Check) -> Non
 
 
 def test_the_last_part_may_be_cut_off(check: Check) -> None:
-    result = check(TESTS_TAKE="60", ONLY="test_engine.py", SECONDS_IN_ALL="3")
-    assert result.returncode == 0, result.stdout
-    assert result.stdout.count("5 passed\nstopped after ") == 1
+    for said, status in (("", 0), ("FAILED a - no", 1)):
+        result = check(TESTS_TAKE="60", ONLY="test_engine.py", SECONDS_IN_ALL="3", SAYS=said)
+        assert result.returncode == status, result.stdout
+        assert result.stdout.count("5 passed\nstopped after ") == 1

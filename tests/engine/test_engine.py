@@ -189,9 +189,9 @@ def same(found: Tensor, other: Tensor, tolerance: float) -> bool:
 
 
 def same_tokens(found: Sequence[tuple[int, ...]], other: Sequence[tuple[int, ...]]) -> bool:
-    """All of them on a CPU; on a GPU three quarters, as a token goes the other way where two are as probable."""
+    """All of them on a CPU; on a GPU most, as a token goes the other way where two are as probable."""
     equal = sum(map(operator.eq, found, other))
-    return len(found) == len(other) and equal >= len(found) * (1 if serves_on_cpu() else 0.75)
+    return len(found) == len(other) and equal >= len(found) * (1 if serves_on_cpu() else 0.9)
 
 
 def test_base_requests_in_a_mixed_batch_are_the_base_model(served: Served) -> None:
