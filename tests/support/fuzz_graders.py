@@ -17,7 +17,7 @@ from rewards.turns import THOUGHT
 CASES = Path(__file__).parents[1] / "rewards"
 SECONDS = 0.05
 """Processor time in which a text of some kilobytes is graded."""
-_ASCII = str.maketrans("\u2212x\u00d7\u00f7\u00b7", "-**/*")
+_ASCII = str.maketrans("\u2212\u2013\u2010\uff0dx\u00d7\u00f7\u00b7\u22c5\u2219\u2217", "----**/****")
 
 
 def as_text(data: bytes) -> str:
