@@ -127,7 +127,7 @@ def read_answer(
 def _in_tag(text: str) -> str:
     begin = text.find("<answer>")
     closed = text.find("</answer>", max(0, begin))
-    if begin >= 0 and _BEGUN.match(text, begin) and any(turn < closed for turn in next_turns(text, begin)):
+    if 0 <= begin < closed and _BEGUN.match(text, begin) and next_turns(text, begin, closed):
         return ""  # an answer without an end, and then another turn's
     end = next(iter(next_turns(text, closed)), len(text)) if closed >= 0 else 0
     while (opening := text.rfind("<answer>", 0, max(0, text.rfind("</answer>", 0, end)))) >= 0:

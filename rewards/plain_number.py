@@ -78,15 +78,13 @@ _SCALE = rf"(?:{'|'.join(_ZEROS)})s?\b"
 _SCALED = re.compile(rf"(?i)(?<![0-9])(?<![0-9][.,])((?>{_NUMBER.pattern}))\s{{0,6}}-?((?:\s?{_SCALE}){{1,2}})(?!-)")
 
 # What explains a number before it, as 9 * 2 = 18, whose asterisk has been removed.
-_EQUATION = rf"[{_CURRENCY}]?[0-9](?:[0-9,.]*[0-9])?(?:\s?[-+/]\s?|\s{{1,4}})[{_CURRENCY}]?[0-9][^=\n]{{0,60}}="
+_SUM = rf"[{_CURRENCY}]?[0-9](?:[0-9,.]*[0-9])?(?:\s?[-+/]\s?|\s{{1,4}})[{_CURRENCY}]?[0-9][^=\n]{{0,60}}"
 _ABBREVIATED = ("sq", "cu", "ft", "yd", "mi", "lb", "lbs", "oz", "hr", "hrs", "min", "mins", "sec")
 _UNIT_WITH_STOP = "".join(rf"(?<!\b{unit}\.)" for unit in _ABBREVIATED)
 _SENTENCE_END = rf"(?<!\bMr)(?<!\bMs)(?<!\bDr)(?<!\bSt)(?<!\bMrs)(?:;|\.(?:{_UNIT_WITH_STOP}|(?=\s+[A-Z])))\s+"
 _NEW_SENTENCE = re.compile(rf"{_SENTENCE_END}(?=[A-Za-z\"'(])")
 # A number, which is not that of a list, and what explains it: 18 dollars. 9 * 2 = 18.
-_EXPLAINED = re.compile(
-    rf"([^A-Za-z0-9=]*(?![0-9][.)])(?>{_NUMBER.pattern})[^0-9=;.]{{0,40}}){_SENTENCE_END}{_EQUATION}"
-)
+_EXPLAINED = re.compile(rf"([^A-Za-z0-9=]*(?![0-9][.)])(?>{_NUMBER.pattern})[^0-9=;.]{{0,40}}){_SENTENCE_END}{_SUM}=")
 _RETRACTION = re.compile(
     r"(?i)[\"'(]?(?:(?:hm+|oh|um|uh|ah)[,.!\s\u2026]{1,3})?"
     r"(?:or|no|not|wait|oops|sorry|hold on|maybe|perhaps|actually|alternatively|otherwise)\b"
@@ -100,7 +98,7 @@ _CONCLUSION = re.compile(
 )
 _TAKEN_BACK = re.compile(r"(?i),?\s(?:which|that)\s(?:is|was)\s(?:not|wrong|incorrect|false)\b")
 _BRACKETS = re.compile(r"\((?:[^()]|\([^()]*\))*\)|\[[^\[\]]*\]")
-_LISTED = re.compile(rf"[^A-Za-z0-9]*((?>{_NUMBER.pattern}))[^0-9=,;]{{0,20}}[,;]\s+{_EQUATION[:-1]}\Z")
+_LISTED = re.compile(rf"[^A-Za-z0-9]*((?>{_NUMBER.pattern}))[^0-9=,;]{{0,20}}[,;]\s+{_SUM}\Z")
 _ENUMERATION = re.compile(r"(?i)[,;]\s|\b(?:and|or)\b")
 
 

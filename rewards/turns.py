@@ -120,18 +120,18 @@ def last_match(pattern: re.Pattern[str], text: str) -> re.Match[str] | None:
     return next(iter(deque(pattern.finditer(text), maxlen=1)), None)
 
 
-def next_turns(text: str, start: int = 0) -> list[int]:
-    """Return where the text may go on to a next turn from `start` on, in order: the first `MAX_TURNS` places."""
+def next_turns(text: str, start: int = 0, end: int | None = None) -> list[int]:
+    """Return where the text may go on to a next turn from `start` to `end`, in order: the first `MAX_TURNS` places."""
     found = set()
     # Finding a literal is many times faster than searching for a pattern.
     for cue in (*_TOKEN_CUES, *_ROLES, *_TOPICS):
-        position = text.find(cue, start)
+        position = text.find(cue, start, end)
         for _ in range(MAX_CUES):
             if position < 0:
                 break
             if (turn := _turn_at(text, position, cue)) is not None:
                 found.add(turn)
-            position = text.find(cue, position + 1)
+            position = text.find(cue, position + 1, end)
     return sorted(found)[:MAX_TURNS]
 
 

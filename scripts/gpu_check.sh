@@ -64,26 +64,25 @@ tests() {
     return "$ended"
 }
 
+# Those of the files that exist, a line each.
+there() {
+    for file; do [[ ! -e $file ]] || echo "$file"; done
+}
+
 echo "$machine; $(git describe --always --dirty 2>/dev/null || echo 'no git')"
 # What says most comes first. Kernels side by side, as each is to be compiled; engines one at a time, as another would
 # disturb their look at free memory.
 "$python" -c 'import xdist' 2>/dev/null && processes=(--numprocesses=8) || processes=()
 tests kernels 120 "${processes[@]}" tests/kernels || status=1
-engines=()
-for test in tests/engine/test_cuda.py tests/engine/*_triton.py; do
-    [[ -e $test ]] && engines+=("$test")
-done
-tests engines 100 "${engines[@]}" || status=1
+mapfile -t files < <(there tests/engine/test_cuda.py tests/engine/*_triton.py)
+tests engines 100 "${files[@]}" || status=1
 
 limited "$(at_most "$seconds_of_bench")" bench.log "$python" -m eggroll_llm bench "$@" --out "$out/bench.json" || status=1
 echo "== bench $* ($SECONDS s, $out/bench.json)"
 tail -n 60 "$out/bench.log"
 
-others=()
-for test in tests/engine/test_blocks.py tests/engine/test_engine.py; do
-    [[ -e $test ]] && others+=("$test")
-done
-tests others "$seconds" "${others[@]}"
+mapfile -t files < <(there tests/engine/test_blocks.py tests/engine/test_engine.py)
+tests others "$seconds" "${files[@]}"
 ended=$?
 [[ $ended == 0 || $ended == 124 ]] || status=1
 ! grep -qE '^(FAILED|ERROR) ' "$out/others.log" || status=1  # before it was cut off
