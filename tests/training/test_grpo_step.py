@@ -29,9 +29,10 @@ from eggroll_llm.records.journal import Journal, JournalHeader
 from eggroll_llm.records.run_dir import RunDir
 from eggroll_llm.training import recorder
 from eggroll_llm.training.grpo import GrpoTrainer
+from eggroll_llm.training.grpo_trl import trainer
 from eggroll_llm.training.grpo_trl.passes import add_product, side_by_side
 from eggroll_llm.training.grpo_trl.rollouts import checkpoint_tensors
-from eggroll_llm.training.grpo_trl.trainer import GRPOConfig, arguments
+from eggroll_llm.training.grpo_trl.trainer import GRPOConfig, arguments, load_model
 from eggroll_llm.training.harness import Harness, Run
 from eggroll_llm.training.prepare import Prepared, prepare
 from eggroll_llm.training.scorer import Scorer
@@ -385,6 +386,35 @@ def test_adapters_are_merged_into_copies(step_of: Callable[..., Step]) -> None:
     assert largest_difference(merged, dict(model.merge_and_unload().state_dict())) < 1e-6
     # And that is what the engine was handed last.
     assert largest_difference(dict(step.engine.model.state_dict()), merged) == 0
+
+
+def test_weights_beneath_adapters_are_narrow_where_that_changes_no_bit(
+    step_of: Callable[..., Step], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step of mixed precision moves the adapters as it does over float32 weights."""
+
+    def load(directory: Path) -> tuple[Any, Any]:
+        model, tokenizer = load_model(directory)
+        for name, weight in model.named_parameters():
+            weight.data = weight.data.bfloat16().float() + (1e-5 if "layers.0.mlp.up_proj" in name else 0)
+        return model, tokenizer
+
+    def adapters() -> dict[str, Tensor]:
+        step = step_of(lora_rank=4, adam_eps=1e-8, dtype="bfloat16")
+        step.make()
+        tensors: dict[str, Tensor] = step.trainer.trl.model.state_dict()
+        kinds.append({name: weight.dtype for name, weight in tensors.items()})
+        return {name: weight for name, weight in tensors.items() if ".lora_" in name}
+
+    kinds: list[dict[str, torch.dtype]] = []
+    monkeypatch.setattr(trainer, "load_model", load)
+    narrow = adapters()
+    monkeypatch.setattr(trainer, "narrow_beneath_adapters", lambda model: None)
+    assert largest_difference(narrow, adapters()) == 0
+    assert set(kinds[1].values()) == {torch.float32}
+    assert {name for name, kind in kinds[0].items() if kind == torch.bfloat16} == {
+        name for name in kinds[0] if ".base_layer." in name and "layers.0.mlp.up_proj" not in name
+    }
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in MIXTURES])

@@ -1,4 +1,4 @@
-"""What the passes of TRL share and save: one over a prompt for its completions, and bfloat16 products on CPU."""
+"""What the passes of TRL share and save: one over a prompt for its completions, and bfloat16 products and weights."""
 
 import contextlib
 from typing import Any
@@ -21,6 +21,20 @@ def add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
 
 
 _trl_add_product, chunked_logprob._addmm_fp32 = chunked_logprob._addmm_fp32, add_product
+
+
+def narrow_beneath_adapters(model: Any) -> None:
+    """Keep the frozen weights that have an adapter in bfloat16, where they are bfloat16 numbers already.
+
+    Autocast multiplies by these same numbers, but would convert them anew in every pass, as they need no gradient, and
+    keep each pass's copy until its gradients are computed.
+    """
+    for layer in model.modules():
+        if hasattr(layer, "get_delta_weight"):
+            for weight in layer.get_base_layer().parameters():
+                narrow = weight.detach().bfloat16()
+                if torch.equal(narrow.to(weight.dtype), weight):
+                    weight.data = narrow
 
 
 def side_by_side(batch: dict[str, Any]) -> dict[str, Any]:

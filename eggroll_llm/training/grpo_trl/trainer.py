@@ -18,6 +18,7 @@ log-probabilities, advantages, loss, micro batches, clipping, optimizer. What is
 * Where the head is applied: to the tokens of completions alone, as TRL does on CUDA. Elsewhere it would score those of
   the prompts as well, and drop the result: on CPU up to half of a pass, with a small model and a large vocabulary.
 * How the head's gradients are added up on CPU: by bfloat16 instructions, to the same float32 sums (`add_product`).
+* The weights beneath adapters: in bfloat16 where that changes no bit (`narrow_beneath_adapters`).
 * Model cards, telemetry and printing are switched off: ours are used.
 """
 
@@ -36,7 +37,7 @@ from eggroll_llm.models.targets import TARGET_MODULES
 from eggroll_llm.system.hardware import return_freed_memory
 from eggroll_llm.tasks.order import problems_of_step
 from eggroll_llm.tasks.prompts import ProblemSet
-from eggroll_llm.training.grpo_trl.passes import score_completions, side_by_side
+from eggroll_llm.training.grpo_trl.passes import narrow_beneath_adapters, score_completions, side_by_side
 from eggroll_llm.training.grpo_trl.rollouts import Rollouts
 
 with warnings.catch_warnings():
@@ -134,6 +135,8 @@ class EngineGrpoTrainer(GRPOTrainer):
         )
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
+        if self.args.bf16 and config.grpo.lora_rank:
+            narrow_beneath_adapters(self.model)
         rollouts.model = self.model
         self.vllm_generation, self.use_vllm, self._last_loaded_step = rollouts, True, -1
 
