@@ -7,7 +7,7 @@
     plot(run.path)
     evaluate(run.path, limit=256)["results"]
 
-The command line calls the same functions. They raise `UserError` for mistakes that the caller can fix. Only one engine
+The commands do the same. The functions raise `UserError` for mistakes that the caller can fix. Only one engine
 may be alive in a process; `train` and `evaluate` close theirs before they return.
 """
 
@@ -72,7 +72,7 @@ def evaluate(
     model: Path | str,
     *,
     task: str | None = None,
-    recipe: RunConfig | None = None,
+    recipe: RunConfig | Path | str | None = None,
     at: str | int = "final",
     settings: Mapping[str, Any] | None = None,
     limit: int = 0,
@@ -92,7 +92,7 @@ def evaluate(
     """Evaluate a model or a run on a task's test split; return the figures, under the keys of lm-evaluation-harness.
 
     `model` is a name, a model directory or a run directory, whose model is taken `at` "final", "best" or a step. A run
-    is evaluated on its own task, and any model on that of a `recipe`, unless another is named. `settings` are those of
+    is evaluated on its own task, and any model on that of a `recipe` (or its path), unless another is named. `settings` are those of
     the tables [task_options], [chat], [engine] and [reward], by dotted name. `limit` takes that many problems, 0 all.
     Where they are None, `stop` (texts at which answers end besides the task's), `repetition_penalty` and
     `thinking_token_budget` are those of the recipe or the run. Raises UserError.
@@ -107,7 +107,7 @@ def evaluate(
         find_subject(str(model), str(at)),
         _flags(settings),
         task=absolute_task(task, Path.cwd()) if task else None,
-        recipe=recipe,
+        recipe=recipe if recipe is None or isinstance(recipe, RunConfig) else load_recipe(recipe),
         shots=num_fewshot,
         apply_chat_template=apply_chat_template,
         limit=limit,

@@ -19,22 +19,24 @@ INTRODUCTION = """\
 
 A recipe is a TOML file. Every setting of a recipe can also be given as a flag, and the last value wins:
 
-    eggroll-llm train recipes/addition_smollm2.toml --es.sigma 5e-4 --steps 40
+    eggroll-llm train recipes/addition_smollm2.toml --es.sigma 0.003 --steps 40
 
-`eggroll-llm train --settings` prints the list below, and `eggroll-llm train RECIPE.toml --dry-run` prints the resolved
+`eggroll-llm train --settings` prints all settings below but those of `[task_options]`, and `eggroll-llm train RECIPE.toml --dry-run` prints the resolved
 recipe, what a step costs, and an estimate of its time. Unknown keys, wrong types and contradictory settings are
 rejected before a model is loaded; the message names the file, line, value and remedy.
 
+Paths in a recipe are relative to its folder; `model`, and paths in flags, to where you run.
+
 A minimal recipe needs a task, a limit (`steps` or `minutes`) and the two step sizes of the method. They have no
-default because they depend on the model:
+default because they depend on the model: `eggroll-llm tune` finds them.
 
 ```toml
-task = "recipes/addition.py:Addition"
+task = "countdown"
 minutes = 5
 
 [es]
 sigma = 0.004
-learning_rate = 0.0011
+learning_rate = 0.0005
 ```
 """
 

@@ -1,6 +1,6 @@
 """The words of a command line: what is done before argparse sees them, and how several commands read theirs.
 
-Settings (`--es.sigma 5e-4`) are split off, and slips get hints: argparse alone would take the value of a setting for
+Settings (`--es.sigma 0.003`) are split off, and slips get hints: argparse alone would take the value of a setting for
 the recipe where the setting stands first, and could not tell a misspelt flag from a setting.
 """
 

@@ -38,7 +38,7 @@ NEEDED_GIB = 6.0  # the embedded model under vLLM, its float32 masters, 1 GiB of
 IMPORT_SECONDS = 180
 
 TORCH_SEEN_ON_CUDA = ("2.11.0",)  # with which vLLM's CUDA build has worked too
-CUDA_SEEN = "tried on one H100 only, see docs/benchmarks.md"
+CUDA_SEEN = "an H100 ran earlier kernels, those of now ran on none: see docs/gpu.md"
 TORCH_FACTS = """
 import json, torch
 cuda = torch.cuda.is_available()

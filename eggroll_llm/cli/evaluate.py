@@ -35,7 +35,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--data-dir", type=Path, metavar="DIR", help="of gsm8k, gsm8k_cot: folder with train.jsonl and test.jsonl"
     )
     parser.add_argument("--limit", type=positive, default=0, metavar="N", help="only the first N problems")
-    parser.add_argument("--max-tokens", type=positive, default=0, metavar="N", help="length limit of an answer")
+    parser.add_argument(
+        "--max-tokens",
+        type=positive,
+        default=0,
+        metavar="N",
+        help="length limit of an answer (default: the run's or recipe's own; of a task 320; lm-eval's 256)",
+    )
     parser.add_argument("--samples", type=positive, default=1, metavar="N", help="completions per problem")
     parser.add_argument(
         "--temperature", type=float, default=0.0, metavar="T", help="sampling temperature; 0 (default) is greedy"

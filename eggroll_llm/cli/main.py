@@ -107,7 +107,7 @@ class Command:
     """Packages that must be installed."""
     keys: Callable[[], list[str]] | None = None
     """Lists the settings that can be given as flags."""
-    epilog: str = "Any setting of a recipe can be given as --KEY VALUE, such as --es.sigma 5e-4."
+    epilog: str = "Any setting of a recipe can be given as --KEY VALUE, such as --es.sigma 0.003."
 
 
 def _setting_keys() -> list[str]:
