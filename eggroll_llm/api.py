@@ -92,8 +92,9 @@ def evaluate(
     """Evaluate a model or a run on a task's test split; return the figures, under the keys of lm-evaluation-harness.
 
     `model` is a name, a model directory or a run directory, whose model is taken `at` "final", "best" or a step. A run
-    is evaluated on its own task, and any model on that of a `recipe` (or its path), unless another is named. `settings` are those of
-    the tables [task_options], [chat], [engine] and [reward], by dotted name. `limit` takes that many problems, 0 all.
+    is evaluated on its own task, and any model on that of a `recipe` (or its path), unless another is named. `settings`
+    are those of the tables [task_options], [chat], [engine] and [reward], by dotted name. `limit` takes that many
+    problems, 0 all.
     Where they are None, `stop` (texts at which answers end besides the task's), `repetition_penalty` and
     `thinking_token_budget` are those of the recipe or the run. Raises UserError.
     """

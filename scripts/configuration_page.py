@@ -21,9 +21,10 @@ A recipe is a TOML file. Every setting of a recipe can also be given as a flag, 
 
     eggroll-llm train recipes/addition_smollm2.toml --es.sigma 0.003 --steps 40
 
-`eggroll-llm train --settings` prints all settings below but those of `[task_options]`, and `eggroll-llm train RECIPE.toml --dry-run` prints the resolved
-recipe, what a step costs, and an estimate of its time. Unknown keys, wrong types and contradictory settings are
-rejected before a model is loaded; the message names the file, line, value and remedy.
+`eggroll-llm train --settings` prints all settings below but those of `[task_options]`, and `eggroll-llm train
+RECIPE.toml --dry-run` prints the resolved recipe, what a step costs, and an estimate of its time. Unknown keys, wrong
+types and contradictory settings are rejected before a model is loaded; the message names the file, line, value and
+remedy.
 
 Paths in a recipe are relative to its folder; `model`, and paths in flags, to where you run.
 

@@ -117,8 +117,9 @@ pip() {
     "$venv/bin/python" -m pip --disable-pip-version-check "$@"
 }
 
-compile_all() { # to bytecode, on all cores, which pip would do on one; some packages have files that are no Python 3
-    "$venv/bin/python" -m compileall -qq -j 0 "$venv/lib" || true
+# To bytecode, on all cores, which pip would do on one, without the models and tests of which most are never imported.
+compile_all() { # some packages have files that are no Python 3
+    "$venv/bin/python" -m compileall -qq -j 0 -x '/(transformers|model_executor)/models/|/rllib/|/tests/' "$venv/lib" || true
 }
 
 if ! "$venv/bin/python" -c 'import pip' 2>/dev/null; then

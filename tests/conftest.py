@@ -76,6 +76,13 @@ SLOW_FIRST = (
     "cli/test_sweep.py",
     "kernels/test_ways.py",
     "engine/test_ten_steps.py",
+    "training/test_same_update.py",
+    "engine/test_quantization.py",
+    "engine/test_memory.py",
+    "engine/test_start.py",
+    "cli/test_doctor.py",
+    "kernels/test_compile.py",
+    "module/test_es.py",
 )
 """Files that take long: a process of pytest-xdist that gets one last works on while the other has nothing to do."""
 

@@ -88,7 +88,7 @@ print("RESULT" + json.dumps([output.outputs[0].token_ids for output in outputs])
 
 
 def test_the_same_greedy_text_everywhere(run: tuple[Path, str]) -> None:
-    """20 prompts: our engine after the last update, plain vLLM on its checkpoint, and transformers on `final/`.
+    """Ten prompts: our engine after the last update, plain vLLM on its checkpoint, and transformers on `final/`.
 
     Each answers the first line up to its end. Where two of them differ, which bfloat16 allows, the first token that
     does is a near tie: with the same weights in float32 its logit is no further from the other's than bfloat16 blurs.
@@ -102,8 +102,8 @@ def test_the_same_greedy_text_everywhere(run: tuple[Path, str]) -> None:
     config = load_recipe(path / "config.toml")
     task = load_task(config.task, config.task_options, base_dir=ROOT)
     tokenizer = AutoTokenizer.from_pretrained(path / "final")
-    prompts = [tokenizer(task.prompt(problem))["input_ids"] for problem in task.problems("test")[:20]]
-    ours = [sample.completion for sample in read_samples(path / "evaluations" / "step-000002.jsonl")[1][:20]]
+    prompts = [tokenizer(task.prompt(problem))["input_ids"] for problem in task.problems("test")[:10]]
+    ours = [sample.completion for sample in read_samples(path / "evaluations" / "step-000002.jsonl")[1][:10]]
 
     checkpoint = path / "checkpoints" / "step-000002"
     for file in (path / "final").iterdir():
@@ -131,7 +131,7 @@ def test_the_same_greedy_text_everywhere(run: tuple[Path, str]) -> None:
             if texts[name] != texts["transformers"]:
                 other = tokenizer(texts[name] + "\n", add_special_tokens=False)["input_ids"]
                 assert near_tie(exact(), prompt, ids, other), texts
-    assert same >= 17, f"{same} of 20 the same"
+    assert same >= 8, f"{same} of 10 the same"
 
 
 def near_tie(exact: Any, prompt: list[int], ids: list[int], other: list[int]) -> bool:

@@ -1,6 +1,7 @@
 """The direction of imports, read from the source, types included; and what must stay cheap to import."""
 
 import ast
+import functools
 import graphlib
 import os
 import resource
@@ -40,6 +41,7 @@ METHOD_MAY_IMPORT = {"torch", "annotated_types", "collections", "contextlib", "d
 """Besides itself: the method knows no files, no vLLM and no clock."""
 
 
+@functools.cache
 def modules() -> dict[str, Path]:
     """Return the source file of each module of ours by its dotted name."""
     found = {}

@@ -10,6 +10,7 @@ import os
 import platform
 import shutil
 import subprocess
+import sysconfig
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +26,7 @@ from eggroll_llm.models import embedded
 from eggroll_llm.models.resolve import embedded_path
 from eggroll_llm.system import installed, torch_companions
 from eggroll_llm.system.files import cache_root
-from eggroll_llm.system.hardware import NATIVE_BFLOAT16, available_memory
+from eggroll_llm.system.hardware import NATIVE_BFLOAT16, available_memory, serves_on_cpu
 from eggroll_llm.system.invocation import child_python, python_command
 from eggroll_llm.system.terminal import inert
 from eggroll_llm.system.versions import describe_environment
@@ -47,6 +48,7 @@ print(json.dumps({
     "cpu_capability": torch.backends.cpu.get_cpu_capability(),
     "threads": torch.get_num_threads(),
     "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if cuda else [],
+    "capability": torch.cuda.get_device_capability() if cuda else None,
 }))
 """
 VLLM_FACTS = """
@@ -100,8 +102,8 @@ def diagnose(*, file: TextIO | None = None) -> int:
         *check_companions(torch_companions.find_broken()),
         *check_packages(probe(TORCH_FACTS), probe(TRANSFORMERS_FACTS), probe(VLLM_FACTS)),
         *check_verifiers(),
+        *check_kernels(),
         check_ray(probe(RAY_FACTS) if not installed.missing("ray") else None, os.environ.get("RAY_ADDRESS", "")),
-        check_compiler(),
         check_embedded(),
         check_cache(cache_root()),
     ]
@@ -149,7 +151,10 @@ def check_python() -> Check:
 
 
 def check_hardware(cpuinfo: str, memory: int | None) -> list[Check]:
-    """Instruction set, cores and memory, from the text of /proc/cpuinfo and bytes that are available."""
+    """Instruction set, cores and memory, from the text of /proc/cpuinfo and bytes that are available.
+
+    Beside a GPU the instruction set matters to nothing but conversions.
+    """
     flags = set(next((line.split()[2:] for line in cpuinfo.splitlines() if line.startswith("flags")), []))
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     threads = os.environ.get("OMP_NUM_THREADS")
@@ -157,7 +162,9 @@ def check_hardware(cpuinfo: str, memory: int | None) -> list[Check]:
     checks = [Check(name="cores", status="ok", detail=f"{cores}{limited}")]
     fast = sorted(flags & {"avx2", "avx512f", "avx512_bf16", "amx_bf16"})
     described = ", ".join(fast) or platform.machine()
-    if not cpuinfo or not flags:
+    if not serves_on_cpu():
+        checks.append(Check(name="instructions", status="ok", detail=described))
+    elif not cpuinfo or not flags:
         checks.append(Check(name="instructions", status="note", detail=f"{described}; features unknown"))
     elif "avx2" not in flags:
         remedy = "use a processor with AVX2"
@@ -223,20 +230,26 @@ def check_packages(
     pinned = vllm["version"].split("+")[0] == VLLM_VERSION
     remedy = "" if pinned else f"{installed.install_command()}: the engine relies on internals of vLLM {VLLM_VERSION}"
     checks.append(Check(name="vllm", status="ok" if pinned else "wrong", detail=vllm["version"], remedy=remedy))
-    checks.append(_device(vllm["device"], [] if isinstance(torch, str) else torch["gpus"]))
+    checks.append(_device(vllm["device"], {"gpus": [], "capability": None} if isinstance(torch, str) else torch))
     return checks
 
 
-def _device(device: str, gpus: Sequence[str]) -> Check:
+def _device(device: str, torch: dict[str, Any]) -> Check:
+    gpus = torch["gpus"]
     if device == "cpu":
         if not gpus:
             return Check(name="device", status="ok", detail="on the CPU")
         detail = f"on the CPU, although the machine has {', '.join(gpus)}"
         remedy = f"{installed.install_command(cuda=True)} in a fresh environment; {CUDA_SEEN}"
         return Check(name="device", status="note", detail=detail, remedy=remedy)
+    if device == "cuda" and not gpus:
+        remedy = "run `nvidia-smi`: its driver must be as new as torch's CUDA, and CUDA_VISIBLE_DEVICES must name a GPU"
+        return Check(name="device", status="wrong", detail="there is a GPU, and torch cannot use it", remedy=remedy)
+    if device == "cuda" and tuple(torch["capability"]) < (8, 0):
+        detail = f"{gpus[0]} has no bfloat16, in which models are served here"
+        return Check(name="device", status="wrong", detail=detail, remedy="use a GPU of compute capability 8.0 or more")
     if device == "cuda":
-        detail = f"on {', '.join(gpus) or 'CUDA'}; {CUDA_SEEN}"
-        return Check(name="device", status="note", detail=detail)
+        return Check(name="device", status="note", detail=f"on {', '.join(gpus)}; {CUDA_SEEN}")
     detail = f"vLLM chose the device {device!r}"
     remedy = f"{installed.install_command()}: only vLLM's CPU and CUDA builds are supported"
     return Check(name="device", status="wrong", detail=detail, remedy=remedy)
@@ -265,6 +278,23 @@ def check_verifiers() -> list[Check]:
         if not installed.missing("verifiers"):
             return [Check(name="verifiers", status="note", detail=str(error))]
     return []
+
+
+def check_kernels() -> list[Check]:
+    """Return whether the kernels of the population compile here: in C++ for a CPU, else by Triton."""
+    return [check_compiler()] if serves_on_cpu() else check_triton()
+
+
+def check_triton() -> list[Check]:
+    """Return what Triton lacks to launch a kernel: it compiles a module for Python in C."""
+    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+    header = Path(sysconfig.get_paths()["include"], "Python.h")
+    lacking = []
+    if not compiler or not shutil.which(compiler):
+        lacking.append(("no C compiler, which Triton needs to launch a kernel", "apt install gcc, or set CC"))
+    if not header.exists():
+        lacking.append((f"no {header}, which Triton needs to launch a kernel", "apt install python3-dev"))
+    return [Check(name="C compiler", status="wrong", detail=detail, remedy=remedy) for detail, remedy in lacking]
 
 
 def check_compiler() -> Check:

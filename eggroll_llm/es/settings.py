@@ -30,7 +30,7 @@ class EsSettings:
     fitness_from: Literal["rewards", "probabilities"] = "rewards"
     """What a member is judged by: rewards of its own answers, or how probable it makes the weights' rewarded ones."""
     weighting: Literal["ratio", "clipped", "token", "logprob", "probability"] = "ratio"
-    """With fitness_from "probabilities": how a reward is weighted by the change a member makes to its answer's chance."""
+    """With fitness_from "probabilities": how a reward is weighted by how a member changes its answer's chance."""
     answer_reuse: Annotated[int, Ge(1)] = 1
     """Number of steps that learn from the same answers, with fitness_from "probabilities"."""
     max_drift: Annotated[float, Ge(0)] = 0.0
@@ -38,7 +38,7 @@ class EsSettings:
     problems: Literal["shared", "per_pair"] = "shared"
     """Whether all members of a step have the same problems, or each pair sampling.prompts_per_step of its own."""
     skip_tied: bool = False
-    """Whether to skip problems whose rewards all tied before: the more often they tied, the more often; none for good."""
+    """Whether to skip problems whose rewards all tied before, more often the more often they tied; none for good."""
     fitness: Literal["centered", "rank", "sign"] = "centered"
     """How rewards become fitness: centred per prompt and scaled, centred ranks, or signs of pair differences."""
     update_scale: Literal["rms", "literature"] = "rms"

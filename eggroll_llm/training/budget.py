@@ -77,18 +77,29 @@ def _memory_lines(prepared: "Prepared") -> list[str]:
 
 
 def _activations(prepared: "Prepared") -> str:
-    """Return what GRPO's passes keep until they go back, and how much that is where it is not checkpointed.
+    """Return what GRPO's passes keep until they go back, and how much that is where it is not checkpointed."""
+    of_what = (
+        f"the activations of {prepared.config.grpo.micro_batch} completions of at most {_longest(prepared)} tokens"
+    )
+    size = _activation_bytes(prepared)
+    return f"{of_what}, up to {size / GIB:.2f} GiB" if size else of_what
+
+
+def _activation_bytes(prepared: "Prepared") -> int:
+    """Return the most that GRPO's passes keep until they go back; 0 where that is not known.
 
     The bytes of a token in a decoder block are what autograd saves of SmolLM2-135M and Qwen2.5-0.5B, to 2 %.
     """
     grpo, model = prepared.config.grpo, _shape(prepared)
-    longest = max(map(len, prepared.train.prompts)) + prepared.config.sampling.max_tokens
-    of_what = f"the activations of {grpo.micro_batch} completions of at most {longest} tokens"
     if grpo.gradient_checkpointing or not (model.hidden and model.intermediate and model.blocks):
-        return of_what
+        return 0
     of_hidden, of_intermediate = (32, 8) if grpo.dtype == "bfloat16" else (36, 16)
     each = of_hidden * model.hidden + of_intermediate * model.intermediate
-    return f"{of_what}, up to {grpo.micro_batch * longest * model.blocks * each / GIB:.2f} GiB"
+    return grpo.micro_batch * _longest(prepared) * model.blocks * each
+
+
+def _longest(prepared: "Prepared") -> int:
+    return max(map(len, prepared.train.prompts)) + prepared.config.sampling.max_tokens
 
 
 def _engines_lines(prepared: "Prepared", parts: Sequence[Part]) -> list[str]:
@@ -186,6 +197,8 @@ def _check_gpu(prepared: "Prepared", inside: int, beside: int) -> None:
     if (lower := math.floor(100 * (free - beside) / total) / 100) * total > inside:
         remedies.append(f"lower it to {lower:g}")
     remedies += [f"set {setting} ({saved / GIB:.2f} GiB less)" for setting, saved in _other_masters(prepared)]
+    if prepared.config.method == "grpo":
+        remedies.append("lower grpo.micro_batch")
     raise ConfigError(
         f"engine.gpu_memory_utilization = {share:g}: {share * total / GIB:.2f} GiB, and {beside / GIB:.2f} GiB for "
         f"updates beside it, but {free / GIB:.2f} GiB of the GPU are free: "
@@ -290,6 +303,8 @@ def _grpo_parts(prepared: "Prepared") -> list[Part]:
     }
     if grpo.beta and not grpo.lora_rank:
         beside[BASE_COPY] = 4 * weights
+    if not serves_on_cpu():  # where it must be free beside vLLM's share
+        beside["activations"] = _activation_bytes(prepared)
     return [
         *(Part(name=name, size=size, place="beside") for name, size in beside.items() if size),
         Part(name=f"served weights ({engine.dtype})", size=SIZE[engine.dtype] * weights, place="share"),

@@ -36,6 +36,7 @@ from eggroll_llm.models.export import export_model
 from eggroll_llm.models.files import tensor_shapes
 from eggroll_llm.records.checkpoint import Checkpoint, checkpoint_path, is_valid
 from eggroll_llm.system.hardware import keep_freed_memory, return_freed_memory, serves_on_cpu
+from eggroll_llm.system.terminal import inert
 from eggroll_llm.training.evaluation import Evaluation
 from eggroll_llm.training.harness import Harness
 from eggroll_llm.training.recorder import Metrics, reward_metrics, sampling_metrics
@@ -46,6 +47,10 @@ if TYPE_CHECKING:
 
 STATE = "trainer"
 """Folder of a checkpoint with transformers' own files."""
+_LESS_MEMORY = (
+    "Start a new run with a lower grpo.micro_batch, or grpo.gradient_checkpointing = true; or resume with a lower "
+    "engine.gpu_memory_utilization."
+)
 TRL_METRICS = ("loss", "grad_norm", "learning_rate", "entropy", "kl", "reward_std", "clip_ratio/", "sampling/")
 """Metrics of TRL (or prefixes of their names) that ES does not have; they keep their names."""
 
@@ -83,11 +88,17 @@ class GrpoTrainer:
 
     def run(self) -> Evaluation | None:
         """Train to the limit and return the last evaluation; None when a resumed run had reached it already."""
+        from torch import OutOfMemoryError
+
         state = str(self.checkpoint.path / STATE / f"checkpoint-{self._optimizer_steps}") if self.checkpoint else None
         if self.harness.step == 0:
             self._evaluation = self.harness.start()
         if not self.harness.finished():
-            self.trl.train(resume_from_checkpoint=state)
+            try:
+                self.trl.train(resume_from_checkpoint=state)
+            except OutOfMemoryError as error:
+                said = f"the GPU has too little memory for the passes of GRPO: {inert(str(error), 300)} {_LESS_MEMORY}"
+                raise TrainingError(self.harness.stopped_by(said)) from error
             # There is no journal to come back by: without it, a finished run that is resumed would be done again.
             if not is_valid(checkpoint_path(self.recorder.directory.checkpoints, self.harness.step)):
                 self.save()

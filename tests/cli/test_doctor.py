@@ -1,5 +1,6 @@
 import io
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -11,7 +12,7 @@ from eggroll_llm.system import torch_companions
 from eggroll_llm.system.hardware import cxx_compiler
 from eggroll_llm.system.invocation import python_command
 
-TORCH = {"version": "2.13.0+cpu", "cpu_capability": "AVX2", "threads": 2, "gpus": []}
+TORCH = {"version": "2.13.0+cpu", "cpu_capability": "AVX2", "threads": 2, "gpus": [], "capability": None}
 TRANSFORMERS = {"version": "5.19.0"}
 VLLM = {"version": "0.32.0", "device": "cpu"}
 
@@ -116,12 +117,33 @@ def test_another_torch_is_wrong_unless_it_was_seen_to_work(version: str, device:
 
 
 def test_cuda_is_said_to_be_hardly_tried() -> None:
-    torch = TORCH | {"version": "2.13.0+cu130", "gpus": ["H200"]}
+    torch = TORCH | {"version": "2.13.0+cu130", "gpus": ["H200"], "capability": [9, 0]}
     used = by_name(check_packages(torch, TRANSFORMERS, VLLM | {"device": "cuda"}))["device"]
-    assert (used.status, used.detail) == ("note", "on H200; tried on one H100 only, see docs/benchmarks.md")
+    assert (used.status, used.detail) == ("note", f"on H200; {doctor.CUDA_SEEN}")
     unused = by_name(check_packages(torch, TRANSFORMERS, VLLM))["device"]
     assert unused.status == "note"
     assert "EXTRAS=cuda" in unused.remedy
+
+
+@pytest.mark.parametrize(
+    ("gpus", "capability", "said"), [([], None, "torch cannot use it"), (["Tesla T4"], [7, 5], "has no bfloat16")]
+)
+def test_a_gpu_on_which_nothing_runs_is_wrong(gpus: list[str], capability: Any, said: str) -> None:
+    torch = TORCH | {"version": "2.13.0+cu130", "gpus": gpus, "capability": capability}
+    found = by_name(check_packages(torch, TRANSFORMERS, VLLM | {"device": "cuda"}))["device"]
+    assert found.status == "wrong"
+    assert said in found.detail
+
+
+def test_beside_a_gpu_what_triton_needs_is_looked_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(doctor, "serves_on_cpu", lambda: False)
+    assert by_name(check_hardware(cpuinfo("sse4_2"), None))["instructions"].status == "ok"
+    monkeypatch.setenv("CC", "/no/such/compiler")
+    monkeypatch.setattr(doctor.sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
+    assert [check.status for check in doctor.check_kernels()] == ["wrong", "wrong"]
+    (tmp_path / "Python.h").touch()
+    monkeypatch.setenv("CC", "/bin/sh")
+    assert doctor.check_kernels() == []
 
 
 def test_other_devices_are_wrong() -> None:

@@ -60,7 +60,7 @@ def test_a_row_of_a_layer_has_the_same_bits_in_any_batch(dtype: str, in_features
                 assert torch.equal(apart, together), (count, rows)
 
 
-LAYERS = 4
+LAYERS = 2
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from eggroll_llm.es.noise import NoiseSpec
 
 pytestmark = pytest.mark.vllm
 
-POPULATION, SLOTS = 8, 4
+POPULATION, SLOTS = 6, 4
 
 
 def test_memory_does_not_grow(tiny_model: Callable[[str], Path]) -> None:
@@ -26,7 +26,7 @@ def test_memory_does_not_grow(tiny_model: Callable[[str], Path]) -> None:
         requests = [
             Request(prompt_ids=tuple(range(step % 90 + 3, step % 90 + 23)), member=m) for m in range(POPULATION)
         ]
-        engine.generate(requests, Decoding(max_tokens=3))
+        engine.generate(requests, Decoding(max_tokens=2))
         engine.update(
             UpdateSpec(
                 step=step,

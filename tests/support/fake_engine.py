@@ -9,6 +9,7 @@ import dataclasses
 import json
 import math
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -138,8 +139,7 @@ class FakeEngine:
         if member is None:
             return weight
         pair, sign = (member // 2, 1 - 2 * (member % 2)) if self.antithetic else (member, 1)
-        A_KOR, B_KIR = served_factors(self.noise, torch.tensor([pair]), name, *weight.shape, torch.float32, "cpu")
-        return weight + sign * A_KOR[0] @ B_KIR[0].T
+        return weight + sign * perturbation(self.noise, pair, name, *weight.shape)
 
     def update(self, spec: UpdateSpec) -> UpdateTimes:
         if self.journal.parent.is_dir():  # else it is on another machine
@@ -171,6 +171,13 @@ class FakeEngine:
     def close(self) -> None:
         self.watchdog.close()
         self.closed = True
+
+
+@lru_cache(maxsize=256)
+def perturbation(noise: NoiseSpec, pair: int, name: str, out: int, inside: int) -> torch.Tensor:
+    """A B^T of a pair, as it is served; runs of a test make the same ones."""
+    A_KOR, B_KIR = served_factors(noise, torch.tensor([pair]), name, out, inside, torch.float32, "cpu")
+    return A_KOR[0] @ B_KIR[0].T
 
 
 def _value(prompt: Sequence[int], a: torch.Tensor, b: torch.Tensor) -> float:

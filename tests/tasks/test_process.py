@@ -30,7 +30,7 @@ PATIENT = RewardConfig(timeout_seconds=60.0, memory_gib=0.25)
 TASK = """
 import os
 os.environ["OPENBLAS_NUM_THREADS"] = "1"  # numpy's threads, one for each core, count as memory
-import contextlib, fractions, numpy, os, pathlib, signal, stat, subprocess, sys, threading, time
+import contextlib, fractions, os, pathlib, signal, stat, subprocess, sys, threading, time
 from rewards import Score
 
 kept = []
@@ -81,6 +81,8 @@ class Mine:
             return [1.0, 0.5]
         if completion == "no value":
             return []
+        if completion.startswith("array"):
+            import numpy  # for which most processes of these tests have no time
         if completion == "array":
             return numpy.array([1.0, 0.5])
         if completion == "array of one":

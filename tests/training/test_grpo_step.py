@@ -27,7 +27,7 @@ from eggroll_llm.engine.interface import Completion, Request
 from eggroll_llm.models.targets import trained_parameters
 from eggroll_llm.records.journal import Journal, JournalHeader
 from eggroll_llm.records.run_dir import RunDir
-from eggroll_llm.training import recorder
+from eggroll_llm.training import recorder, scorer
 from eggroll_llm.training.grpo import GrpoTrainer
 from eggroll_llm.training.grpo_trl import trainer
 from eggroll_llm.training.grpo_trl.passes import add_product, side_by_side
@@ -70,8 +70,11 @@ class Step:
 
 
 @pytest.fixture
-def step_of(tmp_path: Path, tiny_model: Callable[[str], Path]) -> Iterator[Callable[..., Step]]:
+def step_of(
+    tmp_path: Path, tiny_model: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Callable[..., Step]]:
     opened = contextlib.ExitStack()
+    monkeypatch.setattr(scorer, "sandboxed", lambda task: None)  # a process takes half a second to start
 
     def make(kind: str = "qwen2", sampling: dict[str, Any] | None = None, **grpo: Any) -> Step:
         config = load_recipe(write_recipe(tmp_path, tiny_model(kind)), [("steps", "1"), ("checkpoint.best", "false")])
@@ -85,9 +88,9 @@ def step_of(tmp_path: Path, tiny_model: Callable[[str], Path]) -> Iterator[Calla
         run = opened.enter_context(RunDir.create(Path(tempfile.mkdtemp(dir=tmp_path)) / "run", ""))
         header = JournalHeader(frozen_hash="a" * 64, base_model="0" * 16)
         journal = opened.enter_context(Journal.open(run.journal, header))
-        scorer = opened.enter_context(Scorer(prepared.task))
+        grader = opened.enter_context(Scorer(prepared.task))
         written = recorder.Recorder(prepared.config, run, journal)
-        parts = Run(prepared=prepared, engine=engine, scorer=scorer, recorder=written, display=Recorder())
+        parts = Run(prepared=prepared, engine=engine, scorer=grader, recorder=written, display=Recorder())
         return Step(GrpoTrainer(Harness(parts)), engine, prepared)
 
     with opened:

@@ -486,6 +486,7 @@ def served_whole(recipe: Path) -> tuple[RunConfig, Outcome]:
 
 
 @pytest.mark.vllm
+@pytest.mark.parametrize("recipe", ["float32"], indirect=True)  # the updates of bfloat16: test_engine.py
 def test_two_halves_are_the_whole(recipe: Path, served_whole: tuple[RunConfig, Outcome]) -> None:
     """2 steps + resume + 2 steps = 4 steps: weights, fitness and metrics are bit-equal, with other slots as well."""
     run(recipe, "halves", steps="2")

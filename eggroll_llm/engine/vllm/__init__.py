@@ -14,6 +14,7 @@ _ENVIRONMENT = {
     "VLLM_LOGGING_LEVEL": "ERROR",  # its warnings are about choices made here on purpose
     "VLLM_USE_V2_MODEL_RUNNER": "0",  # the worker extension knows the adapter manager of the first one
     "VLLM_USE_FLASHINFER_SAMPLER": "0",  # greedy or seeded requests never use it; vLLM would import it at the start
+    "VLLM_WORKER_MULTIPROC_METHOD": "spawn",  # a rank forked after torch has computed on the CPU may hang
     "VLLM_NO_USAGE_STATS": "1",
 }
 if serves_on_cpu():

@@ -81,6 +81,7 @@ class VllmEngine:
             raise ValueError(f"rank {rank}: the engine serves ranks up to {VLLM_RANKS[-1]}")
         check_tensor_parallel(read_config(model_dir), config.tensor_parallel, model_dir)
         self.model_dir, self.dtype = model_dir, getattr(torch, resolve_dtype(config.dtype))
+        self._threads_before = torch.get_num_threads()
         if config.threads:
             torch.set_num_threads(config.threads)
         self._context, self._slots, self._thinking = max_model_len, slots, thinking
@@ -246,6 +247,7 @@ class VllmEngine:
 
     def close(self) -> None:
         """Shut vLLM down and free its memory. Raises nothing: what it may follow is more important."""
+        torch.set_num_threads(self._threads_before)  # vLLM sets one beside a GPU
         if not hasattr(self, "_llm"):  # it did not start
             self.watchdog.close()
             return

@@ -9,6 +9,7 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
+import torch
 from vllm import ModelRegistry
 
 from eggroll_llm.config.schema import EngineConfig
@@ -25,6 +26,8 @@ REFUSALS = (UserError, NonFiniteUpdate)
 """What a call of a population raises with nothing changed."""
 NOTICED = 1.0
 """Seconds in which a rank that ends is certain to be seen."""
+BFLOAT16, FP8 = (8, 0), (8, 9)
+"""Compute capabilities of CUDA from which on a GPU multiplies these."""
 LIMIT = 300  # characters of vLLM's own text, of which the beginning says what is wrong
 _CACHE_NEEDED = re.compile(r"\(([\d.]+) GiB KV cache is needed")
 _CACHE_AVAILABLE = re.compile(r"\(([\d.]+)/[\d.]+ GiB\) on kv cache allocation is less")
@@ -85,6 +88,14 @@ def start_error(error: Exception, model_dir: Path, config: EngineConfig, max_mod
         return ConfigError(
             f"{key} = {value:g}: {found[1]} GiB are available when the model is loaded: lower {key} to less than that"
         )
+    if not serves_on_cpu() and torch.cuda.is_available():
+        capability = torch.cuda.get_device_capability()
+        if capability < BFLOAT16:
+            return ConfigError(f"{_gpu(capability)} has no bfloat16, in which models are served here: use one of 8.0")
+        if config.quantization == "fp8" and capability < FP8:
+            return ConfigError(
+                f'engine.quantization = "fp8": {_gpu(capability)} does not multiply FP8: set it to "none"'
+            )
     architecture = architecture_of(model_dir)
     if architecture not in ModelRegistry.get_supported_archs() or "does not support LoRA" in text:
         return ModelError(
@@ -92,6 +103,10 @@ def start_error(error: Exception, model_dir: Path, config: EngineConfig, max_mod
             f"{', '.join(TESTED)}"
         )
     return EngineError(f"{model_dir}: {call_error('starting', error)}")
+
+
+def _gpu(capability: tuple[int, int]) -> str:
+    return f"{torch.cuda.get_device_name()}, of compute capability {capability[0]}.{capability[1]},"
 
 
 def _cache_key() -> str:

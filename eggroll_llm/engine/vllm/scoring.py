@@ -10,6 +10,7 @@ Q query, U key, N scored token.
 """
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache, partial
@@ -74,29 +75,34 @@ class Scorer:
         with self._attending(layers), self._parting(members), context, torch.compiler.set_stance("force_eager"):
             hidden = self._model(input_ids=token_T, positions=depth_T, intermediate_tensors=None, inputs_embeds=None)
         hidden_MTD = hidden.view(members, len(tree), -1)
-        row_N, target_N = tree.row_N.to(device), tree.target_N.to(device)
         # Completions that are alike for a while are predicted by the same rows.
-        row_R, row_of_N = torch.unique(row_N, return_inverse=True)
-        hidden_RD = hidden_MTD[:, row_R].flatten(0, 1)
-        target = torch.arange(members, device=device)[:, None] * len(row_R) + row_of_N
-        return self._of_targets(hidden_RD, target.flatten(), target_N.repeat(members), temperature).view(members, -1)
+        row_R, row_of_N = torch.unique(tree.row_N, return_inverse=True)
+        hidden_RD = hidden_MTD[:, row_R.to(device)].flatten(0, 1)
+        row_MN = torch.arange(members)[:, None] * len(row_R) + row_of_N
+        targets = row_MN.flatten(), tree.target_N.repeat(members)
+        return self._of_targets(hidden_RD, *targets, temperature).view(members, -1)
 
     def _of_targets(self, hidden_RD: Tensor, row_N: Tensor, target_N: Tensor, temperature: float) -> Tensor:
-        logprob_N = torch.empty(len(row_N), device=hidden_RD.device)
-        sorted_N, order = row_N.sort()
-        rows = max(1, LOGITS_AT_ONCE // self._vllm_config.model_config.get_vocab_size())
-        for start in range(0, len(hidden_RD), rows):
+        """Return the log-probability [N] of target_N[i] after row_N[i] of `hidden_RD`.
+
+        What the processor decides is decided from its own memory: reading a device's would wait for it.
+        """
+        device, rows = hidden_RD.device, max(1, LOGITS_AT_ONCE // self._vllm_config.model_config.get_vocab_size())
+        row_N, order = row_N.sort()
+        starts = range(0, len(hidden_RD), rows)
+        bounds = torch.searchsorted(row_N, torch.tensor([*starts, len(hidden_RD)])).tolist()
+        row_N, target_N, order = (x.to(device) for x in (row_N, target_N[order], order))
+        sorted_N = torch.empty(len(row_N), device=device)
+        for start, some in zip(starts, itertools.starmap(slice, itertools.pairwise(bounds)), strict=True):
             logits = self._model.compute_logits(hidden_RD[start : start + rows])
             if logits is None:  # on a rank but the first, whose logits are gathered there
                 continue
             logits_RV = logits.float()
             if temperature != 1:
                 logits_RV /= temperature
-            first, last = torch.searchsorted(sorted_N, torch.tensor([start, start + rows], device=row_N.device))
-            some = order[first:last]
-            norm_R = logits_RV.logsumexp(-1)
-            logprob_N[some] = logits_RV[row_N[some] - start, target_N[some]] - norm_R[row_N[some] - start]
-        return logprob_N
+            norm_R, row = logits_RV.logsumexp(-1), row_N[some] - start
+            sorted_N[some] = logits_RV[row, target_N[some]] - norm_R[row]
+        return torch.empty_like(sorted_N).index_copy_(0, order, sorted_N)
 
     @contextlib.contextmanager
     def _attending(self, layers: dict[str, "_TreeAttention"]) -> Iterator[None]:

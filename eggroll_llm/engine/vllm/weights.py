@@ -101,7 +101,8 @@ def initial_weights(model: torch.nn.Module, layers: Sequence[Layer]) -> dict[str
             raise TypeError(f"layer {layer.name!r} holds {fused.dtype}: only unquantised models can be trained")
         base_layer = layer.module.base_layer
         if is_quantised(base_layer.weight):
-            kept, right = quantised_rows(base_layer), quantise_rows(fused.to(base_layer.weight.device))
+            right = quantise_rows(fused.to(base_layer.weight.device), base_layer)
+            kept = quantised_rows(base_layer)
             if not all(a.shape == b.shape and torch.equal(a, b) for a, b in zip(kept, right, strict=True)):
                 raise ModelError(
                     f"layer {layer.name!r}: vLLM keeps its FP8 weights in a form of their own here, which an update "
@@ -123,9 +124,15 @@ def _loaded(base_layer: Any) -> Tensor:
     return getattr(base_layer, "es_loaded_weight", base_layer.weight.data)
 
 
-def quantise_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Return FP8 values [O, I] and float32 scales [O, 1] of a weight, to vLLM's bits."""
-    scale = vllm_fp8._fp8_channel_scale(weight.abs().amax(dim=-1, keepdim=True))
+def quantise_rows(weight: Tensor, base_layer: Any) -> tuple[Tensor, Tensor]:
+    """Return FP8 values [O, I] and float32 scales [O, 1] of a layer's weight, or some rows of it, to vLLM's bits.
+
+    Where ranks have parts of each row, all must call it: a row's scale is that of the whole row.
+    """
+    largest = vllm_fp8.amax_for_tp_weight_quant(
+        weight.abs().amax(dim=-1, keepdim=True), vllm_fp8._is_tp_sharded(base_layer, reduces_output_dim=False)
+    )
+    scale = vllm_fp8._fp8_channel_scale(largest)
     return vllm_fp8._fp8_quant_per_channel(weight, scale), scale
 
 
@@ -164,7 +171,7 @@ class ServedWeights:
         layer, begin, end = self._place[name]
         base_layer = layer.module.base_layer
         if is_quantised(base_layer.weight):
-            rows = quantise_rows(self._scratch(end - begin, layer.in_features))
+            rows = quantise_rows(self._scratch(end - begin, layer.in_features), base_layer)
             for kept, new in zip(quantised_rows(base_layer), rows, strict=True):
                 kept[begin:end].copy_(new)
         elif self._fused is not None and name in self._last:
