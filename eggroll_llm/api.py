@@ -78,6 +78,7 @@ def evaluate(
     limit: int = 0,
     samples: int = 1,
     temperature: float = 0.0,
+    seed: int = 0,
     top_p: float = 1.0,
     top_k: int = 0,
     min_p: float = 0.0,
@@ -115,11 +116,12 @@ def evaluate(
         max_tokens=max_tokens,
         samples=samples,
         temperature=temperature,
+        seed=seed,
         top_p=top_p,
         top_k=top_k,
         min_p=min_p,
         repetition_penalty=repetition_penalty,
-        stop=None if stop is None else tuple(stop),
+        stop=(stop,) if isinstance(stop, str) else None if stop is None else tuple(stop),
         thinking_token_budget=thinking_token_budget,
     )
     with _shown(display) as shown:

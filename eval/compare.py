@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from eggroll_llm.config.compare import flat
+from eggroll_llm.config.schema import OF_EVALUATIONS
 from eggroll_llm.errors import RunDirError, SamplesError
 from eggroll_llm.records.answers import TASK, Sample
 from eggroll_llm.records.baseline import Constant, Share, by_kind
@@ -226,6 +227,8 @@ def _obstacles(runs: Sequence[Run], answers: _Answers) -> list[str]:
         "eval.split": {run.config.eval.split for run in runs},
         "eval.max_tokens": {run.config.eval.max_tokens or run.config.sampling.max_tokens for run in runs},
     }
+    for name in OF_EVALUATIONS:
+        kinds[f"sampling.{name}"] = {getattr(run.config.sampling, name) for run in runs}
     for option, default in _GRADING.items():
         given = (run.config.task_options.get(option, default) for run in runs)
         # Of several rewards the first says what is right.

@@ -9,13 +9,14 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from eggroll_llm.bounds import Ge, violations
 from eggroll_llm.config.flags import apply_overrides, flags_by_key
 from eggroll_llm.config.parse import field_types, parse_table
 from eggroll_llm.config.recipe import sourced
 from eggroll_llm.config.rules import validate
-from eggroll_llm.config.schema import ChatConfig, EngineConfig, RewardConfig, RunConfig, SamplingConfig
+from eggroll_llm.config.schema import OF_EVALUATIONS, ChatConfig, EngineConfig, RewardConfig, RunConfig, SamplingConfig
 from eggroll_llm.config.toml import Origin, Sourced
 from eggroll_llm.engine.interface import Decoding, Progress
 from eggroll_llm.engine.sampling import added, decoding_of
@@ -40,7 +41,6 @@ from eval.subject import Subject
 
 DEFAULT_MAX_TOKENS = 320
 """Length limit of an answer where neither a run, a recipe nor a protocol sets one."""
-OF_THE_RUN = ("repetition_penalty", "stop", "thinking_token_budget")
 """Settings of [sampling] that a run's evaluations have, and so this one has."""
 
 
@@ -57,9 +57,9 @@ class Settings:
     """Worked examples; None takes the protocol's number."""
     apply_chat_template: bool = False
     """Whether the prompts of lm-eval go through the model's chat template."""
-    limit: int = 0
+    limit: Annotated[int, Ge(0)] = 0
     """Number of problems, from the start of the test split; 0 takes all."""
-    samples: int = 1
+    samples: Annotated[int, Ge(1)] = 1
     """Completions per problem."""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     """How answers are sampled; its numbers of prompts and samples are a training's, and unused."""
@@ -147,7 +147,7 @@ def settings_for(
         base["chat"] = dataclasses.asdict(config.chat)
         if protocol == "task" and name == config.task:
             limit = config.eval.max_tokens or config.sampling.max_tokens
-            sampling = {key: getattr(config.sampling, key) for key in OF_THE_RUN} | sampling
+            sampling = {key: getattr(config.sampling, key) for key in OF_EVALUATIONS} | sampling
     sampling["max_tokens"] = sampling.get("max_tokens") or limit
     changed = parse_table(Changeable, apply_overrides(Changeable, base, flags), where="", source="flags")
     settings = Settings(
@@ -166,6 +166,8 @@ def settings_for(
         raise ConfigError(
             f"--samples {settings.samples}: greedy decoding gives the same answer every time: add --temperature 0.7"
         )
+    for found in violations(settings):
+        raise ConfigError(f"--{found.field} {found.value}: {found.problem}")
     own = {f"sampling.{name}": f"--{name.replace('_', '-')}" for name in field_types(SamplingConfig)}
     ranges = RunConfig(
         task="-",

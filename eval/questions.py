@@ -56,8 +56,8 @@ def lm_eval_questions(
     train, test = data.problems("train"), data.problems("test")
     shots = lm_eval.SHOTS[task] if shots is None else shots
     most = len(train) if task == "gsm8k" else lm_eval.SHOTS[task]
-    if shots > most:
-        raise ConfigError(f"--num-fewshot {shots}: {task} has {most} worked examples: lower it")
+    if not 0 <= shots <= most:
+        raise ConfigError(f"--num-fewshot {shots}: {task} has {most} worked examples: give a number from 0 to {most}")
     problems = test[: limit or None]
     return Questions(
         task=task,
@@ -83,7 +83,7 @@ def task_questions(
     scorer = Scorer(task, limits)
     own: dict[str, Grader] = {TASK: scorer}
     return Questions(
-        task=name if ":" not in name else Path(name.rpartition(":")[0]).name + ":" + name.rpartition(":")[2],
+        task=Path(name).name,
         version="",
         shots=None,
         metric="accuracy",

@@ -15,7 +15,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any, Literal
 
-from eggroll_llm.config.compare import applies, differences, flat, may_change
+from eggroll_llm.config.compare import applies, flat, outcome_differences
 from eggroll_llm.config.recipe import load_recipe
 from eggroll_llm.config.schema import RunConfig
 from eggroll_llm.config.toml import format_value
@@ -202,7 +202,8 @@ def _points(rows: Sequence[Mapping[str, Any]]) -> list[Point]:
         tokens += _whole(row, "tokens/generated")
         # Time cannot run back: a value that is missing is that of the step before.
         seconds = max(seconds, number(row, "wall_time"))
-        memory = max(number(row, "memory/peak_gib"), memory)  # NaN first: the second then stays unless greater
+        known = [m for m in (memory, number(row, "memory/peak_gib")) if math.isfinite(m)]
+        memory = max(known, default=math.nan)
         point = Point(
             step=row["step"],
             seconds=seconds,
@@ -275,12 +276,7 @@ def _names(places: Sequence[Path]) -> list[str]:
 
 def _telling(a: RunConfig, b: RunConfig) -> list[str]:
     """Return the settings that make two runs different experiments; the limits of a run are among them."""
-
-    def tells(key: str) -> bool:
-        kept = key in ("steps", "minutes") or (key != "seed" and not may_change(key))
-        return kept and applies(key, a) and applies(key, b)
-
-    return [key for key in differences(a, b) if tells(key)]
+    return [key for key in outcome_differences(a, b) if key != "seed"]
 
 
 def _labels(configs: Sequence[RunConfig]) -> list[str]:

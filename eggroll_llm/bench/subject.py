@@ -35,48 +35,19 @@ _QWEN = {
     "tie_word_embeddings": True,
     "vocab_size": 151936,
 }
+_SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+
+
+def _qwen(*sizes: int, **others: Any) -> dict[str, Any]:
+    return _QWEN | dict(zip(_SIZES, sizes, strict=True)) | others
+
+
+_LLAMA = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "max_position_embeddings": 8192}
 SHAPES: Mapping[str, Mapping[str, Any]] = {
-    "smollm2-135m": {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "hidden_act": "silu",
-        "max_position_embeddings": 8192,
-        "rms_norm_eps": 1e-5,
-        "rope_theta": 1e5,
-        "tie_word_embeddings": True,
-        "vocab_size": 49152,
-        "hidden_size": 576,
-        "intermediate_size": 1536,
-        "num_hidden_layers": 30,
-        "num_attention_heads": 9,
-        "num_key_value_heads": 3,
-    },
-    "qwen2.5-0.5b": _QWEN
-    | {
-        "hidden_size": 896,
-        "intermediate_size": 4864,
-        "num_hidden_layers": 24,
-        "num_attention_heads": 14,
-        "num_key_value_heads": 2,
-    },
-    "qwen2.5-1.5b": _QWEN
-    | {
-        "hidden_size": 1536,
-        "intermediate_size": 8960,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 12,
-        "num_key_value_heads": 2,
-    },
-    "qwen2.5-7b": _QWEN
-    | {
-        "hidden_size": 3584,
-        "intermediate_size": 18944,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 28,
-        "num_key_value_heads": 4,
-        "tie_word_embeddings": False,
-        "vocab_size": 152064,
-    },
+    "smollm2-135m": _qwen(576, 1536, 30, 9, 3, vocab_size=49152, rms_norm_eps=1e-5, rope_theta=1e5) | _LLAMA,
+    "qwen2.5-0.5b": _qwen(896, 4864, 24, 14, 2),
+    "qwen2.5-1.5b": _qwen(1536, 8960, 28, 12, 2),
+    "qwen2.5-7b": _qwen(3584, 18944, 28, 28, 4, vocab_size=152064, tie_word_embeddings=False),
 }
 """What the published config.json of each says of its size."""
 

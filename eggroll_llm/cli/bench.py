@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from eggroll_llm.cli.arguments import Settings, positive
-from eggroll_llm.config.flags import apply_overrides
+from eggroll_llm.config.flags import apply_overrides, flags_by_key
 from eggroll_llm.config.parse import parse_table
 from eggroll_llm.config.recipe import load_recipe
+from eggroll_llm.config.rules import validate
 from eggroll_llm.config.schema import RunConfig
+from eggroll_llm.config.toml import Origin
 from eggroll_llm.errors import ConfigError
 from eggroll_llm.system.files import check_output_file
 from eggroll_llm.tasks.paths import absolute_settings
@@ -51,6 +53,8 @@ def run(options: argparse.Namespace, settings: Settings) -> int:
     from eggroll_llm.bench.plan import Size, check_shares, chosen_groups
     from eggroll_llm.bench.run import bench, device
 
+    if not options.temperature >= 0:
+        raise ConfigError(f"--temperature {options.temperature:g}: must be at least 0")
     prompts, new_tokens = DEFAULTS[device()]
     size = Size(
         num_prompts=options.num_prompts or prompts,
@@ -73,13 +77,15 @@ def _config(options: argparse.Namespace, settings: Settings) -> RunConfig:
     if (options.recipe is None) == (options.random_weights is None):
         raise ConfigError("name a recipe to measure, or give --random-weights SHAPE, but not both")
     if options.recipe is None:
-        # Of no consequence for speed: a task must be named, and a sigma be positive.
+        # Of no consequence for speed: what a recipe must have.
         if any(flag == "--model" for flag, _ in settings):
             raise ConfigError("--model is of a recipe: --random-weights takes the directory of a model, for its shape")
         if options.input_len == 1:
             raise ConfigError("--input-len 1: must be at least 2, as members score the second half of a prompt")
-        table = apply_overrides(RunConfig, {"task": "countdown", "es": {"sigma": 1e-3}}, settings)
-        return parse_table(RunConfig, table, where="", source="the flags")
+        needed = {"task": "countdown", "steps": 1, "es": {"sigma": 1e-3, "learning_rate": 1e-3}}
+        config = parse_table(RunConfig, apply_overrides(RunConfig, needed, settings), where="", source="the flags")
+        validate(config, Origin(name="the flags", flags=flags_by_key(settings)))
+        return config
     if options.input_len:
         raise ConfigError("--input-len is of --random-weights: a recipe has prompts of its own")
     config = load_recipe(options.recipe, settings)

@@ -11,7 +11,7 @@ import platform
 import shutil
 import subprocess
 import sysconfig
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TextIO
@@ -26,7 +26,7 @@ from eggroll_llm.models import embedded
 from eggroll_llm.models.resolve import embedded_path
 from eggroll_llm.system import installed, torch_companions
 from eggroll_llm.system.files import cache_root
-from eggroll_llm.system.hardware import NATIVE_BFLOAT16, available_memory, serves_on_cpu
+from eggroll_llm.system.hardware import NATIVE_BFLOAT16, available_memory, cpu_flags, serves_on_cpu
 from eggroll_llm.system.invocation import child_python, python_command
 from eggroll_llm.system.terminal import inert
 from eggroll_llm.system.versions import describe_environment
@@ -98,7 +98,7 @@ def diagnose(*, file: TextIO | None = None) -> int:
     """Print every finding to `file` (standard output); 1 if something is wrong, else 0."""
     checks = [
         check_python(),
-        *check_hardware(read_text(Path("/proc/cpuinfo")), available_memory()),
+        *check_hardware(cpu_flags(), available_memory()),
         *check_companions(torch_companions.find_broken()),
         *check_packages(probe(TORCH_FACTS), probe(TRANSFORMERS_FACTS), probe(VLLM_FACTS)),
         *check_verifiers(),
@@ -150,27 +150,26 @@ def check_python() -> Check:
     return Check(name="versions", status="ok", detail=f"Python {environment['python']}, {versions}")
 
 
-def check_hardware(cpuinfo: str, memory: int | None) -> list[Check]:
-    """Instruction set, cores and memory, from the text of /proc/cpuinfo and bytes that are available.
+def check_hardware(flags: Collection[str], memory: int | None) -> list[Check]:
+    """Instruction set, cores and memory, from the processor's flags and bytes that are available.
 
     Beside a GPU the instruction set matters to nothing but conversions.
     """
-    flags = set(next((line.split()[2:] for line in cpuinfo.splitlines() if line.startswith("flags")), []))
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     threads = os.environ.get("OMP_NUM_THREADS")
     limited = f", OMP_NUM_THREADS={threads}" if threads else ""
     checks = [Check(name="cores", status="ok", detail=f"{cores}{limited}")]
-    fast = sorted(flags & {"avx2", "avx512f", "avx512_bf16", "amx_bf16"})
+    fast = sorted({"avx2", "avx512f", *NATIVE_BFLOAT16}.intersection(flags))
     described = ", ".join(fast) or platform.machine()
     if not serves_on_cpu():
         checks.append(Check(name="instructions", status="ok", detail=described))
-    elif not cpuinfo or not flags:
+    elif not flags:
         checks.append(Check(name="instructions", status="note", detail=f"{described}; features unknown"))
-    elif "avx2" not in flags:
+    elif "avx2" not in flags and platform.machine() == "x86_64":
         remedy = "use a processor with AVX2"
         detail = f"{described}: vLLM's CPU build needs AVX2"
         checks.append(Check(name="instructions", status="wrong", detail=detail, remedy=remedy))
-    elif flags.isdisjoint(NATIVE_BFLOAT16):
+    elif not fast or set(fast) <= {"avx2", "avx512f"}:
         detail = f'{described}; no bfloat16 instructions: engine.dtype = "auto" serves float32'
         checks.append(Check(name="instructions", status="note", detail=detail))
     else:
@@ -331,11 +330,3 @@ def check_cache(root: Path) -> Check:
         return Check(name="cache", status="ok", detail=f"{root}, {free:.1f} GiB free")
     remedy = "set EGGROLL_CACHE to a writable directory"
     return Check(name="cache", status="wrong", detail=f"{root} cannot be written", remedy=remedy)
-
-
-def read_text(path: Path) -> str:
-    """Return the file's text, empty where there is no such file (anywhere but on Linux)."""
-    try:
-        return path.read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return ""

@@ -2,7 +2,7 @@
 
 import argparse
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from eggroll_llm.cli.arguments import Settings, add_at, positive
 from eggroll_llm.cli.display import ConsoleDisplay
@@ -74,7 +74,7 @@ def _source(options: argparse.Namespace) -> _Source:
         directory, step = weights_at(*run)
         check_model(directory)
         config = load_recipe(run[0].config)
-        trained = f"step {step} of the run {run[0].path.resolve().name}, {config.method}, {short_name(config.task)}"
+        trained = f"step {step} of the run {run[0].path.resolve().name}, {config.method}, {PurePath(config.task).name}"
         return _Source(directory=directory.resolve(), trained=trained, base=config.model)
     if options.at != "final":
         raise ConfigError(

@@ -27,11 +27,10 @@ from typing import Any
 
 from eggroll_llm.cli.arguments import GO_ON, Settings
 from eggroll_llm.cli.compare import show_comparison
-from eggroll_llm.config.compare import applies, flat, may_change
+from eggroll_llm.config.compare import outcome_differences
 from eggroll_llm.config.flags import flag_text
 from eggroll_llm.config.parse import parse_table
 from eggroll_llm.config.recipe import load_recipe
-from eggroll_llm.config.schema import RunConfig
 from eggroll_llm.config.toml import format_value, read_toml
 from eggroll_llm.errors import ConfigError, RunDirError, UserError
 from eggroll_llm.records.run_dir import RunDir
@@ -190,17 +189,7 @@ def _is_finished(run: Planned, directory: Path) -> bool:
     except UserError:  # the run will say so itself
         return False
     ended = bool(metrics) and final_step(found) == metrics[-1].get("step", -1)
-    return ended and _has_settings(saved, asked)
-
-
-def _has_settings(saved: RunConfig, asked: RunConfig) -> bool:
-    """Return whether a run was trained with the settings that its outcome depends on."""
-    was, now = flat(saved), flat(asked)
-    return all(
-        was.get(key) == now.get(key)
-        for key in was | now
-        if applies(key, asked) and (key in ("steps", "minutes") or not may_change(key))
-    )
+    return ended and not outcome_differences(saved, asked)
 
 
 def _train(run: Planned, directory: Path) -> int:

@@ -59,6 +59,15 @@ def differences(a: RunConfig, b: RunConfig) -> list[str]:
     return [key for key in flat_a | flat_b if _shown(flat_a, key) != _shown(flat_b, key)]
 
 
+def outcome_differences(a: RunConfig, b: RunConfig) -> list[str]:
+    """Return the settings in which two runs differ and that their outcome depends on; limits and seed are some."""
+
+    def counts(key: str) -> bool:
+        return (key in ("steps", "minutes") or not may_change(key)) and applies(key, a) and applies(key, b)
+
+    return [key for key in differences(a, b) if counts(key)]
+
+
 def may_change(key: str) -> bool:
     """Return whether a resumed run may change a setting: only those that the updates do not depend on.
 

@@ -8,9 +8,8 @@ a string.
 import copy
 import dataclasses
 import tomllib
-import types
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Any, Literal, get_args, get_origin
 
 from eggroll_llm.config.parse import all_keys, convert, expected, field_types, unknown_key
 from eggroll_llm.config.toml import Origin, check_values, format_value, is_unicode
@@ -110,8 +109,6 @@ def _resolve(cls: type, parts: Sequence[str]) -> tuple[list[str], Any]:
 
 def _read(kind: Any, text: str, flag: str) -> object:
     """Return the text as a value of the kind. Raises ConfigError when it is not the number or boolean expected."""
-    if get_origin(kind) in (Union, types.UnionType):
-        return _read_union([argument for argument in get_args(kind) if argument is not type(None)], text, flag)
     if kind is str:
         # Of no setting a sensible name, and `--log.wandb true` would make a project of it.
         if text.lower() in ("true", "false", "yes", "no"):
@@ -137,15 +134,6 @@ def _read_array(item: Any, text: str, flag: str) -> list[Any]:
     if item is str and not written:
         return [text] if text else []
     raise ConfigError(f"{flag} {text:.60}: an array is expected, each {expected(item)}. Write {flag} A,B.")
-
-
-def _read_union(kinds: Sequence[Any], text: str, flag: str) -> object:
-    for kind in kinds[:-1]:
-        try:
-            return _read(kind, text, flag)
-        except ConfigError:
-            continue
-    return _read(kinds[-1], text, flag)
 
 
 def _number(kind: Any, text: str) -> int | float | None:

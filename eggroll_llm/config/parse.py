@@ -118,13 +118,10 @@ def _parse_dataclass(
             raise unknown_key(key, valid or [_join(where, kind) for kind in kinds], origin.at(key))
     values = {}
     for field in dataclasses.fields(cls):
-        key, kind = _join(where, field.name), kinds.get(field.name)
-        required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        key, kind = _join(where, field.name), kinds[field.name]
         if field.name in table:
             values[field.name] = convert(table[field.name], kind, key, origin, valid)
-        elif required and isinstance(kind, type) and dataclasses.is_dataclass(kind):
-            values[field.name] = _parse_dataclass(kind, {}, key, origin, valid)
-        elif required and field.init:
+        elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
             table_hint = f" in [{where}]" if where else ""
             raise ConfigError(f"{origin.at(key)}: {key} is missing. Add {field.name} = <{expected(kind)}>{table_hint}.")
     return cls(**values)

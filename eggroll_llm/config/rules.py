@@ -5,6 +5,7 @@ keys, their values and a remedy.
 """
 
 import dataclasses
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Literal, get_origin
 
 from eggroll_llm.bounds import violations
@@ -53,7 +54,7 @@ class _Check:
             key, value = f"{where}.{name}" if where else name, getattr(table, name)
             if isinstance(kind, type) and dataclasses.is_dataclass(kind):
                 self.types(value, key)
-            elif kind in (int, float, bool, str) or get_origin(kind) is Literal:
+            elif kind in (int, float, bool, str) or get_origin(kind) in (Literal, tuple, Mapping):
                 convert(value, kind, key, self.origin)
 
     def ranges(self) -> None:

@@ -12,6 +12,10 @@ METHOD_TABLES = ("es", "grpo")
 """Tables of settings that only the method of that name has."""
 
 
+OF_EVALUATIONS = ("repetition_penalty", "stop", "thinking_token_budget")
+"""Settings of [sampling] that evaluations share with training."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SamplingConfig:
     """How completions are sampled in training."""

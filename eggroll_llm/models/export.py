@@ -33,7 +33,8 @@ def export_model(base_dir: Path, directory: Path, trained: "Mapping[str, Tensor]
     missing = set(trained)
     for file in weight_files(base_dir):
         with safe_open(file, framework="pt") as base:
-            tensors = {name: trained.get(name, base.get_tensor(name)) for name in base.keys()}  # noqa: SIM118
+            names = base.keys()
+            tensors = {name: trained[name] if name in trained else base.get_tensor(name) for name in names}
             metadata = base.metadata()
         missing -= tensors.keys()
         tensors = {

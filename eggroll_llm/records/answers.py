@@ -186,8 +186,24 @@ def samples_text(settings: Mapping[str, Any], samples: Iterable[Sample]) -> str:
 
 def sample_line(sample: Sample) -> str:
     """Return the line of a sample in a file, without its end."""
-    row = asdict(sample)
-    return to_json(row if sample.kind else {key: value for key, value in row.items() if key != "kind"})
+    row = {name: getattr(sample, name) for name in Sample.__dataclass_fields__ if name != "kind" or sample.kind}
+    row["scores"] = {name: asdict(graded) for name, graded in sample.scores.items()}
+    try:
+        return to_json(row)
+    except (RecursionError, ValueError):
+        return to_json(row | {"doc": held(sample.doc)})
+
+
+def held(problem: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what JSON holds of a problem; a value that is circular, too deep or too large a number is its type."""
+
+    def value_of(value: object) -> Any:
+        try:
+            return parse_json(to_json(value))
+        except (RecursionError, ValueError):
+            return type(value).__name__
+
+    return {str(key): value_of(value) for key, value in problem.items()}
 
 
 def _parse(path: Path, data: bytes) -> tuple[dict[str, Any], list[Sample]]:

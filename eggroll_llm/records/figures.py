@@ -25,7 +25,8 @@ def figures(config: RunConfig, rows: Sequence[Row]) -> dict[str, str]:
     shown = {name: percent(share) for name, share in found.items() if math.isfinite(share)}
     if evaluations:
         last = evaluations[-1]
-        solved = accuracy_text(number(last, "eval/accuracy"), int(number(last, "eval/problems")))
+        problems = number(last, "eval/problems")
+        solved = accuracy_text(number(last, "eval/accuracy"), int(problems) if math.isfinite(problems) else 0)
         shown[f"held-out problems solved by the weights, step {last['step']}"] = solved
     more = {
         "answers of twins of which one is right": share_of(recent, "twins/differ"),

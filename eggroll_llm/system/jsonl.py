@@ -109,5 +109,9 @@ def _plain(value: object) -> Any:
     if isinstance(value, list | tuple | set | frozenset):
         return [_plain(item) for item in value]
     if callable(item := getattr(value, "item", None)):
-        return _plain(item())
+        try:
+            number = item()
+        except (TypeError, ValueError, RuntimeError):  # it holds several, or is something else
+            return _plain(str(value))
+        return _plain(number)
     return _plain(str(value))

@@ -23,7 +23,7 @@ def is_chat(prompts: Sequence[Prompt]) -> bool:
 
 
 def check_chat(
-    prompter: Prompter, prompts: Sequence[Prompt], remedy: str = "let the task return chat messages"
+    prompter: Prompter, prompts: Iterable[Prompt], remedy: str = "let the task return chat messages"
 ) -> None:
     """Raise UserError when settings of [chat] change nothing; `remedy` is one for prompts that are plain text."""
     chat = prompter.chat

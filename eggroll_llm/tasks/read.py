@@ -212,8 +212,8 @@ def load_hub(name: str, split: str, config: str | None = None, *, instead: str) 
         cause, _, more = str(error).partition("\n")
         if names := _CONFIGURATIONS.search(more):
             raise TaskError(
-                f"{name} has several configurations: {names[1]:.400}. Choose one by subset in [task_options], or with "
-                "init --subset."
+                f"{name} has several configurations: {names[1]:.400}. Choose one by subset in [task_options] of the task "
+                '"dataset", or with init --subset.'
             ) from error
         raise TaskError(
             f"{name} cannot be loaded from the hub ({type(error).__name__}: {cause}). Offline? "

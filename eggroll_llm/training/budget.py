@@ -161,7 +161,9 @@ def check_memory(prepared: "Prepared") -> None:
             f"the run needs {needed / GIB:.2f} GiB of the host's memory ({listed}), and {available / GIB:.2f} GiB are "
             "available: set engine.offload_masters to false, or use a smaller model"
         )
-    knobs = [replace(knob, saved=engines * knob.saved) for knob in _knobs(prepared)]
+    knobs = [  # of the base model that GRPO keeps there is one copy
+        knob if knob.key == "grpo.beta" else replace(knob, saved=engines * knob.saved) for knob in _knobs(prepared)
+    ]
     if engines > 1:
         listed = f"for each of {engines} engines: {listed}"
         knobs.insert(0, _Knob(key="engine.replicas", value=engines, least=1, step=1, saved=of_each))

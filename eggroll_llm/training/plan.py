@@ -1,10 +1,7 @@
-"""Configuration -> plan of a step, and with a journal entry its update: training, resuming and replay share it."""
+"""Configuration -> plan of a step: training, resuming and replay share it."""
 
 from eggroll_llm.config.schema import RunConfig
-from eggroll_llm.es.estimate import UpdateSpec
 from eggroll_llm.es.plan import StepPlan, plan_step
-from eggroll_llm.records import updates
-from eggroll_llm.records.journal import JournalEntry
 
 
 def plan_of(config: RunConfig, step: int) -> StepPlan:
@@ -15,8 +12,3 @@ def plan_of(config: RunConfig, step: int) -> StepPlan:
 def members_that_answer(config: RunConfig) -> int:
     """Return how many models answer the problems of a step: the population, or the one that is trained."""
     return config.es.population if config.members_answer else 1
-
-
-def recorded_update(config: RunConfig, entry: JournalEntry) -> UpdateSpec:
-    """Return the update that a journal entry of a run records."""
-    return updates.recorded_update(plan_of(config, entry.step), entry)

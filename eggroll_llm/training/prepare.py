@@ -114,7 +114,7 @@ def prepare(config: RunConfig, recipe_dir: Path) -> Prepared:
         check_rank(model_dir, "grpo.lora_rank", config.grpo.lora_rank)
         notes = (*notes, *(f"{each}." for each in _without_effect(config.grpo)))
     prompter = Prompter(model_dir, config.chat)
-    check_chat(prompter, [task.prompt(problem) for problem in train])
+    check_chat(prompter, map(task.prompt, train))
     check_thoughts(prompter, config.sampling.thinking_token_budget)
     train_set = encode(prompter, task, train)
     held_out_set = encode(prompter, task, held_out)

@@ -5,7 +5,7 @@
 The arithmetic is that of training, so that on the same machine the bits are those of the checkpoint of that step.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,9 @@ from eggroll_llm.models.export import export_model
 from eggroll_llm.models.files import model_identity, weight_files
 from eggroll_llm.models.targets import trained_parameters
 from eggroll_llm.records.journal import JournalContents, read_journal
-from eggroll_llm.records.updates import check_weights
+from eggroll_llm.records.updates import check_weights, recorded_update
 from eggroll_llm.system.hardware import resolve_dtype, serves_on_cpu
-from eggroll_llm.training.plan import recorded_update
+from eggroll_llm.training.plan import plan_of
 
 
 def replay(
@@ -31,7 +31,6 @@ def replay(
     journal_path: Path,
     step: int,
     directory: Path,
-    on_step: Callable[[int, int], None] = lambda done, total: None,
 ) -> str:
     """Write the model after `step` updates into `directory`; return the checksum of its trained weights.
 
@@ -53,15 +52,14 @@ def replay(
     for entry in journal.entries[:step]:
         check_weights(journal_path, entry, masters.checksum)
         checked |= entry.step > 1 and bool(entry.checksum)
-        masters.apply(recorded_update(config, entry), served_factors_of)
-        on_step(entry.step, step)
+        masters.apply(recorded_update(plan_of(config, entry.step), entry), served_factors_of)
     served = {name: masters.served(name).to("cpu", copy=True) for name in weights}
     checksum = masters.checksum()
     for entry in () if checked else journal.entries[step:]:  # updates of a few more steps, to have compared once
         check_weights(journal_path, entry, masters.checksum)
         if entry.checksum:
             break
-        masters.apply(recorded_update(config, entry), served_factors_of)
+        masters.apply(recorded_update(plan_of(config, entry.step), entry), served_factors_of)
     export_model(base_dir, directory, served, dtype)
     return checksum
 

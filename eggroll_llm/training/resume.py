@@ -11,11 +11,12 @@ from eggroll_llm.es.estimate import UpdateSpec
 from eggroll_llm.records.checkpoint import Checkpoint, list_checkpoints, load_training_state, newest_valid, remove_after
 from eggroll_llm.records.journal import Journal, JournalHeader
 from eggroll_llm.records.run_dir import RunDir
-from eggroll_llm.records.updates import check_weights
+from eggroll_llm.records.updates import check_weights, recorded_update
 from eggroll_llm.records.weights import final_step
 from eggroll_llm.system.files import remove_directory
 from eggroll_llm.system.invocation import command
 from eggroll_llm.training.harness import Display
+from eggroll_llm.training.plan import plan_of
 
 
 def say_what_was_found(run: RunDir, journal: Journal, header: JournalHeader, display: Display) -> None:
@@ -71,8 +72,6 @@ def restore(engine: Engine, config: RunConfig, run: RunDir, journal: Journal, di
         CheckpointError: its training state does not match its weights.
         JournalError: replaying gives weights other than those recorded.
     """
-    from eggroll_llm.training.plan import recorded_update
-
     if not journal.last_step:
         return None
     checkpoint = _newest(run, journal.last_step, display)
@@ -92,7 +91,7 @@ def restore(engine: Engine, config: RunConfig, run: RunDir, journal: Journal, di
             engine.replay(pending)
             pending = []
         check_weights(run.journal, entry, engine.checksum)
-        pending.append(recorded_update(config, entry))
+        pending.append(recorded_update(plan_of(config, entry.step), entry))
     if pending:
         engine.replay(pending)
     return checkpoint

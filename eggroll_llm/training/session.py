@@ -65,18 +65,6 @@ class Outcome:
         return self.final.parent
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Opened:
-    """A run whose directory is open and locked, before its engine starts."""
-
-    prepared: Prepared
-    directory: RunDir
-    journal: Journal
-    scorer: Scorer
-    display: Display
-    callbacks: Sequence[Callback]
-
-
 def train(
     config: RunConfig,
     recipe_dir: Path,
@@ -111,22 +99,27 @@ def train(
                 step, checkpoint = by_journal(run, journal, display), None
             else:
                 step, checkpoint = by_checkpoint(run, display)
-            opened = _Opened(
-                prepared=prepared, directory=run, journal=journal, scorer=scorer, display=display, callbacks=callbacks
-            )
-            evaluation = _train_from(step, checkpoint, opened)
+            evaluation = _train_from(step, checkpoint, prepared, run, journal, scorer, display, callbacks)
         return outcome(run, config, evaluation)
 
 
-def _train_from(step: int, checkpoint: Checkpoint | None, opened: _Opened) -> Evaluation | None:
+def _train_from(
+    step: int,
+    checkpoint: Checkpoint | None,
+    prepared: Prepared,
+    run: RunDir,
+    journal: Journal,
+    scorer: Scorer,
+    display: Display,
+    own_callbacks: Sequence[Callback],
+) -> Evaluation | None:
     """Start the engine, continue after `step` and write `final/`; return the last evaluation if it was done here."""
-    prepared, run, display = opened.prepared, opened.directory, opened.display
     config, is_es = prepared.config, prepared.config.method == "es"
     settings = {key: value for key, value in flat(config).items() if applies(key, config)}
     metrics = run.read_metrics() if step else ()
     tracking = trackers(config.log, run.path, settings, metrics, display.message)
     with contextlib.ExitStack() as stack:
-        callbacks = stack.enter_context(contextlib.closing(Callbacks([*tracking, *opened.callbacks])))
+        callbacks = stack.enter_context(contextlib.closing(Callbacks([*tracking, *own_callbacks])))
         display.working("starting the engine")
         engine = start_engine(
             prepared.model_dir,
@@ -139,15 +132,15 @@ def _train_from(step: int, checkpoint: Checkpoint | None, opened: _Opened) -> Ev
             say=display.message,
         )
         stack.callback(engine.close)
-        recorder = Recorder(config, run, opened.journal, metrics=metrics, callbacks=callbacks)
+        recorder = Recorder(config, run, journal, metrics=metrics, callbacks=callbacks)
         harness = Harness(
-            Run(prepared=prepared, engine=engine, scorer=opened.scorer, recorder=recorder, display=display), step=step
+            Run(prepared=prepared, engine=engine, scorer=scorer, recorder=recorder, display=display), step=step
         )
         engine.watchdog.describe = harness.stopped_by
         try:
             trainer: EsTrainer | GrpoTrainer
             if is_es:
-                checkpoint = restore(engine, config, run, opened.journal, display)
+                checkpoint = restore(engine, config, run, journal, display)
                 trainer = EsTrainer(harness)
             else:
                 if run.resumed:

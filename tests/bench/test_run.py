@@ -262,6 +262,8 @@ def test_a_recipe_or_a_shape(tmp_path: Path, shape: Path, capsys: pytest.Capture
         (["--random-weights", "gpt-9"], "neither one of smollm2-135m"),
         (["--random-weights", str(shape), "--es.ranck", "8"], "es.ranck"),
         (["--random-weights", str(shape), "--es.rank", "8"], "es.rank"),  # which would change nothing
+        (["--random-weights", str(shape), "--engine.threads", "-1"], "engine.threads = -1: must be at least 0"),
+        (["--random-weights", str(shape), "--temperature", "-1"], "--temperature -1: must be at least 0"),
         (["--random-weights", str(shape), "--model", "x"], "takes the directory of a model"),
         (["--random-weights", str(shape), "--input-len", "1"], "must be at least 2"),
         ([str(fp8)], "engine.quantization and engine.tensor_parallel are not measured here"),

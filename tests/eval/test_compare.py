@@ -306,6 +306,8 @@ def test_a_run_whose_base_model_was_not_evaluated(tmp_path: Path) -> None:
         ({"config": make_config(eval=EvalConfig(split="validation", problems=4))}, "eval.split"),
         ({"config": make_config(eval=EvalConfig(max_tokens=9))}, "eval.max_tokens"),
         ({"config": make_config(sampling=SamplingConfig(max_tokens=9))}, "eval.max_tokens"),
+        ({"config": make_config(sampling=SamplingConfig(stop=("\n",)))}, "sampling.stop"),
+        ({"config": make_config(sampling=SamplingConfig(thinking_token_budget=9))}, "sampling.thinking_token_budget"),
         ({"base_model": "f" * 16}, "base model"),
         ({"problems": PROBLEMS[1:]}, "held-out problems"),
     ],

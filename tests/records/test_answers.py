@@ -6,10 +6,13 @@ import json
 import math
 import os
 import re
+import threading
 from dataclasses import asdict
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
+import numpy as np
 import pytest
 
 from eggroll_llm.errors import SamplesError
@@ -53,6 +56,31 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
     assert len(read_samples(path)[1]) == 3
     write_samples(tmp_path / "whole.jsonl", SETTINGS, [sample(1), sample(0, 1), sample(2)])
     assert (tmp_path / "whole.jsonl").read_bytes() == path.read_bytes()
+
+
+def test_a_problem_that_json_cannot_hold_is_written_as_text(tmp_path: Path) -> None:
+    circle: list[Any] = []
+    circle.append(circle)
+    doc = MappingProxyType(
+        {
+            "grid": np.zeros(3),
+            "one": np.float64(2),
+            "lock": threading.Lock(),
+            "module": json,
+            "circle": circle,
+            "n": 10**5000,
+        }
+    )
+    write_samples(tmp_path / "s.jsonl", SETTINGS, [sample(0, doc=doc), sample(1)])
+    first, second = read_samples(tmp_path / "s.jsonl")[1]
+    assert second == sample(1)
+    assert (first.doc["grid"], first.doc["one"], first.doc["circle"], first.doc["n"]) == (
+        "[0. 0. 0.]",
+        2,
+        "list",
+        "int",
+    )
+    assert "lock" in first.doc["lock"]
 
 
 def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

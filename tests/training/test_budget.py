@@ -272,6 +272,14 @@ def test_memory_that_grpo_lacks(model: Path, monkeypatch: pytest.MonkeyPatch) ->
     said = refused(monkeypatch, run, needed - 4 * weights)
     assert "; and what passes over grpo.micro_batch completions take) besides" in said
     assert said.endswith(", or grpo.beta from 0.04 to 0, or train adapters, such as with grpo.lora_rank = 16")
+    # Each of three engines has the served weights and a cache, and the trainer alone the copy.
+    three = dataclasses.replace(
+        run,
+        config=dataclasses.replace(
+            run.config, engine=EngineConfig(slots=5, kv_cache_gib=0.5, dtype="bfloat16", replicas=3)
+        ),
+    )
+    assert "grpo.beta" not in refused(monkeypatch, three, needed + 2 * (2 * weights + GIB // 2) - 4 * weights - 1)
     without = prepared(model, method="grpo", grpo=GrpoConfig(learning_rate=1e-5, micro_batch=2))
     assert refused(monkeypatch, without, needed - 4 * weights) == ""
 

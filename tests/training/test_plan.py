@@ -8,8 +8,8 @@ from eggroll_llm.config.schema import RunConfig
 from eggroll_llm.es.estimate import UpdateSpec
 from eggroll_llm.es.settings import EsSettings
 from eggroll_llm.records.journal import JournalEntry
-from eggroll_llm.records.updates import journal_entry
-from eggroll_llm.training.plan import plan_of, recorded_update
+from eggroll_llm.records.updates import journal_entry, recorded_update
+from eggroll_llm.training.plan import plan_of
 
 FITNESS = tuple(torch.tensor([0.1, -1.0, 0.0, 0.0]).tolist())
 
@@ -33,7 +33,7 @@ def test_what_a_step_records_is_what_its_update_needs() -> None:
         dropped=(2, 3),
         checksum="abc",
     )
-    assert recorded_update(run, entry) == update
+    assert recorded_update(plan_of(run, entry.step), entry) == update
     assert (update.seed, update.rank, update.antithetic, update.scale) == (9, 3, True, "literature")
 
 

@@ -80,7 +80,7 @@ def load_dataset(
         notes=tuple(notes),
     )
     if rewards.functions:
-        _try(task, limits)
+        _try(task, limits, graded=graded)
     return task
 
 
@@ -150,10 +150,10 @@ def _judge(task: DatasetTask, answers: Sequence[Answer], limits: RewardConfig) -
         yield from pool.judge(answers, voted=False)
 
 
-def _try(task: DatasetTask, limits: RewardConfig) -> None:
+def _try(task: DatasetTask, limits: RewardConfig, *, graded: bool) -> None:
     """Call the functions once. Raises TaskError when they fail on answers to the first two problems."""
     columns = task.rewards.columns
-    texts = [columns.gold(p) if columns.answer else "1" for p in task.train[:2]]
+    texts = [columns.gold(p) if graded else "1" for p in task.train[:2]]
     answers = [  # whose tokens are any, but as a completion some
         Answer(text=text, problem=p, token_ids=range(max(1, len(text))))
         for text, p in zip(texts, task.train, strict=False)

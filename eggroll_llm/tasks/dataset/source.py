@@ -57,7 +57,7 @@ def load_splits(options: DatasetOptions, base_dir: Path, place: Place) -> Splits
         train, test, name = _from_hub(options, place)
     elif path.is_dir():
         train, test, name = _from_folder(path, options, place)
-    elif options.test_split or options.train_split != "train":
+    elif path.is_file() and (options.test_split or options.train_split != "train"):
         key = "test_split" if options.test_split else "train_split"
         raise TaskError(f"{place(key)}: {path} is one file, which has no splits. Remove {key}.")
     else:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from eggroll_llm.config.schema import LogConfig
-from eggroll_llm.records.answers import TASK, Sample
+from eggroll_llm.records.answers import TASK, Sample, held
 from eggroll_llm.system.files import write_text
 from eggroll_llm.system.installed import import_failure
 from eggroll_llm.system.jsonl import parse_json, to_json
@@ -142,7 +142,7 @@ def _numbers(row: Row) -> dict[str, int | float]:
 
 
 def _texts(sample: Sample) -> list[str]:
-    return [json.dumps({"id": sample.id, **sample.doc}, ensure_ascii=False, default=str), sample.completion.strip()]
+    return [json.dumps(held({"id": sample.id, **sample.doc}), ensure_ascii=False), sample.completion.strip()]
 
 
 def _grades(sample: Sample) -> list[Any]:

@@ -62,6 +62,17 @@ def test_several_rewards_are_added_by_weight_and_kept_apart(load):
     assert "rewards: 1 × my.py:right + 0.5 × my.py:short" in task.notes[0]
 
 
+def test_functions_need_no_right_answer(load):
+    """Nor is the column that is said to hold it read."""
+    task = load(
+        [{"prompt": f"{n}?", "answer": None} for n in range(20)],
+        code=TWO,
+        rewards="my.py:short",
+        answer_column="answer",
+    )
+    assert judged(task, ["1234"])[1] == 0
+
+
 @pytest.mark.parametrize("messages", [False, True])
 def test_a_function_gets_what_trl_gives_it(load, tmp_path, messages):
     """The arguments of TRL 1.16 but for what only its trainer has; texts or messages by the data set's prompts."""
