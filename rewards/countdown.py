@@ -8,11 +8,11 @@
 
 Only text outside thoughts counts, and after an answer only that before a next turn (`turns`).
 
-Numbers are ASCII digits without leading zeros, signs + and -; U+2212 and short dashes stand for -, ÷ for /, and x, ×
-and dots or asterisks of mathematics for *. At most 512 characters and 32 parentheses deep. The numbers are compared
-with the given ones, as multisets, before anything is evaluated; then the value is exact (fractions). A target with up
-to four decimals must be met exactly. One with more is a decimal rounding, to be met within half a unit of its last
-decimal, or within the error of a float.
+Numbers are ASCII digits without leading zeros, signs + and -; every dash (`DASHES`) stands for -, a wide plus for +, ÷
+and the slashes of mathematics for /, and x, × and dots, bullets or asterisks of mathematics for *. At most 512
+characters and 32 parentheses deep. The numbers are compared with the given ones, as multisets, before anything is
+evaluated; then the value is exact (fractions). A target with up to four decimals must be met exactly. One with more is
+a decimal rounding, to be met within half a unit of its last decimal, or within the error of a float.
 
 Reward: 1 if correct; `format_reward` for a wrong answer in the right format; 0 without an answer. A tag that
 is not blank is an answer whatever it holds; a line is one if it is an expression. A problem that is not
@@ -27,6 +27,7 @@ from decimal import Decimal
 from fractions import Fraction
 from typing import Literal
 
+from rewards.markup import DASHES
 from rewards.score import Score
 from rewards.turns import closes_thought, next_turns, visible
 
@@ -52,11 +53,19 @@ DETAILS = (
 )
 """Vocabulary of `Score.detail`; "wrong_result" is a right expression followed by `= something else`."""
 
-_OPERATORS = str.maketrans("\u2212\u2013\u2010\uff0dx\u00d7\u00f7\u00b7\u22c5\u2219\u2217", "----**/****")
+_WRITTEN = {
+    "-": DASHES,
+    "+": "\uff0b",
+    "/": "\u00f7\u2044\u2215\uff0f",
+    "*": "x\u00b7\u00d7\u2022\u2217\u2219\u22c5\u2715\u2716\uff0a",
+}
+_OPERATORS = {ord(character): symbol for symbol, characters in _WRITTEN.items() for character in characters}
 _TOKEN = re.compile(r"\s*(?:(0(?![0-9])|[1-9][0-9]*)|([-+*/()]))")
 _BEGUN = re.compile(r"<answer>[\s(+-]{0,64}[0-9]")
 _MAX_DIGITS = 64
 _DECIMAL = re.compile(rf"[-+]?[0-9]{{1,{_MAX_DIGITS}}}(?:\.[0-9]{{1,{_MAX_DIGITS}}})?")
+_FLOAT = re.compile(r"[-+]?[0-9](?:\.[0-9]{1,20})?e[-+][0-9]{2,3}")
+"""A float as Python writes it where it is long: 6.28e+17."""
 _PRECEDENCE = {"+": 1, "-": 1, "*": 2, "/": 2, "neg": 3, "pos": 3}
 _SIGN = {"-": "neg", "+": "pos"}
 _APPLY: dict[str, Callable[[Fraction, Fraction], Fraction]] = {
@@ -247,9 +256,9 @@ def _given(numbers: object) -> Counter[int] | None:
 
 def _number(value: object) -> Fraction | None:
     """Return the value exactly, a decimal string digit by digit; None for what is no ordinary number."""
-    if not isinstance(value, str):
+    if not isinstance(value, str) or _FLOAT.fullmatch(value.strip()):
         try:
-            decimal = Decimal(str(value))
+            decimal = Decimal(str(value).strip())
         except (ArithmeticError, ValueError):
             return None
         # Written out only when that is short: a billion zeros are one Decimal("1e1000000000").

@@ -4,10 +4,12 @@
     #### ...       up to the end of the line
     answer is ...  Answer: ...               up to the end of the line
 
-A marker of the last two kinds counts only if a number follows it on its line, or comes first on the next line
-with text, after a list bullet or not. Headings (#### 2. Explanation) and remarks (the answer is correct) are passed
-over. Text after the first next turn that comes after an answer (`turns`) is not the model's answer to this problem
-and is not read.
+A marker of the last two kinds counts only if a number follows it on its line, or stands on the next line with text:
+first, after a list bullet or not, or anywhere if that is the last line. Headings (#### 2. Explanation), empty boxes
+and tags that are only mentioned are passed over. A sentence with words before the number (the answer is that she makes
+$18) counts only where no other marker does, as it may be a remark (the answer is valid since 18 / 2 = 9); what is
+known to be one (the answer is correct) counts last. Text after the first next turn that comes after an answer
+(`turns`) is not the model's answer to this problem and is not read.
 """
 
 import re
@@ -22,30 +24,54 @@ MAX_MARKERS = 256
 _LITERALS = ("####", "\\boxed", "\\fbox", "<answer>", "nswer", "NSWER")
 BOX = re.compile(r"\\(?:boxed|fbox)\s{0,4}\{")
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
+_WORD = r"(?:\s[a-z]{1,20}+)"
 _PROSE = re.compile(
-    r"(?i)[*_`\"']{0,3}(?:\s{1,3}\([^()\n]{0,60}\))?(?:\s{1,3}(?:to|for|of) (?:the|this|your) [a-z]{1,20})?"
-    r"(?:\s{0,3}[*_`]{0,3}[:=\uff1a]|\s{1,3}(?:is|was|equals|(?:would|will|should|must) be)\b(?!n[\u2019']t))"
+    r"(?i)[*_`\"']{0,3}(?:\s{1,3}\([^()\n]{0,60}\))?"
+    rf"(?:,?\s{{1,3}}(?:(?:to|for|of)\s(?:(?:the|this|your){_WORD}{{1,3}}|question\s[0-9]{{1,3}})|in{_WORD}{{1,2}}"
+    rf"|(?:that\s)?(?:we|I|you){_WORD}{{1,4}}|therefore|then|thus|hence|here),?){{0,2}}"
+    r"(?:\s{0,3}[*_`]{0,3}[:=\uff1a]|\s{1,3}(?:is|was|equals|(?:would|will|should|must)(?:\s(?:therefore|then|thus))?\sbe)"
+    r"\b(?!n[\u2019']t)(?:\s{0,3}[:\uff1a])?)"
 )
+_DIRECT = re.compile(
+    r"(?i)(?:\\[a-z]+|&[a-z]+;|</?[a-z]+>|[^A-Za-z0-9]|\b(?:[b-hj-z]|[a-z]{2,16}ly|that|it|this|is|be|now|then|so|thus"
+    r"|hence|therefore|just|indeed|still|an?|the|total(?:\sof)?|(?:equal|close)\sto|also|again|about|around|approx|maybe"
+    r"|perhaps|either|neither|both|between|almost|not|never|rather|instead|however|in\sfact|of\scourse|number|up\sto"
+    r"|at\s(?:least|most)|(?:more|less)\sthan|over|under|half(?:\sof)?|twice|positive|negative|minus"
+    r"|Rs|(?-i:[A-Z]{2,3}))\b)*+[0-9]"
+)
+"""What "answer is" says of a number that comes first, and not words of a remark."""
 _REMARK = re.compile(
-    r"(?i)[\s:]{0,8}(?:correct|right|wrong|based|rounded(?!\sto\s[a-z ]{1,40}[,:]\s{0,2}[$£€]?[0-9])|obtained"
-    r"|consistent|reasonable|verified|confirmed|derived|(?:calculated|computed|found|determined)(?!\sto\sbe\b)|reached|given\sby"
-    r"|in\s(?:dollars|cents|hours|minutes|units)(?!:)|positive(?!\s[0-9])"
-    r"|the\s(?:product|sum|difference)\sof(?=[^=\n]*$))\b"
+    r"(?i)[\s:*_]{0,8}(?:[0-9]{1,3}\s?%\s)?(?:correct|right|wrong|based|rounded|obtained|consistent|reasonable|verified"
+    r"|confirmed|valid|accurate|checked|certain|sure|derived|calculated|computed|found|determined|reached|given)\b"
 )
-_CHECKED = re.compile(r"(?i)\b(?:check|verify)(?:ing)?[ \t](?:(?:the|my|our|this)[ \t]){1,2}(?:final[ \t])?\Z")
+_ABOUT_ANSWER = re.compile(
+    r"(?i)\b(?:check(?:ing)?|verify(?:ing)?|in|about)[ \t](?:(?:the|my|our|this)[ \t]){0,2}(?:final[ \t])?\Z"
+)
+_DOUBT = re.compile(
+    r"(?i)(?:\b(?:I|we)\sdoubt|(?:n['\u2019]t|\bnot)\s(?:think|believe))"
+    r"(?:\s(?:that|if|whether|the|my|our|final|correct)){0,3}\s\Z"
+)
 
-_ANSWER_HEADING = re.compile(r"(?i)[\W_]*(?:(?:the|final)\s+){0,2}(?:answer)?[\W_]*")
+_CORRECTING = re.compile(r"(?i)\b(?:wait|actually|mistake|oops|sorry|correction|instead)\b")
+"""In front of "the answer is" it shows that this is no remark on an earlier answer."""
+
+_ANSWER_HEADING = re.compile(r"(?i)[\W_]*+(?:(?:the|final)\s++){0,2}(?:answer)?[\W_]*")
 # Four hashes are also a Markdown heading: "#### 2. Multiply". "#### 18. She sold all." ends like a sentence.
 _HEADING = re.compile(
-    r"(?i)[\s*]*(?:(?:step|part|phase|question|problem)\s[0-9]|(?:note|explanation|reasoning)\b|(?:verification|check|proof)\b.*="
-    r"|[0-9]{1,3}[.)]\s+[a-z].*[^.!?\s]\s*$)"
+    r"(?i)[\s*]*(?:(?:step|part|phase|question|problem|method|solution|approach)\s[0-9]"
+    r"|(?:notes?|explanation|reasoning|confidence|why)\b|(?:double[\s-])?(?:verification|check|proof)\b.*="
+    r"|(?:[0-9]{1,3}(?:\.[0-9]{1,2})?[.)]\s+|(?:\([0-9]{1,3}\)|[0-9]{1,3}:)\s+(?=(?-i:[A-Z])))[a-z].*[^.!?\s]\s*$)"
 )
 _HEADED = re.compile(r"(?i)(?:#{1,6}\s{1,3}[*_]{0,3}|[*_]{2,3})(?:(?:the|my|your|final)\s){0,2}")
+_LAST_LINE = re.compile(rf"[^\n]{{1,{MAX_TEXT}}}+\s*+")
 _BELOW = re.compile(
-    r"[*_]{0,3}[ \t]{0,3}(?=\n\s{0,20}[*_$\\(\[{]{0,6}(?:boxed\{)?[-+\u2212]?[$£€¥]?[0-9][0-9,.]*[\s*_$£€¥\\)\]}%]*"
-    r"(?:[A-Za-z]+[ .*_]*){0,2}(?:\^[23])?\s*(?:\n|\Z))"
+    rf"[*_]{{0,3}}[ \t]{{0,3}}(?=\n\s{{0,20}}(?:{_LAST_LINE.pattern}\Z"
+    r"|[*_$\\(\[{]{0,6}(?:boxed\{)?[-+\u2212]?[$£€¥]?[0-9][0-9,.]*+"
+    r"(?:[*_$£€¥\\)\]}%]|[^\S\n])*+(?:[A-Za-z]++[ .*_]*+){0,2}(?:\^[23])?[^\S\n]*+(?:\n|\Z)))"
 )
-"""What follows a heading "Answer" above a line that is a number and little else."""
+"""What follows a heading "Answer" above a line that is the last, or a number and little else."""
+_MENTION = re.compile(r"[\s.\u2026]*+")
+"""All that is in a box or tag that is no answer: "I put it in <answer>...</answer> tags"."""
 _EXCLAMATION = re.compile(r"(?<=[0-9])!(?=\s|$)")
 _NUMBER_FIRST = re.compile(r"[^A-Za-z0-9]*[0-9]")
 _SENTENCE_END = re.compile(r"[0-9%)*$}][.;!]\s")
@@ -53,19 +79,23 @@ _SENTENCE_END = re.compile(r"[0-9%)*$}][.;!]\s")
 _LATEX = r"\\[()\[\],;:! ]|\\q?quad(?![a-z])|\\(?:text|math)(?:rm|bf|it|sf|tt)?\s?\{"
 _GAP = rf"(?:\s|{_LATEX})*"
 _CONTINUED = re.compile(
-    rf"(?i)(?:[ \t$*)\]}}~]|{_LATEX})*(?:{_GAP}[,;]?{_GAP}(?P<another>or)\b|and\s\D{{0,12}}[0-9]"
+    rf"(?i)(?:[ \t$*)\]}}~]|{_LATEX})*(?:{_GAP}[,;(]?{_GAP}(?P<another>or)\b|and\s\D{{0,12}}[0-9]"
     r"|(?:(?:squared|cubed)(?!\s[a-z])|000)\b|and\sa\shalf(?=\W*$|[.,;!])|[0-9]+/[0-9]+(?![\w-])|\u00b1"
     r"|[\u00b2\u00b3\u00b9\u00bc-\u00be\u2070-\u209f\u2150-\u215e]"
     r"|\s*(?:hundred|thousand|lakh|crore|[a-z]{1,6}illion|dozen)|\\[dt]?frac\s?\{?\s?[0-9]|\.[0-9]"
-    r"|(?:[\^/×÷·*+\u2212-]|\\(?:times|cdot|div)(?![a-z]))[ \t]?\{?[0-9])"
+    r"|(?:[\^/×÷·*+\u2212-]|\\(?:times|cdot|div)(?![a-z]))[ \t]?\{?[0-9]"
+    r"|\\(?:pi|sqrt)(?![a-z])|\?[\s$*?!)\]]*+(?:\Z|no\b))"
     r"|\}[ \t]?\{[ \t]?[0-9]|:[0-9]{2}(?![0-9])|(?:,|\\[,;:]|\{,\})[0-9]{3}(?![0-9])|[\u2010-\u2013][0-9]|(?<=\})[0-9]"
     r"|(?:(?:\\[,;: ])?\\(?:text|mathrm)\s?\{\s?)?(?-i:[kKMBT]|bn)\b|e[0-9]"
 )
-# In front of a box: a digit or a sign that belongs to its number, or an operator after another number.
+# In front of a box: a digit or a sign that belongs to its number, or an operator after another number. In front of a
+# tag a sign alone, as sentences go on with tags: 9 * 2 = 18<answer>18</answer>.
 _DASH = r"\-\u2010-\u2015\u2212"
+_SIGN = rf"(?<![A-Za-z])[+{_DASH}]\\?\$?|\b(?:[Nn]egative|[Mm]inus)[ \t$\\]*"
+_SIGNED = re.compile(rf"(?:{_SIGN})\Z")
 _CHANGED = re.compile(
     rf"(?:[0-9]\$?|(?<![0-9.])0\.\$?|\b(?:[Hh]alf(?:\sof)?|[Tt]wice|[Dd]ouble|[Tt]riple)[ \t$]*"
-    rf"|(?<![A-Za-z])[+{_DASH}]\\?\$?|\\(?:pm|sqrt|neg)|\b(?:[Nn]egative|[Mm]inus)[ \t$\\]*"
+    rf"|{_SIGN}|\\(?:pm|neg|sqrt\s?\{{?)|\^\s?\{{?|\\[dt]?frac\s?\{{[^{{}}]*\}}\s?\{{"
     rf"|[0-9][ \t$]{{0,3}}(?:[+*/^×÷·{_DASH}]|\\(?:times|cdot|div))[ \t$]{{0,3}}"
     rf"|=[ \t$]{{0,3}}[{_DASH}][ \t$]{{0,3}})\Z"
 )
@@ -78,9 +108,10 @@ _ALTERNATIVE = re.compile(
 _NUMBER_OR = re.compile(rf"(?i)(?<![0-9.,/])([0-9][0-9,]*(?:\.[0-9]+)?)[\s$]{{1,3}}{_OR}[\s$]{{1,3}}\Z")
 _BLANKS = re.compile(r"[ \t]{3,}")
 _DENIED = re.compile(r"(?i)(?:\b(?:not|never)|n['\u2019]t)(?:\s(?:be|equal\sto))?[ \t$*\\(\[]*\Z")
-_BULLET = re.compile(r"[ \t]*[-+*\u2022\u2023\u2043\u2010-\u2015\u2212\u25aa\u25cf\u25e6\u00b7][ \t\u00a0]+(?=\S)")
-_LISTED = re.compile(rf"\n{_BULLET.pattern}")
-_NEXT_BULLET = re.compile(rf"[^\n]*\n\s*{_BULLET.pattern}")
+_POINT = r"[-+*>\u2022\u2023\u2043\u2010-\u2015\u2212\u25aa\u25cf\u25e6\u00b7][ \t\u00a0]+(?=\S)"
+_BULLET = re.compile(rf"[ \t]*{_POINT}")
+_LISTED = re.compile(rf"\n[ \t]*{_POINT}")
+_NEXT_BULLET = re.compile(rf"[^\n]*\n\s*{_POINT}")
 _MATH = re.compile(r"\s*(?:\$\$|\\\[)\s*")
 # Between two boxes, or two tags, that offer one number each: then the last is no correction of the first.
 _BETWEEN_BOXES = re.compile(rf"\}}(?:{_LATEX}|\\\\|[\s$,;/])*\Z")
@@ -91,11 +122,19 @@ class _UnclosedError(RefusedError):
     """A tag or box that holds a number is never closed: an answer was begun, so a later turn's does not count."""
 
 
+_INDIRECT, _IS_REMARK, _IS_MENTION = 1, 2, 3
+
+
 @dataclass(frozen=True, slots=True)
 class _Span:
     text: str
     complete: bool
     """Whether something after the span shows that it ended there."""
+    rank: int = 0
+    """Of spans with different ranks the lowest counts, wherever it stands."""
+
+
+_NOTHING = _Span("", complete=True, rank=_IS_MENTION)
 
 
 def answer_text(text: str, *, truncated: bool) -> str:
@@ -121,49 +160,60 @@ def answer_text(text: str, *, truncated: bool) -> str:
 
 def _last(text: str, end: int) -> _Span:
     starts = {literal: text.rfind(literal, 0, end) for literal in _LITERALS}
-    following = end
+    best: _Span | None = None
+    following = opened = end
     for _ in range(MAX_MARKERS):
         literal, start = max(starts.items(), key=lambda item: item[1])
         if start < 0:
             break
         if literal == "<answer>":
-            return _tag(text, start, end)
-        if literal in ("\\boxed", "\\fbox"):
-            if opening := BOX.match(text, start, end):
-                return _box(text, start, opening.end(), end)
-        elif (begin := _line_marker(text, literal, start, end)) is not None:
-            span = _line(text, begin, min(following, end))
-            if span is not None and literal != "####":  # In a sentence 18! is no factorial.
-                return _Span(_EXCLAMATION.sub(".", span.text), span.complete)
-            if span is not None and not _HEADING.match(span.text):
-                if _is_alternative(text[max(0, start - 64) : start]):
-                    raise RefusedError("hedged")
-                return span
-            following = start
+            span = _tag(text, start, opened, end)
+            opened = start
+        elif literal in ("\\boxed", "\\fbox"):
+            opening = BOX.match(text, start, end)
+            span = _box(text, start, opening.end(), end) if opening else None
+        else:
+            span = None
+            if (marker := _line_marker(text, literal, start, end)) is not None:
+                span = _marked_line(text, start, marker, min(following, end), end)
+                following = start if span is None else following
+        if span is not None and (best is None or span.rank < best.rank):
+            best = span
+            if span.rank == 0:
+                break
         starts[literal] = text.rfind(literal, 0, start)
-    raise RefusedError("no_marker")
+    if best is None:
+        raise RefusedError("no_marker")
+    return best
 
 
-def _tag(text: str, start: int, end: int) -> _Span:
+def _tag(text: str, start: int, opened: int, end: int) -> _Span | None:
+    """Return what the tag holds; None where it is neither closed, before `opened`, nor an answer that was begun."""
     begin = start + len("<answer>")
-    close = text.find("</answer>", begin, end)
+    close = text.find("</answer>", begin, opened)
+    if close < 0 and not _NUMBER_FIRST.match(text, begin, min(end, begin + 64)):
+        return None
     if close < 0:
-        raise _unclosed(text, begin, end)
-    content = _enclosed(text, start, begin, close, close + len("</answer>"), end)
-    return _Span(_LISTED.sub("\n", content), complete=True)
+        raise _UnclosedError("unclosed")
+    if _MENTION.fullmatch(text, begin, close):
+        return _NOTHING
+    if _SIGNED.search(text, max(0, start - 16), start):
+        raise RefusedError("not_plain")
+    content = _LISTED.sub("\n", _enclosed(text, start, begin, close, close + len("</answer>"), end))
+    lines = {line.strip() for line in content.split("\n")} - {""}
+    return _Span(lines.pop() if len(lines) == 1 else content, complete=True)
 
 
 def _box(text: str, start: int, begin: int, end: int) -> _Span:
     brace = closing_brace(text, begin, end)
     if brace < 0:
-        raise _unclosed(text, begin, end)
-    if _CHANGED.search(text, max(0, start - 16), start):
+        begun = _NUMBER_FIRST.match(text, begin, min(end, begin + 64))
+        raise (_UnclosedError if begun else RefusedError)("unclosed")
+    if _MENTION.fullmatch(text, begin, brace):
+        return _NOTHING
+    if _CHANGED.search(text, max(0, start - 32), start):
         raise RefusedError("not_plain")
     return _Span(_enclosed(text, start, begin, brace, brace + 1, end), complete=True)
-
-
-def _unclosed(text: str, begin: int, end: int) -> RefusedError:
-    return (_UnclosedError if _NUMBER_FIRST.match(text, begin, min(end, begin + 64)) else RefusedError)("unclosed")
 
 
 def closing_brace(text: str, begin: int, end: int) -> int:
@@ -213,7 +263,9 @@ def _listed_before(text: str, start: int) -> str | None:
         return None
     opening = last_match(BOX, earlier)
     close = closing_brace(earlier, opening.end(), len(earlier)) if opening else -1
-    return earlier[opening.end() : close] if opening and close == earlier.rfind("}") else None
+    if opening is None or close != earlier.rfind("}") or _MENTION.fullmatch(earlier, opening.end(), close):
+        return None
+    return earlier[opening.end() : close]
 
 
 def _number(text: str) -> str | None:
@@ -224,37 +276,64 @@ def _number(text: str) -> str | None:
         return text
 
 
-def _line_marker(text: str, literal: str, start: int, end: int) -> int | None:
-    """Return where the text after `####` or after "answer is" begins; None if this is neither."""
+def _line_marker(text: str, literal: str, start: int, end: int) -> tuple[int, int] | None:
+    """Return where the text after `####` or after "answer is" begins, and its rank; None if this is neither."""
     if literal == "####":
-        return start + len(literal)
+        return start + len(literal), 0
     if start == 0 or text[start - 1] not in "aA" or text[start - 2 : start - 1].isalpha():
         return None
-    phrase = _PROSE.match(text, start + len(literal), end)
     line = text.rfind("\n", 0, start) + 1
     if _HEADED.fullmatch(text, line, start - 1) and (rest := _BELOW.match(text, start + len(literal), end)):
-        return rest.end()
-    if phrase is None or _REMARK.match(text, phrase.end(), end):
+        return rest.end(), 0
+    phrase = _PROSE.match(text, start + len(literal), end)
+    if phrase is None:
         return None
-    checked = phrase.group()[-1] in ":=\uff1a" and _CHECKED.search(text, max(0, start - 40), start - 1)
-    return None if checked else phrase.end()
+    colon, before = phrase.group()[-1] in ":=\uff1a", text[max(0, start - 64) : start - 1]
+    if _REMARK.match(text, phrase.end(), end) or (colon and _ABOUT_ANSWER.search(before)):
+        return phrase.end(), _IS_REMARK
+    if _DOUBT.search(before):
+        raise RefusedError("hedged")
+    direct = colon or _CORRECTING.search(before) or _DIRECT.match(text, phrase.end(), end)
+    return phrase.end(), 0 if direct else _INDIRECT
 
 
-def _line(text: str, begin: int, end: int) -> _Span | None:
+def _marked_line(text: str, start: int, marker: tuple[int, int], stop: int, end: int) -> _Span | None:
+    """Return what the line of a marker says, up to `stop`; None if that is a heading or has no number."""
+    begin, rank = marker
+    try:
+        span = _line(text, begin, stop, end)
+    except RefusedError:
+        if rank == 0:
+            raise
+        span = None
+    if span is None:
+        return None
+    if not text.startswith("####", start):  # In a sentence 18! is no factorial.
+        return _Span(_EXCLAMATION.sub(".", span.text), span.complete, rank)
+    if _HEADING.match(span.text):
+        return None
+    if _is_alternative(text[max(0, start - 64) : start]):
+        raise RefusedError("hedged")
+    return span
+
+
+def _line(text: str, begin: int, stop: int, end: int) -> _Span | None:
     """Return the rest of the line, or the next line that says something; None if there is no number."""
-    span = _until_newline(text, begin, end)
+    span = _until_newline(text, begin, stop)
     if re.search("[0-9]", span.text):
         return span
     position, in_math = begin, False
     for _ in range(4):
         if not _ANSWER_HEADING.fullmatch(span.text):
             return None
-        position = text.find("\n", position, end) + 1
+        position = text.find("\n", position, stop) + 1
         if not position:
             return None
-        span = _until_newline(text, position, end)
+        span = _until_newline(text, position, stop)
         if _NUMBER_FIRST.match(span.text):
-            return span if in_math else _without_bullet(text, position, end, span)
+            return span if in_math else _without_bullet(text, position, stop, span)
+        if _LAST_LINE.fullmatch(text, position, end) and not _HEADING.match(span.text):
+            return _Span(span.text, complete=end < len(text)) if re.search("[0-9]", span.text) else None
         in_math = in_math or bool(_MATH.fullmatch(span.text))
     return None
 

@@ -1,15 +1,17 @@
 """The one plain number in a short piece of text, or why there is none.
 
-A number is read in five steps: markup is removed (LaTeX, Markdown, HTML, GSM8K's `<<9*2=18>>`); numbers are written as
-one run of digits (12 500 and 12.5 thousand as 12500); the text ends after the sentence, or before the reason, that
-follows the first number; of an equation the right side is kept; then the side must hold exactly one number, and nothing
-around it may change its value (operators, powers, abbreviated scales) or take it back (or, not, about). Remarks in
-brackets after the number are ignored unless they do the same.
+A number is read in six steps: markup is removed (LaTeX, Markdown, HTML, GSM8K's `<<9*2=18>>`); numbers are written as
+one run of digits (12 500 and 12.5 thousand as 12500); of equations that go on with each other's results the last is
+kept (16 - 7 = 9, so 9 * 2 = 18); the text ends after the sentence, or before the reason, that follows the first number;
+of an equation the right side is kept; then the side must hold exactly one number, and nothing around it, or around its
+sign, may change its value (operators, powers, abbreviated scales) or take it back (or, not, about). Remarks in brackets
+after the number are ignored unless they do the same.
 """
 
-import html
 import re
 import unicodedata
+
+from rewards.markup import without_markup
 
 MAX_TEXT = 1000
 """Longest text read, in characters."""
@@ -18,54 +20,11 @@ _NUMBER = re.compile(r"[0-9]+(?:,[0-9]+)*(?:\.[0-9]+)?|(?<![A-Za-z.])\.[0-9]+")
 _PLAIN = re.compile(r"([-+]?)([0-9]{1,3}(?:,[0-9]{3})+|[0-9]*)(?:\.([0-9]+))?")
 _CURRENCY = "$¢£¤¥฿" + "".join(map(chr, range(0x20A0, 0x20C1)))
 
-_INVISIBLE = dict.fromkeys([0xFEFF, *range(0x200B, 0x2010), *range(0x202A, 0x202F), *range(0x2060, 0x2065)], " ")
-# Hyphens, dashes and minus signs: in front of a number each is a sign. Other characters like them are refused there.
-_DASHES = "\u02d7\u2010\u2011\u2012\u2013\u2014\u2015\u207b\u2212\u2796\ufe58\ufe63\uff0d"
+# Characters like dashes are refused in front of a number, where they might be a sign.
 _DASH_NAME = re.compile(
     "MINUS|HYPHEN|DASH|HORIZONTAL|PROLONGED|OVERLINE|LOW LINE|BOX DRAWINGS|MONOGRAM|PARAGRAPHOS|SUSPENSION"
 )
 _NO_DASH_NAME = re.compile("ARROW|THEREFORE|VARIATION SELECTOR|MODIFIER FITZPATRICK")
-_CHARACTERS = str.maketrans(_INVISIBLE | dict.fromkeys(map(ord, _DASHES), "-") | {0xD7: "*", 0xF7: "/", 0xFF0B: "+"})
-_UNIT = (
-    "(?:[cdkm]?m|(?:[cdkm]|centi|deci|kilo|milli)?(?:meter|metre)s?|units?|feet|foot|inch(?:es)?|yards?|miles?"
-    "|ft|in|yd|mi)"
-)
-_MARKUP: list[tuple[re.Pattern[str], str]] = [
-    (re.compile(pattern), replacement)
-    for pattern, replacement in [
-        (r"<<[^<>]{0,200}=[^<>]{0,200}>>", ""),
-        # Mathematics, not money.
-        (r"(?<![\\$])\$(?=[^\s$])([^$\n]{0,200}\\[^$\n]{0,200})(?<=[^\s\\])\$(?![0-9$])", r"\1 "),
-        (r"(?i)<(?:del|strike|sub)>(?=[^<]{0,20}[0-9])", "~"),
-        (r"<{1,2}([^<>=A-Za-z]{0,20}[0-9][^<>=]{0,60})>{1,2}", r" \1 "),  # a placeholder of the prompt, copied
-        (
-            r"(?<=[A-Za-wz])[\s}$.]{0,3}(?:\^\s?[{(]?\s?(?:\\text\s?\{)?-?[1-4](?![0-9])\s?[})]{0,2}|[²³]"
-            r"|\\textsuperscript\s?\{[23]\}|<sup>[23]</sup>)",
-            " ",
-        ),
-        (r"(?<=[A-Za-wz])\*\*[23]\b(?!\*)", " "),  # no bold number
-        (rf"(?<=[0-9\s]){_UNIT}[23]\b", " "),
-        (rf"(?i)(?<=[0-9\s]){_UNIT}\s(?:squared|cubed)\b", " "),
-        (r"</?[A-Za-z][^<>]{0,60}>|<\|[^<>|]{0,30}\|>", " "),
-        (r"\{,\}", ","),
-        (r"\\!", ""),
-        (r"(?<=[0-9])\\(?:[,:; ]|thinspace\s)(?=[0-9]{3}(?![0-9]))", ","),
-        (r"\^\s?\{?\s?\\circ\s?\}?|\\degree(?![A-Za-z])", " degrees "),
-        (
-            r"\\(?:text(?:bf|it|rm|sf|tt)?|math(?:rm|bf|it|sf|tt)|boldsymbol|operatorname|[mh]box|emph|underline|unit"
-            r"|f?box(?:ed)?)\s?(?=\{)",
-            " ",
-        ),
-        (r"\\[dt]?frac(?=[\s{}A-Za-z]{2,60}(?:[^\s{}A-Za-z0-9]|\Z))", " "),
-        (r"(?<=[A-Za-z])\}?\s?\\cdot(?=[\s{]{0,3}[A-Za-z])", " "),
-        (r"\\(?:pounds|euro|textdollar|rm)(?![A-Za-z])", " "),
-        (r"\\(?:left|right|displaystyle|quad|qquad)(?![A-Za-z])|\\[,:; ()\[\]\\]", " "),
-        (r"\\(?=[$%#&_])", ""),
-        (r"(?<=[0-9}])~|(?<=\{)~(?=[A-Za-z])", " "),
-        (r"[*_`{}#|]", " "),
-        (r"=+>|-+>|[→⇒⟹]", "="),
-    ]
-]
 
 # One space, of any kind, between groups of three digits.
 _SPACED = re.compile(
@@ -78,11 +37,24 @@ _SCALE = rf"(?:{'|'.join(_ZEROS)})s?\b"
 _SCALED = re.compile(rf"(?i)(?<![0-9])(?<![0-9][.,])((?>{_NUMBER.pattern}))\s{{0,6}}-?((?:\s?{_SCALE}){{1,2}})(?!-)")
 
 # What explains a number before it, as 9 * 2 = 18, whose asterisk has been removed.
-_SUM = rf"[{_CURRENCY}]?[0-9](?:[0-9,.]*[0-9])?(?:\s?[-+/]\s?|\s{{1,4}})[{_CURRENCY}]?[0-9][^=\n]{{0,60}}"
+_OPERAND = rf"[{_CURRENCY}]?[0-9]"
+_SUM = rf"{_OPERAND}(?:[0-9,.]*[0-9])?(?:\s?(?:[-+/]|\\times|\\cdot)\s?|\s{{1,4}}){_OPERAND}[^=\n]{{0,60}}"
 _ABBREVIATED = ("sq", "cu", "ft", "yd", "mi", "lb", "lbs", "oz", "hr", "hrs", "min", "mins", "sec")
 _UNIT_WITH_STOP = "".join(rf"(?<!\b{unit}\.)" for unit in _ABBREVIATED)
 _SENTENCE_END = rf"(?<!\bMr)(?<!\bMs)(?<!\bDr)(?<!\bSt)(?<!\bMrs)(?:;|\.(?:{_UNIT_WITH_STOP}|(?=\s+[A-Z])))\s+"
 _NEW_SENTENCE = re.compile(rf"{_SENTENCE_END}(?=[A-Za-z\"'(])")
+_EQUATION = re.compile(rf"{_SUM}=")
+# An equation in words: the sum of 9 and 9 is 18.
+_IN_WORDS = re.compile(
+    rf"(?i)\A([^0-9=]*\b(?:sum|product|difference)\sof\s[^0-9=]{{0,20}})(?>{_NUMBER.pattern})[^0-9=]{{0,20}}?\s"
+    rf"and\s[^0-9=]{{0,20}}(?>{_NUMBER.pattern})[^0-9=]{{0,20}}?\s(?:is|equals)\b"
+)
+# A step whose result the next one goes on with: 16 - 7 = 9 eggs, so 9 * 2 = 18.
+_CONJUNCTION = r"(?:and|so|then|thus|hence|therefore)\b,?\s+"
+_STEP = re.compile(
+    rf"(?i)[^0-9=]*+{_SUM}=[^A-Za-z0-9=]*+(?P<result>(?>{_NUMBER.pattern}))[^0-9=,;.]{{0,40}}?"
+    rf"(?:[,;.]\s+(?:{_CONJUNCTION}){{0,2}}|\s(?:{_CONJUNCTION}){{1,2}})(?=(?P<next>{_SUM})=)"
+)
 # A number, which is not that of a list, and what explains it: 18 dollars. 9 * 2 = 18.
 _EXPLAINED = re.compile(rf"([^A-Za-z0-9=]*(?![0-9][.)])(?>{_NUMBER.pattern})[^0-9=;.]{{0,40}}){_SENTENCE_END}{_SUM}=")
 _RETRACTION = re.compile(
@@ -131,10 +103,10 @@ _NUMBER_GOES_ON = re.compile(rf"(?i)[\s,]*(?:and\s+)?(?:{_NUMBER_WORD}|{_SCALE}|
 _CHANGED_AFTER = re.compile(
     rf"(?i:\s*(?:divided|multiplied|π|pi\b|{_NUMBER_WORD}\s*(?:[.,;!]|$)"
     rf"|(?:times|over|plus|minus|mod|point|(?:more|less|fewer)\s+than)\s+{_NUMBER_WORD}))"
-    r"|-\s*$|\s*(?:[\^×÷·⋅±√!<>≈~&]|/(?!\s{0,3}[A-Za-z])|\+|[xX][0-9A-Fa-f]{2})"
+    r"|-\s*$|\s-\s?[b-hj-z]\b|-[xyz]\b|\s*(?:[\^×÷·⋅±√!<>≈~&]|/(?!\s{0,3}[A-Za-z])|\+|[xX][0-9A-Fa-f]{2})"
 )
 _CHANGED_BEFORE = re.compile(
-    r"(?i)(?:[\^/·⋅±√!&⌊⌈]|[a-z]\(|"
+    r"(?i)(?:[\^/·⋅±√!&⌊⌈]|[a-z]\(|(?-i:(?<![A-Za-z'\u2019])[b-hj-z])\s?-?|"
     + _one_of("half thirds? quarters? fifths? twice double triple quadruple thrice root square cube log ln sqrt exp")
     + r"\(?(?:\s+of)?(?:\s+the)?|\b(?:half|quarter)\s+past|\A\W*(?:a\s+)?quarter\s+to"
     + r"|(?:\b(?:reciprocal|inverse|opposite|negative|per\s?cent)|%)\s+of(?:\s+the)?"
@@ -219,11 +191,8 @@ def read_number(text: str) -> str:
     """
     if len(text) > MAX_TEXT:
         raise RefusedError("not_plain")
-    text = html.unescape(text).translate(_CHARACTERS)
-    for pattern, replacement in _MARKUP:
-        text = pattern.sub(replacement, text)
-    text = _SPACED.sub(lambda spaced: _NOT_DIGIT.sub("", spaced.group()), text)
-    text = _SCALED.sub(_written_out, text)
+    text = _SPACED.sub(lambda spaced: _NOT_DIGIT.sub("", spaced.group()), without_markup(text))
+    text = _without_steps(_IN_WORDS.sub(r"\1=", _SCALED.sub(_written_out, text)))
     answer, rest = _split_reason(text)
     side = _right_side(_without_equations_in_remarks(answer))
     match = _NUMBER.search(side)
@@ -233,10 +202,12 @@ def read_number(text: str) -> str:
     after = _PER_SCALE.sub(" ", after)
     if _NUMBER.search(after):
         raise RefusedError("several_numbers")
+    sign, before = _without_sign(before)
     _check_surroundings(before, after)
-    if re.search("[A-Za-z]", before + after) or not _NEW_SENTENCE.match(rest):  # else "18. She has 3, so she keeps 15."
+    # Not "18. She has 3, so she keeps 15."
+    if _EQUATION.search(answer) or re.search("[A-Za-z]", before + after) or not _NEW_SENTENCE.match(rest):
         _check_conclusion(rest, match.group())
-    value = canonical(_sign(before) + match.group())
+    value = canonical(sign + match.group())
     if value is None:
         raise RefusedError("not_plain")
     return value
@@ -251,6 +222,15 @@ def _written_out(scaled: re.Match[str]) -> str:
     whole, _, fraction = number.partition(".")
     digits = whole + fraction[:zeros].ljust(zeros, "0")
     return f"{digits}.{fraction[zeros:]}" if fraction[zeros:] else digits
+
+
+def _without_steps(text: str) -> str:
+    """Return the text from the last on of some equations that go on with each other's results."""
+    while (step := _STEP.match(text)) and not _HEDGE.search(step.group()):
+        if canonical(step["result"]) not in map(canonical, _NUMBER.findall(step["next"])):
+            break
+        text = text[step.end() :]
+    return text
 
 
 def _split_reason(text: str) -> tuple[str, str]:
@@ -361,22 +341,28 @@ def _check_surroundings(before: str, after: str) -> None:
         raise RefusedError("not_plain")
 
 
-def _sign(before: str) -> str:
-    """Return the sign in front of the number: "-$18", "$-18", "minus 18", but not the dash of "Total - 18"."""
+def _without_sign(before: str) -> tuple[str, str]:
+    """Return the sign in front of the number and the text without it: "-$18", "$-18", "minus 18".
+
+    The dash of "Total - 18" is none.
+    """
     head = _CURRENCY_BEFORE.sub("", before)
-    spaced = any(map(str.isspace, before[len(head) :]))
-    if _MINUS_WORD.search(head):
-        return "-"
+    tail = before[len(head) :]
+    if word := _MINUS_WORD.search(head):
+        return "-", head[: word.start()] + tail
     if _is_other_dash(head[-1:]):
         raise RefusedError("not_plain")
     if not head.endswith(("-", "+")):
-        return ""
+        return "", before
     sign, head = head[-1], head[:-1]
-    if not _CURRENCY_CODE.search(head) and (head[-1:].isalpha() or (spaced and head.rstrip()[-1:].isalpha())):
-        return ""
+    spaced = any(map(str.isspace, tail)) and head.rstrip()[-1:].isalpha()
+    if not _CURRENCY_CODE.search(head) and (head[-1:].isalpha() or spaced):
+        if sign == "+":
+            raise RefusedError("not_plain")
+        return "", before
     if _CURRENCY_BEFORE.sub("", head).endswith(("-", "+")):
         raise RefusedError("not_plain")
-    return sign
+    return sign, head + tail
 
 
 def _is_other_dash(character: str) -> bool:

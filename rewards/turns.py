@@ -1,6 +1,7 @@
 """Which part of a completion answers the prompt: the text outside thoughts, up to the next turn.
 
     <think>9 * 2</think>                a thought; nothing in it is an answer
+    <|channel|>analysis<|message|>      begins one too, up to the channel "final"
     <|im_end|>   </s>   [INST]          special tokens that end a turn or begin one
     Human:   Question 2   user          the same in words, where a line begins or a sentence ends
 
@@ -11,7 +12,10 @@ its tag. Everything before a closing tag without an opening one is thought too.
 import re
 from collections import deque
 
-THOUGHT = re.compile(r"(?i)<(/?)(?:seed:)?(?:think(?:ing)?|thought)>|\[(/?)think\]|\u25c1(/?)think\u25b7")
+THOUGHT = re.compile(
+    r"(?i)<(/?)(?:seed:)?(?:think(?:ing)?|thought)>|\[(/?)think\]|\u25c1(/?)think\u25b7"
+    r"|<\|(?:start\|>assistant<\|)?channel\|>(?:analysis|commentary|(?P<final>final))\b[^\n]{0,80}?<\|message\|>"
+)
 """Tags that begin or end a thought."""
 _BAR = "[|\uff5c]"
 TURN_END = re.compile(
@@ -87,13 +91,12 @@ def visible(text: str, *, thought_open: bool = False) -> str:
     pieces: list[str] = []
     start, hidden = 0, thought_open
     for tag in THOUGHT.finditer(text):
-        if any(tag.groups()):
-            if not hidden:  # the prompt has opened it
-                pieces.clear()
-            start, hidden = tag.end(), False
+        closes = any(tag.groups())
+        if not hidden and closes and not tag["final"]:  # the prompt has opened it
+            pieces.clear()
         elif not hidden:
             pieces.append(text[start : tag.start()])
-            hidden = True
+        start, hidden = (tag.end(), False) if closes else (start, True)
     closed = [f"{piece}\n" for piece in pieces if piece]
     return "".join([*closed, "" if hidden else text[start:]])
 

@@ -17,7 +17,13 @@ from rewards.turns import THOUGHT
 CASES = Path(__file__).parents[1] / "rewards"
 SECONDS = 0.05
 """Processor time in which a text of some kilobytes is graded."""
-_ASCII = str.maketrans("\u2212\u2013\u2010\uff0dx\u00d7\u00f7\u00b7\u22c5\u2219\u2217", "----**/****")
+_WRITTEN = {
+    "-": "\u02d7\u2010\u2011\u2012\u2013\u2014\u2015\u207b\u2212\u2796\ufe58\ufe63\uff0d",
+    "+": "\uff0b",
+    "/": "\u00f7\u2044\u2215\uff0f",
+    "*": "x\u00b7\u00d7\u2022\u2217\u2219\u22c5\u2715\u2716\uff0a",
+}
+_ASCII = {ord(character): symbol for symbol, characters in _WRITTEN.items() for character in characters}
 
 
 def as_text(data: bytes) -> str:
