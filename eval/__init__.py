@@ -1,1 +1,1 @@
-"""Evaluate a model or a run on a task."""
+"""Evaluate a model or a run on a task, and compare and report runs."""

@@ -27,8 +27,9 @@ from eggroll_llm.records.baseline import Constant, Share, by_kind
 from eggroll_llm.records.diagnosis import diagnose
 from eggroll_llm.records.figures import figures
 from eggroll_llm.system.jsonl import to_json
+from eggroll_llm.training.evaluation import mean
 from eval.runs import Budget, Group, Point, Run, constants_of, group_seeds
-from eval.statistics import Paired, compare_paired, mean, stderr
+from eval.statistics import Paired, compare_paired, stderr
 
 EXAMPLES = 3
 """Examples of wins, and of losses, in each test."""
@@ -349,7 +350,7 @@ def _group_tests(
 def _test(
     first: Side, second: Side, names: tuple[str, str], at: str, answers: _Answers, notes: list[str]
 ) -> Iterator[PairedTest]:
-    """Return the test, or None after adding the reason to `notes`."""
+    """Yield the test, or add to `notes` why there is none."""
     try:
         sides = [[answers(*each) for each in side] for side in (first, second)]
     except (RunDirError, SamplesError) as error:

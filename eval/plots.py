@@ -123,7 +123,7 @@ def signal_figure(run: Run, theme: Theme = PAPER) -> Figure:
     return figure
 
 
-def caption(groups: Sequence[Group], *, reward: bool = False) -> str:
+def caption(groups: Sequence[Group]) -> str:
     """Return a caption that explains the lines, bands and whiskers of a figure of these groups."""
     seeds = max(len(group.runs) for group in groups) > 1
     parts = ["Accuracy on held-out problems, greedy decoding."]
@@ -137,7 +137,7 @@ def caption(groups: Sequence[Group], *, reward: bool = False) -> str:
     if lines := _references(groups):
         parts.append(f"Horizontal lines: {' and '.join(name for _, name, _ in lines)}.")
     rewards = {run.name: len(_rewards(run, "step", 1)[0]) for group in groups for run in group.runs}
-    if reward and any(rewards.values()):
+    if any(rewards.values()):
         strides, windows = ({f(n) for n in rewards.values() if n} for f in (_stride, _window))
         thinned = f", of one step in {_range(strides)}" if max(strides) > 1 else ""
         means = ", averaged over seeds" if seeds else ""
@@ -146,7 +146,7 @@ def caption(groups: Sequence[Group], *, reward: bool = False) -> str:
             f"steps{means}. Each step has different problems, so its reward also varies with their difficulty; "
             "accuracy shows whether the model improves."
         )
-    if reward and (missing := [name for name, n in rewards.items() if not n]):
+    if missing := [name for name, n in rewards.items() if not n]:
         parts.append(f"No training reward was recorded for {', '.join(missing)}.")
     parts.append("Tokens are generated tokens; time is training time, without evaluations.")
     return " ".join(parts)

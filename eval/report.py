@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from eggroll_llm.config.recipe import to_toml
 from eggroll_llm.config.schema import RunConfig
 from eggroll_llm.errors import RunDirError
+from eggroll_llm.models.card import PROMPT
 from eggroll_llm.records.accuracy import p_text, percent, points
 from eggroll_llm.system.files import describe_failure, write_text
 from eggroll_llm.system.jsonl import number, read_rows
@@ -146,7 +147,7 @@ def figure(draw: Callable[[plots.Theme], Figure], name: str, alt: str, caption: 
 def _overview(groups: Sequence[Group]) -> Markup:
     runs = "; ".join(f"{run.name} {_course(run)}" for group in groups for run in group.runs)
     alt = f"Held-out accuracy and training reward against steps, generated tokens and training time. Accuracy: {runs}."
-    caption = plots.caption(groups, reward=True)
+    caption = plots.caption(groups)
     return figure(lambda theme: plots.overview_figure(groups, theme), "Learning curves", alt, caption)
 
 
@@ -274,8 +275,7 @@ def _example(word: str, example: Example, test: PairedTest) -> Markup:
 def _prompt(text: str) -> Markup:
     if not text:
         return Markup()
-    words = "The first held-out problem as the model sees it, with the chat template where the task uses one:"
-    return part("paragraph", words) + "\n" + part("pre", inert_text(text, PROMPT_LIMIT))
+    return part("paragraph", PROMPT) + "\n" + part("pre", inert_text(text, PROMPT_LIMIT))
 
 
 def _costs(run: Run) -> list[Markup]:

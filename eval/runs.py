@@ -25,7 +25,7 @@ from eggroll_llm.records.accuracy import percent
 from eggroll_llm.records.answers import TASK, Sample, read_samples
 from eggroll_llm.records.baseline import Constant
 from eggroll_llm.records.run_dir import RunDir, earlier_starts
-from eggroll_llm.records.weights import best_step, final_step
+from eggroll_llm.records.weights import final_step
 from eggroll_llm.system.jsonl import number, parse_json, read_rows
 from eggroll_llm.system.terminal import inert
 from eggroll_llm.tasks.constant import best_pattern
@@ -98,8 +98,7 @@ class Run:
     @property
     def best(self) -> Point:
         """Return the first of the evaluations with the highest accuracy."""
-        row = best_step(self.rows)
-        return next(point for point in self.evaluations if row and point.step == row["step"])
+        return max(self.evaluations, key=lambda point: point.accuracy)
 
     @property
     def finished(self) -> bool:
@@ -186,7 +185,7 @@ def _read_run(directory: RunDir, name: str) -> Run:
         config=load_recipe(directory.config),
         rows=tuple(rows),
         points=tuple(_points(rows)),
-        starts=_starts(directory.environment),
+        starts=tuple(start for start in earlier_starts(directory.environment) if isinstance(start, dict)),
         base_model=_base_model(directory.journal),
         constant=directory.constant(),
     )
@@ -222,11 +221,6 @@ def _points(rows: Sequence[Mapping[str, Any]]) -> list[Point]:
 def _whole(row: Mapping[str, Any], key: str) -> int:
     value = number(row, key)
     return round(value) if math.isfinite(value) else 0
-
-
-def _starts(path: Path) -> tuple[Mapping[str, Any], ...]:
-    """Return the recorded starts; nothing is computed from them, so the file may be missing."""
-    return tuple(start for start in earlier_starts(path) if isinstance(start, dict))
 
 
 def about(runs: Sequence[Run]) -> list[str]:

@@ -11,23 +11,25 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from eggroll_llm.training.evaluation import mean, stderr
-
-__all__ = [
-    "Paired",
-    "bootstrap_interval",
-    "compare_paired",
-    "majority",
-    "mean",
-    "pass_at_k",
-    "sign_flip_exact",
-    "stderr",
-]
+from eggroll_llm.training.evaluation import mean
 
 RESAMPLES = 10_000
 """Bootstrap resamples: the end points of a 95 % interval move by about a hundredth of its length between seeds."""
 LEAST_DISCORDANT = 10
 """Problems with different scores that an interval needs: of fewer, resamples have too few values to end at."""
+
+
+def stderr(values: Sequence[float]) -> float:
+    """Return the standard error of the mean, sample standard deviation / sqrt(n); NaN below two values.
+
+    For values 0 and 1 with mean p this is sqrt(p (1 - p) / (n - 1)), which lm-evaluation-harness reports; it is 0 when
+    all are equal, so accuracies are shown with the interval of `accuracy.wilson` instead. With several completions per
+    problem the values are means over a problem: completions of one problem are not independent.
+    """
+    if len(values) < 2:
+        return math.nan
+    middle = mean(values)
+    return math.sqrt(math.fsum((value - middle) ** 2 for value in values) / (len(values) - 1) / len(values))
 
 
 def pass_at_k(correct: int, samples: int, k: int) -> float:

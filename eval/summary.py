@@ -29,10 +29,10 @@ from eggroll_llm.records.baseline import Share, by_kind
 from eggroll_llm.system.files import write_output_file
 from eggroll_llm.system.jsonl import to_json
 from eggroll_llm.system.terminal import inert
-from eggroll_llm.training.evaluation import finite_rewards
+from eggroll_llm.training.evaluation import finite_rewards, mean
 from eggroll_llm.training.scorer import FAILED
 from eval.evaluation import Results
-from eval.statistics import majority, mean, pass_at_k, stderr
+from eval.statistics import majority, pass_at_k, stderr
 
 HEADER = ("Tasks", "Version", "Filter", "n-shot", "Metric", "", "Value", "", "Stderr", "95 % interval")
 

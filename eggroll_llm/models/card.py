@@ -105,7 +105,7 @@ def card_text(model: Trained) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-_PROMPT = "The first held-out problem as the model sees it, with the chat template where the task uses one:"
+PROMPT = "The first held-out problem as the model sees it, with the chat template where the task uses one:"
 _LOADING = """\
 PATH is this directory, or the name of the repository that it was pushed to. In transformers:
 
@@ -120,7 +120,7 @@ In vLLM: `vllm serve PATH`."""
 
 
 def _prompt(prompt: str) -> list[str]:
-    return ["## Prompt", _PROMPT, fenced(f"{inert_lines(prompt, PROMPT_LIMIT)}\n", "text")]
+    return ["## Prompt", PROMPT, fenced(f"{inert_lines(prompt, PROMPT_LIMIT)}\n", "text")]
 
 
 def _front_matter(config: RunConfig, step: int, evaluated: Sequence[Mapping[str, Any]]) -> str:

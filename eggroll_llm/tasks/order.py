@@ -8,6 +8,9 @@ import random
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
+from typing import TypeVar
+
+Row = TypeVar("Row")
 
 
 def problems_of_step(count: int, per_step: int, *, seed: int, step: int) -> list[int]:
@@ -19,10 +22,13 @@ def problems_of_step(count: int, per_step: int, *, seed: int, step: int) -> list
     return [_permutation(count, seed, at // count)[at % count] for at in range(first, first + per_step)]
 
 
-def held_out(count: int, share: float, *, seed: int) -> set[int]:
-    """Return which of `count` rows a share for the test is, at least one row; empty when none would be left."""
-    wanted = max(1, round(share * count))
-    return set(random.Random(f"dataset split {seed}").sample(range(count), wanted)) if wanted < count else set()
+def split_off(rows: Sequence[Row], share: float, *, seed: int) -> tuple[list[Row], list[Row]]:
+    """Return the rows to train on, and a share of at least one for the test; none for it when none would be left."""
+    wanted = max(1, round(share * len(rows)))
+    if wanted >= len(rows):
+        return list(rows), []
+    held = set(random.Random(f"dataset split {seed}").sample(range(len(rows)), wanted))
+    return [row for i, row in enumerate(rows) if i not in held], [row for i, row in enumerate(rows) if i in held]
 
 
 class SkippingOrder:

@@ -212,7 +212,7 @@ def load_hub(name: str, split: str, config: str | None = None, *, instead: str) 
         cause, _, more = str(error).partition("\n")
         if names := _CONFIGURATIONS.search(more):
             raise TaskError(
-                f"{name} has several configurations: {names[1]:.400}. Choose one by subset in [task_options] of the task "
+                f"{name} has several configurations: {names[1]:.400}. Choose one by subset in [task_options] of task = "
                 '"dataset", or with init --subset.'
             ) from error
         raise TaskError(

@@ -23,7 +23,7 @@ import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from eggroll_llm.config.toml import is_unicode, write_toml
 from eggroll_llm.errors import TaskError
@@ -59,30 +59,22 @@ class UserTask:
     batch_takes: frozenset[str] | None
     """Which of them the user's score_batch has; None when there is no such method."""
 
+    needs_process: ClassVar[bool] = True
+    """The user's code may hang, exit or take all memory."""
+    reloads: ClassVar[bool] = True
+    """A process that scores loads the problems itself: they may hold what JSON cannot."""
+    takes_ids: ClassVar[bool] = False
+    """No score gets the tokens of completions."""
+
     @property
     def label(self) -> str:
         """Return what messages call it."""
         return str(self.path)
 
     @property
-    def needs_process(self) -> bool:
-        """Return that the user's code may hang, exit or take all memory."""
-        return True
-
-    @property
-    def reloads(self) -> bool:
-        """Return that a process that scores loads the problems itself: they may hold what JSON cannot."""
-        return True
-
-    @property
     def batched(self) -> bool:
         """Return whether there is a score_batch."""
         return self.batch_takes is not None
-
-    @property
-    def takes_ids(self) -> bool:
-        """Return that no score gets the tokens of completions."""
-        return False
 
     def hello(self) -> dict[str, Any]:
         """Return what a process that scores loads."""

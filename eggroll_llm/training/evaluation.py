@@ -91,19 +91,6 @@ def mean(values: Sequence[float]) -> float:
     return sum(values) / len(values) if values else math.nan
 
 
-def stderr(values: Sequence[float]) -> float:
-    """Return the standard error of the mean, sample standard deviation / sqrt(n); NaN below two values.
-
-    For values 0 and 1 with mean p this is sqrt(p (1 - p) / (n - 1)), which lm-evaluation-harness reports; it is 0 when
-    all are equal, so accuracies are shown with the interval of `accuracy.wilson` instead. With several completions per
-    problem the values are means over a problem: completions of one problem are not independent.
-    """
-    if len(values) < 2:
-        return math.nan
-    middle = mean(values)
-    return math.sqrt(math.fsum((value - middle) ** 2 for value in values) / (len(values) - 1) / len(values))
-
-
 def evaluate(
     engine: Sampler,
     scorer: Scorer,

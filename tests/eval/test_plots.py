@@ -200,7 +200,7 @@ def test_the_caption_says_what_is_drawn(tmp_path: Path) -> None:
     assert "bands: from the lowest to the highest seed" in several
     assert "Whiskers" not in several
     other = make_config(seed=5, log=LogConfig(samples=0))
-    one = plots.caption(group_seeds(read_runs([write_run(tmp_path / "one", {0: "01"}, config=other)])), reward=True)
+    one = plots.caption(group_seeds(read_runs([write_run(tmp_path / "one", {0: "01"}, config=other)])))
     assert "Whiskers: 95 % intervals over problems (Wilson)." in one
     assert "Horizontal lines: base model and best constant answer: a + b." in one
     assert "bands" not in one
@@ -221,9 +221,8 @@ def test_the_caption_says_how_the_reward_is_drawn(tmp_path: Path, steps: tuple[i
         for seed, n in enumerate(steps)
     ]
     groups = group_seeds(read_runs(paths))
-    assert f"Training reward: {said}" in plots.caption(groups, reward=True)
-    assert "Each step has different problems, so its reward also varies with" in plots.caption(groups, reward=True)
-    assert "Training reward" not in plots.caption(groups)
+    assert f"Training reward: {said}" in plots.caption(groups)
+    assert "Each step has different problems, so its reward also varies with" in plots.caption(groups)
     ax = plots.overview_figure(groups).axes[3]
     for n, dots in zip(steps, ax.collections, strict=True):
         assert len(dots.get_offsets()) == len(range(0, n, -(-n // 300)))

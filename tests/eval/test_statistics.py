@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from eggroll_llm.training.evaluation import mean
 from eval.statistics import (
     bootstrap_interval,
     compare_paired,
     majority,
-    mean,
     pass_at_k,
     sign_flip_exact,
     stderr,

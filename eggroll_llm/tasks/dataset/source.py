@@ -13,7 +13,7 @@ from pathlib import Path
 from eggroll_llm.errors import TaskError
 from eggroll_llm.system.installed import remedy
 from eggroll_llm.tasks.dataset.options import DatasetOptions
-from eggroll_llm.tasks.order import held_out
+from eggroll_llm.tasks.order import split_off
 from eggroll_llm.tasks.read import ENDINGS, Row, load_file, load_hub
 from eggroll_llm.tasks.task import Place
 
@@ -66,15 +66,11 @@ def load_splits(options: DatasetOptions, base_dir: Path, place: Place) -> Splits
         test, name = load_file(base_dir / options.test_file), options.test_file
     if test:
         return Splits(train=train, test=test, told=f"{options.dataset}, evaluated on {name}")
-    held = held_out(len(train), options.test_share, seed=options.seed)
+    rest, held = split_off(train, options.test_share, seed=options.seed)
     if not held:
         raise TaskError(f"{place('dataset')}: {options.dataset} has {len(train)} rows, too few to hold any out.")
     told = f"{options.dataset}, {options.test_share * 100:g} % of whose rows are held out (seed {options.seed})"
-    return Splits(
-        train=[row for i, row in enumerate(train) if i not in held],
-        test=[row for i, row in enumerate(train) if i in held],
-        told=told,
-    )
+    return Splits(train=rest, test=held, told=told)
 
 
 def _from_folder(folder: Path, options: DatasetOptions, place: Place) -> tuple[list[Row], list[Row], str]:

@@ -15,7 +15,7 @@ that their own grader does not accept, and problems that occur twice.
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from eggroll_llm.tasks.dataset.columns import lookup
 from eggroll_llm.tasks.dataset.graders import GRADERS
@@ -39,15 +39,9 @@ class DatasetTask:
     stop: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
-    @property
-    def hashes(self) -> Mapping[str, str]:
-        """Return nothing: a process that scores gets each problem with its answer."""
-        return {}
-
-    @property
-    def reloads(self) -> bool:
-        """Return whether a process that scores loads the problems itself."""
-        return False
+    hashes: ClassVar[Mapping[str, str]] = {}
+    reloads: ClassVar[bool] = False
+    """A process that scores gets each problem with its answer."""
 
     @property
     def needs_process(self) -> bool:

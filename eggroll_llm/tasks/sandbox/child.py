@@ -15,7 +15,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager
 from typing import Any
 
 from eggroll_llm.system.processes import kill_descendants
@@ -43,8 +42,8 @@ class CancelledError(Exception):
     """Whoever waits for the process is to stop."""
 
 
-class Child(AbstractContextManager["Child"]):
-    """The process and its pipes; can be started again. Use as a context manager or call `close`."""
+class Child:
+    """The process and its pipes; can be started again after `close`."""
 
     def __init__(self, cancel: int | None = None) -> None:
         """`cancel` is a file descriptor: when it becomes readable, `talk` stops waiting."""
@@ -82,13 +81,6 @@ class Child(AbstractContextManager["Child"]):
         finally:
             for descriptor in theirs:
                 os.close(descriptor)
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Kill it with what it has started; a second call does nothing."""
-        self._end()
 
     def talk(self, lines: Sequence[bytes], seconds: float) -> Iterator[dict[str, Any]]:
         """Write lines, and yield the reply to each within that time from the one before.
@@ -130,7 +122,7 @@ class Child(AbstractContextManager["Child"]):
     def _why_late(self, seconds: float) -> str:
         """Another process, started by it, may hold the pipe open after its end."""
         if self._process is not None and _has_ended(self._process):
-            return _described(self._end())
+            return _described(self.close())
         return f"took longer than {seconds:g} s"
 
     def _why_ended(self) -> str:
@@ -140,10 +132,13 @@ class Child(AbstractContextManager["Child"]):
             if time.monotonic() > deadline:
                 return "closed a file descriptor that it had not opened"
             time.sleep(0.01)
-        return _described(self._end())
+        return _described(self.close())
 
-    def _end(self) -> int:
-        """Kill it, and return the status that it ended with. To be repeated when it was interrupted."""
+    def close(self) -> int:
+        """Kill it with what it has started, and return the status that it ended with; a second call does nothing.
+
+        To be repeated when it was interrupted.
+        """
         if (process := self._process) is not None and process.returncode is None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGSTOP)  # so that it starts nothing while others are looked for

@@ -34,6 +34,7 @@ class UserProcess(AbstractContextManager["UserProcess"]):
             for i, problem in enumerate(task.problems(split) if task.reloads else ())
         }
         self._child = Child(cancel)
+        self._takes_ids = task.takes_ids
         self.hashes: Mapping[str, str] = task.hashes
         """Of the problems that the process has loaded itself."""
 
@@ -128,7 +129,7 @@ class UserProcess(AbstractContextManager["UserProcess"]):
         task = self._task
         problem = self._places[id(answer.problem)] if task.reloads else {"problem": dict(answer.problem)}
         request = {**problem, "text": answer.text, "options": answer.options, "voted": voted}
-        ids = {"ids": list(answer.token_ids)} if task.takes_ids else {}
+        ids = {"ids": list(answer.token_ids)} if self._takes_ids else {}
         return _json(request | ids | ({"batch": batch} if batch else {}))
 
     def _verdict(self, reply: dict[str, Any]) -> Verdict:

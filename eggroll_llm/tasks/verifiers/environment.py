@@ -20,7 +20,7 @@ from typing import Any
 
 from eggroll_llm.errors import TaskError
 from eggroll_llm.tasks.modules import unpacked
-from eggroll_llm.tasks.order import held_out
+from eggroll_llm.tasks.order import split_off
 from eggroll_llm.tasks.task import Answer, Message, Problem, Split, problem_text
 from eggroll_llm.tasks.user import import_file, named
 from rewards import Score
@@ -194,13 +194,10 @@ def _splits(env: Any, share: float, seed: int) -> dict[str, list[Any]]:
         raise TaskError("the environment has no training data set. Give load_environment one.")
     if (tested := env.build_eval_dataset()) is not None:
         return {"train": train, "test": list(tested)}
-    held = held_out(len(train), share, seed=seed)
+    rest, held = split_off(train, share, seed=seed)
     if not held:
         raise TaskError(f"the environment has {len(train)} rows, too few to hold any out.")
-    return {
-        "train": [row for i, row in enumerate(train) if i not in held],
-        "test": [row for i, row in enumerate(train) if i in held],
-    }
+    return {"train": rest, "test": held}
 
 
 def _problem(name: str, row: Mapping[str, Any]) -> Problem:

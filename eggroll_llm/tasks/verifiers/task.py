@@ -12,7 +12,7 @@ Its prompts are the problems and its rubric the reward. The environment itself l
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from eggroll_llm.errors import TaskError
 from eggroll_llm.tasks.task import Answer, Message, Problem, Split
@@ -35,30 +35,16 @@ class VerifiersTask:
     test: Sequence[Problem] = ()
     notes: tuple[str, ...] = ()
 
-    @property
-    def stop(self) -> tuple[str, ...]:
-        """Return nothing: where answers end is the recipe's, as all of sampling is."""
-        return ()
-
-    @property
-    def needs_process(self) -> bool:
-        """Return that the environment's code may hang, exit or take all memory."""
-        return True
-
-    @property
-    def reloads(self) -> bool:
-        """Return that an answer comes with its problem, whose id leads to the row."""
-        return False
-
-    @property
-    def batched(self) -> bool:
-        """Return that several answers are scored at once: what waits in a rubric waits side by side."""
-        return True
-
-    @property
-    def takes_ids(self) -> bool:
-        """Return that no rubric gets the tokens of completions."""
-        return False
+    stop: ClassVar[tuple[str, ...]] = ()
+    """Where answers end is the recipe's, as all of sampling is."""
+    needs_process: ClassVar[bool] = True
+    """The environment's code may hang, exit or take all memory."""
+    reloads: ClassVar[bool] = False
+    """An answer comes with its problem, whose id leads to the row."""
+    batched: ClassVar[bool] = True
+    """Several answers are scored at once: what waits in a rubric waits side by side."""
+    takes_ids: ClassVar[bool] = False
+    """No rubric gets the tokens of completions."""
 
     def hello(self) -> dict[str, Any]:
         """Return what a process that scores loads."""
