@@ -41,7 +41,6 @@ from eval.subject import Subject
 
 DEFAULT_MAX_TOKENS = 320
 """Length limit of an answer where neither a run, a recipe nor a protocol sets one."""
-"""Settings of [sampling] that a run's evaluations have, and so this one has."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,13 +5,13 @@ explicit marker counts:
 
     \\boxed{18}    #### 18    <answer>18</answer>    The answer is 18.    Answer: 18
 
-(`turns` says which text that is, `markers` what is marked in it and what may be a remark on an earlier marker,
-`plain_number` how a number is read.) It must hold exactly one plain number, in ASCII digits, correct thousands
-separators allowed, with or without a currency sign, percent sign or unit. A scale word belongs to the number
-(1.45 million is 1450000). Abbreviated scales (18k), expressions that are not evaluated (36/2, three times 18),
-alternatives (18 or 17), hedges (about 18) and retractions (18, which is wrong) are refused; an equation counts
-by its right side (9 * 2 = 18). Numbers are compared as decimals, exactly. Where the completion was cut off by
-the length limit, an answer counts only if something after it shows that it was complete.
+(`turns` says which text that is, `markers` and `prose` what is marked in it, `plain_number` how a number is read.)
+It must hold exactly one plain number, in ASCII digits, correct thousands separators allowed, with or without a
+currency sign, percent sign or unit. A scale word belongs to the number (1.45 million is 1450000). Abbreviated
+scales (18k), expressions that are not evaluated (36/2, three times 18), alternatives (18 or 17), hedges (about 18)
+and retractions (18, which is wrong) are refused; an equation counts by its right side (9 * 2 = 18). Numbers are
+compared as decimals, exactly. Where the completion was cut off by the length limit, an answer counts only if
+something after it shows that it was complete.
 
 `strict` and `flexible` are the filters "strict-match" and "flexible-extract" of the task `gsm8k` of
 lm-evaluation-harness, and its normalisation before exact match, for comparison with published numbers;

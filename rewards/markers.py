@@ -6,16 +6,16 @@
 
 A marker of the last two kinds counts only if a number follows it on its line, or stands on the next line with text:
 first, after a list bullet or not, or anywhere if that is the last line. Headings (#### 2. Explanation), empty boxes
-and tags that are only mentioned are passed over. A sentence with words before the number (the answer is that she makes
-$18) counts only where no other marker does, as it may be a remark (the answer is valid since 18 / 2 = 9); what is
-known to be one (the answer is correct) counts last. Text after the first next turn that comes after an answer
-(`turns`) is not the model's answer to this problem and is not read.
+and tags that are only mentioned are passed over, and so are remarks with the word answer; what may be one counts only
+where no other marker does (`prose`). Text after the first next turn that comes after an answer (`turns`) is not the
+model's answer to this problem and is not read.
 """
 
 import re
 from dataclasses import dataclass
 
 from rewards.plain_number import MAX_TEXT, RefusedError, canonical, read_number
+from rewards.prose import CLAUSE, DIRECT, MENTION, REMARK, prose_marker, rank_of_clause
 from rewards.turns import last_match, next_turns
 
 MAX_MARKERS = 256
@@ -24,37 +24,11 @@ MAX_MARKERS = 256
 _LITERALS = ("####", "\\boxed", "\\fbox", "<answer>", "nswer", "NSWER")
 BOX = re.compile(r"\\(?:boxed|fbox)\s{0,4}\{")
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
-_WORD = r"(?:\s[a-z]{1,20}+)"
-_PROSE = re.compile(
-    r"(?i)[*_`\"']{0,3}(?:\s{1,3}\([^()\n]{0,60}\))?"
-    rf"(?:,?\s{{1,3}}(?:(?:to|for|of)\s(?:(?:the|this|your){_WORD}{{1,3}}|question\s[0-9]{{1,3}})|in{_WORD}{{1,2}}"
-    rf"|(?:that\s)?(?:we|I|you){_WORD}{{1,4}}|therefore|then|thus|hence|here),?){{0,2}}"
-    r"(?:\s{0,3}[*_`]{0,3}[:=\uff1a]|\s{1,3}(?:is|was|equals|(?:would|will|should|must)(?:\s(?:therefore|then|thus))?\sbe)"
-    r"\b(?!n[\u2019']t)(?:\s{0,3}[:\uff1a])?)"
+_REFERS = re.compile(
+    r"(?i)\b(?:steps?|parts?|sections?|lines?|equations?|methods?|questions?)\s[0-9]|\bneed\b"
+    r"|\b(?:not|never|cannot)\b|n['\u2019]t\b"
 )
-_DIRECT = re.compile(
-    r"(?i)(?:\\[a-z]+|&[a-z]+;|</?[a-z]+>|[^A-Za-z0-9]|\b(?:[b-hj-z]|[a-z]{2,16}ly|that|it|this|is|be|now|then|so|thus"
-    r"|hence|therefore|just|indeed|still|an?|the|total(?:\sof)?|(?:equal|close)\sto|also|again|about|around|approx|maybe"
-    r"|perhaps|either|neither|both|between|almost|not|never|rather|instead|however|in\sfact|of\scourse|number|up\sto"
-    r"|at\s(?:least|most)|(?:more|less)\sthan|over|under|half(?:\sof)?|twice|positive|negative|minus"
-    r"|Rs|(?-i:[A-Z]{2,3}))\b)*+[0-9]"
-)
-"""What "answer is" says of a number that comes first, and not words of a remark."""
-_REMARK = re.compile(
-    r"(?i)[\s:*_]{0,8}(?:[0-9]{1,3}\s?%\s)?(?:correct|right|wrong|based|rounded|obtained|consistent|reasonable|verified"
-    r"|confirmed|valid|accurate|checked|certain|sure|derived|calculated|computed|found|determined|reached|given)\b"
-)
-_ABOUT_ANSWER = re.compile(
-    r"(?i)\b(?:check(?:ing)?|verify(?:ing)?|in|about)[ \t](?:(?:the|my|our|this)[ \t]){0,2}(?:final[ \t])?\Z"
-)
-_DOUBT = re.compile(
-    r"(?i)(?:\b(?:I|we)\sdoubt|(?:n['\u2019]t|\bnot)\s(?:think|believe))"
-    r"(?:\s(?:that|if|whether|the|my|our|final|correct)){0,3}\s\Z"
-)
-
-_CORRECTING = re.compile(r"(?i)\b(?:wait|actually|mistake|oops|sorry|correction|instead)\b")
-"""In front of "the answer is" it shows that this is no remark on an earlier answer."""
-
+"""A sentence below a heading "Answer" that gives none: see step 3, we need 2 more facts."""
 _ANSWER_HEADING = re.compile(r"(?i)[\W_]*+(?:(?:the|final)\s++){0,2}(?:answer)?[\W_]*")
 # Four hashes are also a Markdown heading: "#### 2. Multiply". "#### 18. She sold all." ends like a sentence.
 _HEADING = re.compile(
@@ -63,7 +37,8 @@ _HEADING = re.compile(
     r"|(?:[0-9]{1,3}(?:\.[0-9]{1,2})?[.)]\s+|(?:\([0-9]{1,3}\)|[0-9]{1,3}:)\s+(?=(?-i:[A-Z])))[a-z].*[^.!?\s]\s*$)"
 )
 _HEADED = re.compile(r"(?i)(?:#{1,6}\s{1,3}[*_]{0,3}|[*_]{2,3})(?:(?:the|my|your|final)\s){0,2}")
-_LAST_LINE = re.compile(rf"[^\n]{{1,{MAX_TEXT}}}+\s*+")
+_LAST_LINE = re.compile(rf"[^\n]{{1,{MAX_TEXT}}}+[^0-9]{{0,{MAX_TEXT}}}+")
+"""The last line with a number."""
 _BELOW = re.compile(
     rf"[*_]{{0,3}}[ \t]{{0,3}}(?=\n\s{{0,20}}(?:{_LAST_LINE.pattern}\Z"
     r"|[*_$\\(\[{]{0,6}(?:boxed\{)?[-+\u2212]?[$£€¥]?[0-9][0-9,.]*+"
@@ -74,6 +49,7 @@ _MENTION = re.compile(r"[\s.\u2026]*+")
 """All that is in a box or tag that is no answer: "I put it in <answer>...</answer> tags"."""
 _EXCLAMATION = re.compile(r"(?<=[0-9])!(?=\s|$)")
 _NUMBER_FIRST = re.compile(r"[^A-Za-z0-9]*[0-9]")
+_BEGUN = re.compile(r"\s*+[^\n]*?[0-9]")
 _SENTENCE_END = re.compile(r"[0-9%)*$}][.;!]\s")
 # What means nothing between a box, or a tag, and what goes on with its number.
 _LATEX = r"\\[()\[\],;:! ]|\\q?quad(?![a-z])|\\(?:text|math)(?:rm|bf|it|sf|tt)?\s?\{"
@@ -122,19 +98,16 @@ class _UnclosedError(RefusedError):
     """A tag or box that holds a number is never closed: an answer was begun, so a later turn's does not count."""
 
 
-_INDIRECT, _IS_REMARK, _IS_MENTION = 1, 2, 3
-
-
 @dataclass(frozen=True, slots=True)
 class _Span:
     text: str
     complete: bool
     """Whether something after the span shows that it ended there."""
-    rank: int = 0
+    rank: int = DIRECT
     """Of spans with different ranks the lowest counts, wherever it stands."""
 
 
-_NOTHING = _Span("", complete=True, rank=_IS_MENTION)
+_NOTHING = _Span("", complete=True, rank=MENTION)
 
 
 def answer_text(text: str, *, truncated: bool) -> str:
@@ -176,10 +149,10 @@ def _last(text: str, end: int) -> _Span:
             span = None
             if (marker := _line_marker(text, literal, start, end)) is not None:
                 span = _marked_line(text, start, marker, min(following, end), end)
-                following = start if span is None else following
+                following = start
         if span is not None and (best is None or span.rank < best.rank):
             best = span
-            if span.rank == 0:
+            if span.rank == DIRECT:
                 break
         starts[literal] = text.rfind(literal, 0, start)
     if best is None:
@@ -191,7 +164,7 @@ def _tag(text: str, start: int, opened: int, end: int) -> _Span | None:
     """Return what the tag holds; None where it is neither closed, before `opened`, nor an answer that was begun."""
     begin = start + len("<answer>")
     close = text.find("</answer>", begin, opened)
-    if close < 0 and not _NUMBER_FIRST.match(text, begin, min(end, begin + 64)):
+    if close < 0 and not _BEGUN.match(text, begin, min(end, begin + MAX_TEXT)):
         return None
     if close < 0:
         raise _UnclosedError("unclosed")
@@ -279,22 +252,13 @@ def _number(text: str) -> str | None:
 def _line_marker(text: str, literal: str, start: int, end: int) -> tuple[int, int] | None:
     """Return where the text after `####` or after "answer is" begins, and its rank; None if this is neither."""
     if literal == "####":
-        return start + len(literal), 0
+        return start + len(literal), DIRECT
     if start == 0 or text[start - 1] not in "aA" or text[start - 2 : start - 1].isalpha():
         return None
     line = text.rfind("\n", 0, start) + 1
     if _HEADED.fullmatch(text, line, start - 1) and (rest := _BELOW.match(text, start + len(literal), end)):
-        return rest.end(), 0
-    phrase = _PROSE.match(text, start + len(literal), end)
-    if phrase is None:
-        return None
-    colon, before = phrase.group()[-1] in ":=\uff1a", text[max(0, start - 64) : start - 1]
-    if _REMARK.match(text, phrase.end(), end) or (colon and _ABOUT_ANSWER.search(before)):
-        return phrase.end(), _IS_REMARK
-    if _DOUBT.search(before):
-        raise RefusedError("hedged")
-    direct = colon or _CORRECTING.search(before) or _DIRECT.match(text, phrase.end(), end)
-    return phrase.end(), 0 if direct else _INDIRECT
+        return rest.end(), DIRECT
+    return prose_marker(text, start + len(literal), text[max(0, start - 64) : start - 1], end)
 
 
 def _marked_line(text: str, start: int, marker: tuple[int, int], stop: int, end: int) -> _Span | None:
@@ -303,11 +267,15 @@ def _marked_line(text: str, start: int, marker: tuple[int, int], stop: int, end:
     try:
         span = _line(text, begin, stop, end)
     except RefusedError:
-        if rank == 0:
+        if rank == DIRECT:
             raise
         span = None
     if span is None:
         return None
+    if rank == REMARK and "=" in span.text:
+        return None
+    if rank == CLAUSE:
+        rank = rank_of_clause(span.text)
     if not text.startswith("####", start):  # In a sentence 18! is no factorial.
         return _Span(_EXCLAMATION.sub(".", span.text), span.complete, rank)
     if _HEADING.match(span.text):
@@ -333,7 +301,9 @@ def _line(text: str, begin: int, stop: int, end: int) -> _Span | None:
         if _NUMBER_FIRST.match(span.text):
             return span if in_math else _without_bullet(text, position, stop, span)
         if _LAST_LINE.fullmatch(text, position, end) and not _HEADING.match(span.text):
-            return _Span(span.text, complete=end < len(text)) if re.search("[0-9]", span.text) else None
+            says = re.search("[0-9]", span.text) and not _REFERS.search(span.text)
+            complete = end < len(text) or bool(text[position + len(span.text) : end].strip())
+            return _Span(span.text, complete=complete) if says else None
         in_math = in_math or bool(_MATH.fullmatch(span.text))
     return None
 

@@ -225,9 +225,15 @@ def _written_out(scaled: re.Match[str]) -> str:
 
 
 def _without_steps(text: str) -> str:
-    """Return the text from the last on of some equations that go on with each other's results."""
+    """Return the text from the last on of some equations that go on with each other's results.
+
+    One that goes back to a number of the step before checks it: 9 * 2 = 18, and 18 / 2 = 9.
+    """
     while (step := _STEP.match(text)) and not _HEDGE.search(step.group()):
         if canonical(step["result"]) not in map(canonical, _NUMBER.findall(step["next"])):
+            break
+        then = _NUMBER.search(text, step.end("next"), step.end("next") + 40)
+        if then and canonical(then.group()) in map(canonical, _NUMBER.findall(step.group().rpartition("=")[0])):
             break
         text = text[step.end() :]
     return text

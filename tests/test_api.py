@@ -40,7 +40,6 @@ def test_train_evaluate_and_plot(recipe: Path, tmp_path: Path, monkeypatch: pyte
     figures = evaluate(run.path, at=2, limit=3, display=Recorder())
     ((_, count),) = figures["n-samples"].items()
     assert (count["effective"], figures["completions"]) == (3, 3)
-    assert run.final
     asked = [evaluate(run.final, recipe=how, limit=3, display=Recorder()) for how in (recipe, config)]
     assert asked[0]["results"] == asked[1]["results"] == figures["results"]
     figure = plot(run.path)

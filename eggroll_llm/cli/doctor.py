@@ -169,7 +169,7 @@ def check_hardware(flags: Collection[str], memory: int | None) -> list[Check]:
         remedy = "use a processor with AVX2"
         detail = f"{described}: vLLM's CPU build needs AVX2"
         checks.append(Check(name="instructions", status="wrong", detail=detail, remedy=remedy))
-    elif not fast or set(fast) <= {"avx2", "avx512f"}:
+    elif set(fast).isdisjoint(NATIVE_BFLOAT16):
         detail = f'{described}; no bfloat16 instructions: engine.dtype = "auto" serves float32'
         checks.append(Check(name="instructions", status="note", detail=detail))
     else:
@@ -287,7 +287,8 @@ def check_kernels() -> list[Check]:
 def check_triton() -> list[Check]:
     """Return what Triton lacks to launch a kernel: it compiles a module for Python in C."""
     compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
-    header = Path(sysconfig.get_paths()["include"], "Python.h")
+    scheme = sysconfig.get_default_scheme().replace("posix_local", "posix_prefix")  # Debian's own, as Triton does
+    header = Path(sysconfig.get_paths(scheme)["include"], "Python.h")
     lacking = []
     if not compiler or not shutil.which(compiler):
         lacking.append(("no C compiler, which Triton needs to launch a kernel", "apt install gcc, or set CC"))

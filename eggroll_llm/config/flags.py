@@ -1,4 +1,4 @@
-"""Flags such as `--es.sigma 5e-4`, which override the recipe.
+"""Flags such as `--es.sigma 0.003`, which override the recipe.
 
 A flag's text is read as the type of its field, more leniently than TOML: `--steps 1e3`, `--es.antithetic Yes`.
 Below a free-form table (`--task_options.data_dir DIR`) it is read as a TOML value or as True or False and otherwise as

@@ -19,7 +19,7 @@ from eggroll_llm.config.toml import Origin, Sourced, read_toml, write_toml
 
 
 def load_recipe(path: Path | str, overrides: Sequence[tuple[str, str]] = ()) -> RunConfig:
-    """Return the validated configuration of a recipe with flags, e.g. `("es.sigma", "5e-4")`; the last one wins.
+    """Return the validated configuration of a recipe with flags, e.g. `("es.sigma", "0.003")`; the last one wins.
 
     Raises:
         ConfigError: anything wrong with the file, its keys and values, or the flags.

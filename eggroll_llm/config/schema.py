@@ -97,7 +97,7 @@ class GrpoConfig:
     micro_batch: Annotated[int, Ge(1)] = 8
     """Completions per forward and backward pass; must divide those of a step. With "bnpo" it changes the loss."""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
-    """Number format of the trainer's arithmetic, "auto" as in [engine]; its weights and the optimizer stay float32."""
+    """Number format of the trainer's passes, "auto" as in [engine]; what it trains and the optimizer are float32."""
     gradient_checkpointing: bool = False
     """Whether to recompute activations in the backward pass to save memory."""
     weight_decay: Annotated[float, Ge(0)] = 0.0

@@ -60,7 +60,7 @@ def budget(prepared: "Prepared") -> list[str]:
 def _memory_lines(prepared: "Prepared") -> list[str]:
     config, parts, on_cpu = prepared.config, _parts(prepared), serves_on_cpu()
     besides = "Python and vLLM" if on_cpu else "Python, vLLM and CUDA"
-    if config.method == "grpo":
+    if config.method == "grpo" and (on_cpu or not _activation_bytes(prepared)):
         besides += f" and {_activations(prepared)}"
     if on_cpu:
         lines = [f"memory: {part.size / GIB:.2f} GiB for {part.name}" for part in parts]
@@ -165,7 +165,7 @@ def check_memory(prepared: "Prepared") -> None:
         knob if knob.key == "grpo.beta" else replace(knob, saved=engines * knob.saved) for knob in _knobs(prepared)
     ]
     if engines > 1:
-        listed = f"for each of {engines} engines: {listed}"
+        listed = f"for each of {engines} engines: {listed}" if prepared.config.method == "es" else listed
         knobs.insert(0, _Knob(key="engine.replicas", value=engines, least=1, step=1, saved=of_each))
     remedy = _how_to_save(knobs, missing)
     if prepared.config.method == "grpo":
@@ -199,8 +199,8 @@ def _check_gpu(prepared: "Prepared", inside: int, beside: int) -> None:
     if (lower := math.floor(100 * (free - beside) / total) / 100) * total > inside:
         remedies.append(f"lower it to {lower:g}")
     remedies += [f"set {setting} ({saved / GIB:.2f} GiB less)" for setting, saved in _other_masters(prepared)]
-    if prepared.config.method == "grpo":
-        remedies.append("lower grpo.micro_batch")
+    if prepared.config.method == "grpo" and (size := _activation_bytes(prepared)):
+        remedies.append(f"set grpo.gradient_checkpointing to true (up to {size / GIB:.2f} GiB less)")
     raise ConfigError(
         f"engine.gpu_memory_utilization = {share:g}: {share * total / GIB:.2f} GiB, and {beside / GIB:.2f} GiB for "
         f"updates beside it, but {free / GIB:.2f} GiB of the GPU are free: "
@@ -297,8 +297,9 @@ def _grpo_parts(prepared: "Prepared") -> list[Part]:
         layers = trained_parameters(prepared.model_dir)
         trained = grpo.lora_rank * sum(out + inside for _, out, inside in layers)
         adapted = sum(out * inside for _, out, inside in layers)
+    beneath = 2 if grpo.dtype == "bfloat16" else 4  # bytes of a weight beneath an adapter, if it is a bfloat16 number
     beside = {
-        "weights in training (float32)": 4 * weights + (4 * trained if grpo.lora_rank else 0),
+        "weights in training (float32)": 4 * (weights - adapted) + beneath * adapted + (4 * trained if adapted else 0),
         "weights with their adapters (float32)": 4 * adapted,  # of all layers at once, to be served
         "gradients": 4 * trained,
         "optimizer": 8 * trained,

@@ -48,8 +48,8 @@ if TYPE_CHECKING:
 STATE = "trainer"
 """Folder of a checkpoint with transformers' own files."""
 _LESS_MEMORY = (
-    "Start a new run with a lower grpo.micro_batch, or grpo.gradient_checkpointing = true; or resume with a lower "
-    "engine.gpu_memory_utilization."
+    "Resume with grpo.gradient_checkpointing = true or a lower engine.gpu_memory_utilization, or start a new run with "
+    "a lower grpo.micro_batch."
 )
 TRL_METRICS = ("loss", "grad_norm", "learning_rate", "entropy", "kl", "reward_std", "clip_ratio/", "sampling/")
 """Metrics of TRL (or prefixes of their names) that ES does not have; they keep their names."""

@@ -135,7 +135,7 @@ def test_beside_a_gpu_what_triton_needs_is_looked_for(monkeypatch: pytest.Monkey
     monkeypatch.setattr(doctor, "serves_on_cpu", lambda: False)
     assert by_name(check_hardware(["sse4_2"], None))["instructions"].status == "ok"
     monkeypatch.setenv("CC", "/no/such/compiler")
-    monkeypatch.setattr(doctor.sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
+    monkeypatch.setattr(doctor.sysconfig, "get_paths", lambda scheme: {"include": str(tmp_path)})
     assert [check.status for check in doctor.check_kernels()] == ["wrong", "wrong"]
     (tmp_path / "Python.h").touch()
     monkeypatch.setenv("CC", "/bin/sh")

@@ -1,5 +1,6 @@
 """What is said when vLLM does not start: the setting or the model that it is about."""
 
+import dataclasses
 import json
 import re
 import shutil
@@ -7,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -73,6 +75,29 @@ def test_what_stops_vllm_is_told_with_the_settings_to_change(
     assert type(found) is kind
     assert re.search(said, str(found))
     assert str(found).isprintable()
+
+
+@pytest.mark.parametrize(
+    ("capability", "quantization", "said"),
+    [
+        ((7, 5), "none", "^Card, of compute capability 7.5, has no bfloat16"),
+        ((8, 0), "fp8", '^engine.quantization = "fp8": Card, of compute capability 8.0, does not multiply FP8'),
+        ((8, 9), "fp8", "failed in starting: ValueError: as it says"),
+    ],
+)
+def test_what_a_gpu_cannot_multiply_is_told(
+    capability: tuple[int, int],
+    quantization: Any,
+    said: str,
+    tiny_model: Callable[[str], Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(failures, "serves_on_cpu", lambda: False)
+    for name, value in (("is_available", True), ("get_device_capability", capability), ("get_device_name", "Card")):
+        monkeypatch.setattr(f"torch.cuda.{name}", lambda value=value: value)
+    config = dataclasses.replace(CONFIG, quantization=quantization)
+    found = failures.start_error(ValueError("as it says"), tiny_model("llama"), config, 4096)
+    assert re.search(said, str(found))
 
 
 STARTS = """

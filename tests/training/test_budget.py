@@ -16,6 +16,7 @@ from eggroll_llm.engine.memory import ModelShape, es_parts
 from eggroll_llm.errors import ConfigError
 from eggroll_llm.es.settings import EsSettings
 from eggroll_llm.models.files import read_config, tensor_shapes
+from eggroll_llm.models.targets import trained_parameters
 from eggroll_llm.tasks.prompts import ProblemSet
 from eggroll_llm.training.budget import GIB, _parts, budget, check_memory
 from eggroll_llm.training.prepare import Prepared
@@ -358,6 +359,41 @@ def test_of_a_gpu_what_lies_beside_vllms_share_must_be_free(
         check_memory(run)
     assert ('set es.masters to "split"' in str(info.value)) == (masters == "float32" and not offload)
     assert ("set engine.offload_masters to true" in str(info.value)) == (not offload)
+
+
+def test_the_activations_of_grpo_must_fit_beside_the_share(model: Path, gpu: dict[str, int]) -> None:
+    weights = sum(math.prod(shape) for shape in tensor_shapes(model).values())
+    sizes = read_config(model)
+    activations = 2 * 90 * sizes["num_hidden_layers"] * (32 * sizes["hidden_size"] + 8 * sizes["intermediate_size"])
+    run = prepared(
+        model,
+        method="grpo",
+        grpo=GrpoConfig(learning_rate=1e-5, micro_batch=2, dtype="bfloat16"),
+        engine=EngineConfig(slots=5, dtype="bfloat16", gpu_memory_utilization=0.5),
+    )
+    gpu["bytes"] = GIB // 2 + (4 + 4 + 8) * weights + activations
+    check_memory(run)
+    assert "activations of 2 completions" not in budget(run)[-1]  # they are counted
+    gpu["bytes"] -= 1
+    with pytest.raises(ConfigError, match=r"lower it to 0\.49, or set grpo\.gradient_checkpointing to true \(up to"):
+        check_memory(run)
+    checkpointed = dataclasses.replace(
+        run.config, grpo=dataclasses.replace(run.config.grpo, gradient_checkpointing=True)
+    )
+    check_memory(dataclasses.replace(run, config=checkpointed))
+
+
+def test_weights_beneath_adapters_are_counted_as_they_are_kept(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("eggroll_llm.training.budget.GIB", 1024)
+    weights = sum(math.prod(shape) for shape in tensor_shapes(model).values())
+    layers = trained_parameters(model)
+    adapted, trained = sum(out * inside for _, out, inside in layers), sum(out + inside for _, out, inside in layers)
+    for dtype, beneath in (("bfloat16", 2), ("float32", 4)):
+        grpo = GrpoConfig(learning_rate=1e-5, micro_batch=2, dtype=dtype, lora_rank=1)  # type: ignore[arg-type]
+        size = 4 * (weights - adapted) + beneath * adapted + 4 * trained
+        assert f"memory: {size / 1024:.2f} GiB for weights in training (float32)" in lines(
+            model, method="grpo", grpo=grpo
+        )
 
 
 def test_the_share_must_hold_what_is_there_from_the_start(model: Path, gpu: dict[str, int]) -> None:

@@ -208,6 +208,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory, tiny_model: Callable[[str], 
 def test_a_run_killed_anywhere_ends_like_one_that_was_not(bench: Bench, whole: Path, place: str, every: int) -> None:
     """At its third step. Without a checkpoint everything is done again."""
     flags = {"checkpoint__every": every, "checkpoint__best": "false", "eval__every": 1}
+    bench.folder, name = whole.parent, f"killed-{place}-{every}"  # an evaluation names the file of its task
     owner: Any = {"save": Harness, "generate": StubEngine, "step": torch.optim.AdamW}.get(place, RunDir)
     real, calls = getattr(owner, place), [0]
 
@@ -220,11 +221,26 @@ def test_a_run_killed_anywhere_ends_like_one_that_was_not(bench: Bench, whole: P
     with bench.monkeypatch.context() as patch:
         patch.setattr(owner, place, fail)
         with pytest.raises(Killed):
-            bench.train("killed", **flags)
+            bench.train(name, **flags)
     assert bench.engine.closed
-    assert not (bench.folder / "killed" / "final").exists()
-    bench.train("killed", "resume", **flags)
-    same_run(whole, bench.folder / "killed")
+    assert not (bench.folder / name / "final").exists()
+    bench.train(name, "resume", **flags)
+    same_run(whole, bench.folder / name)
+
+
+def test_a_gpu_without_memory_for_the_passes_ends_the_run_with_what_to_change(bench: Bench) -> None:
+    def fail(*arguments: Any, **options: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    with bench.monkeypatch.context() as patch:
+        patch.setattr(torch.optim.AdamW, "step", fail)
+        with pytest.raises(
+            TrainingError,
+            match=r"^step 1: the GPU has too little .*2\.00 GiB.*grpo\.gradient_checkpointing",
+        ):
+            bench.train("run")
+    assert bench.engine.closed
+    assert bench.train("run", "resume").steps == 4
 
 
 def test_a_signal_that_was_swallowed_while_sampling_ends_the_run(bench: Bench) -> None:

@@ -91,7 +91,9 @@ def start_error(error: Exception, model_dir: Path, config: EngineConfig, max_mod
     if not serves_on_cpu() and torch.cuda.is_available():
         capability = torch.cuda.get_device_capability()
         if capability < BFLOAT16:
-            return ConfigError(f"{_gpu(capability)} has no bfloat16, in which models are served here: use one of 8.0")
+            return ConfigError(
+                f"{_gpu(capability)} has no bfloat16, in which models are served here: use one of 8.0 or more"
+            )
         if config.quantization == "fp8" and capability < FP8:
             return ConfigError(
                 f'engine.quantization = "fp8": {_gpu(capability)} does not multiply FP8: set it to "none"'

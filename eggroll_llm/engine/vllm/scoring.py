@@ -67,6 +67,7 @@ class Scorer:
             name: _TreeAttention(layer, blocks, members if block_of(name) >= self._first_block else 1)
             for name, layer in self._layers.items()
         }
+        rows_R, targets = _targets(tree, members, device)
         copies = 1 if self._first_block else members
         token_T, depth_T = (t.repeat(copies).to(device) for t in (tree.token_T, tree.depth_T))
         context = set_forward_context(
@@ -75,24 +76,14 @@ class Scorer:
         with self._attending(layers), self._parting(members), context, torch.compiler.set_stance("force_eager"):
             hidden = self._model(input_ids=token_T, positions=depth_T, intermediate_tensors=None, inputs_embeds=None)
         hidden_MTD = hidden.view(members, len(tree), -1)
-        # Completions that are alike for a while are predicted by the same rows.
-        row_R, row_of_N = torch.unique(tree.row_N, return_inverse=True)
-        hidden_RD = hidden_MTD[:, row_R.to(device)].flatten(0, 1)
-        row_MN = torch.arange(members)[:, None] * len(row_R) + row_of_N
-        targets = row_MN.flatten(), tree.target_N.repeat(members)
-        return self._of_targets(hidden_RD, *targets, temperature).view(members, -1)
+        return self._of_targets(hidden_MTD[:, rows_R].flatten(0, 1), targets, temperature).view(members, -1)
 
-    def _of_targets(self, hidden_RD: Tensor, row_N: Tensor, target_N: Tensor, temperature: float) -> Tensor:
-        """Return the log-probability [N] of target_N[i] after row_N[i] of `hidden_RD`.
-
-        What the processor decides is decided from its own memory: reading a device's would wait for it.
-        """
-        device, rows = hidden_RD.device, max(1, LOGITS_AT_ONCE // self._vllm_config.model_config.get_vocab_size())
-        row_N, order = row_N.sort()
+    def _of_targets(self, hidden_RD: Tensor, targets: "_Targets", temperature: float) -> Tensor:
+        rows = max(1, LOGITS_AT_ONCE // self._vllm_config.model_config.get_vocab_size())
         starts = range(0, len(hidden_RD), rows)
-        bounds = torch.searchsorted(row_N, torch.tensor([*starts, len(hidden_RD)])).tolist()
-        row_N, target_N, order = (x.to(device) for x in (row_N, target_N[order], order))
-        sorted_N = torch.empty(len(row_N), device=device)
+        bounds = torch.searchsorted(targets.sorted_N, torch.tensor([*starts, len(hidden_RD)])).tolist()
+        row_N, target_N = targets.row_N, targets.target_N
+        sorted_N = torch.empty(len(row_N), device=hidden_RD.device)
         for start, some in zip(starts, itertools.starmap(slice, itertools.pairwise(bounds)), strict=True):
             logits = self._model.compute_logits(hidden_RD[start : start + rows])
             if logits is None:  # on a rank but the first, whose logits are gathered there
@@ -102,7 +93,7 @@ class Scorer:
                 logits_RV /= temperature
             norm_R, row = logits_RV.logsumexp(-1), row_N[some] - start
             sorted_N[some] = logits_RV[row, target_N[some]] - norm_R[row]
-        return torch.empty_like(sorted_N).index_copy_(0, order, sorted_N)
+        return torch.empty_like(sorted_N).index_copy_(0, targets.place_N, sorted_N)
 
     @contextlib.contextmanager
     def _attending(self, layers: dict[str, "_TreeAttention"]) -> Iterator[None]:
@@ -132,6 +123,33 @@ class Scorer:
             for i, block in enumerate(self._own_blocks):
                 hooks.enter_context(block.register_forward_pre_hook(follow if i else enter))
             yield
+
+
+@dataclass(frozen=True, eq=False)
+class _Targets:
+    """Tokens to be scored, in the order of the rows that predict them."""
+
+    sorted_N: Tensor
+    """Rows, in the memory of the processor, which would wait for a device to read its."""
+    row_N: Tensor
+    """The same on the device."""
+    target_N: Tensor
+    """The tokens."""
+    place_N: Tensor
+    """Where each stands in the tree."""
+
+
+def _targets(tree: TokenTree, members: int, device: torch.device) -> tuple[Tensor, _Targets]:
+    """Return the rows [R] of a tree that predict something, and what those of all members predict.
+
+    Completions that are alike for a while are predicted by the same rows.
+    """
+    rows_R, row_of_N = torch.unique(tree.row_N, return_inverse=True)
+    row_MN = torch.arange(members)[:, None] * len(rows_R) + row_of_N
+    sorted_N, place_N = row_MN.flatten().sort()
+    target_N = tree.target_N.repeat(members)[place_N]
+    row_N, target_N, place_N = (x.to(device) for x in (sorted_N, target_N, place_N))
+    return rows_R.to(device), _Targets(sorted_N=sorted_N, row_N=row_N, target_N=target_N, place_N=place_N)
 
 
 @dataclass(frozen=True, eq=False)

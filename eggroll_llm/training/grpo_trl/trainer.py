@@ -238,7 +238,7 @@ def arguments(config: RunConfig, directory: Path, *, use_cpu: bool) -> GRPOConfi
     settings = GRPOConfig(
         output_dir=str(directory),
         use_cpu=use_cpu,
-        bf16=grpo.dtype == "bfloat16",  # mixed precision: the weights stay float32
+        bf16=grpo.dtype == "bfloat16",  # mixed precision: what is trained stays float32
         seed=config.seed % _NUMPY_SEEDS,
         max_steps=(config.steps or NO_LIMIT) * grpo.num_iterations,
         per_device_train_batch_size=grpo.micro_batch,
