@@ -121,7 +121,9 @@ def answer_text(text: str, *, truncated: bool) -> str:
     """
     for turn in next_turns(text):
         try:
-            return _last(text, turn).text
+            span = _last(text, turn)
+            if span.rank != REMARK:  # with a turn after it, it is not the answer that is looked for
+                return span.text
         except RefusedError as refusal:
             if str(refusal) == "hedged" or isinstance(refusal, _UnclosedError):
                 raise

@@ -4,6 +4,7 @@ Each marker has a rank, and of a completion's markers the last one of the lowest
 """
 
 import re
+from functools import lru_cache
 
 from rewards.plain_number import MAX_TEXT, RefusedError, read_number
 
@@ -11,6 +12,7 @@ DIRECT, INDIRECT, REMARK, MENTION, CLAUSE = range(5)
 """A number or a sentence that gives one; what may be a remark (divisible by 9); what is one, but may have the answer
 (let me check the answer: 18); an empty box or tag. CLAUSE: `rank_of_clause` says which of the first two it is."""
 
+_LONGEST_CLAUSE = 300
 _WORD = r"(?:\s[a-z]{1,20}+)"
 _PROSE = re.compile(
     r"(?i)[*_`\"']{0,3}(?:\s{1,3}\([^()\n]{0,60}\))?"
@@ -23,19 +25,22 @@ _DIRECT = re.compile(
     r"(?i)(?:\\[a-z]+|&[a-z]+;|</?[a-z]+>|[^A-Za-z0-9]|\b(?:[b-hj-z]|[a-z]{2,16}ly|that|it|this|is|be|now|then|so|thus"
     r"|hence|therefore|just|indeed|still|an?|the|total(?:\sof)?|(?:equal|close)\sto|also|again|about|around|approx|maybe"
     r"|perhaps|either|neither|both|between|almost|not|never|rather|instead|however|in\sfact|of\scourse|number|up\sto"
-    r"|at\s(?:least|most)|(?:more|less)\sthan|over|under|half(?:\sof)?|twice|positive|negative|minus"
+    r"|most|very|at\s(?:least|most)|(?:more|less)\sthan|over|under|half(?:\sof)?|twice|positive|negative|minus"
     r"|Rs|(?-i:[A-Z]{2,3}))\b){0,120}+[0-9]"
 )
 """What "answer is" says of a number that comes first, and not words of a remark."""
 _REMARK = re.compile(
-    r"(?i)[\s:*_]{0,8}(?:[0-9]{1,3}\s?%\s)?(?:correct|right|wrong|based|rounded|obtained|consistent|reasonable|verified"
-    r"|confirmed|valid|accurate|checked|certain|sure|derived|calculated|computed|found|determined|reached|given"
+    r"(?i)[\s:*_]{0,8}(?:[0-9]{1,3}\s?%\s)?(?:correct|right|wrong|based|obtained|consistent|reasonable|verified"
+    r"|confirmed|derived|calculated|computed|found|determined|reached|given\sby"
+    r"|(?:valid|accurate|checked|certain|sure|rounded|given)"
+    r"(?![^\n]{0,60}[,:]\s{0,2}[$£€]?[0-9][0-9,.]*+[\s*.]*(?:\n|\Z))"
     r"|positive(?!\s[0-9])|in\s(?:dollars|cents|hours|minutes|units)(?!:))\b"
-    r"(?!\s(?:to\sbe|as)\s[^A-Za-z\n]*[0-9])"
+    r"(?!\sto\sbe\s(?!correct|right|valid|accurate|consistent|reasonable)|\sas\s[^A-Za-z\n]*[0-9])"
 )
 _CLAUSE = re.compile(
     r"(?i)[\s*_\"']*(?:that|he|she|it|they|we|I|you|there|his|her|its|their|our|your|an?|each|all|(?-i:[A-Z][a-z]+)"
-    r"|[a-z]{4,12}\s(?:to\sbe|as)(?=\s[^A-Za-z\n]*[0-9]))\b"
+    r"|(?:rounded|accurate)\sto|[a-z]{4,12}\s(?:to\sbe|as(?=\s[^A-Za-z\n]*[0-9])))\b"
+    r"|[\s*_]*(?:incorrect|not\s(?:correct|right|accurate|valid))[*_]*[.,;:]\s"
     r"|[^.\n:=]{1,60}:[^\w\n=]*[0-9][0-9,.]*[^\w\n=]*(?:\n|\Z)"
 )
 """A sentence that answers: "the answer is" that she makes $18, given as 18, as follows: 18."""
@@ -46,7 +51,7 @@ _PASSED = re.compile(
 """A remark after a colon: Answer: correct, since 18 / 2 = 9."""
 _NOT_ASSERTED = re.compile(
     r"(?i)\b(?:wrong|incorrect|confidence\sin(?:\s(?:the|this|my))?"
-    r"|(?:if|suppose|assum(?:e|ing))(?:\sthat)?(?:\s(?:the|my|your))?)\s\Z"
+    r"|(?:if|suppose|assum(?:e|ing))(?:\sthat)?(?:\s(?:the|my|your))?)[ \t]\Z"
 )
 """What makes "answer is" before it none: if the answer is, the wrong answer is, my confidence in this answer is."""
 _OF_A_PART = re.compile(r"(?i)\b(?:first|second|third|extra|bonus|other|previous)\b")
@@ -55,9 +60,11 @@ _ABOUT_ANSWER = re.compile(
 )
 _DOUBT = re.compile(
     r"(?i)(?:\b(?:I|we)(?:\s[a-z]{2,12}ly)?\sdoubt|(?:n['\u2019]t|\bnot)\s(?:think|believe|sure|true|certain)"
-    r"|\b(?:maybe|perhaps|probably|possibly))(?:\s(?:that|if|whether|the|my|our|final|correct)){0,3}\s\Z"
+    r"|\b(?:maybe|perhaps|probably|possibly))(?:[ \t](?:that|if|whether|the|my|our|final|correct)){0,3}[ \t]\Z"
 )
 
+_CONCLUDING = re.compile(r"(?i)\b(?:(?:so|thus|hence|therefore)\b,?\s(?:(?:the|my|our)\s)?(?:final\s)?|final\s)\Z")
+"""In front of "answer is" it shows that a sentence answers, whatever its words."""
 _CORRECTING = re.compile(r"(?i)\b(?:wait|actually|mistake|oops|sorry|correction|instead)\b")
 """In front of "the answer is" it shows that this is no remark on an earlier answer."""
 
@@ -89,13 +96,16 @@ def prose_marker(text: str, after: int, before: str, end: int) -> tuple[int, int
     on_condition = "would" in said and re.search(r"\bif\b", text[begin:near].partition("\n")[0])
     if phrase["unit"] or on_condition or _OF_A_PART.search(said):
         return begin, INDIRECT
-    if not direct and not _CLAUSE.match(text, begin, near):
+    if not direct and not _CONCLUDING.search(before) and not _CLAUSE.match(text, begin, near):
         return begin, INDIRECT
     return begin, DIRECT if direct else CLAUSE
 
 
+@lru_cache(maxsize=512)  # it is asked for again where a next turn may begin
 def rank_of_clause(sentence: str) -> int:
     """Return whether a sentence gives one number, and be it with a hedge, and so counts as a number alone does."""
+    if len(sentence) > _LONGEST_CLAUSE:
+        return INDIRECT
     try:
         read_number(sentence)
     except RefusedError as refusal:
