@@ -136,8 +136,8 @@ def test_both_methods_are_tuned_alike() -> None:
 
 
 def unlike(a: RunConfig, b: RunConfig) -> set[str]:
-    """Settings that differ and are not the method's own."""
-    own = ("method", *OF_THE_METHOD)
+    """Settings that differ and are not the method's own; beside a GPU's share lie what gradients need."""
+    own = ("method", "engine.gpu_memory_utilization", *OF_THE_METHOD)
     return {key for key in differences(a, b) if key not in own and not key.startswith(("es.", "grpo.", "checkpoint."))}
 
 

@@ -43,4 +43,4 @@ def test_the_update_takes_sigma_and_learning_rate_from_the_journal() -> None:
     entry = journal_entry(UpdateSpec.of(plan_of(run, 3), FITNESS), dropped=(), checksum="")
     longer = dataclasses.replace(run, steps=50)
     assert plan_of(longer, 3).sigma != entry.sigma
-    assert recorded_update(longer, entry) == recorded_update(run, entry)
+    assert recorded_update(plan_of(longer, 3), entry) == recorded_update(plan_of(run, 3), entry)
