@@ -11,7 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
-from eggroll_llm.bounds import Ge, violations
+from annotated_types import Ge
+
+from eggroll_llm.bounds import violations
 from eggroll_llm.config.flags import apply_overrides, flags_by_key
 from eggroll_llm.config.parse import field_types, parse_table
 from eggroll_llm.config.recipe import sourced
