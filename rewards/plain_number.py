@@ -43,7 +43,7 @@ _ABBREVIATED = ("sq", "cu", "ft", "yd", "mi", "lb", "lbs", "oz", "hr", "hrs", "m
 _UNIT_WITH_STOP = "".join(rf"(?<!\b{unit}\.)" for unit in _ABBREVIATED)
 _SENTENCE_END = rf"(?<!\bMr)(?<!\bMs)(?<!\bDr)(?<!\bSt)(?<!\bMrs)(?:;|\.(?:{_UNIT_WITH_STOP}|(?=\s+[A-Z])))\s+"
 _NEW_SENTENCE = re.compile(rf"{_SENTENCE_END}(?=[A-Za-z\"'(])")
-_EQUATION = re.compile(rf"{_SUM}=")
+_EQUATION = re.compile(rf"(?<![0-9,.]){_SUM}=")
 # An equation in words: the sum of 9 and 9 is 18.
 _IN_WORDS = re.compile(
     rf"(?i)\A([^0-9=]*\b(?:sum|product|difference)\sof\s[^0-9=]{{0,20}})(?>{_NUMBER.pattern})[^0-9=]{{0,20}}?\s"

@@ -305,7 +305,12 @@ def test_closing_a_broken_engine_hides_nothing(caplog: pytest.LogCaptureFixture)
         raise RuntimeError("gone")
 
     llm.engine_core = SimpleNamespace(shutdown=shutdown)  # type: ignore[attr-defined]
-    engine.close()
+    engine._threads_before, here = torch.get_num_threads() + 1, torch.get_num_threads()
+    try:
+        engine.close()
+        assert torch.get_num_threads() == here + 1  # vLLM sets one beside a GPU
+    finally:
+        torch.set_num_threads(here)
     assert "failed in shutting down: RuntimeError: gone" in caplog.text
 
 

@@ -140,7 +140,7 @@ def test_rollouts_of_grpo_are_scored_while_they_are_sampled(
     for name, waits, workers in (("one", False, 1), ("waiting", True, 2)):
         arrival = Arrival(tmp_path / f"seen-{name}", monkeypatch, seed=workers, waits=waits)
         bench = grpo_stub.Bench(tmp_path, tiny_model("llama"), monkeypatch)
-        bench.prepare_engine = arrival.take_over
+        bench.prepare_engine, bench.processes = arrival.take_over, True
         bench.train(name, steps=2, reward__workers=workers)
         assert arrival.scored() == arrival.answered == 2 * 12 + 2 * 4
     grpo_stub.same_run(tmp_path / "one", tmp_path / "waiting")
