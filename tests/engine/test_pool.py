@@ -307,7 +307,7 @@ def test_a_slow_engine_gets_less(two: EnginePool) -> None:
     got = [sum(len(m.items) for m in map(decode, link.sent) if isinstance(m, Work)) for link in links]
     assert sum(got) == 256
     assert got[0] < got[1] / 2
-    assert 0 <= two.metrics()["engines/idle"] < 0.5
+    assert 0 <= two.metrics()["engines/idle"] < 1
 
 
 def test_a_step_of_256_completions_is_a_few_kilobytes(two: EnginePool) -> None:
