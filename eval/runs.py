@@ -26,7 +26,7 @@ from eggroll_llm.records.answers import TASK, Sample, read_samples
 from eggroll_llm.records.baseline import Constant
 from eggroll_llm.records.run_dir import RunDir, earlier_starts
 from eggroll_llm.records.weights import final_step
-from eggroll_llm.system.jsonl import number, parse_json, read_rows
+from eggroll_llm.system.jsonl import number, parse_json, read_rows, whole
 from eggroll_llm.system.terminal import inert
 from eggroll_llm.tasks.constant import best_pattern
 
@@ -197,8 +197,8 @@ def _read_run(directory: RunDir, name: str) -> Run:
 def _points(rows: Sequence[Mapping[str, Any]]) -> list[Point]:
     points, completions, tokens, seconds, memory = [], 0, 0, 0.0, math.nan
     for row in rows:
-        completions += _whole(row, "completions")
-        tokens += _whole(row, "tokens/generated")
+        completions += whole(row, "completions")
+        tokens += whole(row, "tokens/generated")
         # Time cannot run back: a value that is missing is that of the step before.
         seconds = max(seconds, number(row, "wall_time"))
         known = [m for m in (memory, number(row, "memory/peak_gib")) if math.isfinite(m)]
@@ -210,17 +210,12 @@ def _points(rows: Sequence[Mapping[str, Any]]) -> list[Point]:
             tokens=tokens,
             reward=number(row, "reward/mean"),
             accuracy=number(row, "eval/accuracy"),
-            problems=_whole(row, "eval/problems"),
+            problems=whole(row, "eval/problems"),
             truncated=number(row, "eval/truncated"),
             memory=memory,
         )
         points.append(point)
     return points
-
-
-def _whole(row: Mapping[str, Any], key: str) -> int:
-    value = number(row, key)
-    return round(value) if math.isfinite(value) else 0
 
 
 def about(runs: Sequence[Run]) -> list[str]:

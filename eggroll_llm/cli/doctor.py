@@ -26,7 +26,7 @@ from eggroll_llm.models import embedded
 from eggroll_llm.models.resolve import embedded_path
 from eggroll_llm.system import installed, torch_companions
 from eggroll_llm.system.files import cache_root
-from eggroll_llm.system.hardware import NATIVE_BFLOAT16, available_memory, cpu_flags, serves_on_cpu
+from eggroll_llm.system.hardware import CUDA_BFLOAT16, NATIVE_BFLOAT16, available_memory, cpu_flags, serves_on_cpu
 from eggroll_llm.system.invocation import child_python, python_command
 from eggroll_llm.system.terminal import inert
 from eggroll_llm.system.versions import describe_environment
@@ -244,7 +244,7 @@ def _device(device: str, torch: dict[str, Any]) -> Check:
     if device == "cuda" and not gpus:
         remedy = "run `nvidia-smi`: its driver must be as new as torch's CUDA, and CUDA_VISIBLE_DEVICES must name a GPU"
         return Check(name="device", status="wrong", detail="there is a GPU, and torch cannot use it", remedy=remedy)
-    if device == "cuda" and tuple(torch["capability"]) < (8, 0):
+    if device == "cuda" and tuple(torch["capability"]) < CUDA_BFLOAT16:
         detail = f"{gpus[0]} has no bfloat16, in which models are served here"
         return Check(name="device", status="wrong", detail=detail, remedy="use a GPU of compute capability 8.0 or more")
     if device == "cuda":

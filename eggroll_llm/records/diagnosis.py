@@ -28,7 +28,7 @@ from typing import Any, Literal
 
 from eggroll_llm.config.schema import RunConfig
 from eggroll_llm.records.accuracy import accuracy_text, mcnemar, p_text, percent, points, two_shares, wilson
-from eggroll_llm.system.jsonl import number
+from eggroll_llm.system.jsonl import number, whole
 
 Row = Mapping[str, Any]
 Severity = Literal["note", "warning", "failure"]
@@ -98,9 +98,11 @@ def news(said: Mapping[str, int], found: Sequence[Finding]) -> list[Finding]:
 def p_value(base: Row, last: Row) -> float:
     """Return that of an evaluation against the base model's: of pairs where they were counted, else of two shares."""
     won, lost = number(last, "eval/won"), number(last, "eval/lost")
-    if min(won, lost) >= 0 and won + lost <= _problems(last):
+    if min(won, lost) >= 0 and won + lost <= whole(last, "eval/problems"):
         return mcnemar(int(won), int(lost))
-    shares, counts = zip(*((number(row, "eval/accuracy"), _problems(row)) for row in (base, last)), strict=True)
+    shares, counts = zip(
+        *((number(row, "eval/accuracy"), whole(row, "eval/problems")) for row in (base, last)), strict=True
+    )
     return two_shares(shares, counts)
 
 
@@ -226,7 +228,7 @@ class _Course:
         if not before:
             return None
         reference = min(before + during, key=lambda row: number(row, "eval/accuracy"))
-        expected, held_out = number(reference, "eval/accuracy"), _problems(reference)
+        expected, held_out = number(reference, "eval/accuracy"), whole(reference, "eval/problems")
         problems = len(self.recent) * self.config.problems_per_step
         reached = share_of(self.recent, "reward/accuracy")
         temperature = self.config.sampling.temperature
@@ -370,13 +372,8 @@ def share_of(rows: Sequence[Row], key: str) -> float:
     return sum(share * count for share, count in pairs) / total if total else math.nan
 
 
-def _problems(row: Row) -> int:
-    count = number(row, "eval/problems")
-    return int(count) if math.isfinite(count) else 0
-
-
 def _accuracy(row: Row) -> str:
-    return accuracy_text(number(row, "eval/accuracy"), _problems(row))
+    return accuracy_text(number(row, "eval/accuracy"), whole(row, "eval/problems"))
 
 
 def _times(ratio: float) -> str:

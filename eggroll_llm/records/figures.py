@@ -7,7 +7,7 @@ from typing import Any
 from eggroll_llm.config.schema import RunConfig
 from eggroll_llm.records.accuracy import accuracy_text, percent
 from eggroll_llm.records.diagnosis import RECENT, share_of, tied_share, unread_share
-from eggroll_llm.system.jsonl import number
+from eggroll_llm.system.jsonl import number, whole
 
 Row = Mapping[str, Any]
 
@@ -25,8 +25,7 @@ def figures(config: RunConfig, rows: Sequence[Row]) -> dict[str, str]:
     shown = {name: percent(share) for name, share in found.items() if math.isfinite(share)}
     if evaluations:
         last = evaluations[-1]
-        problems = number(last, "eval/problems")
-        solved = accuracy_text(number(last, "eval/accuracy"), int(problems) if math.isfinite(problems) else 0)
+        solved = accuracy_text(number(last, "eval/accuracy"), whole(last, "eval/problems"))
         shown[f"held-out problems solved by the weights, step {last['step']}"] = solved
     more = {
         "answers of twins of which one is right": share_of(recent, "twins/differ"),

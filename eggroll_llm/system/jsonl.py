@@ -37,6 +37,12 @@ def number(row: Mapping[str, Any], key: str) -> float:
         return math.nan
 
 
+def whole(row: Mapping[str, Any], key: str) -> int:
+    """Return a whole number of a row of metrics; 0 where it is missing or was not finite."""
+    value = number(row, key)
+    return round(value) if math.isfinite(value) else 0
+
+
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """Return the objects of a file with one on each line; a last line that was cut short is left out.
 

@@ -161,9 +161,7 @@ def check_memory(prepared: "Prepared") -> None:
             f"the run needs {needed / GIB:.2f} GiB of the host's memory ({listed}), and {available / GIB:.2f} GiB are "
             "available: set engine.offload_masters to false, or use a smaller model"
         )
-    knobs = [  # of the base model that GRPO keeps there is one copy
-        knob if knob.key == "grpo.beta" else replace(knob, saved=engines * knob.saved) for knob in _knobs(prepared)
-    ]
+    knobs = _knobs(prepared, engines)
     if engines > 1:
         listed = f"for each of {engines} engines: {listed}" if prepared.config.method == "es" else listed
         knobs.insert(0, _Knob(key="engine.replicas", value=engines, least=1, step=1, saved=of_each))
@@ -241,19 +239,20 @@ class _Knob:
         return round(self.value - math.ceil(missing / self.saved) * self.step, 2)
 
 
-def _knobs(prepared: "Prepared") -> list[_Knob]:
+def _knobs(prepared: "Prepared", engines: int) -> list[_Knob]:
+    """Return the settings that save memory where there are so many engines; of what a trainer has there is one."""
     config = prepared.config
     es, grpo, engine = config.es, config.grpo, config.engine
     ranks = engine.tensor_parallel
-    knobs = [
-        _Knob(key="engine.kv_cache_gib", value=engine.kv_cache_gib, least=0.05, step=0.01, saved=ranks * GIB // 100)
-    ]
+    cache = engines * (ranks * GIB // 100)
+    knobs = [_Knob(key="engine.kv_cache_gib", value=engine.kv_cache_gib, least=0.05, step=0.01, saved=cache)]
     if config.method == "es":
         member = ranks * member_bytes(_shape(prepared).on_each(ranks).trained, es.rank, SIZE[engine.dtype])
-        knobs.append(_Knob(key="engine.slots", value=engine.slots, least=1, step=1, saved=member))
+        knobs.append(_Knob(key="engine.slots", value=engine.slots, least=1, step=1, saved=engines * member))
         each = 2 if es.antithetic else 1
         if kept_bytes(member // ranks, es.population // each):
-            knobs.append(_Knob(key="es.population", value=es.population, least=2, step=each, saved=member))
+            saved = engines * member
+            knobs.append(_Knob(key="es.population", value=es.population, least=2, step=each, saved=saved))
     elif grpo.beta and not grpo.lora_rank:
         copy = next(part.size for part in _grpo_parts(prepared) if part.name == BASE_COPY)
         knobs.append(_Knob(key="grpo.beta", value=grpo.beta, least=0, step=grpo.beta, saved=copy))

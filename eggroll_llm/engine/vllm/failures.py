@@ -18,7 +18,7 @@ from eggroll_llm.errors import ConfigError, EngineError, ModelError, UserError
 from eggroll_llm.es.estimate import NonFiniteUpdate
 from eggroll_llm.models.architectures import TESTED
 from eggroll_llm.models.files import architecture_of
-from eggroll_llm.system.hardware import serves_on_cpu
+from eggroll_llm.system.hardware import CUDA_BFLOAT16, CUDA_FP8, serves_on_cpu
 from eggroll_llm.system.invocation import command
 from eggroll_llm.system.terminal import inert
 
@@ -26,8 +26,6 @@ REFUSALS = (UserError, NonFiniteUpdate)
 """What a call of a population raises with nothing changed."""
 NOTICED = 1.0
 """Seconds in which a rank that ends is certain to be seen."""
-BFLOAT16, FP8 = (8, 0), (8, 9)
-"""Compute capabilities of CUDA from which on a GPU multiplies these."""
 LIMIT = 300  # characters of vLLM's own text, of which the beginning says what is wrong
 _CACHE_NEEDED = re.compile(r"\(([\d.]+) GiB KV cache is needed")
 _CACHE_AVAILABLE = re.compile(r"\(([\d.]+)/[\d.]+ GiB\) on kv cache allocation is less")
@@ -90,11 +88,11 @@ def start_error(error: Exception, model_dir: Path, config: EngineConfig, max_mod
         )
     if not serves_on_cpu() and torch.cuda.is_available():
         capability = torch.cuda.get_device_capability()
-        if capability < BFLOAT16:
+        if capability < CUDA_BFLOAT16:
             return ConfigError(
                 f"{_gpu(capability)} has no bfloat16, in which models are served here: use one of 8.0 or more"
             )
-        if config.quantization == "fp8" and capability < FP8:
+        if config.quantization == "fp8" and capability < CUDA_FP8:
             return ConfigError(
                 f'engine.quantization = "fp8": {_gpu(capability)} does not multiply FP8: set it to "none"'
             )
