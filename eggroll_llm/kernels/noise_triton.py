@@ -9,6 +9,7 @@ Shapes: K pair, N parameter, S row, V value of a row, R rank, O out features, I 
 import math
 from collections.abc import Mapping
 
+import numpy as np
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -44,17 +45,18 @@ def _box_muller(radius_word, angle_word, table):
 
 # One variant for the usual sizes and any number of pairs, so that none is compiled in the middle of a step.
 @triton.jit(
-    do_not_specialize=["pairs", "scale", "step", "seed", "first_block", "first_A", "first_B"],
+    do_not_specialize=["pairs", "scale", "step", "seed_low", "seed_high", "first_block", "first_A", "first_B"],
     do_not_specialize_on_alignment=["row_K", "negative_K", "pair_K", "id_N", "at_A_N", "at_B_N"],
 )
 def _place(
-    rows_SV, width, row_K, negative_K, pair_K, id_N, at_A_N, at_B_N, pairs, scale, step, seed, table, out, inside,
-    first_block, first_A, first_B, R: tl.constexpr, BLOCKS: tl.constexpr,
+    rows_SV, width, row_K, negative_K, pair_K, id_N, at_A_N, at_B_N, pairs, scale, step, seed_low, seed_high, table,
+    out, inside, first_block, first_A, first_B, R: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
     k, n = tl.program_id(0) % pairs, tl.program_id(0) // pairs
     first_block += tl.program_id(1) * BLOCKS
     block = first_block + tl.arange(0, BLOCKS)
     zero = tl.zeros([BLOCKS], tl.uint32)
+    seed = (seed_high.to(tl.uint64) << 32) | seed_low.to(tl.uint32).to(tl.uint64)
     w0, w1, w2, w3 = tl.philox(
         seed, zero + step.to(tl.uint32), zero + tl.load(pair_K + k).to(tl.uint32),
         zero + tl.load(id_N + n).to(tl.uint32), block.to(tl.uint32),
@@ -87,11 +89,12 @@ def place_triton(
     if rows_SV.is_cuda:  # without waiting for the GPU
         where_3K = where_3K.pin_memory().to(rows_SV.device, non_blocking=True)
     (row, pair, negative), pairs = where_3K, where_3K.shape[1]
+    seed_low, seed_high = np.array([noise.seed], "<u8").view("<i4").tolist()  # of one type, whatever the seed
     for size, (ids, at_A, at_B) in sizes.items():
         out, inside, first_A, first_B = size
         for blocks in block_ranges(size, noise.rank):
             _place[len(ids) * pairs, triton.cdiv(len(blocks), BLOCKS)](
                 rows_SV, rows_SV.stride(0), row, negative, pair, ids, at_A, at_B, pairs,
-                noise.sigma / math.sqrt(noise.rank), noise.step, noise.seed, tables, out, inside,
+                noise.sigma / math.sqrt(noise.rank), noise.step, seed_low, seed_high, tables, out, inside,
                 blocks.start, first_A * noise.rank, first_B * noise.rank, noise.rank, BLOCKS, enable_fp_fusion=False,
             )  # fmt: skip

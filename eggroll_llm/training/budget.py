@@ -4,10 +4,11 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from eggroll_llm.config.schema import EngineConfig
 from eggroll_llm.engine.memory import SIZE, ModelShape, Part, es_parts, kept_bytes, member_bytes
+from eggroll_llm.engine.start import in_this_process
 from eggroll_llm.errors import ConfigError
 from eggroll_llm.models.files import read_config, tensor_shapes
 from eggroll_llm.models.targets import trained_parameters
@@ -130,13 +131,11 @@ def _of_each_engine(prepared: "Prepared", parts: Sequence[Part]) -> list[Part]:
 
 def _cache(prepared: "Prepared", inside: int) -> str:
     """Return what the GPU here has left for the key-value cache beside `inside` bytes; empty where there is none."""
-    import torch
-
-    if not torch.cuda.is_available():
-        return ""
-    share = prepared.config.engine.gpu_memory_utilization * torch.cuda.mem_get_info()[1]
-    left = max(0.0, share - inside)
     engine = prepared.config.engine
+    memory = _gpu_memory(prepared)
+    if memory is None:
+        return ""
+    left = max(0.0, engine.gpu_memory_utilization * memory.total - inside)
     token = SIZE[engine.dtype] * _shape(prepared).on_each(engine.tensor_parallel).cached
     return f", {left / GIB:.2f} GiB here" + (f": {left / token:,.0f} tokens" if token else "")
 
@@ -176,12 +175,33 @@ def check_memory(prepared: "Prepared") -> None:
     )
 
 
-def _check_gpu(prepared: "Prepared", inside: int, beside: int) -> None:
+class _Memory(NamedTuple):
+    free: int
+    total: int
+
+
+def _gpu_memory(prepared: "Prepared") -> _Memory | None:
+    """Return the bytes of the GPU here; None where there is none.
+
+    Where other processes have it to themselves nobody asks what is free: it would take half a GiB as long as this one
+    lives, or, in exclusive mode, the GPU itself.
+    """
     import torch
 
     if not torch.cuda.is_available():
+        return None
+    config = prepared.config
+    if config.method == "grpo" or (in_this_process(config.engine) and config.engine.tensor_parallel == 1):
+        return _Memory(*torch.cuda.mem_get_info())
+    total = torch.cuda.get_device_properties(0).total_memory
+    return _Memory(total, total)
+
+
+def _check_gpu(prepared: "Prepared", inside: int, beside: int) -> None:
+    memory = _gpu_memory(prepared)
+    if memory is None:
         return  # vLLM says what is wrong
-    free, total = torch.cuda.mem_get_info()
+    free, total = memory
     share = prepared.config.engine.gpu_memory_utilization
     if inside >= share * total:
         higher = math.ceil(100 * inside / total + 1) / 100

@@ -21,7 +21,8 @@ FUSED = {"h_TR": FLOATS, "h_TCR": FLOATS, "after_TCR": FLOATS, "y_TI": SERVED, "
 TYPES: dict[str, str] = {
     **TERM, **STRIDES, **FUSED, "ends_C": NUMBERS, "residual_TI": SERVED, "weight_I": SERVED, "epsilon": FLOAT,
     "rows_SV": SERVED, "width": NUMBER, "row_K": WORDS, "negative_K": WORDS, "pair_K": WORDS, "id_N": WORDS,
-    "at_A_N": WORDS, "at_B_N": WORDS, "pairs": NUMBER, "scale": FLOAT, "step": NUMBER, "seed": "i64", "table": FLOATS,
+    "at_A_N": WORDS, "at_B_N": WORDS, "pairs": NUMBER, "scale": FLOAT, "step": NUMBER,
+    "seed_low": NUMBER, "seed_high": NUMBER, "table": FLOATS,
     "weight_OI": FLOATS, "served_OI": SERVED, "A_KO": FLOATS, "B_KI": FLOATS, "terms": NUMBER, "out": NUMBER,
     "inside": NUMBER, "first_block": NUMBER, "first_A": NUMBER, "first_B": NUMBER,
     "token_Q": WORDS, "logits_QV": FLOATS, "seed_Q": WORDS, "position_Q": WORDS, "stride": NUMBER,

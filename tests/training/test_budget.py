@@ -5,6 +5,7 @@ import math
 import re
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -327,9 +328,11 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     """A GPU of one GiB that is not there; what is free of it may be changed."""
     free = {"bytes": GIB}
     monkeypatch.setattr("eggroll_llm.training.budget.serves_on_cpu", lambda: False)
+    monkeypatch.setattr("eggroll_llm.engine.start.serves_on_cpu", lambda: False)
     monkeypatch.setattr("eggroll_llm.training.budget.available_memory", lambda: None)
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.mem_get_info", lambda: (free["bytes"], GIB))
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda device: SimpleNamespace(total_memory=GIB))
     return free
 
 
@@ -427,6 +430,17 @@ def test_what_is_offloaded_must_be_free_of_the_host(
     monkeypatch.setattr("eggroll_llm.training.budget.available_memory", lambda: host - 1)
     with pytest.raises(ConfigError, match=r"of the host's memory \(masters .* set engine\.offload_masters to false"):
         check_memory(run)
+
+
+@pytest.mark.parametrize("engine", [{"replicas": 2}, {"replicas": 0}, {"tensor_parallel": 2}])
+def test_what_is_free_of_a_gpu_is_not_asked_where_other_processes_have_it(
+    model: Path, gpu: dict[str, int], engine: dict[str, int]
+) -> None:
+    gpu["bytes"] = 0
+    enough = EngineConfig(slots=5, dtype="bfloat16", gpu_memory_utilization=0.5)
+    check_memory(prepared(model, engine=dataclasses.replace(enough, **engine)))
+    with pytest.raises(ConfigError, match=r"0\.00 GiB of the GPU are free"):
+        check_memory(prepared(model, engine=enough))
 
 
 def test_the_memory_of_a_gpu_is_told_by_place(

@@ -176,11 +176,9 @@ class Population:
 
     def _compile_kernels(self) -> None:
         """Those that serving has not needed yet: noise, in a slot that is free, and the fold."""
-        rank = self.bank.layout.rank
-        for seed in (0, 2**31):  # which are numbers of 32 and of 64 bits to a kernel
-            self.bank.begin(NoiseSpec(seed=seed, step=0, rank=rank, sigma=1.0), 1)
-            self.slots.place({0})
-            self.slots.begin(antithetic=True)
+        self.bank.begin(NoiseSpec(seed=0, step=0, rank=self.bank.layout.rank, sigma=1.0), 1)
+        self.slots.place({0})
+        self.slots.begin(antithetic=True)
         weight = torch.zeros(64, 64, device=self.device)
         for served in (None, weight.to(self.dtype)):
             fold_for(self.device)(weight, [(torch.zeros_like(weight), torch.zeros_like(weight))], served)
