@@ -40,7 +40,7 @@ def _fold(
 
 def fold_triton(to_OI: Tensor, products: Products, served_OI: Tensor | None) -> None:
     """Compute `es.estimate.Fold` of tensors on one GPU. Raises ValueError for others."""
-    (out, inside), device = to_OI.shape, to_OI.device
+    out, inside, device = len(to_OI), to_OI.shape[-1], to_OI.device
     check_array("the weight", to_OI, (out, inside), torch.float32, device)
     if served_OI is not None:
         check_format("the served weight", served_OI)

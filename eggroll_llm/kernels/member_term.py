@@ -60,17 +60,27 @@ def check_arguments(
     if device.type != device_type:
         raise array_error("y", y_TO, f"on a device of type {device_type}")
     dtype, tokens, out = y_TO.dtype, len(y_TO), sum(slices)
+    inside = check_factors(A_SV, B_SCRI, slot_T, len(slices), out, dtype, device)
+    check_array("y", y_TO, (tokens, out), dtype, device)
+    check_array("x", x_TI, (tokens, inside), dtype, device)
+    if len(slot_T) < tokens:
+        raise array_error("slot", slot_T, f"of {tokens} tokens at least")
+
+
+def check_factors(
+    A_SV: Tensor, B_SCRI: Tensor, slot_T: Tensor, slices: int, out: int, dtype: torch.dtype, device: torch.device
+) -> int:
+    """Return the in features of a layer's factors. Raises ValueError for what kernels do not take as such."""
     slots, _, rank, inside = B_SCRI.shape if B_SCRI.ndim == 4 else (0, 0, 0, 0)
     # Strides, as taking the first slot would cost more than all else here, in every layer of every forward pass.
-    shape_A, shape_B, in_a_slot = (slots, rank * out), (slots, len(slices), rank, inside), (rank * inside, inside, 1)
+    shape_A, shape_B, in_a_slot = (slots, rank * out), (slots, slices, rank, inside), (rank * inside, inside, 1)
     if A_SV.shape != shape_A or A_SV.stride(1) != 1 or A_SV.dtype is not dtype or A_SV.device != device:
         raise array_error("A", A_SV, f"{dtype} {[*shape_A]} on {device}, contiguous in each slot")
     fits = B_SCRI.shape == shape_B and B_SCRI.stride()[1:] == in_a_slot
     if not fits or B_SCRI.dtype is not dtype or B_SCRI.device != device:
         raise array_error("B", B_SCRI, f"{dtype} {[*shape_B]} on {device}, contiguous in each slot")
-    check_array("y", y_TO, (tokens, out), dtype, device)
-    check_array("x", x_TI, (tokens, inside), dtype, device)
-    check_array("slot", slot_T, (max(tokens, len(slot_T)),), torch.int32, device)
+    check_array("slot", slot_T, tuple(slot_T.shape), torch.int32, device)
+    return inside
 
 
 def _no_such_slot(slots: int) -> ValueError:

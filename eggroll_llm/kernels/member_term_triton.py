@@ -1,108 +1,131 @@
 """The member term in Triton: `shrink` makes h = B^T x, `expand` adds A h to y, two launches a layer.
 
-The rank is not padded, and the grid has no slots or slices in it: a program has one token, so that all programs have
-work, and ends at once for a token of the base model. Sizes of blocks depend on the layer and never on the batch, so a
-row's bits do not depend on what else is in the batch. Next to a norm or an activation, `norms_triton` does `expand` or
-`shrink` on its way.
+The rank is not padded, and the grid has no slots in it, so that all programs have work. A program computes one token
+after the other, mostly of one member where prompts are read, whose factors are then in the processor's own cache. Every
+token is computed alone, in blocks whose sizes depend on the layer, so a row's bits do not depend on what else is in the
+batch. Next to a norm or an activation, `norms_triton` does `expand` or `shrink` on its way.
 
 Shapes: T token, S slot, C slice of a fused layer, R rank, O out features of all slices, I in features, V values of all
 A of a slot. A token whose slot does not exist is left alone like one of the base model: a GPU cannot raise.
 """
 
+import math
 from collections.abc import Sequence
-from functools import cache
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from eggroll_llm.kernels.binding import check_array
 from eggroll_llm.kernels.rounding import rounded
 
+PROGRAMS = 1024
+"""Programs among which tokens are divided, at most: enough for any GPU."""
 TILE = 4096
 """Values of B in registers at a time: 32 for each of 128 threads."""
 BLOCK_O = 1024
+"""Out features of a program, at most."""
 
 
-@triton.jit(do_not_specialize=["slots"])
+@triton.jit
+def share(tokens, at_once):
+    """Return a program's first token as int64, and how many it has."""
+    first = tl.program_id(0) * at_once
+    return first.to(tl.int64), tl.minimum(at_once, tokens - first)
+
+
+@triton.jit
+def member_slot(slot_T, t, slots):
+    """Return the slot of token t as int64, -1 where it has none that exists."""
+    slot = tl.load(slot_T + t).to(tl.int64)
+    return tl.where(slot < slots, slot, -1)
+
+
+@triton.jit(do_not_specialize=["tokens", "at_once", "slots"])
 def _shrink(
-    h_TCR, x_TI, B_SCRI, slot_T, slots, x_stride, slot_B, INSIDE: tl.constexpr, ROWS: tl.constexpr,
+    h_TCR, x_TI, B_SCRI, slot_T, tokens, at_once, slots, x_stride, slot_B, INSIDE: tl.constexpr, ROWS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_I: tl.constexpr,
 ):  # fmt: skip
-    t, row = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    slot = tl.load(slot_T + t).to(tl.int64)
-    if (slot < 0) | (slot >= slots):
-        return
-    total = tl.zeros([BLOCK_ROWS, BLOCK_I], tl.float32)
-    for first in range(0, INSIDE, BLOCK_I):
-        i = first + tl.arange(0, BLOCK_I)
-        x = tl.load(x_TI + t * x_stride + i, mask=i < INSIDE, other=0.0).to(tl.float32)
-        at = B_SCRI + slot * slot_B + row[:, None] * INSIDE + i[None, :]
-        B = tl.load(at, mask=(row < ROWS)[:, None] & (i < INSIDE)[None, :], other=0.0).to(tl.float32)
-        total += B * x[None, :]
-    tl.store(h_TCR + t * ROWS + row, tl.sum(total, axis=1), mask=row < ROWS)
+    row = tl.program_id(1) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    first_t, many = share(tokens, at_once)
+    for n in range(many):
+        t = first_t + n
+        slot = member_slot(slot_T, t, slots)
+        if slot >= 0:
+            total = tl.zeros([BLOCK_ROWS, BLOCK_I], tl.float32)
+            for first in range(0, INSIDE, BLOCK_I):
+                i = first + tl.arange(0, BLOCK_I)
+                x = tl.load(x_TI + t * x_stride + i, mask=i < INSIDE, other=0.0).to(tl.float32)
+                at = B_SCRI + slot * slot_B + row[:, None] * INSIDE + i[None, :]
+                B = tl.load(at, mask=(row < ROWS)[:, None] & (i < INSIDE)[None, :], other=0.0).to(tl.float32)
+                total += B * x[None, :]
+            tl.store(h_TCR + t * ROWS + row, tl.sum(total, axis=1), mask=row < ROWS)
 
 
-@triton.jit(do_not_specialize=["slots"])
+@triton.jit(do_not_specialize=["tokens", "at_once", "slots"])
 def _expand(
-    y_TO, h_TCR, A_SV, slot_T, ends_C, slots, y_stride, slot_A, OUT: tl.constexpr, C: tl.constexpr, R: tl.constexpr,
+    y_TO, h_TCR, A_SV, slot_T, tokens, at_once, slots, y_stride, slot_A, SLICES: tl.constexpr, R: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    t, o = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    slot = tl.load(slot_T + t).to(tl.int64)
-    if (slot < 0) | (slot >= slots):
-        return
-    begin, size, c = tl.zeros([BLOCK], tl.int32), tl.full([BLOCK], OUT, tl.int32), tl.zeros([BLOCK], tl.int32)
-    if C > 1:
-        before = 0
-        for each in tl.static_range(C):
-            end = tl.load(ends_C + each)
-            inside = (o >= before) & (o < end)
-            begin = tl.where(inside, before, begin)
-            size = tl.where(inside, end - before, size)
-            c = tl.where(inside, each, c)
-            before = end
-    mask = o < OUT
-    y = tl.load(y_TO + t * y_stride + o, mask=mask, other=0.0).to(tl.float32)
-    A_of_slice = A_SV + slot * slot_A + R * begin + (o - begin)
-    for r in range(R):
-        h = tl.load(h_TCR + (t * C + c) * R + r)
-        y += h * tl.load(A_of_slice + r * size, mask=mask, other=0.0).to(tl.float32)
-    tl.store(y_TO + t * y_stride + o, rounded(y, y_TO.dtype.element_ty), mask=mask)
+    C: tl.constexpr = len(SLICES)
+    first = tl.program_id(1) * BLOCK
+    begin, size, c, before = 0, SLICES[0], 0, 0
+    for each in tl.static_range(C):  # the slice that the block is in
+        if first >= before:
+            begin, size, c = before, SLICES[each], each
+        before += SLICES[each]
+    o = first + tl.arange(0, BLOCK)
+    A_of_slice = R * begin + (o - begin)
+    first_t, many = share(tokens, at_once)
+    for n in range(many):
+        t = first_t + n
+        slot = member_slot(slot_T, t, slots)
+        if slot >= 0:
+            y = tl.load(y_TO + t * y_stride + o).to(tl.float32)
+            for r in tl.range(R, loop_unroll_factor=min(R, 8)):
+                A = tl.load(A_SV + slot * slot_A + A_of_slice + r * size)
+                y += tl.load(h_TCR + (t * C + c) * R + r) * A.to(tl.float32)
+            tl.store(y_TO + t * y_stride + o, rounded(y, y_TO.dtype.element_ty))
 
 
 def shrink(x_TI: Tensor, B_SCRI: Tensor, slot_T: Tensor) -> Tensor:
-    """Return h_TCR = B^T x, float32. Rows of tokens of the base model are not written."""
-    tokens, inside = x_TI.shape
-    slots, C, R, _ = B_SCRI.shape
+    """Return h_TCR = B^T x, float32. Rows of the base model are not written. Raises ValueError for other x."""
+    slots, C, R, inside = B_SCRI.shape
+    tokens = len(x_TI)
+    check_array("x", x_TI, (tokens, inside), B_SCRI.dtype, B_SCRI.device)
     h_TCR = torch.empty((tokens, C, R), dtype=torch.float32, device=x_TI.device)
     if tokens:
         rows, block_I = _tile(C * R, inside)
-        grid = (tokens, triton.cdiv(C * R, rows))
-        _shrink[grid](
-            h_TCR, x_TI, B_SCRI, slot_T, slots, x_TI.stride(0), B_SCRI.stride(0), inside, C * R, rows, block_I,
-            enable_fp_fusion=True,
+        programs, at_once = divided(tokens)
+        _shrink[programs, triton.cdiv(C * R, rows)](
+            h_TCR, x_TI, B_SCRI, slot_T, tokens, at_once, slots, x_TI.stride(0), B_SCRI.stride(0), inside, C * R, rows,
+            block_I, enable_fp_fusion=True,
         )  # fmt: skip
     return h_TCR
 
 
 def expand(y_TO: Tensor, h_TCR: Tensor, A_SV: Tensor, slot_T: Tensor, slices: Sequence[int]) -> None:
-    """Add A h to the rows of `y_TO` that belong to members, in place."""
-    (tokens, out), (_, C, R) = y_TO.shape, h_TCR.shape
-    block = min(BLOCK_O, triton.next_power_of_2(out))
+    """Add A h to the rows of `y_TO` that belong to members, in place. Raises ValueError for other y and h."""
+    tokens, out, R = len(y_TO), sum(slices), h_TCR.shape[-1]
+    check_array("y", y_TO, (tokens, out), A_SV.dtype, A_SV.device)
+    check_array("h", h_TCR, (tokens, len(slices), A_SV.shape[1] // out), torch.float32, A_SV.device)
+    block = math.gcd(BLOCK_O, *slices)  # so that a program is within a slice
     if tokens:
-        _expand[tokens, triton.cdiv(out, block)](
-            y_TO, h_TCR, A_SV, slot_T, _ends(tuple(slices), y_TO.device), len(A_SV), y_TO.stride(0), A_SV.stride(0),
-            out, C, R, block, enable_fp_fusion=True,
+        programs, at_once = divided(tokens)
+        _expand[programs, out // block](
+            y_TO, h_TCR, A_SV, slot_T, tokens, at_once, len(A_SV), y_TO.stride(0), A_SV.stride(0), tuple(slices), R,
+            block, num_warps=max(1, block // 256), enable_fp_fusion=True,
         )  # fmt: skip
+
+
+def divided(tokens: int) -> tuple[int, int]:
+    """Return how many programs divide the tokens among them, and how many each has."""
+    at_once = triton.cdiv(tokens, PROGRAMS)
+    return triton.cdiv(tokens, at_once), at_once
 
 
 def _tile(rows: int, inside: int) -> tuple[int, int]:
     """Return how many rows of B and how many of their values a program takes at a time."""
     block_rows = min(16, triton.next_power_of_2(rows))
     return block_rows, min(TILE // block_rows, triton.next_power_of_2(inside))
-
-
-@cache
-def _ends(slices: tuple[int, ...], device: torch.device) -> Tensor:
-    return torch.tensor(slices, device=device).cumsum(0).to(torch.int32)

@@ -96,13 +96,16 @@ def place(
     """Write pair k into row row_K[k] of `rows_SV` on a GPU, with A negated where `negative_K`; other rows stay.
 
     Rows are contiguous in themselves; the three vectors of K are on the CPU. Raises ValueError for noise of another
-    rank than the rows'.
+    rank than the rows', and for rows that there are not.
     """
     from eggroll_llm.kernels.noise_triton import place_triton
 
-    if noise.rank != layout.rank or rows_SV.shape[1] != layout.width or rows_SV.stride(1) != 1:
+    check_format("rows", rows_SV)
+    if noise.rank != layout.rank or rows_SV.shape[1:] != (layout.width,) or rows_SV.stride(1) != 1:
         raise ValueError(f"noise of rank {noise.rank} does not fit rows {[*rows_SV.shape]} of rank {layout.rank}")
     if len(row_K):
+        if not 0 <= int(row_K.min()) <= int(row_K.max()) < len(rows_SV):
+            raise ValueError(f"a row is none of the {len(rows_SV)} that there are")
         where_3K = torch.stack([row_K, pairs_K, negative_K.long()])
         place_triton(rows_SV, where_3K, noise, *_on_gpu(layout, rows_SV.device))
 

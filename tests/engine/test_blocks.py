@@ -3,6 +3,7 @@
 Members against transformers with dense weights; what follows from it for all kernels is tested in `kernels/`.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from itertools import combinations
 from pathlib import Path
@@ -90,6 +91,36 @@ def test_an_update_is_served_and_members_follow_it(served: tuple[VllmEngine, Pat
         found = next_token_logprobs(engine, [Request(prompt_ids=p, member=member) for p in PROMPTS])
         assert (found - dense(tmp_path / "model", engine, member)).abs().max() < 2e-4
         assert (found - dense(model_dir, engine, member)).abs().max() > 0.02
+
+
+FUSED = {"rms_norm": 2, "silu_and_mul": 1, "expand": 1, "shrink": 1}
+LAUNCHES = {
+    "qwen2": {name: 2 * many for name, many in FUSED.items()} | {"rms_norm": 5},
+    "smollm3": {"expand": 8, "shrink": 8},
+    "qwen3 summed": {"rms_norm": 5, "silu_and_mul": 2, "expand": 6, "shrink": 2},
+    "qwen3 middle": FUSED | {"rms_norm": 3},
+}
+"""In a forward pass; norms and activation replace vLLM's, the norm behind the last perturbed block too."""
+
+
+def test_launches_are_those_that_the_documentation_counts(
+    served: tuple[VllmEngine, Path], request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, _ = served
+    counted: Counter[str] = Counter()
+
+    def counting(name: str, kernel: Callable[..., Any]) -> Callable[..., Any]:
+        def count(*args: Any) -> Any:
+            counted[name] += 1
+            return kernel(*args)
+
+        return count
+
+    for name in FUSED:
+        monkeypatch.setattr(blocks, name, counting(name, getattr(blocks, name)))
+    engine.begin(NOISE, POPULATION)
+    next_token_logprobs(engine, [Request(prompt_ids=PROMPTS[0], member=0)])
+    assert counted == LAUNCHES[request.node.callspec.params["served"]]
 
 
 @few

@@ -12,6 +12,7 @@ from eggroll_llm.engine.vllm.ranks import Part
 from eggroll_llm.es.noise import NoiseSpec
 from eggroll_llm.kernels import build, fold, member_term
 from eggroll_llm.kernels import noise as rows
+from eggroll_llm.kernels.norms_triton import Factors, rms_norm, silu_and_mul
 from eggroll_llm.kernels.rounding import DEVICE
 
 T, SLICES, INSIDE, SLOTS, RANK = 6, (48, 16), 64, 3, 2
@@ -46,15 +47,10 @@ def refused(function: Callable[..., Any], arguments: dict[str, Any], name: str, 
     """`function` works, but not with that argument changed, and then leaves all of them as they were."""
     function(**{key: value.clone() if isinstance(value, Tensor) else value for key, value in arguments.items()})
     wrong = arguments | {name: change(arguments[name])}
-    before = {key: value.clone() for key, value in wrong.items() if isinstance(value, Tensor) and value.is_cpu}
+    before = {key: value.clone() for key, value in wrong.items() if isinstance(value, Tensor) and not value.is_meta}
     with pytest.raises(ValueError, match=r"must be|does not fit|none of the"):
         function(**wrong)
     assert all(torch.equal(wrong[key], value) for key, value in before.items())
-
-
-def on_gpu() -> list[member_term.AddTerm]:
-    """Triton's kernels, where they take tensors of a CPU."""
-    return [member_term.add_term_triton] if DEVICE == "cpu" else []
 
 
 def terms() -> list[member_term.AddTerm]:
@@ -62,7 +58,7 @@ def terms() -> list[member_term.AddTerm]:
     return [member_term.add_term_torch] + ([member_term.bind(library)] if library else [])
 
 
-@pytest.mark.parametrize("add_term", [*terms(), *on_gpu()], ids=lambda function: function.__name__)
+@pytest.mark.parametrize("add_term", [*terms(), member_term.add_term_triton], ids=lambda function: function.__name__)
 @pytest.mark.parametrize(
     ("name", "change"),
     [
@@ -78,18 +74,19 @@ def terms() -> list[member_term.AddTerm]:
     ],
 )
 def test_the_member_term_takes_nothing_else(add_term: member_term.AddTerm, name: str, change: Change) -> None:
-    refused(add_term, term_arguments(), name, change)
+    where = DEVICE if add_term is member_term.add_term_triton else "cpu"
+    refused(add_term, term_arguments(where), name, change)
 
 
-def term_arguments() -> dict[str, Any]:
-    return {
+def term_arguments(where: str = "cpu") -> dict[str, Any]:
+    arguments = {
         "y_TO": random(T, OUT),
         "x_TI": random(T, INSIDE),
         "A_SV": random(SLOTS, RANK * OUT),
         "B_SCRI": random(SLOTS, len(SLICES), RANK, INSIDE),
         "slot_T": torch.tensor([0, -1, 2, 1, 1, 2, -1, 0], dtype=torch.int32),
-        "slices": SLICES,
     }
+    return {"slices": SLICES} | {key: tensor.to(where) for key, tensor in arguments.items()}
 
 
 @pytest.mark.parametrize("add_term", terms(), ids=lambda function: function.__name__)
@@ -99,7 +96,7 @@ def test_a_slot_that_does_not_exist_is_refused_on_a_cpu(add_term: member_term.Ad
 
 def test_a_slot_that_does_not_exist_is_no_slot_on_a_gpu() -> None:
     """Which cannot raise: its token is left alone, and nothing outside of the slots is read."""
-    arguments = {k: v.to(DEVICE) if isinstance(v, Tensor) else v for k, v in term_arguments().items()}
+    arguments = term_arguments(DEVICE)
     before = arguments["y_TO"].clone()
     arguments["slot_T"] = arguments["slot_T"].clamp(min=SLOTS)
     arguments["slot_T"][2] = 2
@@ -117,7 +114,7 @@ def test_a_rank_beyond_the_kernels_buffer_is_refused() -> None:
         )
 
 
-@needs_library
+@pytest.mark.parametrize("device", [pytest.param("cpu", marks=needs_library), "cuda"])
 @pytest.mark.parametrize(
     ("name", "change"),
     [
@@ -127,14 +124,14 @@ def test_a_rank_beyond_the_kernels_buffer_is_refused() -> None:
         *[("columns_B", change) for wrong, change in WRONG.items() if wrong != "not contiguous"],
     ],
 )
-def test_the_fold_takes_nothing_else(name: str, change: Change) -> None:
-    folded = fold.fold_for(torch.device("cpu"))
+def test_the_fold_takes_nothing_else(name: str, change: Change, device: str) -> None:
+    folded, where = fold.fold_for(torch.device(device)), DEVICE if device == "cuda" else "cpu"
 
     def function(to_OI: Tensor, columns_A: Tensor, columns_B: Tensor, served_OI: Tensor) -> None:
         folded(to_OI, [(columns_A, columns_B)], served_OI)
 
-    arguments = {"to_OI": random(8, 20), "columns_A": random(4, 8), "columns_B": random(4, 20)}
-    refused(function, arguments | {"served_OI": random(8, 20)}, name, change)
+    shapes = {"to_OI": (8, 20), "columns_A": (4, 8), "columns_B": (4, 20), "served_OI": (8, 20)}
+    refused(function, {key: random(*shape).to(where) for key, shape in shapes.items()}, name, change)
 
 
 @pytest.mark.parametrize("compiled", [True, False])
@@ -192,6 +189,69 @@ def test_the_fused_activation_takes_nothing_else() -> None:
     assert silu_and_mul(x[:, :0]).shape == (5, 0)
     for change in ("fewer columns", "float64", "elsewhere"):
         refused(silu_and_mul, {"x": x}, "x", WRONG[change])
+
+
+Wrongs = list[tuple[str, Change]]
+FACTORS: Wrongs = [
+    *[("A_SV", change) for wrong, change in WRONG.items() if wrong != "one more dimension"],
+    *[("B_SCRI", change) for wrong, change in WRONG.items() if wrong != "fewer columns"],
+    ("h_TCR", lambda h: h[:, :, :1].contiguous()),
+    *[("h_TCR", change) for change in WRONG.values()],
+    ("B_after", lambda B: B[..., :-1].contiguous()),
+    ("slot_T", lambda slot: slot[:-1]),
+    ("slot_T", lambda slot: slot.long()),
+    ("slot_T", scattered),
+]
+
+
+def with_factors(slices: tuple[int, ...], size: int) -> dict[str, Tensor]:
+    """Those of a layer before, of these slices, and of one of 8 out features after."""
+    tensors = {
+        "A_SV": random(SLOTS, RANK * sum(slices)),
+        "B_SCRI": random(SLOTS, len(slices), RANK, INSIDE),
+        "h_TCR": random(T, len(slices), RANK),
+        "A_after": random(SLOTS, RANK * 8),
+        "B_after": random(SLOTS, 1, RANK, size),
+        "slot_T": torch.tensor([0, -1, 2, 1, 1, 2], dtype=torch.int32),
+    }
+    return {key: tensor.to(DEVICE) for key, tensor in tensors.items()}
+
+
+def terms_of(slices: tuple[int, ...], tensors: dict[str, Tensor]) -> tuple[tuple[Factors, Tensor], Factors]:
+    before = Factors(tensors["A_SV"], tensors["B_SCRI"], tensors["slot_T"], slices)
+    return (before, tensors["h_TCR"]), Factors(tensors["A_after"], tensors["B_after"], tensors["slot_T"], (8,))
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        *FACTORS,
+        *[("y_TI", change) for wrong, change in WRONG.items() if wrong != "one more dimension"],
+        *[("residual_TI", change) for change in WRONG.values()],
+        ("weight_I", lambda weight: weight[:-1]),
+        ("weight_I", lambda weight: weight[None]),
+        ("weight_I", scattered),
+        ("weight_I", lambda weight: weight.bfloat16()),
+    ],
+)
+def test_the_norm_between_layers_takes_nothing_else(name: str, change: Change) -> None:
+    def function(y_TI: Tensor, residual_TI: Tensor, weight_I: Tensor, **tensors: Tensor) -> None:
+        rms_norm(y_TI, residual_TI, weight_I, 1e-5, *terms_of((48,), tensors))
+
+    shapes = {"y_TI": (T, 48), "residual_TI": (T, 48), "weight_I": (48,)}
+    arguments = {key: random(*shape).to(DEVICE) for key, shape in shapes.items()}
+    refused(function, arguments | with_factors((48,), 48), name, change)
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [*FACTORS, *[("y_TO", change) for wrong, change in WRONG.items() if wrong != "one more dimension"]],
+)
+def test_the_activation_between_layers_takes_nothing_else(name: str, change: Change) -> None:
+    def function(y_TO: Tensor, **tensors: Tensor) -> None:
+        silu_and_mul(y_TO, *terms_of((48, 48), tensors))
+
+    refused(function, {"y_TO": random(T, 96).to(DEVICE)} | with_factors((48, 48), 48), name, change)
 
 
 @needs_library

@@ -9,14 +9,20 @@ from pathlib import Path
 SCRIPT = Path(__file__).parents[1] / "support" / "compile_kernels.py"
 
 
-def test_every_kernel_compiles_for_ampere_and_hopper(tmp_path: Path) -> None:
+WIDEST_LOADS = {"_shrink": 128, "_expand": 128, "_rms_norm": 128, "_silu_and_mul": 64}
+"""Bits that a thread loads at a time, of what is next to each other in memory."""
+
+
+def test_every_kernel_compiles_for_ampere_hopper_and_blackwell(tmp_path: Path) -> None:
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     path = [str(SCRIPT.parents[2]), *filter(None, [environment.get("PYTHONPATH")])]
     environment |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": os.pathsep.join(path)}
-    ran = subprocess.run([sys.executable, SCRIPT, "80", "90"], env=environment, capture_output=True, text=True)
+    ran = subprocess.run([sys.executable, SCRIPT, "80", "90", "100"], env=environment, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
     compiled = [json.loads(line) for line in ran.stdout.splitlines()]
-    assert len(compiled) == 24
+    assert len(compiled) == 42
     for kernel in compiled:
         # A fused multiply-add in the noise would be other noise than a CPU's.
         assert (kernel["fma"] == 0) == (kernel["kernel"] == "_place")
+        assert kernel["spilled"] <= 4
+        assert max(kernel["loads"]) >= WIDEST_LOADS.get(kernel["kernel"], 0)

@@ -61,36 +61,38 @@ def test_the_bits_do_not_depend_on_the_number_of_threads() -> None:
 class Taken:
     """Keeps what it is given to serve."""
 
-    def __init__(self, dtype: torch.dtype) -> None:
-        self.dtype = dtype
+    def __init__(self, dtype: torch.dtype, device: torch.device | str) -> None:
+        self.dtype, self.device = dtype, device
         self.weights: dict[str, Tensor] = {}
         self.names: list[str] = []
 
     def room(self, name: str) -> Tensor:
-        return self.weights.setdefault(name, torch.empty(48, 80, dtype=self.dtype))
+        return self.weights.setdefault(name, torch.empty(48, 80, dtype=self.dtype, device=self.device))
 
     def written(self, name: str) -> None:
         self.names.append(name)
 
 
-@needs_library
 @pytest.mark.parametrize("optimizer", ["sgd", "momentum", "adam"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_an_update_serves_each_weight_once_and_is_that_of_torch(optimizer: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("device", FOLDS)
+def test_an_update_serves_each_weight_once_and_is_that_of_torch(
+    optimizer: str, dtype: torch.dtype, device: torch.device
+) -> None:
+    where = torch.device(CPU if device == CPU else DEVICE)
     weights = {name: random(48, 80, seed=i) for i, name in enumerate(("b.weight", "a.weight"))}
-    ours, theirs = (
-        MasterWeights(weights, EsSettings(optimizer=optimizer), dtype, fold)  # type: ignore[arg-type]
-        for fold in (fold.fold_for(CPU), fold_with_torch)
-    )
-    taken = Taken(dtype)
+    settings = EsSettings(optimizer=optimizer)  # type: ignore[arg-type]
+    ours = MasterWeights(weights, settings, dtype, fold.fold_for(device), device=where)
+    theirs = MasterWeights(weights, settings, dtype, fold_with_torch)
+    taken = Taken(dtype, where)
     ours.apply(SPEC, served=taken)
     theirs.apply(SPEC)
     assert taken.names == list(weights)
     for name in weights:
         assert torch.equal(taken.weights[name], ours.served(name))
-        found, expected = ours.state()[f"master/{name}"], theirs.state()[f"master/{name}"]
+        found, expected = ours.state()[f"master/{name}"].cpu(), theirs.state()[f"master/{name}"]
         assert (found - expected).abs().max() < 1e-5
         assert (found - weights[name]).abs().max() > 1e-3
-    again = Taken(dtype)
+    again = Taken(dtype, where)
     ours.serve(again)
     assert all(torch.equal(again.weights[name], ours.served(name)) for name in weights)

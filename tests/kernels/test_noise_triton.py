@@ -46,9 +46,20 @@ def test_parts_have_the_rows_of_the_whole(rank: int, dtype: torch.dtype) -> None
     assert_parts_are_rows(place, rank, dtype, (3000, 101))
 
 
-def test_noise_that_does_not_fit_the_rows_is_refused() -> None:
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"noise": NoiseSpec(seed=1, step=1, rank=3, sigma=0.1)}, "does not fit rows"),
+        ({"width": 1}, "does not fit rows"),
+        ({"dtype": torch.float64}, "must be one of"),
+        ({"row_K": torch.tensor([0, 1, 2, 4])}, "none of the 4 that there are"),
+        ({"row_K": torch.tensor([0, 1, 2, -1])}, "none of the 4 that there are"),
+    ],
+)
+def test_noise_that_does_not_fit_the_rows_is_refused(change: dict[str, Any], message: str) -> None:
     layout = rows.RowLayout(SHAPES, 2)
-    noise = NoiseSpec(seed=1, step=1, rank=3, sigma=0.1)
-    for memory in (torch.zeros(4, layout.width, device=DEVICE), torch.zeros(4, layout.width + 1, device=DEVICE)):
-        with pytest.raises(ValueError, match="does not fit rows"):
-            rows.place(memory, torch.arange(4), noise, PAIRS, torch.zeros(4), layout)
+    memory = torch.zeros(4, layout.width + change.get("width", 0), device=DEVICE, dtype=change.get("dtype"))
+    noise = change.get("noise", NoiseSpec(seed=1, step=1, rank=2, sigma=0.1))
+    with pytest.raises(ValueError, match=message):
+        rows.place(memory, change.get("row_K", torch.arange(4)), noise, PAIRS, torch.zeros(4), layout)
+    assert not memory.any()

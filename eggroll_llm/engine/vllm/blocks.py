@@ -16,6 +16,7 @@ Every other model gets the two launches per layer, and its norms and activations
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -25,7 +26,6 @@ from vllm.model_executor.layers.activation import SiluAndMul
 from vllm.model_executor.layers.layernorm import RMSNorm
 
 from eggroll_llm.engine.vllm.layers import Layer, decoder_blocks
-from eggroll_llm.kernels.binding import check_array
 from eggroll_llm.kernels.member_term_triton import expand, shrink
 from eggroll_llm.kernels.norms_triton import Factors, rms_norm, silu_and_mul
 
@@ -46,9 +46,9 @@ class _Linear:
     """A linear layer and where its members' factors are."""
 
     def __init__(self, layer: Layer, slot_T: Tensor) -> None:
-        self.module, self.sizes = layer.module, layer.sizes
+        self.module = layer.module
         (B_SCRI,), (A_SV,) = layer.module.lora_a_stacked, layer.module.lora_b_stacked
-        self.factors = Factors(A_SV, B_SCRI, slot_T)
+        self.factors = Factors(A_SV, B_SCRI, slot_T, tuple(layer.sizes))
 
     def plain(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """Return x W^T + bias."""
@@ -62,9 +62,8 @@ class _Linear:
 
     def expand(self, y: Tensor, h_TCR: Tensor) -> None:
         """Add the term to y [..., O], contiguous, in place."""
-        y_TO = y.view(-1, y.shape[-1])
-        check_array("y", y_TO, (len(h_TCR), sum(self.sizes)), y.dtype, y.device)
-        expand(y_TO, h_TCR, self.factors.A_SV, self.factors.slot_T, self.sizes)
+        factors = self.factors
+        expand(y.view(-1, y.shape[-1]), h_TCR, factors.A_SV, factors.slot_T, factors.slices)
 
     def with_term(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """Return x W^T + bias + A_s (B_s^T x), x being [T, I] or, from the Transformers backend, [1, T, I]."""
@@ -96,23 +95,18 @@ class _Block:
         first._forward_method = _norm(first, self.carried, self.before, self.qkv)
         second._forward_method = _norm(second, self.carried, None if self.summed else self.o, self.gate_up)
         self.activation._forward_method = self._activate
-        self.qkv.module.apply = self._qkv
+        self.qkv.module.apply = partial(self._finish, self.qkv)
         self.o.module.apply = self.o.with_term if self.summed else self._o
         self.gate_up.module.apply = self.gate_up.plain
-        self.down.module.apply = self._down if self.summed else self.down.plain
-
-    def _qkv(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        y = self.qkv.plain(x, bias)
-        self.qkv.expand(y, self.carried.pop(self.qkv))
-        return y
+        self.down.module.apply = partial(self._finish, self.down) if self.summed else self.down.plain
 
     def _o(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         self.carried[self.o] = self.o.shrink(x)
         return self.o.plain(x, bias)
 
-    def _down(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        y = self.down.plain(x, bias)
-        self.down.expand(y, self.carried.pop(self.down))
+    def _finish(self, linear: _Linear, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        y = linear.plain(x, bias)
+        linear.expand(y, self.carried.pop(linear))
         return y
 
     def _activate(self, y: Tensor) -> Tensor:

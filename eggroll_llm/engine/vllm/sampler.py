@@ -35,11 +35,33 @@ def install(runner: Any) -> None:
     from eggroll_llm.engine.vllm.sampling_triton import sample  # which imports Triton
 
     sampler = runner.sampler.topk_topp_sampler
-    sampler.forward = partial(_forward, runner, sampler.logprobs_mode, sample)
+    sampler.forward = partial(_forward, runner, _Seeds(runner), sampler.logprobs_mode, sample)
+
+
+class _Seeds:
+    """The seeds of the batch, on its device. Requests keep their rows until one ends or comes."""
+
+    def __init__(self, runner: Any) -> None:
+        self._runner = runner
+        self._ids: list[str] = []
+        self._seed_Q = torch.zeros(0, dtype=torch.int64)
+
+    def of(self, rows: int, device: torch.device) -> Tensor:
+        """Return them, int64 [rows]. Requests without a seed, which are greedy, share one."""
+        ids = self._runner.input_batch.req_ids
+        if ids != self._ids or rows != len(self._seed_Q):
+            self._ids = list(ids)
+            arguments = [self._runner.requests[request_id].sampling_params.extra_args or {} for request_id in ids]
+            seeds = torch.zeros(rows, dtype=torch.int64, pin_memory=device.type == "cuda")
+            # vLLM warms up without requests.
+            seeds[: len(ids)] = torch.tensor([extra.get(_SEED, 0) for extra in arguments], dtype=torch.int64)
+            self._seed_Q = seeds.to(device, non_blocking=True)
+        return self._seed_Q
 
 
 def _forward(
     runner: Any,
+    seeds: _Seeds,
     logprobs_mode: str,
     sample: Callable[[Tensor, Tensor, Tensor], Tensor],
     logits_QV: Tensor,
@@ -47,17 +69,14 @@ def _forward(
     k: Tensor | None,
     p: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Stand in for vLLM's `TopKTopPSampler.forward`. Requests without a seed, which are greedy, share one."""
+    """Stand in for vLLM's `TopKTopPSampler.forward`."""
     logits_QV = apply_top_k_top_p(logits_QV, k, p)
     returned = None
     if logprobs_mode == "processed_logprobs":
         returned = logits_QV.log_softmax(dim=-1, dtype=torch.float32)
-    rows, device = len(logits_QV), logits_QV.device
-    arguments = [runner.requests[request_id].sampling_params.extra_args for request_id in runner.input_batch.req_ids]
-    seeds = torch.zeros(rows, dtype=torch.int64, pin_memory=logits_QV.is_cuda)  # vLLM warms up without requests
-    seeds[: len(arguments)] = torch.tensor([(extra or {}).get(_SEED, 0) for extra in arguments], dtype=torch.int64)
+    rows = len(logits_QV)
     last_token_Q = runner.query_start_loc.gpu[1 : rows + 1].long() - 1
-    return sample(logits_QV, seeds.to(device, non_blocking=True), runner.positions[last_token_Q]), returned
+    return sample(logits_QV, seeds.of(rows, logits_QV.device), runner.positions[last_token_Q]), returned
 
 
 def thought_argument(tags: Mapping[int, int], budget: int) -> dict[str, Any]:

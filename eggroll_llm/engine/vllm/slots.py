@@ -161,7 +161,8 @@ class MemberSlots:
         self._buffers = buffers
         self.antithetic = True
         self.member_in: list[int | None] = [None] * slots
-        self._slot_of_member = np.array([-1], np.int32)  # and -1 at its end, which is where -1 points
+        self._slot_of_member = np.array([-1], np.int32)
+        """Ends with -1, so that index -1, the base model, gives -1."""
 
     def begin(self, *, antithetic: bool) -> None:
         """Empty the slots for another population."""
