@@ -28,7 +28,7 @@ from eggroll_llm.es.settings import EsSettings
 from eggroll_llm.models.files import context_limit, model_identity
 from eggroll_llm.records.answers import Sample, SampleFile, sample_line
 from eggroll_llm.records.baseline import Constant
-from eggroll_llm.system.hardware import resolve_dtype, serves_on_cpu
+from eggroll_llm.system.hardware import resolve_dtype, resolve_sequences, serves_on_cpu
 from eggroll_llm.system.versions import package_versions
 from eggroll_llm.tasks.chat import check_chat, check_thoughts, is_chat
 from eggroll_llm.tasks.constant import best_constant
@@ -295,7 +295,8 @@ def _ask(settings: Settings, questions: Questions) -> _Asked:
         context_key="--engine.max_model_len",
         shorten="lower --num-fewshot" if published else "shorten the prompts",
     )
-    engine = dataclasses.replace(settings.engine, slots=1, max_model_len=context)
+    sequences = resolve_sequences(settings.engine.max_sequences)
+    engine = dataclasses.replace(settings.engine, slots=1, max_model_len=context, max_sequences=sequences)
     return _Asked(problems=problems, decoding=decoding, engine=engine)
 
 

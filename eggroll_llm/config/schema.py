@@ -124,8 +124,8 @@ class EngineConfig:
 
     slots: Annotated[int, Ge(0)] = 0
     """Adapter slots, one for each member resident at once; 0 uses the population, at most 64. Unused by GRPO."""
-    max_sequences: Annotated[int, Ge(1)] = 128
-    """Sequences decoded at once."""
+    max_sequences: Annotated[int, Ge(0)] = 0
+    """Sequences decoded at once; 0 is 128 on a CPU, 512 on a GPU."""
     max_model_len: Annotated[int, Ge(0)] = 0
     """Context length, prompt and completion together, in tokens; 0 derives it from the task."""
     kv_cache_gib: Annotated[float, Gt(0)] = 1.0

@@ -53,6 +53,11 @@ def resolve_dtype(name: str) -> Literal["bfloat16", "float32"]:
     return "float32" if name == "float32" else "bfloat16"
 
 
+def resolve_sequences(number: int) -> int:
+    """Return how many sequences to decode at once, 0 being automatic."""
+    return number or (128 if serves_on_cpu() else 512)
+
+
 def keep_freed_memory() -> None:
     """Let the allocator keep what is freed, for the rest of the process; does nothing where it is not glibc's.
 

@@ -18,7 +18,7 @@ from eggroll_llm.models.resolve import model_identity, resolve_model, settled_na
 from eggroll_llm.models.targets import check_layers, check_rank, left_out
 from eggroll_llm.records.journal import JournalHeader
 from eggroll_llm.system import installed
-from eggroll_llm.system.hardware import resolve_dtype, serves_on_cpu
+from eggroll_llm.system.hardware import resolve_dtype, resolve_sequences, serves_on_cpu
 from eggroll_llm.system.jsonl import to_json
 from eggroll_llm.tasks.chat import check_chat, check_thoughts
 from eggroll_llm.tasks.load import load_task
@@ -34,7 +34,7 @@ class Prepared:
     """What a run needs before its engine."""
 
     config: RunConfig
-    """With everything automatic settled: dtype, task file, context length, slots (one unused slot for GRPO)."""
+    """With everything automatic settled: dtype, task file, context length, sequences, slots (one unused for GRPO)."""
     task: Task
     model_dir: Path
     train: ProblemSet
@@ -87,6 +87,7 @@ def settle(config: RunConfig, recipe_dir: Path) -> RunConfig:
         engine=dataclasses.replace(
             engine,
             dtype=dtype,
+            max_sequences=resolve_sequences(engine.max_sequences),
             slots=engine.slots or (min(es.population, MAX_SLOTS) if config.method == "es" else 1),
         ),
     )

@@ -174,7 +174,7 @@ def test_files_that_are_no_recipe(recipe: Path) -> None:
         ({"minutes": "-1"}, "minutes = -1.0: must be at least 0. Set minutes to 0 or more."),
         ({"seed": "-1"}, "seed = -1: must be at least 0. Set seed to 0 or more."),
         ({"engine.slots": "-1"}, "engine.slots = -1: must be at least 0. Set engine.slots to 0 or more."),
-        ({"engine.max_sequences": "0"}, "engine.max_sequences = 0: must be at least 1. Set engine.max_sequences to 1 or more."),
+        ({"engine.max_sequences": "-1"}, "engine.max_sequences = -1: must be at least 0. Set engine.max_sequences to 0 or more."),
         ({"engine.max_model_len": "256"}, "engine.max_model_len = 256, sampling.max_tokens = 256: leaves no room for a prompt. "
          "Set engine.max_model_len to more than sampling.max_tokens, or to 0 (from the task)."),
         ({"checkpoint.keep": "0"}, "checkpoint.keep = 0: must be at least 1. Set checkpoint.keep to 1 or more."),

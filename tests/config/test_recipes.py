@@ -11,6 +11,7 @@ from eggroll_llm.config.compare import differences
 from eggroll_llm.config.parse import parse_table
 from eggroll_llm.config.recipe import load_recipe, to_toml
 from eggroll_llm.config.schema import RunConfig
+from eggroll_llm.system.hardware import resolve_sequences
 from eggroll_llm.tasks.countdown import CountdownOptions
 from eggroll_llm.tasks.gsm8k import Gsm8kOptions
 from eggroll_llm.training.plan import members_that_answer
@@ -149,7 +150,7 @@ def test_its_population_fills_whole_pairs_slots_and_waves(path: Path) -> None:
     assert es.antithetic
     assert es.population % slots == 0  # the last wave is full
     assert slots % 2 == 0  # twins, who share their factors, are resident together
-    assert slots <= engine.max_sequences  # no slot waits for a sequence
+    assert slots <= resolve_sequences(engine.max_sequences)  # no slot waits for a sequence
     assert 16 <= es.population * config.sampling.prompts_per_step <= 8192  # answers in a step; published: 1536 to 8192
 
 

@@ -36,7 +36,7 @@ FITNESS = (1.0, -1.0, 0.5, 0.25, -0.75, 0.0)
 UPDATE = UpdateSpec(step=1, noise_step=1, seed=3, rank=2, sigma=0.05, learning_rate=0.02, fitness_M=FITNESS)
 
 
-MODELS = ["qwen2", "smollm3", "qwen3 summed", "qwen3 middle"]
+MODELS = ["qwen2", "smollm3", "mistral summed", "qwen3 middle"]
 few = pytest.mark.parametrize("served", MODELS[:2], indirect=True)
 """For what does not depend on how terms are added."""
 
@@ -97,7 +97,7 @@ FUSED = {"rms_norm": 2, "silu_and_mul": 1, "expand": 1, "shrink": 1}
 LAUNCHES = {
     "qwen2": {name: 2 * many for name, many in FUSED.items()} | {"rms_norm": 5},
     "smollm3": {"expand": 8, "shrink": 8},
-    "qwen3 summed": {"rms_norm": 5, "silu_and_mul": 2, "expand": 6, "shrink": 2},
+    "mistral summed": {"rms_norm": 5, "silu_and_mul": 2, "expand": 6, "shrink": 2},
     "qwen3 middle": FUSED | {"rms_norm": 3},
 }
 """In a forward pass; norms and activation replace vLLM's, the norm behind the last perturbed block too."""

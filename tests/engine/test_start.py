@@ -20,7 +20,7 @@ from eggroll_llm.models.architectures import TESTED
 
 pytestmark = pytest.mark.vllm
 
-CONFIG = EngineConfig(kv_cache_gib=0.5)
+CONFIG = EngineConfig(kv_cache_gib=0.5, max_sequences=8)
 CACHE_TOO_SMALL = (
     "To serve at least one request with the model's max seq len (4096), (1.5 GiB KV cache is needed, which is larger "
     "than the available KV cache memory (0.5 GiB). Try increasing `gpu_memory_utilization`"

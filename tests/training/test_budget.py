@@ -45,8 +45,9 @@ def prepared(model_dir: Path, **changes: Any) -> Prepared:
         engine=EngineConfig(slots=5, kv_cache_gib=0.5, dtype="bfloat16"),
     )
     none: Any = None
+    config = dataclasses.replace(config, **changes)
     return Prepared(
-        config=dataclasses.replace(config, **changes),
+        config=dataclasses.replace(config, engine=dataclasses.replace(config.engine, max_sequences=128)),
         task=none,
         model_dir=model_dir,
         train=ProblemSet(problems=[{}] * 4, hashes=[""] * 4, prompts=[(1,) * 10, (1,) * 20, (1,) * 30, (1,) * 40]),

@@ -120,12 +120,15 @@ def test_everything_automatic_is_settled(config: RunConfig, folder: Path, monkey
     monkeypatch.setattr("eggroll_llm.training.prepare.resolve_dtype", lambda name: {"auto": "float32"}.get(name, name))
     settled = settle(config, folder)
     assert settled.task == f"{folder}/tasks/words.py:Words"
-    assert (settled.engine.dtype, settled.engine.slots) == ("float32", 4)
+    assert (settled.engine.dtype, settled.engine.slots, settled.engine.max_sequences) == ("float32", 4, 128)
     assert settle(settled, Path("/elsewhere")) == settled
     large = dataclasses.replace(config, es=dataclasses.replace(config.es, population=200))
     assert settle(large, folder).engine.slots == 64
-    said = dataclasses.replace(config, engine=EngineConfig(slots=7, dtype="bfloat16"))
+    said = dataclasses.replace(config, engine=EngineConfig(slots=7, dtype="bfloat16", max_sequences=9))
     assert settle(said, folder).engine == said.engine
+    with monkeypatch.context() as patch:
+        patch.setattr("eggroll_llm.system.hardware.serves_on_cpu", lambda: False)  # as on a GPU
+        assert settle(config, folder).engine.max_sequences == 512
     assert settle(dataclasses.replace(config, task="gsm8k"), folder).task == "gsm8k"
     monkeypatch.chdir(folder)
     for name, is_local in {"m.gguf": True, "me/model": False}.items():

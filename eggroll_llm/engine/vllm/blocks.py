@@ -1,6 +1,6 @@
 """The population's arithmetic on a GPU: member terms, on the way through norms and activations where a model is known.
 
-A decoder block of Llama, Qwen2 or Qwen3 in vLLM is
+A decoder block of Llama, Mistral, Qwen2 or Qwen3 in vLLM is
 
     input norm -> qkv -> rotary, attention -> o -> norm -> gate and up -> activation -> down -> next block's norm
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from vllm.lora.layers import ReplicatedLinearWithLoRA, RowParallelLinearWithLoRA
 from vllm.model_executor.models.llama import LlamaDecoderLayer
+from vllm.model_executor.models.mistral import MistralDecoderLayer
 from vllm.model_executor.models.qwen2 import Qwen2DecoderLayer
 from vllm.model_executor.models.qwen3 import Qwen3DecoderLayer
 
@@ -17,7 +18,7 @@ from eggroll_llm.engine.vllm.ranks import Part
 from eggroll_llm.errors import ModelError
 from eggroll_llm.es.noise import Shape
 
-_BLOCKS = (LlamaDecoderLayer, Qwen2DecoderLayer, Qwen3DecoderLayer)
+_BLOCKS = (LlamaDecoderLayer, MistralDecoderLayer, Qwen2DecoderLayer, Qwen3DecoderLayer)
 """Decoder blocks, without subclasses, called with positions, hidden states and residual; `blocks` has their modules."""
 
 
@@ -78,7 +79,9 @@ def find_layers(modules: Mapping[str, Any], packed: Mapping[str, Sequence[str]])
 def decoder_blocks(model: Any) -> list[Any]:
     """Return the decoder blocks of a model when all are of a kind that is known here, else none."""
     blocks = list(getattr(getattr(model, "model", None), "layers", ()))
-    return blocks if all(type(block) in _BLOCKS for block in blocks) else []
+    # Some of Mistral's have a condition between norm and MLP.
+    known = all(type(block) in _BLOCKS and getattr(block, "ada_rms_norm_t_cond", None) is None for block in blocks)
+    return blocks if known else []
 
 
 def _part(module: Any, c: int, out: int) -> Part:
