@@ -126,8 +126,8 @@ def show(table: Sequence[dict[str, Any]], size: Size, console: Console) -> None:
             "and new tokens. prefill: seconds to the first token of all prompts. step: milliseconds of a forward pass "
             "that decodes a token of each. scored/s: tokens of completions and prompts that members score, and as a "
             "fraction of plain eager's prompt tokens/s in prefill. of ...: tokens/s, as a fraction in the same round. "
-            "noise + update + serve: milliseconds of a training step, and their share of it; a GPU makes the noise as "
-            "members are placed, which is part of sampling. GiB: in use (GPU: peak), "
+            "noise + update + serve: milliseconds of a training step, and their share of it; a GPU makes the noise "
+            "while members answer, so it is in tokens/s, too. GiB: in use (GPU: peak), "
             "then what it is more than plain eager, measured / predicted. start: seconds. vLLM: how it runs.",
         )
         for column in ("variant", "tokens/s", "new/s", "prefill", "decode/s", "step", "scored/s"):
