@@ -1,7 +1,7 @@
-"""Compiles every Triton kernel for a GPU that need not be there; prints a line of what became of each.
+"""Compiles the Triton kernels for GPUs that need not be there, as the functions around them call them; launches none.
 
-That is its name and target, fused multiply-adds, registers, bytes that did not fit into them, and bits of each load.
-Run in a process of its own, without TRITON_INTERPRET: `python compile_kernels.py 80 90`.
+Prints a line for every variant: its name and target, fused multiply-adds, registers, bytes that did not fit into them,
+and bits of each load. Run in a process of its own, without TRITON_INTERPRET: `python compile_kernels.py 80 90`.
 """
 
 import contextlib
@@ -11,75 +11,100 @@ import re
 import sys
 from typing import Any
 
-import torch  # noqa: F401 - Triton looks for it
+import torch
+from torch import Tensor
 from triton import knobs
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource, compile
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
 
-from eggroll_llm.engine.vllm import sampling_triton
-from eggroll_llm.kernels import fold_triton, member_term_triton, noise_triton, norms_triton
+from eggroll_llm.engine.vllm.sampling_triton import sample
+from eggroll_llm.es.noise import NoiseSpec
+from eggroll_llm.kernels import noise
+from eggroll_llm.kernels.fold_triton import fold_triton
+from eggroll_llm.kernels.member_term_triton import expand, shrink
+from eggroll_llm.kernels.norms_triton import Factors, rms_norm, silu_and_mul
 
-SERVED, FLOATS, NUMBERS, WORDS, NUMBER, FLOAT = "*bf16", "*fp32", "*i32", "*i64", "i32", "fp32"
-TERM = {
-    "x_TI": SERVED,
-    "B_SCRI": SERVED,
-    "A_SV": SERVED,
-    "slot_T": NUMBERS,
-    "slots": NUMBER,
-    "tokens": NUMBER,
-    "at_once": NUMBER,
-}
-STRIDES = {"x_stride": NUMBER, "y_stride": NUMBER, "slot_A": NUMBER, "slot_B": NUMBER}
-FUSED = {"h_TR": FLOATS, "h_TCR": FLOATS, "after_TCR": FLOATS, "y_TI": SERVED, "y_TO": SERVED}
-TYPES: dict[str, str] = {
-    **TERM, **STRIDES, **FUSED, "ends_C": NUMBERS, "residual_TI": SERVED, "weight_I": SERVED, "epsilon": FLOAT,
-    "rows_SV": SERVED, "width": NUMBER, "row_K": WORDS, "negative_K": WORDS, "pair_K": WORDS, "id_N": WORDS,
-    "at_A_N": WORDS, "at_B_N": WORDS, "pairs": NUMBER, "scale": FLOAT, "step": NUMBER,
-    "seed_low": NUMBER, "seed_high": NUMBER, "table": FLOATS,
-    "weight_OI": FLOATS, "served_OI": SERVED, "A_KO": FLOATS, "B_KI": FLOATS, "terms": NUMBER, "out": NUMBER,
-    "inside": NUMBER, "first_block": NUMBER, "first_A": NUMBER, "first_B": NUMBER,
-    "token_Q": WORDS, "logits_QV": FLOATS, "seed_Q": WORDS, "position_Q": WORDS, "stride": NUMBER,
-}  # fmt: skip
-NORM = {"SIZE": 1536, "BLOCK": 2048}
-NOTHING_BEFORE = {"h_TR": None, "A_SV": None}
-WITHOUT = {**NOTHING_BEFORE, "after_TCR": None, "B_SCRI": None}
-KERNELS: list[tuple[Any, dict[str, Any]]] = [  # as they are called for Qwen2.5-1.5B at ranks 1 and 8
-    (member_term_triton._shrink, {"INSIDE": 1536, "ROWS": 1, "BLOCK_ROWS": 1, "BLOCK_I": 2048}),
-    (member_term_triton._shrink, {"INSIDE": 1536, "ROWS": 8, "BLOCK_ROWS": 8, "BLOCK_I": 512}),
-    (member_term_triton._expand, {"SLICES": (1536, 256, 256), "R": 1, "BLOCK": 256, "num_warps": 1}),
-    (member_term_triton._expand, {"SLICES": (1536, 256, 256), "R": 8, "BLOCK": 256, "num_warps": 1}),
-    (norms_triton._rms_norm, {"R": 0, "AFTER": 0, "ROWS": 1, "HAS_RESIDUAL": False, **NORM, **WITHOUT}),
-    (norms_triton._rms_norm, {"R": 0, "AFTER": 3, "ROWS": 4, "HAS_RESIDUAL": True, **NORM, **NOTHING_BEFORE}),
-    (norms_triton._rms_norm, {"R": 1, "AFTER": 2, "ROWS": 2, "HAS_RESIDUAL": True, **NORM}),
-    (norms_triton._rms_norm, {"R": 8, "AFTER": 24, "ROWS": 4, "HAS_RESIDUAL": True, **NORM}),
-    (norms_triton._silu_and_mul, {"SIZE": 8960, "R": 1, "AFTER": 1, "ROWS": 1, "BLOCK": 1024, "num_warps": 8}),
-    (norms_triton._silu_and_mul, {"SIZE": 8960, "R": 8, "AFTER": 8, "ROWS": 8, "BLOCK": 1024, "num_warps": 8}),
-    (noise_triton._place, {"R": 3, "BLOCKS": 512}),
-    (fold_triton._fold, {"SERVES": True, "BLOCK": 64, "BLOCK_K": 16}),
-    (fold_triton._fold, {"SERVES": False, "BLOCK": 64, "BLOCK_K": 16}),
-    (sampling_triton._sample, {"STREAM": sampling_triton.STREAM, "V": 151936, "BLOCKS": 512}),
-]
+HIDDEN, QKV, INTERMEDIATE = 1536, (1536, 256, 256), 8960  # of Qwen2.5-1.5B
+SLOTS, VOCABULARY = 2, 151936
 
-knobs.nvidia.dump_ptxas_log = True
 
-for capability in map(int, sys.argv[1:]):
-    for kernel, constants in KERNELS:
-        at = {param.name: (param.num,) for param in kernel.params}
-        aligned = [
-            at[param.name]
-            for param in kernel.params
-            if param.name not in constants and not (param.do_not_specialize or param.do_not_specialize_on_alignment)
-        ]
-        source = ASTSource(
-            fn=kernel,
-            signature={name: "constexpr" if name in constants else TYPES[name] for name in at},
-            constexprs={at[name]: value for name, value in constants.items() if name in at},
-            attrs={place: [["tt.divisibility", 16]] for place in aligned},  # as those of tensors and real sizes are
-        )
-        options = {"enable_fp_fusion": kernel is not noise_triton._place, "num_warps": constants.get("num_warps", 4)}
-        with contextlib.redirect_stdout(io.StringIO()) as assembler:
-            compiled = compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-        ptx, log = compiled.asm["ptx"], assembler.getvalue()
+class Driver:
+    """Stands in for the driver of a GPU of some compute capability."""
+
+    def __init__(self, capability: int) -> None:
+        self._capability = capability
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self._capability, 32)
+
+    def get_current_device(self) -> int:
+        return self._capability  # whose kernels are kept apart
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def served(*shape: int) -> Tensor:
+    return torch.zeros(shape, dtype=torch.bfloat16)
+
+
+def decode(rank: int, tokens: int) -> None:
+    """Call what a block calls in a forward pass, and the norm at the end, with the tensors of a CPU in their place."""
+    slot_T = torch.zeros(2048, dtype=torch.int32)
+
+    def factors(slices: tuple[int, ...], inside: int) -> Factors:
+        return Factors(served(SLOTS, rank * sum(slices)), served(SLOTS, len(slices), rank, inside), slot_T, slices)
+
+    qkv, o = factors(QKV, HIDDEN), factors((HIDDEN,), HIDDEN)
+    gate_up, down = factors((INTERMEDIATE, INTERMEDIATE), HIDDEN), factors((HIDDEN,), INTERMEDIATE)
+    weight_I = served(HIDDEN)
+    x, y_qkv, y_gate_up = (served(tokens, size) for size in (HIDDEN, sum(QKV), 2 * INTERMEDIATE))
+    _, h_qkv = rms_norm(x, None, weight_I, 1e-6, None, qkv)
+    assert h_qkv is not None
+    expand(y_qkv, h_qkv, qkv.A_SV, slot_T, QKV)
+    _, h_gate_up = rms_norm(x, x.clone(), weight_I, 1e-6, (o, shrink(x, o.B_SCRI, slot_T)), gate_up)
+    assert h_gate_up is not None
+    _, h_down = silu_and_mul(y_gate_up, (gate_up, h_gate_up), down)
+    assert h_down is not None
+    rms_norm(x, x.clone(), weight_I, 1e-6, (down, h_down), qkv)
+    rms_norm(x, x.clone(), weight_I, 1e-6, (down, h_down))
+
+
+def others() -> None:
+    """Call what makes noise, what folds it into weights, and what draws tokens."""
+    layout = noise.RowLayout((("a.weight", HIDDEN, HIDDEN), ("b.weight", HIDDEN, INTERMEDIATE)), 1)
+    for seed, pairs in ((0, 1), (2**63, 5)):
+        spec, pairs_K = NoiseSpec(seed=seed, step=1, rank=1, sigma=1.0), torch.arange(pairs)
+        noise.place(served(pairs, layout.width), pairs_K, spec, pairs_K, pairs_K, layout)
+    for terms in (1, 64):
+        columns = [(torch.zeros(terms, HIDDEN), torch.zeros(terms, HIDDEN))]
+        fold_triton(torch.zeros(HIDDEN, HIDDEN), columns, None)
+        fold_triton(torch.zeros(HIDDEN, HIDDEN), columns, served(HIDDEN, HIDDEN))
+    for rows in (1, 3):
+        sample(torch.zeros(rows, VOCABULARY), *torch.zeros(2, rows, dtype=torch.int64).unbind())
+
+
+def main(capabilities: list[int]) -> None:
+    compiled: dict[int, tuple[JITFunction, int, Any]] = {}
+    run = JITFunction.run
+
+    def compile_only(kernel: JITFunction, *args: Any, warmup: bool, **options: Any) -> None:
+        with contextlib.redirect_stdout(io.StringIO()) as log:
+            variant = run(kernel, *args, warmup=True, **options)
+        if id(variant) not in compiled:
+            compiled[id(variant)] = kernel, capability, (variant, log.getvalue())
+
+    JITFunction.run = compile_only
+    knobs.nvidia.dump_ptxas_log = True
+    for capability in capabilities:
+        driver.set_active(Driver(capability))
+        for rank in (1, 8):
+            for tokens in (1, 5, 1500):
+                decode(rank, tokens)
+        others()
+    for kernel, capability, (variant, log) in compiled.values():
+        ptx = variant.asm["ptx"]
         loads = re.findall(r"ld\.global\S*?(?:\.v(\d))?\.b(\d+)", ptx)
         found = {
             "kernel": kernel.__name__,
@@ -90,3 +115,6 @@ for capability in map(int, sys.argv[1:]):
             "loads": sorted(int(bits) * int(many or 1) for many, bits in loads),
         }
         print(json.dumps(found))
+
+
+main([*map(int, sys.argv[1:])])
