@@ -76,7 +76,6 @@ CPU_CASES = [  # the first three, and five, are those of `few` and `some`
     Case(kind="olmoe", rank=1, layers=(1, 2)),
     Case(kind="qwen3moe", rank=1, dtype="bfloat16", tolerance=0.2, apart=0.6),
     Case(kind="llama", rank=2, layers=(1, 1)),
-    Case(kind="smollm3", rank=1, compiled=True),
 ]
 CUDA_CASES = [  # FlashAttention serves no float32
     Case(kind=kind, rank=rank, dtype="bfloat16", tolerance=0.2, apart=0.6, masters=masters, offload=offload)
