@@ -1,6 +1,6 @@
 """What ES takes of a GPU, for the shapes of Qwen2.5: `python scripts/memory_table.py` prints a table of docs/models.md.
 
-By `eggroll_llm.engine.memory`, as `train --dry-run` has it: 64 members of rank 1 in 64 slots, 256 sequences, plain SGD.
+By `eggroll_llm.engine.memory`, as `train --dry-run` has it: 64 members of rank 1 in 64 slots, 512 sequences, plain SGD.
 """
 
 from collections import Counter
@@ -16,7 +16,7 @@ SHAPES = {  # hidden, intermediate, layers, values of keys a token, vocabulary, 
     "1.5B": (1536, 8960, 28, 256, 151_936, 1),
     "7B": (3584, 18_944, 28, 512, 152_064, 2),
 }
-ENGINE = EngineConfig(dtype="bfloat16", slots=64, max_sequences=256)
+ENGINE = EngineConfig(dtype="bfloat16", slots=64, max_sequences=512)
 SPLIT, FLOAT32 = EsSettings(population=64, masters="split"), EsSettings(population=64)
 WAYS = {
     "float32, the default": (FLOAT32, ENGINE),
