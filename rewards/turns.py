@@ -11,6 +11,7 @@ its tag. Everything before a closing tag without an opening one is thought too.
 
 import re
 from collections import deque
+from itertools import islice
 
 THOUGHT = re.compile(
     r"(?i)<(/?)(?:seed:)?(?:think(?:ing)?|thought)>|\[(/?)think\]|\u25c1(/?)think\u25b7"
@@ -34,25 +35,7 @@ MAX_CUES = 128
 MAX_TURNS = 16
 """Next turns that are reported, from the first."""
 
-_TOKEN_CUES = (
-    "</s>",
-    "<s>",
-    "<eos>",
-    "<bos>",
-    "_of_turn>",
-    "INST]",
-    "<<SYS>>",
-    "<|",
-    "<\uff5c",
-    "user>",
-    "human>",
-    "User>",
-    "question>",
-    "Question>",
-    "problem>",
-    "Problem>",
-)
-_BEFORE_CUE = {"INST]": "["}
+_TOKEN = re.compile(f"{TURN_END.pattern}|{TURN_START.pattern}")
 _ROLES = (
     *("Human", "User", "Assistant", "System", "HUMAN", "USER", "ASSISTANT", "SYSTEM"),
     *("human", "user", "assistant", "system", "model", "Student", "Teacher", "Tutor", "Bot", "AI", "Customer"),
@@ -61,19 +44,21 @@ _TOPICS = (
     *("Question", "Problem", "Exercise", "Instruction", "Example", "QUESTION", "PROBLEM", "EXERCISE"),
     *("question", "problem", "exercise", "Q", "Task", "Prompt", "Input", "Query", "Puzzle", "Challenge"),
     *("example", "Scenario", "scenario", "Problem statement", "Problem Statement", "Follow-up"),
+    *("Another one", "another one"),
 )
-# What may stand between the beginning of its line and the cue.
-_LINE_START = re.compile(
-    r"[ \t]*(?P<heading>(?:\#{1,6}|\*\*|\[|[>=_~-]+)?)[ \t>*#]*(?i:(?:now|here|let)[^\n]{0,24}\s)?"
+# What may stand in front of the cue, from the beginning of its line or the end of a sentence or answer.
+_BEFORE = re.compile(
+    r"(?P<line>\A|\n)?(?(line)|[0-9.!?)}\]$*`>%])[ \t]*+(?P<heading>(?:\#{1,6}|\*\*|\[|[>=_~-]++)?+)[ \t>*#]*+"
+    r"(?(line)|(?![a-z]))"
+    r"(?i:(?:now|here|let)[^\n]{0,24}\s)?"
     r"(?P<another>(?i:(?:the\s)?(?:next|another|one\smore|a?\s?new|follow[ -]?up|similar|second|third|last|final"
-    r"|practice|bonus|word|story|math|sample|related|additional|extra)\s){0,2})"
+    r"|practice|bonus|word|story|math|sample|related|additional|extra)\s){0,2})\Z"
 )
-_SENTENCE_END = re.compile(r"[0-9.!?)}\]$*`>][ \t*]{0,3}\Z")
-_ANSWER_END = re.compile(r"[0-9.!?)}\]$*>%]\Z")
+_ANSWER_END = re.compile(r"[0-9.!?)}\]$*>%]")
 _REACH = 60
 _NUMBER = (
-    r"[ \t]?(?:(?i:no\.?|number)[ \t])?#?"
-    r"(?P<number>[0-9]{1,4}|(?i:one|two|three|four|five|six|seven|eight|nine|ten)\b)?"
+    r"[ \t]?(?:(?i:no\.?|number)[ \t])?#?\(?"
+    r"(?P<number>[0-9]{1,4}|(?i:one|two|three|four|five|six|seven|eight|nine|ten)\b)?\)?"
 )
 _COLON = re.compile(rf"{_NUMBER}[ \t*_]{{0,4}}(?:[:\uff1a\]]|\.(?!\w))")
 _SPOKEN = re.compile(rf"{_NUMBER}[ \t*_]{{0,4}}[:\uff1a>\]]")
@@ -125,35 +110,34 @@ def last_match(pattern: re.Pattern[str], text: str) -> re.Match[str] | None:
 
 def next_turns(text: str, start: int = 0, end: int | None = None) -> list[int]:
     """Return where the text may go on to a next turn from `start` to `end`, in order: the first `MAX_TURNS` places."""
-    found = set()
+    end = len(text) if end is None else end
+    found = {token.start() for token in islice(_TOKEN.finditer(text, start, end), MAX_TURNS)}
     # Finding a literal is many times faster than searching for a pattern.
-    for cue in (*_TOKEN_CUES, *_ROLES, *_TOPICS):
+    for cue in (*_ROLES, *_TOPICS):
         position = text.find(cue, start, end)
         for _ in range(MAX_CUES):
             if position < 0:
                 break
-            if (turn := _turn_at(text, position, cue)) is not None:
-                found.add(turn)
+            if _is_turn(text, position, cue):
+                found.add(position)
             position = text.find(cue, position + 1, end)
     return sorted(found)[:MAX_TURNS]
 
 
-def _turn_at(text: str, position: int, cue: str) -> int | None:
-    """Return where the turn begins whose cue stands there; None when it is none."""
-    if cue in _TOKEN_CUES:
-        start = text.rfind(_BEFORE_CUE.get(cue, "<"), max(0, position - 8), position + 1)
-        return start if start >= 0 and (TURN_END.match(text, start) or TURN_START.match(text, start)) else None
-    after, window = position + len(cue), max(0, position - _REACH)
-    begin = text.rfind("\n", max(0, window - 1), position) + 1
-    line = _LINE_START.fullmatch(text, begin, position) if begin or not window else None
-    alone = _ALONE.match(text, after)
-    if cue in _ROLES:
-        if alone:
-            return position if line or _ANSWER_END.search(text, window, position) else None
-        speaks = line or (not cue.islower() and _SENTENCE_END.search(text, window, position))
-        return position if speaks and _SPOKEN.match(text, after) else None
+def _is_turn(text: str, position: int, cue: str) -> bool:
+    """Return whether a turn begins with the cue that stands there."""
+    after, role = position + len(cue), cue in _ROLES
     if cue == "Question" and text.startswith((":", "\uff1a"), after):
-        return position
+        return True
+    alone = _ALONE.match(text, after)
+    said = _SPOKEN.match(text, after) if role else _COLON.match(text, after) or _LISTED.match(text, after)
+    if not alone and not said:
+        return False
+    before = _BEFORE.search(text, max(0, position - _REACH), position)
+    if role:
+        line = before is not None and before["line"] is not None
+        return bool((said and before) or (alone and (line or _ANSWER_END.match(text, position - 1))))
     plain = cue in ("Question", "Problem", "Problem statement", "Problem Statement")
-    numbered = line and alone and (alone["number"] or line["heading"] or line["another"] or plain)
-    return position if numbered or (line and (_COLON.match(text, after) or _LISTED.match(text, after))) else None
+    return before is not None and bool(
+        said or plain or (alone and alone["number"]) or before["heading"] or before["another"]
+    )
