@@ -9,10 +9,11 @@
 Only text outside thoughts counts, and after an answer only that before a next turn (`turns`).
 
 Numbers are ASCII digits without leading zeros, signs + and -; every dash (`DASHES`) stands for -, a wide plus for +, ÷
-and the slashes of mathematics for /, and x, × and dots, bullets or asterisks of mathematics for *. At most 512
-characters and 32 parentheses deep. The numbers are compared with the given ones, as multisets, before anything is
-evaluated; then the value is exact (fractions). A target with up to four decimals must be met exactly. One with more is
-a decimal rounding, to be met within half a unit of its last decimal, or within the error of a float.
+and the slashes of mathematics for /, x, × and dots, bullets or asterisks of mathematics for *, and wide parentheses for
+( and ). At most 512 characters and 32 parentheses deep. The numbers are compared with the given ones, as multisets,
+before anything is evaluated; then the value is exact (fractions). A target with up to four decimals must be met
+exactly. One with more is a decimal rounding, to be met within half a unit of its last decimal, or within the error of a
+float.
 
 Reward: 1 if correct; `format_reward` for a wrong answer in the right format; 0 without an answer. A tag that
 is not blank is an answer whatever it holds; a line is one if it is an expression. A problem that is not
@@ -57,11 +58,13 @@ _WRITTEN = {
     "-": DASHES,
     "+": "\uff0b",
     "/": "\u00f7\u2044\u2215\uff0f",
+    "(": "\uff08",
+    ")": "\uff09",
     "*": "x\u00b7\u00d7\u2022\u2217\u2219\u22c5\u2715\u2716\uff0a",
 }
 _OPERATORS = {ord(character): symbol for symbol, characters in _WRITTEN.items() for character in characters}
 _TOKEN = re.compile(r"\s*(?:(0(?![0-9])|[1-9][0-9]*)|([-+*/()]))")
-_BEGUN = re.compile(r"<answer>[\s(+-]{0,64}[0-9]")
+_BEGUN = re.compile(r"<answer>[\s(\uff08+-]{0,64}[0-9]")
 _MAX_DIGITS = 64
 _DECIMAL = re.compile(rf"[-+]?[0-9]{{1,{_MAX_DIGITS}}}(?:\.[0-9]{{1,{_MAX_DIGITS}}})?")
 _FLOAT = re.compile(r"[-+]?[0-9](?:\.[0-9]{1,20})?e[-+][0-9]{2,3}")

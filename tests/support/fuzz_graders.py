@@ -21,6 +21,8 @@ _WRITTEN = {
     "-": "\u02d7\u2010\u2011\u2012\u2013\u2014\u2015\u207b\u2212\u2796\ufe58\ufe63\uff0d",
     "+": "\uff0b",
     "/": "\u00f7\u2044\u2215\uff0f",
+    "(": "\uff08",
+    ")": "\uff09",
     "*": "x\u00b7\u00d7\u2022\u2217\u2219\u22c5\u2715\u2716\uff0a",
 }
 _ASCII = {ord(character): symbol for symbol, characters in _WRITTEN.items() for character in characters}
