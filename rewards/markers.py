@@ -12,6 +12,7 @@ model's answer to this problem and is not read.
 """
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from rewards.plain_number import MAX_TEXT, RefusedError, canonical, read_number
@@ -119,25 +120,26 @@ def answer_text(text: str, *, truncated: bool) -> str:
     Raises:
         RefusedError: no marker, or the last one is empty, not closed, continued after it, or cut off.
     """
+    tries = iter(range(MAX_MARKERS))  # of all turns
     for turn in next_turns(text):
         try:
-            span = _last(text, turn)
+            span = _last(text, turn, tries)
             if span.rank != REMARK:  # with a turn after it, it is not the answer that is looked for
                 return span.text
         except RefusedError as refusal:
             if str(refusal) == "hedged" or isinstance(refusal, _UnclosedError):
                 raise
-    span = _last(text, len(text))
+    span = _last(text, len(text), iter(range(MAX_MARKERS)))
     if truncated and not span.complete:
         raise RefusedError("truncated")
     return span.text
 
 
-def _last(text: str, end: int) -> _Span:
+def _last(text: str, end: int, tries: Iterator[int]) -> _Span:
     starts = {literal: text.rfind(literal, 0, end) for literal in _LITERALS}
     best: _Span | None = None
     following = opened = end
-    for _ in range(MAX_MARKERS):
+    for _ in tries:
         literal, start = max(starts.items(), key=lambda item: item[1])
         if start < 0:
             break

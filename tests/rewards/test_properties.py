@@ -142,6 +142,14 @@ def test_the_longest_text_that_is_read_as_a_number_takes_milliseconds(end):
         assert seconds("robust", text) < 0.02, piece
 
 
+@pytest.mark.parametrize("turn", ["\nQ: ", "</s>", "18 Question 2: "])
+@pytest.mark.parametrize("block", ["x\nAnswer:\n\n", "The answer is \n- ", "\t!!!\n- !\n- The answer is \n- "])
+def test_markers_without_a_number_take_little_time_in_front_of_each_of_many_turns(block, turn):
+    for size, limit in ((10_000, 0.05), (100_000, 0.1)):
+        segment = (block * (size // len(block) + 1))[: size // 16]
+        assert seconds("robust", turn.join([segment] * 16)) < limit
+
+
 @functools.cache
 def mixed(seed: int) -> str:
     """A megabyte of a few pieces in random order: what opens and never closes, with something to search in between."""
