@@ -28,12 +28,12 @@ _MARKUP: list[tuple[re.Pattern[str], str]] = [
         (rf"(?<=[0-9\s]){_UNIT}[23]\b", " "),
         (rf"(?i)(?<=[0-9\s]){_UNIT}\s(?:squared|cubed)\b", " "),
         (r"</?[A-Za-z][^<>]{0,60}>|<\|[^<>|]{0,30}\|>", " "),
-        (r"\{,\}", ","),
+        (r"(?:\\text\s?)?\{\\?,\}", ","),
         (r"\\!", ""),
         (r"(?<=[0-9])\\(?:[,:; ]|thinspace\s?)(?=[0-9]{3}(?![0-9]))", ","),
         (r"\^\s?\{?\s?\\circ\s?\}?|\\(?:text)?degree(?![A-Za-z])", " degrees "),
         (
-            r"\\(?:text(?:bf|it|rm|sf|tt)?|math(?:rm|bf|it|sf|tt)|boldsymbol|operatorname|[mh]box|emph|underline|unit"
+            r"\\(?:text(?:bf|it|rm|sf|tt)?|math(?:rm|bf|it|sf|tt)|boldsymbol|operatorname|bm|[mh]box|emph|underline|unit"
             r"|f?box(?:ed)?)\s?(?=\{)",
             " ",
         ),
@@ -42,8 +42,8 @@ _MARKUP: list[tuple[re.Pattern[str], str]] = [
         (r"\\(?:text)?color\s?\{[A-Za-z]{1,20}\}", " "),
         (r"\\(?:pounds|euro|textdollar|rm|bf|it|sf|tt|small|[lL]arge|LARGE|[hH]uge)(?![A-Za-z])", " "),
         (r"\\(?:left|right|displaystyle|quad|qquad)(?![A-Za-z])|\\[,:; ()\[\]\\]", " "),
+        (r"(?:(?<=[0-9}])|(?<=\\\$))~|(?<=\{)~(?=[A-Za-z])", " "),
         (r"\\(?=[$%#&_])", ""),
-        (r"(?<=[0-9}])~|(?<=\{)~(?=[A-Za-z])", " "),
         (r"[*_`{}#|]", " "),
         (r"=+>|-+>|[→⇒⟹]", "="),
     ]

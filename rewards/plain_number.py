@@ -44,10 +44,12 @@ _UNIT_WITH_STOP = "".join(rf"(?<!\b{unit}\.)" for unit in _ABBREVIATED)
 _SENTENCE_END = rf"(?<!\bMr)(?<!\bMs)(?<!\bDr)(?<!\bSt)(?<!\bMrs)(?:;|\.(?:{_UNIT_WITH_STOP}|(?=\s+[A-Z])))\s+"
 _NEW_SENTENCE = re.compile(rf"{_SENTENCE_END}(?=[A-Za-z\"'(])")
 _EQUATION = re.compile(rf"(?<![0-9,.]){_SUM}=")
-# An equation in words: the sum of 9 and 9 is 18.
+# An equation in words: the sum of 9 and 9 is 18, 9 times 2 is 18, 12 + 6 equals 18.
 _IN_WORDS = re.compile(
-    rf"(?i)\A([^0-9=]*\b(?:sum|product|difference)\sof\s[^0-9=]{{0,20}})(?>{_NUMBER.pattern})[^0-9=]{{0,20}}?\s"
-    rf"and\s[^0-9=]{{0,20}}(?>{_NUMBER.pattern})[^0-9=]{{0,20}}?\s(?:is|equals)\b"
+    rf"(?i)\A(?:([^0-9=]*\b(?:sum|product|difference)\sof\s[^0-9=]{{0,20}})(?>{_NUMBER.pattern})[^0-9=]{{0,20}}?"
+    rf"\sand\s[^0-9=]{{0,20}}|([^0-9=]*)(?>{_NUMBER.pattern})[^0-9=.,;:]{{0,20}}?"
+    rf"(?:\s(?:plus|minus|times|(?:divided|multiplied)\sby)\s|\s[-+/]\s|(?<=[0-9])[-+/]|\s{{2,4}})[{_CURRENCY}]?)"
+    rf"(?>{_NUMBER.pattern})(?!\sof\b)[^0-9=.,;:]{{0,20}}?\s(?:is|equals)\b"
 )
 # A step whose result the next one goes on with: 16 - 7 = 9 eggs, so 9 * 2 = 18.
 _CONJUNCTION = r"(?:and|so|then|thus|hence|therefore)\b,?\s+"
@@ -62,9 +64,10 @@ _RETRACTION = re.compile(
     r"(?:or|no|not|wait|oops|sorry|hold on|maybe|perhaps|actually|alternatively|otherwise)\b"
 )
 _REASON = re.compile(r"(?i),?\s(?:because|since|as|so|which|given|after|when|where|for a total)\b")
-# What follows is concluded from the number, so that it is the answer: "She has 3, so there are 10 - 3 = 7."
+# What follows is concluded from the number, so that it is the answer: "She has 3, so there are 10 - 3 = 7." Only a tag
+# or a box has several lines.
 _CONCLUSION = re.compile(
-    r"(?i)(?:,?\s|^)(?:so|thus|hence|therefore|then|for a total|in total|leaving|giving"
+    r"(?i)\n|(?:,?\s|^)(?:so|thus|hence|therefore|then|(?-i:Now)(?=[^=]*=)|for a total|in total|leaving|giving"
     r"|(?:this|that|which) (?:means|makes|gives|leaves|rounds))\b"
     r"|\A,?\s(?:as|which|after|when|where|given)\b(?=[^=]*=)"
 )
@@ -79,18 +82,18 @@ def _one_of(words: str) -> str:
 
 
 _DIGIT_WORDS = "one two three four five six seven eight nine ten eleven twelve"
-_NUMBER_WORD = (
+NUMBER_WORD = (
     rf"(?:{_one_of(_DIGIT_WORDS)}|\b(?:thir|four|fif|six|seven|eigh|nine)teen\b"
     r"|\b(?:twen|thir|four?|fif|six|seven|eigh|nine)ty\b)"
 )
 _SCALE_WORD = re.compile(
-    r"(?i)\b(?:hundred|thousand|[a-z]{1,9}illion|mill|mio|mrd|lakh|lac|crore|dozen)s?\b"
+    r"(?i)\b(?:hundred|thousand|[a-z]{1,9}illion|mill|mio|mrd|lakh|lac|crore|dozen)(?:ths|s)?\b"
     r"|\b(?:million(?:en|es)|millon(?:es)?|milh(?:\u00e3o|\u00f5es)|milliard(?:en?|s)?|mille|tausend)\b"
     r"|\b(?:\u0442\u044b\u0441(?:\u044f\u0447[\u0430-\u044f]*)?|\u043c\u0438\u043b\u043b\u0438[\u0430-\u044f]+|\u043c\u043b\u043d|\u043c\u043b\u0440\u0434)\b"
     r"|\A\s?[\ucc9c\ub9cc\uc5b5\uc870](?:\uc6d0|\W|\Z)|"
     + _one_of("halves thirds fourths fifths sixths sevenths eighths ninths tenths elevenths twelfths")
     + "|"
-    + _one_of("twentieths hundredths thousandths squared cubed factorial")
+    + _one_of("twentieths squared cubed factorial")
     + r"|\b(?:doubled|tripled|halved|below\s(?:zero|freezing))\b"
     + r"|\band[\s-]+(?:an?|one|two|three)[\s-]+(?:half|third|quarter|fourth|fifth|eighth|tenth)"
 )
@@ -99,28 +102,32 @@ _SCALE_LETTER = re.compile(
     r"(?!\.\s?[A-Za-z])"
 )
 _SCALE_LETTER_OF_MONEY = re.compile(r"\s*(?:mm|[mb])\b")
-_NUMBER_GOES_ON = re.compile(rf"(?i)[\s,]*(?:and\s+)?(?:{_NUMBER_WORD}|{_SCALE}|{_one_of('half dozen')})")
+_NUMBER_GOES_ON = re.compile(rf"(?i)[\s,]*(?:and\s+)?(?:{NUMBER_WORD}|{_SCALE}|{_one_of('half dozen')})")
 _CHANGED_AFTER = re.compile(
-    rf"(?i:\s*(?:divided|multiplied|π|pi\b|{_NUMBER_WORD}\s*(?:[.,;!]|$)"
-    rf"|(?:times|over|plus|minus|mod|point|(?:more|less|fewer)\s+than)\s+{_NUMBER_WORD}))"
+    rf"(?i:\s*(?:divided|multiplied|π|pi\b|{NUMBER_WORD}\s*(?:[.,;!]|$)"
+    rf"|(?:times|over|plus|minus|mod|point|(?:more|less|fewer)\s+than)\s+{NUMBER_WORD}))"
     r"|-\s*$|\s-\s?[b-hj-z]\b|-[xyz]\b|\s*(?:[\^×÷·⋅±√!<>≈~&]|/(?!\s{0,3}[A-Za-z])|\+|[xX][0-9A-Fa-f]{2})"
 )
 _CHANGED_BEFORE = re.compile(
     r"(?i)(?:[\^/·⋅±√!&⌊⌈]|[a-z]\(|(?-i:(?<![A-Za-z'\u2019])[b-hj-z])\s?-?|"
-    + _one_of("half thirds? quarters? fifths? twice double triple quadruple thrice root square cube log ln sqrt exp")
-    + r"\(?(?:\s+of)?(?:\s+the)?|\b(?:half|quarter)\s+past|\A\W*(?:a\s+)?quarter\s+to"
+    + _one_of(
+        "half thirds? quarters? (?:fif|six|seven|eigh|nin|ten)ths? twice double triple quadruple thrice"
+        " root square cube log ln sqrt exp"
+    )
+    + r"(?:\(|\s+(?:of|as\s[a-z]+\sas)(?:\s+the)?(?:\s*+[(\[])?|\s+the)?[\s\"'\u2018\u201c]*+"
+    + r"|\b(?:half|quarter)\s+past|\A\W*(?:a\s+)?quarter\s+to"
     + r"|(?:\b(?:reciprocal|inverse|opposite|negative|per\s?cent)|%)\s+of(?:\s+the)?"
-    + rf"|(?:{_NUMBER_WORD}|{_SCALE}|{_one_of('dozen')})"
+    + rf"|(?:{NUMBER_WORD}|{_SCALE}|{_one_of('dozen')})"
     r"(?:-|\s+(?:and|times|plus|minus|less|over|short\s+of|(?:divided|multiplied)\s+by))?)\s*$"
 )
 _TENS = ("twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety")
 _TEENS = ("thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen")
 _WORTH = {word: worth for worth, word in enumerate((*_DIGIT_WORDS.split(), *_TEENS), start=1)}
 _WORTH |= {word: worth for worth, word in zip(range(20, 100, 10), _TENS, strict=True)}
-_SPELLED = re.compile(rf"(?i){_NUMBER_WORD}(?:[\s,-]*(?:\band\b|{_NUMBER_WORD}|{_SCALE}))*")
+_SPELLED = re.compile(rf"(?i){NUMBER_WORD}(?:[\s,-]*(?:\band\b|{NUMBER_WORD}|{_SCALE}))*")
 # "18 students play football or basketball" offers no other number.
 _OR = (
-    rf"\bor\b(?=\W*(?:\Z|[0-9]|{_NUMBER_WORD}|{_SCALE}|"
+    rf"\bor\b(?=\W*(?:\Z|[0-9]|{NUMBER_WORD}|{_SCALE}|"
     + _one_of("an? so more less fewer higher lower greater above below about around thereabouts near not none zero")
     + "|"
     + _one_of("nothing neither maybe perhaps possibly even else rather twice half double dozen something anything")
@@ -128,22 +135,24 @@ _OR = (
     + _one_of("slightly just almost nearly close only under over up down some any several few much many roughly")
     + "))"
 )
-_HEDGE = re.compile(f"(?i){_OR}|" + _one_of("maybe perhaps possibly probably likely approx approximately roughly"))
+_HEDGE = re.compile(
+    rf"(?i){_OR}|\bI\sguess\b|" + _one_of("maybe perhaps possibly probably likely approx approximately roughly")
+)
 _NOT = r"(?:\b(?:not|never|neither|nor|cannot)\b|n['\u2019]t\b)"
 # A sentence may deny something else, "18 students did not vote".
 _DENIED_BEFORE = re.compile(
-    rf"(?i){_NOT}(?:\s+(?:be|equal|to|necessarily|exactly|quite|just|only|simply|really|actually))*[\s\"'({_CURRENCY}]*$"
+    rf"(?i){_NOT}(?:\s+(?:be|equal|to|necessarily|exactly|quite|just|only|simply|really|actually))*\s*$"
 )
 _DENIED_AFTER = re.compile(
     rf"(?i)\W*(?:{_NOT}|(?:(?:which|that|this)\s+)?(?:is|was|has|would\sbe)\s*(?:{_NOT}|(?:wrong|incorrect|false)\b)"
     r"|(?:wrong|incorrect|false)\W*$)"
 )
-_DENIED_IN_REMARK = re.compile(rf"(?i){_NOT}(?!\s(?:including|counting)\b)|\b(?:wrong|incorrect|guess|unsure)\b")
+_DENIED_IN_REMARK = re.compile(rf"(?i){_NOT}(?!\s(?:includ|count)ing\b)|\b(?:wrong|incorrect|guess|unsure|estimate)\b")
 _HEDGE_BEFORE = re.compile(
     "(?i)"
     + _one_of("nearly almost circa")
     + r"|\b(?:about|around)(?:\s+(?:(?:a|the)\b\s*)?(?:(?:total|sum|product|difference)(?:\s+of)?)?)?[\s:\"'+-]*$"
-    + r"|\b(?:either|both|between)\s*$"
+    + r"|\b(?:either|both|between)\s*$|\b(?:not\s(?:sure|certain)|unsure),?\s*$"
     + r"|\b(?:(?:any|every)thing|except|besides|but|near|approaching"
     + r"|(?:could|might|may)\s+be|close\s+to|far\s+from|short\s+of|ca?\.)\s*$"
     + r"|\b(?:at least|at most|up to|(?:more|less|fewer|greater|other) than)\b"
@@ -152,9 +161,10 @@ _HEDGE_BEFORE = re.compile(
 )
 _BESIDE = re.compile(r"(?i)\b(?:below|above)\s*$")
 _HEDGE_AFTER = re.compile(
-    r"(?i)\s*\?|\A[\s-]*ish\b|\bgive or take\b|\bat (?:least|most)\b|"
+    r"(?i)\s*\?|\A[\s-]*ish\b|\bgive or take\b|\bat (?:least|most)\b"
+    + r"|\band\s(?:up|more|above)\W*$|(?<![A-F+])\+\s*$|"
     + _one_of("plus minus")
-    + rf"|\band\s+{_NUMBER_WORD}"
+    + rf"|\band\s+{NUMBER_WORD}"
 )
 _MINUS_WORD = re.compile(r"(?i)\b(?:negative|minus)[\s:\"']*$")
 _CODE = "(?:USD?|Rs|INR|EUR|GBP|CAD|AUD|NZD|HKD|SGD|CHF|JPY|CNY|RMB|MXN|BRL|SEK|NOK|DKK|PLN|ZAR)"
@@ -162,6 +172,7 @@ _CURRENCY_CODE = re.compile(rf"(?:^|[^A-Za-z]){_CODE}$")
 _MONEY_AFTER = re.compile(rf"(?i)\s*(?:mm|[mb])\s*(?:[{_CURRENCY}]|{_CODE}\b|(?:dollar|euro|pound|rupee)s?\b)")
 _PER_SCALE = re.compile(r"(?i)\A\s*(?:per|a|each|every|/|for\s(?:an?|one))\s*(?:dozen|hundred|thousand)\b")
 _OPENING = r"\s(\[\"'\u2018\u201a\u201b\u201c\u201e\u201f\u00ab\u2039\u300c"
+_CLOSING = ")]\"'\u2019\u201d\u00bb"
 # From where they begin, as a search from each of many signs would take quadratic time.
 _CURRENCY_BEFORE = re.compile(
     rf"(?<![{_CURRENCY}{_OPENING}])(?:(?<![A-Za-z])[A-Z]{{1,2}}\$|[{_CURRENCY}{_OPENING}]|(?<![A-Za-z]){_CODE}\.?)+$"
@@ -192,7 +203,7 @@ def read_number(text: str) -> str:
     if len(text) > MAX_TEXT:
         raise RefusedError("not_plain")
     text = _SPACED.sub(lambda spaced: _NOT_DIGIT.sub("", spaced.group()), without_markup(text))
-    text = _without_steps(_IN_WORDS.sub(r"\1=", _SCALED.sub(_written_out, text)))
+    text = _without_steps(_IN_WORDS.sub(r"\1\2=", _SCALED.sub(_written_out, text)))
     answer, rest = _split_reason(text)
     side = _right_side(_without_equations_in_remarks(answer))
     match = _NUMBER.search(side)
@@ -206,7 +217,7 @@ def read_number(text: str) -> str:
     _check_surroundings(before, after)
     # Not "18. She has 3, so she keeps 15."
     if _EQUATION.search(answer) or re.search("[A-Za-z]", before + after) or not _NEW_SENTENCE.match(rest):
-        _check_conclusion(rest, match.group())
+        _check_conclusion(answer, rest, match.group())
     value = canonical(sign + match.group())
     if value is None:
         raise RefusedError("not_plain")
@@ -257,10 +268,16 @@ def _split_reason(text: str) -> tuple[str, str]:
     return text[:end], text[end:]
 
 
-def _check_conclusion(rest: str, number: str) -> None:
+def _check_conclusion(answer: str, rest: str, number: str) -> None:
     """Refuse a number that the rest takes back, or from which it goes on to conclude another."""
     if _TAKEN_BACK.match(rest):
         raise RefusedError("hedged")
+    stated = set(map(canonical, _NUMBER.findall(answer)))
+    for step in _EQUATION.finditer(rest) if _EQUATION.search(answer) else ():
+        result = _NUMBER.search(rest, step.end())
+        goes_on = canonical(number) in map(canonical, _NUMBER.findall(step.group()))
+        if goes_on and result and canonical(result.group()) not in stated:
+            raise RefusedError("several_numbers")
     conclusion = _CONCLUSION.search(rest)
     if conclusion is None:
         return
@@ -301,7 +318,8 @@ def _without_remarks(after: str, number: str) -> str:
         content = bracket[1:-1].strip(f" \t.:{_CURRENCY}?%")
         other = _NUMBER.fullmatch(content) and canonical(content) != canonical(number)
         denied = _HEDGE.search(content) or _DENIED_IN_REMARK.search(content)
-        number_word = _SCALE_WORD.search(content) or _SPELLED.fullmatch(content)
+        own = set(map(canonical, _NUMBER.findall(content))) <= {canonical(number)}  # not 60 (5 dozen)
+        number_word = (own and _SCALE_WORD.search(content)) or _SPELLED.fullmatch(content)
         if other or denied or "?" in bracket or (number_word and not _spells(content, number)):
             raise RefusedError("hedged")
     return _BRACKETS.sub(" ", after)
@@ -323,10 +341,10 @@ def _spells(words: str, number: str) -> bool:
 
 
 def _check_surroundings(before: str, after: str) -> None:
-    words = _CURRENCY_BEFORE.sub("", before)
+    words, behind = _CURRENCY_BEFORE.sub("", before), after.lstrip(f"{_CLOSING}{_CURRENCY}")
     hedged = _HEDGE.search(before) or _HEDGE_BEFORE.search(words) or _BESIDE.search(before)
-    hedged = hedged or _HEDGE.search(after) or _HEDGE_AFTER.search(after)
-    if hedged or _DENIED_BEFORE.search(before) or _DENIED_AFTER.match(after):
+    hedged = hedged or _HEDGE.search(after) or _HEDGE_AFTER.search(behind)
+    if hedged or _DENIED_BEFORE.search(words) or _DENIED_AFTER.match(after):
         raise RefusedError("hedged")
     money = re.search(rf"[^{_OPENING}]", before[len(words) :]) or _MONEY_AFTER.match(after)
     glued = before[-1:].isalpha() and not _CURRENCY_CODE.search(before)
@@ -335,8 +353,8 @@ def _check_surroundings(before: str, after: str) -> None:
         or "\\" in before
         or "\\" in after
         or _CHANGED_BEFORE.search(before.rstrip(f" {_CURRENCY}"))
-        or _CHANGED_AFTER.match(after)
-        or _SCALE_LETTER.match(after)
+        or _CHANGED_AFTER.match(behind)
+        or _SCALE_LETTER.match(behind)
         or _SCALE_WORD.search(after)
         or (money and _SCALE_LETTER_OF_MONEY.match(after))
     )
