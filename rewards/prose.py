@@ -13,6 +13,8 @@ DIRECT, INDIRECT, REMARK, MENTION, CLAUSE = range(5)
 (let me check the answer: 18); an empty box or tag. CLAUSE: `rank_of_clause` says which of the first two it is."""
 
 _LONGEST_CLAUSE = 300
+MARKDOWN = str.maketrans("", "", '*_`"\\')
+"""What is passed over in sentences and headings."""
 _WORD = r"(?:\s[a-z]{1,20}+)"
 _PROSE = re.compile(
     r"(?i)[*_`\"']{0,3}(?:\s{1,3}\([^()\n]{0,60}\))?"
@@ -54,13 +56,15 @@ _NOT_ASSERTED = re.compile(
     r"|(?:if|suppose|assum(?:e|ing))(?:\sthat)?(?:\s(?:the|my|your))?)[ \t]\Z"
 )
 """What makes "answer is" before it none: if the answer is, the wrong answer is, my confidence in this answer is."""
+_IF_BEFORE = re.compile(r"(?i)\bif\b[^.!?\n]*\Z")
 _OF_A_PART = re.compile(r"(?i)\b(?:first|second|third|extra|bonus|other|previous)\b")
 _ABOUT_ANSWER = re.compile(
-    r"(?i)\b(?:check(?:ing)?|verify(?:ing)?|in|about)[ \t](?:(?:the|my|our|this)[ \t]){0,2}(?:final[ \t])?\Z"
+    r"(?i)\b(?:check(?:ed|ing)?|verif(?:y|ied|ying)|in|about)[ \t](?:(?:the|my|our|this)[ \t]){0,2}(?:final[ \t])?\Z"
 )
 _DOUBT = re.compile(
     r"(?i)(?:\b(?:I|we)(?:\s[a-z]{2,12}ly)?\sdoubt|(?:n['\u2019]t|\bnot)\s(?:think|believe|sure|true|certain)"
-    r"|\b(?:maybe|perhaps|probably|possibly))(?:[ \t](?:that|if|whether|the|my|our|final|correct)){0,3}[ \t]\Z"
+    r"|\b(?:maybe|perhaps|probably|possibly|I\sguess),?)"
+    r"(?:[ \t](?:that|if|whether|the|my|our|final|correct)){0,3}[ \t]\Z"
 )
 
 _CONCLUDING = re.compile(r"(?i)\b(?:(?:so|thus|hence|therefore)\b,?\s(?:(?:the|my|our)\s)?(?:final\s)?|final\s)\Z")
@@ -82,7 +86,7 @@ def prose_marker(text: str, after: int, before: str, end: int) -> tuple[int, int
     phrase = _PROSE.match(text, after, end)
     if phrase is None:
         return None
-    said, begin = phrase.group(), phrase.end()
+    said, begin, before = phrase.group(), phrase.end(), before.translate(MARKDOWN)
     colon, near = said[-1] in ":=\uff1a", min(end, begin + MAX_TEXT)
     if phrase["who"] and (colon or said.endswith("was")):
         return None  # To find the answer, we subtract: 16 - 7 = 9
@@ -93,7 +97,9 @@ def prose_marker(text: str, after: int, before: str, end: int) -> tuple[int, int
     if _DOUBT.search(before):
         raise RefusedError("hedged")
     direct = colon or _CORRECTING.search(before) or _DIRECT.match(text, begin, near)
-    on_condition = "would" in said and re.search(r"\bif\b", text[begin:near].partition("\n")[0])
+    on_condition = "would" in said and (
+        _IF_BEFORE.search(before) or re.search(r"\bif\b", text[begin:near].partition("\n")[0])
+    )
     if phrase["unit"] or on_condition or _OF_A_PART.search(said):
         return begin, INDIRECT
     if not direct and not _CONCLUDING.search(before) and not _CLAUSE.match(text, begin, near):
