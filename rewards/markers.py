@@ -15,8 +15,8 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from rewards.plain_number import MAX_TEXT, RefusedError, canonical, read_number
-from rewards.prose import CLAUSE, DIRECT, MENTION, REMARK, prose_marker, rank_of_clause
+from rewards.plain_number import MAX_TEXT, NUMBER_WORD, RefusedError, read_number
+from rewards.prose import CLAUSE, DIRECT, MARKDOWN, MENTION, REMARK, prose_marker, rank_of_clause
 from rewards.turns import last_match, next_turns
 
 MAX_MARKERS = 256
@@ -33,8 +33,8 @@ _REFERS = re.compile(
 _ANSWER_HEADING = re.compile(r"(?i)[\W_]*+(?:(?:the|final)\s++){0,2}(?:answer)?[\W_]*")
 # Four hashes are also a Markdown heading: "#### 2. Multiply". "#### 18. She sold all." ends like a sentence.
 _HEADING = re.compile(
-    r"(?i)[\s*]*(?:(?:step|part|phase|question|problem|method|solution|approach)\s[0-9]"
-    r"|(?:notes?|explanation|reasoning|confidence|why)\b|(?:double[\s-])?(?:verification|check|proof)\b.*="
+    r"(?i)\s*(?:(?:step|part|phase|question|problem|method|solution|approach)\s[0-9]|[a-z]{3,12}\s[0-9]{1,2}:\s*[a-z]"
+    r"|(?:notes?|explanation|reasoning|breakdown|confidence|why|how)\b|(?:double[\s-])?(?:verification|check|proof)\b.*="
     r"|(?:[0-9]{1,3}(?:\.[0-9]{1,2})?[.)]\s+|(?:\([0-9]{1,3}\)|[0-9]{1,3}:)\s+(?=(?-i:[A-Z])))[a-z].*[^.!?\s]\s*$)"
 )
 _HEADED = re.compile(r"(?i)(?:#{1,6}\s{1,3}[*_]{0,3}|[*_]{2,3})(?:(?:the|my|your|final)\s){0,2}")
@@ -43,36 +43,41 @@ _LAST_LINE = re.compile(rf"[^\n]{{1,{MAX_TEXT}}}+[^0-9]{{0,{MAX_TEXT}}}+")
 _BELOW = re.compile(
     rf"[*_]{{0,3}}[ \t]{{0,3}}(?=\n\s{{0,20}}(?:{_LAST_LINE.pattern}\Z"
     r"|[*_$\\(\[{]{0,6}(?:boxed\{)?[-+\u2212]?[$£€¥]?[0-9][0-9,.]*+"
-    r"(?:[*_$£€¥\\)\]}%]|[^\S\n])*+(?:[A-Za-z]++[ .*_]*+){0,2}(?:\^[23])?[^\S\n]*+(?:\n|\Z)))"
+    r"(?:[*_$£€¥\\)\]}%!]|[^\S\n])*+(?:[A-Za-z]++[ .*_]*+){0,2}(?:\^[23])?[^\S\n]*+(?:\n|\Z)))"
 )
 """What follows a heading "Answer" above a line that is the last, or a number and little else."""
+_STEPS = re.compile(r"[^=\n]*=[^\n]*+(?:\n(?:[^0-9=\n]{0,30}|\s{0,20}+[^A-Za-z0-9=\n]{0,20})[0-9][^=\n]*=[^\n]*+)++")
+"""Equations, each on a line of its own."""
 _MENTION = re.compile(r"[\s.\u2026]*+")
 """All that is in a box or tag that is no answer: "I put it in <answer>...</answer> tags"."""
-_EXCLAMATION = re.compile(r"(?<=[0-9])!(?=\s|$)")
+_CLOSING = r"[)\]}\"'*_`$%\\\u2019\u201d]"
+_EXCLAMATION = re.compile(rf"(?<=[0-9])({_CLOSING}{{0,6}}+\s?)!+(?={_CLOSING}{{0,6}}+(?:\s|$))")
 _NUMBER_FIRST = re.compile(r"[^A-Za-z0-9]*[0-9]")
 _BEGUN = re.compile(r"\s*+[^\n]*?[0-9]")
-_SENTENCE_END = re.compile(r"[0-9%)*$}][.;!]\s")
+_SENTENCE_END = re.compile(r"[0-9%)$}][.;!]\s|[0-9][^0-9]*[a-z)][.!]\s+[A-Z]")
 # What means nothing between a box, or a tag, and what goes on with its number.
 _LATEX = r"\\[()\[\],;:! ]|\\q?quad(?![a-z])|\\(?:text|math)(?:rm|bf|it|sf|tt)?\s?\{"
 _GAP = rf"(?:\s|{_LATEX})*"
 _CONTINUED = re.compile(
-    rf"(?i)(?:[ \t$*)\]}}~]|{_LATEX})*(?:{_GAP}[,;(]?{_GAP}(?P<another>or)\b|and\s\D{{0,12}}[0-9]"
+    rf"(?i)(?:[ \t$*)\]}}~]|{_LATEX})*(?:{_GAP}[,;(]?{_GAP}"
+    r"(?:(?P<another>or)\b|(?:(?:which|that|this)\s)?(?:(?:is|was)\s)?(?:wrong|incorrect|false|not\s(?:correct|right))\b)"
+    r"|and\s\D{0,12}[0-9]"
     r"|(?:(?:squared|cubed)(?!\s[a-z])|000)\b|and\sa\shalf(?=\W*$|[.,;!])|[0-9]+/[0-9]+(?![\w-])|\u00b1"
     r"|[\u00b2\u00b3\u00b9\u00bc-\u00be\u2070-\u209f\u2150-\u215e]"
     r"|\s*(?:hundred|thousand|lakh|crore|[a-z]{1,6}illion|dozen)|\\[dt]?frac\s?\{?\s?[0-9]|\.[0-9]"
-    r"|(?:[\^/×÷·*+\u2212-]|\\(?:times|cdot|div)(?![a-z]))[ \t]?\{?[0-9]"
-    r"|\\(?:pi|sqrt)(?![a-z])|\?[\s$*?!)\]]*+(?:\Z|no\b))"
+    r"|(?:[\^/×÷·*+\u2212-]|\\(?:times|cdot|div|pm|mp)(?![a-z]))[ \t]?(?:\{?[0-9]|\\[dt]?frac|\\sqrt)"
+    r"|\\(?:pi|sqrt)(?![a-z])|\u03c0|\?[\s$*?!)\]]*+(?:\Z|no\b))"
     r"|\}[ \t]?\{[ \t]?[0-9]|:[0-9]{2}(?![0-9])|(?:,|\\[,;:]|\{,\})[0-9]{3}(?![0-9])|[\u2010-\u2013][0-9]|(?<=\})[0-9]"
     r"|(?:(?:\\[,;: ])?\\(?:text|mathrm)\s?\{\s?)?(?-i:[kKMBT]|bn)\b|e[0-9]"
 )
 # In front of a box: a digit or a sign that belongs to its number, or an operator after another number. In front of a
 # tag a sign alone, as sentences go on with tags: 9 * 2 = 18<answer>18</answer>.
 _DASH = r"\-\u2010-\u2015\u2212"
-_SIGN = rf"(?<![A-Za-z])[+{_DASH}]\\?\$?|\b(?:[Nn]egative|[Mm]inus)[ \t$\\]*"
+_SIGN = rf"(?<![A-Za-z])[+{_DASH}](?:\\?\$|(?:\\left\s?)?[(\[])?|\b(?:[Nn]egative|[Mm]inus)[ \t$\\]*"
 _SIGNED = re.compile(rf"(?:{_SIGN})\Z")
 _CHANGED = re.compile(
-    rf"(?:[0-9]\$?|(?<![0-9.])0\.\$?|\b(?:[Hh]alf(?:\sof)?|[Tt]wice|[Dd]ouble|[Tt]riple)[ \t$]*"
-    rf"|{_SIGN}|\\(?:pm|neg|sqrt\s?\{{?)|\^\s?\{{?|\\[dt]?frac\s?\{{[^{{}}]*\}}\s?\{{"
+    rf"(?i)(?:[0-9]\$?|(?<![0-9.])0\.\$?|\b(?:half(?:\sof)?|twice|double|triple|{NUMBER_WORD}\stimes)[ \t$]*"
+    rf"|{_SIGN}|\\(?:pm|neg|sqrt\s?(?:\[[^\[\]]*\])?\{{?)|\^\s?\{{?|\\[dt]?frac\s?\{{[^{{}}]*\}}\s?\{{"
     rf"|[0-9][ \t$]{{0,3}}(?:[+*/^×÷·{_DASH}]|\\(?:times|cdot|div))[ \t$]{{0,3}}"
     rf"|=[ \t$]{{0,3}}[{_DASH}][ \t$]{{0,3}})\Z"
 )
@@ -82,17 +87,19 @@ _ALTERNATIVE = re.compile(
     rf"|{_OR}(?:{_LATEX}|[a-z]\s?=|[\s$*\\(\[{{}}#])*+)$"
     rf"|(?:[0-9}}]|</answer>)(?:\\[)\]]|[\s$*.,;])*{_OR}(?:\\[(\[]|[\s$*])*\Z"
 )
-_NUMBER_OR = re.compile(rf"(?i)(?<![0-9.,/])([0-9][0-9,]*(?:\.[0-9]+)?)[\s$]{{1,3}}{_OR}[\s$]{{1,3}}\Z")
+_NUMBER_OR = re.compile(
+    r"(?i)(?<![0-9.,/])(?<![+/\u00d7\u00f7]\s)(?<!\\times\s)(?<!\\cdot\s)([0-9]+(?:,[0-9]{3})*(?:\.[0-9]+)?)"
+    rf"(?:[\s$*,]|\\[)\]]){{1,6}}{_OR}(?:[\s$*]|\\[(\[]){{1,6}}\Z"
+)
 _BLANKS = re.compile(r"[ \t]{3,}")
-_DENIED = re.compile(r"(?i)(?:\b(?:not|never)|n['\u2019]t)(?:\s(?:be|equal\sto))?[ \t$*\\(\[]*\Z")
+_DENIED = re.compile(r"(?i)(?:\b(?:not|never)|n['\u2019]t)(?:\s(?:be|equal\sto))?[ \t$*\\(\[{}]*\Z")
 _POINT = r"[-+*>\u2022\u2023\u2043\u2010-\u2015\u2212\u25aa\u25cf\u25e6\u00b7][ \t\u00a0]+(?=\S)"
 _BULLET = re.compile(rf"[ \t]*{_POINT}")
 _LISTED = re.compile(rf"\n[ \t]*{_POINT}")
 _NEXT_BULLET = re.compile(rf"[^\n]*\n\s*{_POINT}")
 _MATH = re.compile(r"\s*(?:\$\$|\\\[)\s*")
 # Between two boxes, or two tags, that offer one number each: then the last is no correction of the first.
-_BETWEEN_BOXES = re.compile(rf"\}}(?:{_LATEX}|\\\\|[\s$,;/])*\Z")
-_BETWEEN_TAGS = re.compile(r"</answer>\s*[,/][\s,/]*\Z")
+_JOINED = re.compile(rf"(?:{_LATEX}|\\\\|[\s$,;/&|}}-]|\b(?:or|and|to)\b)*")
 
 
 class _UnclosedError(RefusedError):
@@ -208,19 +215,17 @@ def _enclosed(text: str, start: int, begin: int, close: int, after: int, end: in
     if len(content) > MAX_TEXT:
         content = content.strip()[: MAX_TEXT + 1]
     earlier = text[max(0, start - 64) : start]
-    listed = _listed_before(text, start)
-    if _is_alternative(earlier) or _DENIED.search(earlier):
+    number, alternative = _number(content), _NUMBER_OR.search(earlier)
+    offered = alternative[1] if alternative else _offered_before(text, start)
+    if offered is None and (_is_alternative(earlier) or _DENIED.search(earlier)):
         raise RefusedError("hedged")
-    alternative = _NUMBER_OR.search(earlier)
-    if alternative and canonical(alternative[1]) != _number(content) and "%" not in text[after : after + 4]:
+    if offered is not None and _number(offered) != number and not (alternative and "%" in text[after : after + 4]):
         raise RefusedError("hedged")
     rest = _BLANKS.sub("  ", text[after - 1 : min(after + 2 * MAX_TEXT, end)])
     if continued := _CONTINUED.match(rest, 1, 65):
         other = rest[continued.end() :].partition("\n")[0]
-        if not continued["another"] or len(other) > MAX_TEXT or _number(other) != _number(content):
+        if not continued["another"] or len(other) > MAX_TEXT or _number(other) != number:
             raise RefusedError("hedged")
-    if listed is not None and _number(listed) != _number(content):
-        raise RefusedError("hedged")
     return content
 
 
@@ -229,20 +234,17 @@ def _is_alternative(earlier: str) -> bool:
     return any(literal in earlier for literal in _LITERALS) and bool(_ALTERNATIVE.search(earlier))
 
 
-def _listed_before(text: str, start: int) -> str | None:
+def _offered_before(text: str, start: int) -> str | None:
     """Return what the box or tag holds that this one follows in a list; None where there is none."""
-    window = max(0, start - MAX_TEXT)
-    earlier = text[window:start]
-    if _BETWEEN_TAGS.search(earlier):
-        content = earlier.rpartition("</answer>")[0].rpartition("<answer>")
-        return content[2] if content[1] else None
-    if not _BETWEEN_BOXES.search(earlier):
-        return None
+    earlier = text[max(0, start - MAX_TEXT) : start]
+    tagged, tag, gap = earlier.rpartition("</answer>")
+    if tag and gap.strip() and _JOINED.fullmatch(gap):
+        return tagged.rpartition("<answer>")[2] if "<answer>" in tagged else None
     opening = last_match(BOX, earlier)
     close = closing_brace(earlier, opening.end(), len(earlier)) if opening else -1
-    if opening is None or close != earlier.rfind("}") or _MENTION.fullmatch(earlier, opening.end(), close):
+    if opening is None or close < 0 or not _JOINED.fullmatch(earlier, close + 1):
         return None
-    return earlier[opening.end() : close]
+    return None if _MENTION.fullmatch(earlier, opening.end(), close) else earlier[opening.end() : close]
 
 
 def _number(text: str) -> str | None:
@@ -281,8 +283,8 @@ def _marked_line(text: str, start: int, marker: tuple[int, int], stop: int, end:
     if rank == CLAUSE:
         rank = rank_of_clause(span.text)
     if not text.startswith("####", start):  # In a sentence 18! is no factorial.
-        return _Span(_EXCLAMATION.sub(".", span.text), span.complete, rank)
-    if _HEADING.match(span.text):
+        return _Span(_EXCLAMATION.sub(r"\1.", span.text), span.complete, rank)
+    if _HEADING.match(span.text.translate(MARKDOWN)):
         return None
     if _is_alternative(text[max(0, start - 64) : start]):
         raise RefusedError("hedged")
@@ -303,8 +305,8 @@ def _line(text: str, begin: int, stop: int, end: int) -> _Span | None:
             return None
         span = _until_newline(text, position, stop)
         if _NUMBER_FIRST.match(span.text):
-            return span if in_math else _without_bullet(text, position, stop, span)
-        if _LAST_LINE.fullmatch(text, position, end) and not _HEADING.match(span.text):
+            return span if in_math else _first_below(text, position, stop, span)
+        if _LAST_LINE.fullmatch(text, position, end) and not _HEADING.match(span.text.translate(MARKDOWN)):
             says = re.search("[0-9]", span.text) and not _REFERS.search(span.text)
             complete = end < len(text) or bool(text[position + len(span.text) : end].strip())
             return _Span(span.text, complete=complete) if says else None
@@ -312,10 +314,12 @@ def _line(text: str, begin: int, stop: int, end: int) -> _Span | None:
     return None
 
 
-def _without_bullet(text: str, position: int, end: int, span: _Span) -> _Span:
-    """Return the span without the bullet of a list that has no other numbers."""
+def _first_below(text: str, position: int, end: int, span: _Span) -> _Span:
+    """Return the first line below a heading: with the equations after it, or without the bullet of a list that has no
+    other numbers."""
     if not _BULLET.match(span.text):
-        return span
+        steps = _STEPS.match(text, position, min(end, position + MAX_TEXT))
+        return _Span(re.sub(r"\.?\n\s*", ". ", steps.group()), complete=steps.end() < len(text)) if steps else span
     another = _NEXT_BULLET.match(text, position, end)
     if another and re.search("[0-9]", _until_newline(text, another.end(), end).text):
         raise RefusedError("several_numbers")
@@ -328,4 +332,4 @@ def _until_newline(text: str, begin: int, end: int) -> _Span:
     line = text[begin:stop]
     if len(line) > MAX_TEXT and len(line := _BLANKS.sub("  ", line)) > MAX_TEXT:
         line = line[: max(line.rfind(" ", 0, MAX_TEXT), 0)]  # A number must not be cut in two.
-    return _Span(line, complete=stop < len(text) or bool(_SENTENCE_END.search(line)))
+    return _Span(line, complete=stop < len(text) or bool(_SENTENCE_END.search(line.translate(MARKDOWN))))
