@@ -62,7 +62,9 @@ _NUMBER = (
 )
 _COLON = re.compile(rf"{_NUMBER}[ \t*_]{{0,4}}(?:[:\uff1a\]]|\.(?!\w))")
 _SPOKEN = re.compile(rf"{_NUMBER}[ \t*_]{{0,4}}[:\uff1a>\]]")
-_ALONE = re.compile(rf"{_NUMBER}[ \t*_:#>\]]{{0,6}}(?:\([^()\n]{{0,40}}\)[ \t*_:]{{0,4}})?(?=\r?\n|\Z)")
+_ALONE = re.compile(
+    rf"{_NUMBER}[ \t*_:#>\]]{{0,6}}(?:\([^()\n]{{0,40}}\)[ \t*_:]{{0,4}})?(?=\r?\n|\Z|{TURN_END.pattern})"
+)
 _LISTED = re.compile(r"[ \t]?#?[0-9]{1,4}(?:\)|[ \t]{1,2}[-\u2013\u2014])[ \t]")
 
 
