@@ -40,6 +40,8 @@ from eggroll_llm.system.invocation import child_python
 from eggroll_llm.system.terminal import inert
 from eggroll_llm.tasks.paths import absolute_settings, absolute_value
 
+REPORT = "comparison"
+"""Folder of the report, beside those of the runs."""
 Flags = list[tuple[str, str]]
 
 
@@ -94,7 +96,7 @@ def run(options: argparse.Namespace, settings: Settings) -> int:
     display = ConsoleDisplay()
     finished = run_sweep(planned, out, display.message)
     if finished:
-        show_comparison(finished, out / "comparison", display)
+        show_comparison(finished, out / REPORT, display)
     return 0 if len(finished) == len(planned) else 1
 
 
@@ -120,6 +122,8 @@ def read_sweep(path: Path, overrides: Sequence[tuple[str, str]] = ()) -> list[Pl
         raise ConfigError(
             f'{path}: two runs would be named "{twice[0]}": give each trial its own name and list each seed once'
         )
+    if REPORT in names:
+        raise ConfigError(f'{path}: "{REPORT}" is the folder of the report: give the trial another name')
     return planned
 
 

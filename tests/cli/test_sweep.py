@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +104,17 @@ def test_what_is_wrong_is_told_before_anything_runs(file: Path, old: str, new: s
     with pytest.raises(ConfigError, match=message) as error:
         read_sweep(file)
     assert str(error.value).startswith(str(file))
+
+
+def test_no_run_takes_the_folder_of_the_report(file: Path) -> None:
+    for seeds, name in (("", "comparison"), ("", "large"), ("seeds = [3, 4]", "comparison")):
+        file.write_text(SWEEP.replace("seeds = [3, 4]", seeds).replace("large", name))
+        with (
+            nullcontext()
+            if seeds or name == "large"
+            else pytest.raises(ConfigError, match='"comparison" is the folder')
+        ):
+            read_sweep(file)
 
 
 def test_no_trials(file: Path) -> None:
