@@ -17,7 +17,7 @@ from eggroll_llm.config.schema import RunConfig
 from eggroll_llm.engine.interface import Engine, Request, Scored
 from eggroll_llm.engine.sampling import decoding_of, plain, sampling_seed
 from eggroll_llm.engine.start import start_engine
-from eggroll_llm.errors import ConfigError, TrainingError
+from eggroll_llm.errors import ConfigError, ModelError, TrainingError
 from eggroll_llm.es.likelihood import divergence
 from eggroll_llm.es.noise import NoiseSpec
 from eggroll_llm.es.sizes import DIVERGENCE, Law, Measured, learning_rate_for, next_sigma
@@ -79,6 +79,8 @@ def tune(config: RunConfig, recipe_dir: Path, working: Callable[[str], None]) ->
         working("answering")
         answers = _answers(engine, prepared)
         law, measured = _measure(engine, answers, ready, working)
+    except ModelError as error:
+        raise ModelError(f"{error}: set es.sigma and es.learning_rate by hand") from error
     finally:
         engine.close()
     return Tuned(

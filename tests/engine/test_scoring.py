@@ -43,4 +43,6 @@ def scorer(kind: type[torch.nn.Module] = Attention, impl: dict[str, Any] | None 
 def test_other_attention_is_refused(changes: dict[str, Any], kind: str) -> None:
     with pytest.raises(ModelError, match=rf'\({kind}\) cannot score completions: use es.fitness_from = "rewards"'):
         scorer(**changes).check()
+    with pytest.raises(ModelError, match=r"cannot score completions$"):  # a caller says what to do instead
+        scorer(**changes).logprobs(None, 1, 1.0)  # type: ignore[arg-type]
     scorer().check()

@@ -9,7 +9,7 @@ import torch
 from fake_engine import CONFIG, FakeEngine, Near, problem_set
 
 from eggroll_llm.config.schema import RunConfig, SamplingConfig
-from eggroll_llm.errors import ConfigError, TrainingError
+from eggroll_llm.errors import ConfigError, ModelError, TrainingError
 from eggroll_llm.es.likelihood import divergence
 from eggroll_llm.es.noise import NoiseSpec
 from eggroll_llm.es.sizes import DIVERGENCE, learning_rate_for
@@ -66,6 +66,15 @@ def test_a_model_that_does_not_change_is_refused(tmp_path: Path, monkeypatch: py
 
     with pytest.raises(TrainingError, match=r"no sigma was found .*\(0 at sigma 0\.001, 0 at sigma 0\.008"):
         tuned(tmp_path, monkeypatch, STEPS, Deaf)
+
+
+def test_a_model_that_cannot_score_is_refused_with_what_helps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Unknown(FakeEngine):
+        def score(self, completions: Any, members: Any, temperature: float = 1.0) -> torch.Tensor:
+            raise ModelError("this architecture cannot score completions")
+
+    with pytest.raises(ModelError, match=r"cannot score completions: set es.sigma and es.learning_rate by hand"):
+        tuned(tmp_path, monkeypatch, STEPS, Unknown)
 
 
 def test_what_cannot_be_tuned_is_refused_before_anything_is_loaded() -> None:

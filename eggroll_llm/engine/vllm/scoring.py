@@ -46,21 +46,19 @@ class Scorer:
             if isinstance(layer, AttentionLayerBase)
         }
 
-    def check(self) -> None:
+    def check(self, remedy: str = ': use es.fitness_from = "rewards"') -> None:
         """Raise ModelError when the model's attention is of a kind that `_TreeAttention` does not compute."""
         for layer in self._layers.values():
             if kind := _unknown(layer):
-                raise ModelError(
-                    f'this architecture\'s attention ({kind}) cannot score completions: use es.fitness_from = "rewards"'
-                )
+                raise ModelError(f"this architecture's attention ({kind}) cannot score completions{remedy}")
 
     @torch.inference_mode()
     def logprobs(self, tree: TokenTree, members: int, temperature: float) -> Tensor:
         """Return float32 log-probabilities [M, N] of the tree's targets, of `members` copies of the tree in a row.
 
-        Raises ModelError as `check` does.
+        Raises ModelError as `check` does, without a remedy.
         """
-        self.check()
+        self.check(remedy="")
         device = next(self._model.parameters()).device
         blocks = cache(partial(_blocks_on, tree, device))
         layers = {
