@@ -41,6 +41,18 @@ from eval import lm_eval
 from eval.questions import Protocol, Questions, lm_eval_questions, task_questions
 from eval.subject import Subject
 
+NOT_OF_PROBLEMS = {
+    "prompt_style",
+    "shots",
+    "template",
+    "grader",
+    "format_reward",
+    "rewards",
+    "reward_weights",
+    "completions",
+    "stop",
+}
+"""Options that change how problems are asked or graded, and not which."""
 DEFAULT_MAX_TOKENS = 320
 """Length limit of an answer where neither a run, a recipe nor a protocol sets one."""
 
@@ -130,7 +142,8 @@ def settings_for(
     given = {key: value for key, value in how.items() if value is not None}
     sampling = {key: given.pop(key) for key in field_types(SamplingConfig) if key in given}
     limit = lm_eval.MAX_TOKENS if protocol == "lm-eval" else DEFAULT_MAX_TOKENS
-    base: dict[str, Any] = {}
+    base: dict[str, Any] = {"task_options": {}}
+    chosen_on = False
     if config is not None:
         same_data = name == config.task or (name, config.task) == ("gsm8k_cot", "gsm8k")
         options = dict(config.task_options) if same_data else {}
@@ -138,9 +151,9 @@ def settings_for(
         chosen_on = (
             same_data
             and trained is not None
-            and (trained.task, trained.task_options) == (config.task, config.task_options)
+            and trained.task == config.task
+            and _same_problems(trained.task_options, config.task_options)
         )
-        subject = subject if chosen_on else dataclasses.replace(subject, selected_on=0)
         if protocol == "lm-eval":
             options = {key: value for key, value in options.items() if key == "data_dir"}
         engine = dataclasses.asdict(config.engine) | {"max_model_len": 0}
@@ -151,6 +164,8 @@ def settings_for(
             sampling = {key: getattr(config.sampling, key) for key in OF_EVALUATIONS} | sampling
     sampling["max_tokens"] = sampling.get("max_tokens") or limit
     changed = parse_table(Changeable, apply_overrides(Changeable, base, flags), where="", source="flags")
+    if not (chosen_on and _same_problems(base["task_options"], changed.task_options)):
+        subject = dataclasses.replace(subject, selected_on=0)
     settings = Settings(
         subject=subject,
         task=name,
@@ -181,6 +196,12 @@ def settings_for(
     )
     validate(ranges, Origin(name="flags", flags=own | flags_by_key(flags)))
     return settings
+
+
+def _same_problems(before: Mapping[str, Any], after: Mapping[str, Any]) -> bool:
+    """Return whether options of a task lead to the same problems."""
+    keys = (before.keys() | after.keys()) - NOT_OF_PROBLEMS
+    return all(before.get(key) == after.get(key) for key in keys)
 
 
 def questions_for(settings: Settings, base_dir: Path) -> Questions:

@@ -128,6 +128,8 @@ def test_a_step_is_chosen_on_the_problems_of_its_run_whoever_names_them() -> Non
     assert settings_for(chosen, [], recipe=dataclasses.replace(CONFIG, steps=9)).subject.selected_on == 256
     others = dataclasses.replace(CONFIG, task_options={"data_dir": "/others"})
     assert settings_for(chosen, [], recipe=others).subject.selected_on == 0
+    for flag, text, selected_on in (("data_dir", "/others", 0), ("data_dir", "/data", 256), ("grader", "robust", 256)):
+        assert settings_for(chosen, [(f"--task_options.{flag}", text)]).subject.selected_on == selected_on
 
 
 def test_another_task_takes_the_engine_alone() -> None:
