@@ -40,9 +40,9 @@ FILE_RANK = 8  # the rank buffer of the published code
 
 
 class Population:
-    """Our engine. `stock` has our placing of members in memory and vLLM's adapter arithmetic."""
+    """Our engine. Kind "stock" has our placing of members in memory and vLLM's adapter arithmetic."""
 
-    def __init__(self, job: dict[str, Any], *, stock: bool = False) -> None:
+    def __init__(self, job: dict[str, Any]) -> None:
         self.job = job
         ways = {"enforce_eager": not job["compiled"], "compile": job["compiled"] and current_platform.is_cpu()}
         self._engine = VllmEngine(
@@ -52,7 +52,7 @@ class Population:
             rank=job["rank"],
             max_model_len=job["context"],
             prefix_caching=False,
-            stock=stock,
+            stock=job["kind"] == "stock",
             vllm_args=job["vllm_args"],
         )
 
@@ -203,7 +203,7 @@ class Swap(Plain):
             self._llm.collective_rpc("swap", args=(repeat * self.MEMBERS + member, self.job["sigma"]))
             noise += time.perf_counter() - start
             own = slice(member * per_member, (member + 1) * per_member)
-            part = Workload(prompts=work.prompts[own], new_tokens=work.new_tokens[own])
+            part = replace(work, prompts=work.prompts[own], new_tokens=work.new_tokens[own])
             sample += self._generate(part, [None] * per_member)
         measured = slice(0, self.MEMBERS * per_member)
         tokens = sum(map(len, work.prompts[measured])) + sum(work.new_tokens[measured])
@@ -259,5 +259,5 @@ def start(job: dict[str, Any]) -> Runner:
             return Files(job)
         case "swap":
             return Swap(job)
-        case kind:
-            return Population(job, stock=kind == "stock")
+        case _:
+            return Population(job)

@@ -109,8 +109,12 @@ class Worker:
     """A variant's process."""
 
     def __init__(self, variant: Variant, job: Mapping[str, Any]) -> None:
-        """Start it; `ready` waits for it."""
+        """Start it; its first answer says how the variant runs."""
         command = [*child_python(), "-W", "ignore", "-m", WORKER]
+        # With the answers go no remarks: those of a process that vLLM starts say why it did not.
+        environment = os.environ | {"VLLM_LOGGING_STREAM": "ext://sys.stderr"}
+        if threads := job["engine"]["threads"]:  # plain vLLM knows no such setting
+            environment["OMP_NUM_THREADS"] = str(threads)
         self.variant = variant
         self._messages = tempfile.TemporaryFile("w+")  # noqa: SIM115 - vLLM's remarks, shown if it fails
         self._process = subprocess.Popen(
@@ -119,20 +123,15 @@ class Worker:
             stdout=subprocess.PIPE,
             stderr=self._messages,
             text=True,
-            # With the answers go no remarks: those of a process that vLLM starts say why it did not.
-            env=os.environ | {"VLLM_LOGGING_STREAM": "ext://sys.stderr"},
+            env=environment,
             start_new_session=True,  # a group of its own, with the processes that vLLM starts
         )
         self._send({**job, **asdict(variant)})
 
-    def ready(self) -> dict[str, Any]:
-        """Return how the variant runs, once it does. Raises UserError when the process has ended."""
-        return self._answer()
-
     def ask(self, message: Mapping[str, Any]) -> dict[str, Any]:
         """Send a message and return the answer. Raises UserError when the process has ended."""
         self._send(message)
-        return self._answer()
+        return self.answer()
 
     def _send(self, message: Mapping[str, Any]) -> None:
         assert self._process.stdin is not None
@@ -140,7 +139,8 @@ class Worker:
             self._process.stdin.write(json.dumps(message) + "\n")
             self._process.stdin.flush()
 
-    def _answer(self) -> dict[str, Any]:
+    def answer(self) -> dict[str, Any]:
+        """Wait for an answer and return it. Raises UserError when the process has ended."""
         assert self._process.stdout is not None
         for line in self._process.stdout:
             if line.startswith("answer "):
@@ -221,7 +221,7 @@ class _Pool:
             with self._console.status(f"starting {', '.join(variant.name for variant in together)}"):
                 for variant in together:
                     with self._unless_it_fails(variant):
-                        self._about[variant] = self._alive[variant].ready()
+                        self._about[variant] = self._alive[variant].answer()
                         if not self._console.is_terminal:  # what is slow or hangs is to be seen in a log
                             self._console.print(f"{variant.name}: ready after {time.monotonic() - began:.0f} s")
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from eggroll_llm.cli.arguments import Settings, positive
-from eggroll_llm.config.flags import apply_overrides, flags_by_key
+from eggroll_llm.config.flags import apply_overrides, flags_by_key, key_of
 from eggroll_llm.config.parse import parse_table
 from eggroll_llm.config.recipe import load_recipe
 from eggroll_llm.config.rules import validate
@@ -61,6 +61,11 @@ def run(options: argparse.Namespace, settings: Settings) -> int:
         output_len=options.output_len or new_tokens,
         temperature=options.temperature,
     )
+    sizes_given = options.ranks or options.members
+    if not sizes_given and any(key_of(flag) == "engine.slots" for flag, _ in settings):
+        raise ConfigError(
+            "--engine.slots is of --ranks and --members: the other variants have as many as their names say"
+        )
     config = _config(options, absolute_settings(settings))
     groups = chosen_groups(device(), options.variants, options.ranks, options.members, config.engine.slots)
     for group in groups:

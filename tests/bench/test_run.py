@@ -104,6 +104,14 @@ def test_starts_overlap_on_a_gpu_and_nothing_runs_beside_a_measurement(
     assert table["plain,"]["rounds"] == (6 if device == "cuda" else 2)
 
 
+def test_every_variant_computes_with_the_threads_of_the_engine(stubs: Stubs, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "5")
+    for threads, got in ((0, "5"), (3, "3")):
+        stubs.subject = replace(stubs.subject, engine=replace(stubs.subject.engine, threads=threads))
+        table = stubs.bench(named("a"), repeats=1)
+        assert {row["threads"] for row in table.values()} == {got}
+
+
 def test_a_variant_that_fails_is_left_out_and_says_why(stubs: Stubs, capsys: pytest.CaptureFixture[str]) -> None:
     table = stubs.bench(named("a fails=1"), named("b starts=no"), named("c"))
     assert table.keys() == {"plain,", "c"}
@@ -204,9 +212,16 @@ def assert_swapped(runner: Any) -> None:
 
 
 @pytest.mark.vllm
-def test_every_kind_of_variant_runs(subject: Subject) -> None:
+def test_every_kind_of_variant_runs(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
     """On random weights, in this process, which spares six starts of Python and vLLM."""
-    job = run.job_of(subject, SIZE, subject.context(SIZE.output_len), ["even"])
+    import eggroll_llm.engine.vllm  # noqa: F401 - its variables come before vLLM
+    from eggroll_llm.bench import plain
+
+    temperatures: list[float] = []
+    params = plain.sampling_params
+    monkeypatch.setattr(plain, "sampling_params", lambda n, t: temperatures.append(t) or params(n, t))
+    size = replace(SIZE, temperature=0.5)
+    job = run.job_of(subject, size, subject.context(size.output_len), ["even"])
     work = Workload(**job["workloads"]["even"])
     kinds = [EAGER, *(Variant(name=k, kind=k, rank=1, slots=4, population=4) for k in ("population", "stock"))]  # type: ignore[arg-type]
     kinds += [Variant(name=k, kind=k, rank=1, slots=4, population=4) for k in ("files", "swap")]  # type: ignore[arg-type]
@@ -226,6 +241,7 @@ def test_every_kind_of_variant_runs(subject: Subject) -> None:
         assert ("scored_tokens_per_second" in answer) == (variant.kind == "population")
         assert (answer["rest_of_step"] is not None) == (variant.kind in ("population", "stock"))
         assert not about["multiprocess"]
+    assert {*temperatures} == {0.5}
 
 
 @pytest.mark.vllm
@@ -262,6 +278,7 @@ def test_a_recipe_or_a_shape(tmp_path: Path, shape: Path, capsys: pytest.Capture
         (["--random-weights", "gpt-9"], "neither one of smollm2-135m"),
         (["--random-weights", str(shape), "--es.ranck", "8"], "es.ranck"),
         (["--random-weights", str(shape), "--es.rank", "8"], "es.rank"),  # which would change nothing
+        (["--random-weights", str(shape), "--engine.slots", "8"], "--engine.slots is of --ranks and --members"),
         (["--random-weights", str(shape), "--engine.threads", "-1"], "engine.threads = -1: must be at least 0"),
         (["--random-weights", str(shape), "--temperature", "-1"], "--temperature -1: must be at least 0"),
         (["--random-weights", str(shape), "--model", "x"], "takes the directory of a model"),
@@ -296,6 +313,6 @@ def test_a_file_that_cannot_be_written_is_refused_before_hours_are_spent(
 
 
 def test_a_variant_that_does_not_start_says_why() -> None:
-    broken = run.Worker(Variant(name="broken", kind="plain"), {})
+    broken = run.Worker(Variant(name="broken", kind="plain"), {"engine": {"threads": 0}})
     with pytest.raises(UserError, match=r"(?s)'broken' ended with status 1.*KeyError: 'workloads'"):
-        broken.ready()
+        broken.answer()

@@ -24,7 +24,8 @@ def main() -> None:
         sys.exit("out of memory")
     print("a remark of vLLM's")
     note("start", begin)
-    print("answer", json.dumps({"device": "stub", "start_seconds": 0.1}), flush=True)
+    about = {"device": "stub", "start_seconds": 0.1, "threads": os.environ.get("OMP_NUM_THREADS")}
+    print("answer", json.dumps(about), flush=True)
     for line in sys.stdin:
         message, begin = json.loads(line), time.monotonic()
         time.sleep(600 if str(message["repeat"]) == says.get("hangs") else 0.01)
