@@ -26,7 +26,14 @@ from eggroll_llm.models import embedded
 from eggroll_llm.models.resolve import embedded_path
 from eggroll_llm.system import installed, torch_companions
 from eggroll_llm.system.files import cache_root
-from eggroll_llm.system.hardware import CUDA_BFLOAT16, NATIVE_BFLOAT16, available_memory, cpu_flags, serves_on_cpu
+from eggroll_llm.system.hardware import (
+    CUDA_BFLOAT16,
+    NATIVE_BFLOAT16,
+    available_memory,
+    cores,
+    cpu_flags,
+    serves_on_cpu,
+)
 from eggroll_llm.system.invocation import child_python, python_command
 from eggroll_llm.system.terminal import inert
 from eggroll_llm.system.versions import describe_environment
@@ -155,10 +162,9 @@ def check_hardware(flags: Collection[str], memory: int | None) -> list[Check]:
 
     Beside a GPU the instruction set matters to nothing but conversions.
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     threads = os.environ.get("OMP_NUM_THREADS")
     limited = f", OMP_NUM_THREADS={threads}" if threads else ""
-    checks = [Check(name="cores", status="ok", detail=f"{cores}{limited}")]
+    checks = [Check(name="cores", status="ok", detail=f"{cores()}{limited}")]
     fast = sorted({"avx2", "avx512f", *NATIVE_BFLOAT16}.intersection(flags))
     described = ", ".join(fast) or platform.machine()
     if not serves_on_cpu():

@@ -27,7 +27,7 @@ from eggroll_llm.engine.watchdog import LOOKS
 from eggroll_llm.errors import ConfigError, EngineError
 from eggroll_llm.models.files import model_identity
 from eggroll_llm.system import signals
-from eggroll_llm.system.hardware import resolve_dtype, serves_on_cpu
+from eggroll_llm.system.hardware import cores, resolve_dtype, serves_on_cpu
 from eggroll_llm.system.terminal import inert
 from eggroll_llm.system.versions import package_versions
 
@@ -79,7 +79,7 @@ class Cluster:
         self._ours = not ray.is_initialized()
         if self._ours:
             address = config.ray_address or os.environ.get("RAY_ADDRESS", "")
-            _connect(address, cpus=max(os.cpu_count() or 1, config.replicas * max(1, config.threads)))
+            _connect(address, cpus=max(cores(), config.replicas * max(1, config.threads)))
         try:
             self.cpus, self.gpus = self._room("CPU", 1), self._room("GPU", 1)
             self.engines = config.replicas or (1 if self.on_cpu else self._room("GPU", self.gpus_each))

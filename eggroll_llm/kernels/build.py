@@ -44,7 +44,7 @@ def library() -> ctypes.CDLL | None:
 def build() -> Path:
     """Return the compiled library, compiling it on the first call. Raises BuildError."""
     compiler = cxx_compiler()
-    if compiler is None or os.name != "posix":
+    if compiler is None:
         raise BuildError("no g++ or clang++")
     path = cache_root() / "kernels" / f"eggroll-{_build_id(compiler)}.so"
     if os.path.isfile(path):

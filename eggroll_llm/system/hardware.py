@@ -28,6 +28,11 @@ def cpu_flags() -> frozenset[str]:
     )
 
 
+def cores() -> int:
+    """Return how many cores this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
 def cxx_compiler() -> str | None:
     """Return the C++ compiler that builds the CPU kernel, $CXX first; None without one."""
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")

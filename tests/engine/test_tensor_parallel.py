@@ -23,7 +23,7 @@ from eggroll_llm.config.schema import EngineConfig
 from eggroll_llm.engine.interface import Completion, Decoding, Request
 from eggroll_llm.engine.vllm import engine as vllm_engine
 from eggroll_llm.engine.vllm.engine import VllmEngine
-from eggroll_llm.engine.vllm.ranks import Part
+from eggroll_llm.engine.vllm.ranks import Part, environment
 from eggroll_llm.errors import EngineError
 from eggroll_llm.es.estimate import NonFiniteUpdate, UpdateSpec
 from eggroll_llm.es.masters import MasterWeights
@@ -204,6 +204,14 @@ def test_a_rank_that_dies_is_an_error_of_the_engine_and_nothing_stays_behind(
         both.engine.generate(requests, Decoding(max_tokens=40, ignore_eos=True))
     both.engine.close()
     assert not running()
+
+
+@pytest.mark.skipif(not serves_on_cpu(), reason="threads are shared on a CPU only")
+def test_ranks_share_the_cores_that_this_process_may_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
+    with environment(EngineConfig(tensor_parallel=2)):
+        assert os.environ["OMP_NUM_THREADS"] == "4"
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "momentum", "adam"])

@@ -6,7 +6,7 @@ Variables that the user has set are left alone.
 
 import os
 
-from eggroll_llm.system.hardware import serves_on_cpu
+from eggroll_llm.system.hardware import cores, serves_on_cpu
 
 _ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # in-process: an update is a method call, and all cores stay usable
@@ -18,7 +18,6 @@ _ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
 }
 if serves_on_cpu():
-    _cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    _ENVIRONMENT["OMP_NUM_THREADS"] = str(_cores)
+    _ENVIRONMENT["OMP_NUM_THREADS"] = str(cores())
 for _name, _value in _ENVIRONMENT.items():
     os.environ.setdefault(_name, _value)

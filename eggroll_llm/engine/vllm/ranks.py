@@ -20,7 +20,7 @@ from vllm.distributed import get_tp_group
 
 from eggroll_llm.config.schema import EngineConfig
 from eggroll_llm.es.noise import Offset
-from eggroll_llm.system.hardware import serves_on_cpu
+from eggroll_llm.system.hardware import cores, serves_on_cpu
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +92,7 @@ def environment(config: EngineConfig) -> Iterator[None]:
     if config.tensor_parallel == 1 or not serves_on_cpu():
         yield
         return
-    threads = config.threads or int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1)
+    threads = config.threads or int(os.environ.get("OMP_NUM_THREADS") or cores())
     changed = {
         "OMP_NUM_THREADS": str(max(1, threads // config.tensor_parallel)),
         # vLLM would bind rank i to the cores of NUMA node i, which most machines do not have.
