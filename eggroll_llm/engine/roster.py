@@ -10,7 +10,7 @@ import dataclasses
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import count
 from typing import Any
 
@@ -396,15 +396,13 @@ class Roster:
 
 def _mismatch(here: Started, there: Started) -> str:
     """Return what keeps two engines from computing the same bits; empty where nothing is known to."""
-    facts: list[tuple[str, Mapping[str, str], Mapping[str, str]]] = [
-        ("runs on", {"": here.device}, {"": there.device}),
-        ("has", here.versions, there.versions),
-    ]
-    for verb, mine, other in facts:
-        for name in mine.keys() | other.keys():
-            if mine.get(name) != other.get(name):
-                return (
-                    f"{here.host} {verb} {name} {mine.get(name)}, {there.host} {other.get(name)}: engines compute the "
-                    "same bits on equal processors with equal versions only; leave one of the machines out"
-                )
+    facts = [("runs on", here.device, there.device)]
+    for name in sorted(here.versions.keys() | there.versions.keys()):
+        facts.append((f"has {name}", here.versions.get(name, "none"), there.versions.get(name, "none")))
+    for what, mine, other in facts:
+        if mine != other:
+            return (
+                f"{here.host} {what} {mine}, {there.host} {what} {other}: engines compute the same bits on equal "
+                "processors with equal versions only; leave one of the machines out"
+            )
     return ""

@@ -24,7 +24,7 @@ processor to another, and float32 `torch.sqrt` on CPU is not correctly rounded; 
 so that engines on different hardware agree on the noise.
 
 Departure from the paper: A carries sigma / sqrt(r), so that A and B are each rounded once to the dtype that
-the engine computes in. Evaluation and update call `served_factors`, that is, use the same rounded numbers.
+the engine computes in. Evaluation and update call `served_factors_of`, that is, use the same rounded numbers.
 
 Sources: EGGROLL, arXiv 2511.16652; Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
 

@@ -21,6 +21,7 @@ from eggroll_llm.engine.host import serve
 from eggroll_llm.engine.interface import Decoding, Request
 from eggroll_llm.engine.messages import Alive, Call, Scores, Scoring, Started, Stop, Work, decode, encode
 from eggroll_llm.engine.pool import EnginePool
+from eggroll_llm.engine.roster import _mismatch
 from eggroll_llm.errors import ConfigError, EngineError, ModelError, TrainingError
 from eggroll_llm.es.noise import NoiseSpec
 from eggroll_llm.records.journal import read_journal
@@ -279,8 +280,15 @@ def test_an_engine_may_come_later(bench: Benches, one: Path) -> None:
 
 def test_engines_of_other_versions_are_refused(bench: Benches) -> None:
     plan = Plan(CONFIG, bench.folder / "none", versions={1: "3"})
-    with pytest.raises(ConfigError, match=r"node-. has torch .*: engines compute the same bits on equal processors"):
+    with pytest.raises(ConfigError, match=r"node-. has torch \S+, node-. has torch \S+: engines compute the same bits"):
         pool(plan, 2)
+
+
+def test_what_engines_run_on_is_said_of_both() -> None:
+    here = Started(host="a", node="1", pid=1, device="A100", versions={"torch": "2", "vllm": "1"})
+    there = dataclasses.replace(here, host="b", device="H100")
+    assert _mismatch(here, there).startswith("a runs on A100, b runs on H100: engines compute the same bits on equal")
+    assert _mismatch(here, dataclasses.replace(here, host="b")) == ""
 
 
 def test_what_keeps_an_engine_from_starting_is_raised(bench: Benches) -> None:
