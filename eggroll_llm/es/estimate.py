@@ -40,7 +40,7 @@ import torch
 from torch import Tensor
 
 from eggroll_llm.es.matmul import float32_products
-from eggroll_llm.es.noise import NoiseSpec, Shape, served_factors_of, shape_of
+from eggroll_llm.es.noise import NoiseSpec, Shape
 from eggroll_llm.es.plan import StepPlan
 
 # Pairs in one GEMM. Part of the bits: a journal replayed with another value would differ in the last place.
@@ -142,25 +142,6 @@ def check_finite(spec: UpdateSpec) -> None:
         if not value <= limit:
             found = f"{what} is {value:g}, the limit is {limit:g}"
             raise NonFiniteUpdate(f"update of step {spec.step} not applied: {found}")
-
-
-def estimate(
-    name: str,
-    shape: tuple[int, ...],
-    spec: UpdateSpec,
-    served_dtype: torch.dtype,
-    *,
-    chunk: int = PAIR_CHUNK,
-    device: torch.device | str = "cpu",
-) -> Tensor:
-    """Return the estimate G of one parameter, float32 [out features, in features], or a vector [O]."""
-    weight_K = product_weights(spec, 1.0)
-    G = torch.zeros(shape, device=device)
-    for _, products in weighted_products(
-        [shape_of(name, shape)], spec.noise, weight_K, served_dtype, chunk, device, served_factors_of
-    ):
-        fold_with_torch(as_matrix(G), products, None)
-    return G
 
 
 def product_weights(spec: UpdateSpec, scale: float) -> Tensor:

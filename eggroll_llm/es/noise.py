@@ -231,15 +231,6 @@ def _factors(
     return A_NKV.unflatten(2, (out, noise.rank)), B_NKV.unflatten(2, (inside, noise.rank))
 
 
-def normal_factors(
-    noise: NoiseSpec, pairs_K: Tensor, name: str, out_features: int, in_features: int
-) -> tuple[Tensor, Tensor]:
-    """Return the normals A_KOR and B_KIR, float32 and unscaled, on the device of `pairs_K` (int64)."""
-    size = (out_features, in_features, 0, out_features)
-    A_NKOR, B_NKIR = _factors(noise, pairs_K, [name], size, 1.0, torch.float32)
-    return A_NKOR[0], B_NKIR[0]
-
-
 def served_factors(
     noise: NoiseSpec,
     pairs_K: Tensor,

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from factors import normal_factors
 from parts import assert_parts_are_rows
 from threads import threads
 
@@ -12,7 +13,6 @@ from eggroll_llm.es.noise import (
     NoiseSpec,
     box_muller,
     check_parameter_ids,
-    normal_factors,
     parameter_id,
     philox4x32,
     served_factors,

@@ -4,8 +4,9 @@ import math
 
 import pytest
 import torch
+from factors import estimate
 
-from eggroll_llm.es.estimate import UpdateSpec, estimate
+from eggroll_llm.es.estimate import UpdateSpec
 from eggroll_llm.es.masters import MasterWeights
 from eggroll_llm.es.settings import EsSettings
 from eggroll_llm.kernels.noise import served_factors_of

@@ -6,6 +6,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from factors import estimate
 from live_memory import LiveMemory
 
 from eggroll_llm.es.estimate import (
@@ -13,7 +14,6 @@ from eggroll_llm.es.estimate import (
     LARGEST_PRODUCT,
     NonFiniteUpdate,
     UpdateSpec,
-    estimate,
     pair_coefficients,
 )
 from eggroll_llm.es.masters import MasterWeights

@@ -15,11 +15,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from factors import normal_factors
 from torch import Tensor, nn
 
 from eggroll_llm import ES
 from eggroll_llm.errors import ConfigError, JournalError, ModelError, PopulationError
-from eggroll_llm.es.noise import NoiseSpec, normal_factors, served_factors
+from eggroll_llm.es.noise import NoiseSpec, served_factors
 
 ROOT = Path(__file__).parents[2]
 SIGMA = 0.05
