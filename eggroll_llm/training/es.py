@@ -40,7 +40,6 @@ from eggroll_llm.es.plan import StepPlan
 from eggroll_llm.records.drawn import Drawn, read_drawn
 from eggroll_llm.records.updates import CHECKSUM_EVERY, journal_entry
 from eggroll_llm.tasks.order import SkippingOrder
-from eggroll_llm.training.evaluation import Evaluation
 from eggroll_llm.training.harness import Harness
 from eggroll_llm.training.plan import plan_of
 from eggroll_llm.training.recorder import Metrics, reward_metrics, sampling_metrics, twin_metrics
@@ -92,18 +91,16 @@ class EsTrainer:
             for entry in run.recorder.journal.entries:
                 self._order.saw(self._order.take(self.config.problems_per_step), entry.tied)
 
-    def run(self) -> Evaluation | None:
-        """Train to the limit and return the last evaluation; None when a resumed run had reached it already."""
-        evaluation = None
+    def run(self) -> None:
+        """Train to the limit."""
         if self.harness.step == 0:
-            evaluation = self.harness.start()
+            self.harness.start()
         elif self.recorder.best_is_due(
             self.harness.step
         ):  # an interruption came between its metrics and its checkpoint
             self.save()
         while not self.harness.finished():
-            evaluation = self._train_step()
-        return evaluation
+            self._train_step()
 
     def export(self, directory: Path) -> None:
         """Write the model as it is now, with its model card, into a new directory."""
@@ -115,7 +112,7 @@ class EsTrainer:
         checksum = self.engine.checksum()  # first: of several engines it loses those with other weights
         self.harness.save(self.export, self.engine.state(), {"checksum": checksum})
 
-    def _train_step(self) -> Evaluation | None:
+    def _train_step(self) -> None:
         start = time.perf_counter()
         harness = self.harness
         harness.step += 1
@@ -135,10 +132,9 @@ class EsTrainer:
         metrics = metrics_of(plan, judged, times) | {"time/step": time.perf_counter() - start}
         if self._order:
             metrics |= {"problems/skipped": self._order.skipped}
-        evaluation = harness.end_step(metrics, judged.rollouts, indices_P, tied=fitness.all_tied)
+        harness.end_step(metrics, judged.rollouts, indices_P, tied=fitness.all_tied)
         if self.recorder.checkpoint_due(plan.step):
             self.save()
-        return evaluation
 
     def _by_rewards(self, plan: StepPlan, indices_P: Sequence[int]) -> Judged:
         """Let every member answer the problems."""

@@ -37,7 +37,6 @@ from eggroll_llm.models.files import tensor_shapes
 from eggroll_llm.records.checkpoint import Checkpoint, checkpoint_path, is_valid
 from eggroll_llm.system.hardware import keep_freed_memory, return_freed_memory, serves_on_cpu
 from eggroll_llm.system.terminal import inert
-from eggroll_llm.training.evaluation import Evaluation
 from eggroll_llm.training.harness import Harness
 from eggroll_llm.training.recorder import Metrics, reward_metrics, sampling_metrics
 from eggroll_llm.training.scorer import ScoredRollout, rewards_of
@@ -82,17 +81,16 @@ class GrpoTrainer:
             self.recorder.directory.checkpoints,
             use_cpu=serves_on_cpu(),
         )
-        self._evaluation: Evaluation | None = None
         self._step_start = self._reward_seconds = 0.0
         self._scored: list[ScoredRollout] = []
 
-    def run(self) -> Evaluation | None:
-        """Train to the limit and return the last evaluation; None when a resumed run had reached it already."""
+    def run(self) -> None:
+        """Train to the limit."""
         from torch import OutOfMemoryError
 
         state = str(self.checkpoint.path / STATE / f"checkpoint-{self._optimizer_steps}") if self.checkpoint else None
         if self.harness.step == 0:
-            self._evaluation = self.harness.start()
+            self.harness.start()
         if not self.harness.finished():
             try:
                 self.trl.train(resume_from_checkpoint=state)
@@ -104,7 +102,6 @@ class GrpoTrainer:
                 self.save()
         elif state:
             self.trl._load_from_checkpoint(state)
-        return self._evaluation
 
     def export(self, directory: Path) -> None:
         """Write the model as it is now, with its model card, into a new directory."""
@@ -156,7 +153,7 @@ class GrpoTrainer:
         indices_P = self.harness.problems()
         metrics = self._metrics(logs, len(indices_P), seconds)
         tied = metrics["prompts/tied"] == len(indices_P)
-        self._evaluation = self.harness.end_step(metrics, self._scored, indices_P, tied=tied)
+        self.harness.end_step(metrics, self._scored, indices_P, tied=tied)
         if self.recorder.checkpoint_due(self.harness.step):
             self.save()
         return self.harness.finished()

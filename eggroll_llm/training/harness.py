@@ -138,7 +138,7 @@ class Harness:
                 f"score() return finite rewards; the first: {self.run.scorer.first_dropped}"
             )
 
-    def start(self) -> Evaluation:
+    def start(self) -> None:
         """Evaluate the base model, as step 0, and find the best constant answer, which the figures are read next to."""
         prepared, recorder = self.run.prepared, self.run.recorder
         train, held_out = prepared.train.problems, prepared.held_out.problems
@@ -150,11 +150,10 @@ class Harness:
                 recorder.keep(recorder.directory.reference, reference)
         recorder.record_metrics({"step": 0, "wall_time": 0.0, **evaluation.metrics}, answers=evaluation.samples)
         self._show_course()
-        return evaluation
 
     def end_step(
         self, metrics: Metrics, rollouts: Sequence[ScoredRollout], indices_P: Sequence[int], *, tied: bool
-    ) -> Evaluation | None:
+    ) -> None:
         """Show and record a finished step, "time/step" among its metrics; evaluate when it is due.
 
         `tied`: all rewards were tied, so nothing was learned.
@@ -181,7 +180,6 @@ class Harness:
         for finding in news(self._said, diagnose(config, recorder.rows)):
             self._said[finding.kind] = finding.level
             display.message(f"{finding}")
-        return evaluation
 
     def save(
         self, write_model: Callable[[Path], None], state: Mapping[str, Tensor], metadata: Mapping[str, str]

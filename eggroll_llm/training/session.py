@@ -25,7 +25,6 @@ from eggroll_llm.training.budget import check_memory
 from eggroll_llm.training.callbacks.base import Callback, Callbacks, check_callbacks
 from eggroll_llm.training.callbacks.trackers import trackers
 from eggroll_llm.training.es import EsTrainer
-from eggroll_llm.training.evaluation import Evaluation
 from eggroll_llm.training.grpo import GrpoTrainer
 from eggroll_llm.training.harness import Display, Harness, Run
 from eggroll_llm.training.prepare import Prepared, journal_header, prepare
@@ -54,8 +53,6 @@ class Outcome:
     """Accuracy of the first and of the last evaluation by kind of problem; empty without kinds."""
     final: Path
     """The model as it was at the end."""
-    evaluation: Evaluation | None
-    """The last evaluation, when this process did it."""
     findings: Sequence[Finding] = ()
     """What kept the run from learning."""
 
@@ -99,8 +96,8 @@ def train(
                 step, checkpoint = by_journal(run, journal, display), None
             else:
                 step, checkpoint = by_checkpoint(run, display)
-            evaluation = _train_from(step, checkpoint, prepared, run, journal, scorer, display, callbacks)
-        return outcome(run, config, evaluation)
+            _train_from(step, checkpoint, prepared, run, journal, scorer, display, callbacks)
+        return outcome(run, config)
 
 
 def _train_from(
@@ -112,8 +109,8 @@ def _train_from(
     scorer: Scorer,
     display: Display,
     own_callbacks: Sequence[Callback],
-) -> Evaluation | None:
-    """Start the engine, continue after `step` and write `final/`; return the last evaluation if it was done here."""
+) -> None:
+    """Start the engine, continue after `step` and write `final/`."""
     config, is_es = prepared.config, prepared.config.method == "es"
     settings = {key: value for key, value in flat(config).items() if applies(key, config)}
     metrics = run.read_metrics() if step else ()
@@ -147,14 +144,13 @@ def _train_from(
                     display.message(_FROM.format(step) if step else _FROM_START)
                 trainer = GrpoTrainer(harness, checkpoint=checkpoint)
             recorder.resumed_from = checkpoint.path if checkpoint else None
-            evaluation = trainer.run()
+            trainer.run()
             if callbacks.stopped:
                 display.message(_STOPPED.format(harness.step, callbacks.reason or "no reason given"))
             display.working("writing the model")
             run.write_final(trainer.export)
         except EngineError as error:
             raise TrainingError(harness.stopped_by(str(error))) from error
-    return evaluation
 
 
 _FROM = "resuming from the checkpoint of step {}; later steps are repeated"
@@ -162,7 +158,7 @@ _FROM_START = "no checkpoint yet: starting from the beginning"
 _STOPPED = "a callback ended the run after step {}: {}"
 
 
-def outcome(run: RunDir, config: RunConfig, evaluation: Evaluation | None = None) -> Outcome:
+def outcome(run: RunDir, config: RunConfig) -> Outcome:
     """Read the outcome of a run from its directory."""
     metrics = run.read_metrics()
     evaluated = [row for row in metrics if "eval/accuracy" in row]
@@ -176,7 +172,6 @@ def outcome(run: RunDir, config: RunConfig, evaluation: Evaluation | None = None
         constant=run.constant(),
         kinds=_kinds(run, evaluated[0]["step"], evaluated[-1]["step"]),
         final=run.final,
-        evaluation=evaluation,
         findings=diagnose(config, metrics, ended=True),
     )
 

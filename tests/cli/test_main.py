@@ -489,7 +489,6 @@ def finished(run_path: Path) -> Outcome:
         constant=Constant(pattern="a - b, largest first", accuracy=0.518, problems=512),
         kinds={"[/carry]": (Share(accuracy=0.0, problems=4), Share(accuracy=0.5, problems=4))},
         final=run_path / "final",
-        evaluation=None,
     )
 
 

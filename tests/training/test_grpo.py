@@ -262,9 +262,8 @@ def test_a_finished_run_resumed_keeps_its_weights(bench: Bench, flags: dict[str,
     before = final(bench.folder / "run")
     metrics = (bench.folder / "run" / "metrics.jsonl").read_text()
     shutil.rmtree(bench.folder / "run" / "final")
-    outcome = bench.train("run", "resume", steps=2, **changes)
+    bench.train("run", "resume", steps=2, **changes)
     assert (bench.folder / "run" / "metrics.jsonl").read_text() == metrics
-    assert outcome.evaluation is None
     assert all(torch.equal(tensor, before[name]) for name, tensor in final(bench.folder / "run").items())
 
 

@@ -476,4 +476,4 @@ def test_outcome_is_read_from_the_directory(tmp_path: Path) -> None:
     assert (found.steps, found.wall_time, len(found.metrics)) == (3, 31.0, 4)
     assert (found.first["eval/accuracy"], found.last["eval/accuracy"], found.last["step"]) == (0.25, 0.5, 2)
     assert (found.base_model, found.constant) == ("SmolLM2-135M-Instruct, 4-bit GGUF expanded to bfloat16", None)
-    assert (found.final, found.evaluation) == (tmp_path / "run" / "final", None)
+    assert found.final == tmp_path / "run" / "final"
