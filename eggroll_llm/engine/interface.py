@@ -100,9 +100,7 @@ class Sampler(Protocol):
     watchdog: Watchdog
     """Ends the process when a call hangs."""
 
-    def generate(
-        self, requests: Sequence[Request], decoding: Decoding, on_progress: Progress | None = None
-    ) -> list[Completion]:
+    def generate(self, requests: Sequence[Request], decoding: Decoding) -> list[Completion]:
         """Return the completion of each request, in their order. Raises EngineError when one is missing."""
         ...
 

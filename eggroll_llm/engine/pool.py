@@ -19,11 +19,10 @@ from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from eggroll_llm.engine.interface import Completion, Decoding, Progress, Request, Scored, UpdateTimes
+from eggroll_llm.engine.interface import Completion, Decoding, Request, Scored, UpdateTimes
 from eggroll_llm.engine.links import Launcher, Replica, Rules
 from eggroll_llm.engine.messages import Call, Done, Forget, Prompts, Refused, Scores, Scoring, Stop, Work
 from eggroll_llm.engine.roster import REPLAYED_AT_ONCE, EngineLostError, Roster
-from eggroll_llm.engine.sampling import in_order
 from eggroll_llm.engine.shares import Shares
 from eggroll_llm.engine.watchdog import Watchdog
 from eggroll_llm.errors import EngineError
@@ -111,11 +110,10 @@ class EnginePool:
         self._roster.past.begin = Call(-1, "begin", (noise, population), {"antithetic": antithetic})
         return max(seconds.values())
 
-    def generate(
-        self, requests: Sequence[Request], decoding: Decoding, on_progress: Progress | None = None
-    ) -> list[Completion]:
+    def generate(self, requests: Sequence[Request], decoding: Decoding) -> list[Completion]:
         """Return the completion of each request, in their order. Raises EngineError when too few engines are left."""
-        return in_order(self.stream(requests, decoding), len(requests), on_progress)
+        completions = dict(self.stream(requests, decoding))
+        return [completions[i] for i in range(len(requests))]
 
     def stream(self, requests: Sequence[Request], decoding: Decoding) -> Generator[tuple[int, Completion]]:
         """Yield (position of the request, completion) as they finish; closing it early leaves the pool usable."""

@@ -10,6 +10,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -481,10 +482,6 @@ def test_an_interrupted_call_leaves_the_engine_usable(served: Served) -> None:
     engine = served.engine
     requests = [Request(prompt_ids=prompt) for prompt in PROMPTS]
     expected = engine.generate(requests, GREEDY)
-
-    def interrupt(done: int, total: int) -> None:
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        engine.generate([*requests, Request(prompt_ids=PROMPTS[1][:20])], GREEDY, interrupt)
+    with closing(engine.stream([*requests, Request(prompt_ids=PROMPTS[1][:20])], GREEDY)) as stream:
+        next(stream)
     assert engine.generate(requests, GREEDY) == expected

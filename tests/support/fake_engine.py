@@ -71,18 +71,13 @@ class FakeEngine:
         self.noise, self.population, self.antithetic = noise, population, antithetic
         return 0.5
 
-    def generate(
-        self, requests: Sequence[Request], decoding: Decoding, on_progress: Callable[[int, int], None] | None = None
-    ) -> list[Completion]:
+    def generate(self, requests: Sequence[Request], decoding: Decoding) -> list[Completion]:
         self.decodings.append(decoding)
         with self.watchdog:
             self.on_generate(requests)
         members = {request.member for request in requests}
         weights = {member: [self._weight(name, member) for name in SHAPES] for member in members}
-        completions = [self._answer(request, *weights[request.member]) for request in requests]
-        if on_progress:
-            on_progress(len(requests), len(requests))
-        return completions
+        return [self._answer(request, *weights[request.member]) for request in requests]
 
     def stream(self, requests: Sequence[Request], decoding: Decoding) -> Generator[tuple[int, Completion], None, None]:
         """Last things first: nobody may count on the order."""

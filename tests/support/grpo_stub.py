@@ -113,14 +113,10 @@ class StubEngine:
         self.model.load_state_dict(weights)
         self.loads += 1
 
-    def generate(
-        self, requests: Sequence[Request], decoding: Decoding, on_progress: Callable[[int, int], None] | None = None
-    ) -> list[Completion]:
+    def generate(self, requests: Sequence[Request], decoding: Decoding) -> list[Completion]:
         self.asked.append((tuple(requests), decoding))
         self.on_generate(decoding)
         self.answers.append([self._answer(request, decoding) for request in requests])
-        if on_progress:
-            on_progress(len(requests), len(requests))
         return self.answers[-1]
 
     def stream(self, requests: Sequence[Request], decoding: Decoding) -> Any:

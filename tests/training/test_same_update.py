@@ -61,9 +61,7 @@ class Relabelled(FakeEngine):
 class Splitting(FakeEngine):
     """Answers request by request, the last one first."""
 
-    def generate(
-        self, requests: Sequence[Request], decoding: Decoding, on_progress: Callable[[int, int], None] | None = None
-    ) -> list[Completion]:
+    def generate(self, requests: Sequence[Request], decoding: Decoding) -> list[Completion]:
         alone = [super(Splitting, self).generate([request], decoding)[0] for request in reversed(requests)]
         return alone[::-1]
 

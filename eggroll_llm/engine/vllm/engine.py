@@ -19,8 +19,7 @@ from vllm.model_executor.models import registry
 from vllm.v1.engine.llm_engine import LLMEngine
 
 from eggroll_llm.config.schema import EngineConfig
-from eggroll_llm.engine.interface import Completion, Decoding, Progress, Request, Scored, UpdateTimes
-from eggroll_llm.engine.sampling import in_order
+from eggroll_llm.engine.interface import Completion, Decoding, Request, Scored, UpdateTimes
 from eggroll_llm.engine.token_tree import trees_of
 from eggroll_llm.engine.vllm.arguments import VLLM_RANKS, engine_args, population_settings
 from eggroll_llm.engine.vllm.failures import Refused, call_error, calling, start_error
@@ -127,15 +126,13 @@ class VllmEngine:
         self.queue.name_members(noise)
         return float(max(self._call_all("begin", noise, population, antithetic)))
 
-    def generate(
-        self, requests: Sequence[Request], decoding: Decoding, on_progress: Progress | None = None
-    ) -> list[Completion]:
+    def generate(self, requests: Sequence[Request], decoding: Decoding) -> list[Completion]:
         """Return the completion of each request, in their order; they are matched by id, never by position.
 
-        Raises EngineError when the engine does not answer every request. An exception from `on_progress`
-        leaves the engine usable.
+        Raises EngineError when the engine does not answer every request.
         """
-        return in_order(self.stream(requests, decoding), len(requests), on_progress)
+        completions = dict(self.stream(requests, decoding))
+        return [completions[i] for i in range(len(requests))]
 
     def stream(self, requests: Sequence[Request], decoding: Decoding) -> Generator[tuple[int, Completion]]:
         """Yield (position of the request, completion) as they finish; closing it early leaves the engine usable.
