@@ -21,7 +21,7 @@ from vllm.model_executor.layers.linear import LinearBase
 from vllm.platforms import current_platform
 
 from eggroll_llm.bench.plain import Plain, about, memory_gib
-from eggroll_llm.bench.workload import Runner, Times, Workload, members_of
+from eggroll_llm.bench.workload import Times, Workload, members_of
 from eggroll_llm.config.schema import EngineConfig
 from eggroll_llm.engine.interface import Decoding, Request
 from eggroll_llm.engine.memory import batch_tokens
@@ -248,6 +248,9 @@ def in_process(job: dict[str, Any]) -> dict[str, Any]:
     on_cpu = current_platform.is_cpu()
     block = {"block_size": CPU_BLOCK} if on_cpu else {}
     return {"max_num_batched_tokens": batch_tokens(job["context"], on_cpu=on_cpu), **block}
+
+
+Runner = Population | Plain
 
 
 def start(job: dict[str, Any]) -> Runner:

@@ -13,7 +13,7 @@ from typing import Any
 
 from eggroll_llm.bench.plan import Variant
 from eggroll_llm.config.schema import EngineConfig, RunConfig
-from eggroll_llm.engine.memory import ModelShape, kept_bytes, member_bytes
+from eggroll_llm.engine.memory import SIZE, ModelShape, kept_bytes, member_bytes
 from eggroll_llm.errors import ModelError
 from eggroll_llm.models.architectures import check_architecture
 from eggroll_llm.models.files import read_config, tensor_shapes
@@ -159,7 +159,7 @@ def kv_cache_bytes(subject: Subject, sequences: int, context: int) -> int:
     """Return the key-value cache in which all sequences fit at their full length."""
     token = ModelShape.of(read_config(subject.model_dir), tensor_shapes(subject.model_dir)).cached
     block = CPU_BLOCK if serves_on_cpu() else GPU_BLOCK
-    return (sequences + 1) * math.ceil(context / block) * block * token * _value_bytes(subject)
+    return (sequences + 1) * math.ceil(context / block) * block * token * SIZE[subject.engine.dtype]
 
 
 def gpu_bytes(subject: Subject, variant: Variant, sequences: int, context: int) -> int:
@@ -176,10 +176,6 @@ def population_bytes(subject: Subject, variant: Variant) -> int:
     """Return the memory of a population beside plain vLLM: float32 masters, slots and one copy of the noise."""
     shapes = trained_parameters(subject.model_dir)
     masters = 4 * sum(out * inside for _, out, inside in shapes)
-    member = member_bytes(shapes, variant.rank, _value_bytes(subject))
+    member = member_bytes(shapes, variant.rank, SIZE[subject.engine.dtype])
     kept = kept_bytes(member, variant.population // 2) if serves_on_cpu() else 0
     return masters + variant.slots * member + kept
-
-
-def _value_bytes(subject: Subject) -> int:
-    return 4 if subject.engine.dtype == "float32" else 2

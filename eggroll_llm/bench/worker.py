@@ -6,9 +6,12 @@ import os
 import sys
 import time
 from importlib.util import find_spec
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from eggroll_llm.bench.workload import Runner, Workload
+from eggroll_llm.bench.workload import Workload
+
+if TYPE_CHECKING:
+    from eggroll_llm.bench.ours import Runner
 
 
 def main() -> None:
@@ -24,7 +27,7 @@ def main() -> None:
     runner.close()
 
 
-def start(job: dict[str, Any]) -> Runner:
+def start(job: dict[str, Any]) -> "Runner":
     """Start a variant in the environment it is about: ours, or none for vLLM as it ships."""
     if job["kind"] == "shipped":
         if find_spec("flashinfer") is None:  # without which its sampler, on by default, does not load
@@ -38,7 +41,7 @@ def start(job: dict[str, Any]) -> Runner:
     return ours.start(job)
 
 
-def measure(runner: Runner, work: Workload, repeat: int, *, phased: bool) -> dict[str, Any]:
+def measure(runner: "Runner", work: Workload, repeat: int, *, phased: bool) -> dict[str, Any]:
     """Answer the workload once and return seconds, rates and memory.
 
     `phased` answers it again with one token each. That is the prefill, and all beyond it is decoding. Then members

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,30 +29,6 @@ class Times:
     serve: float | None = None
     tokens: int | None = None
     """Prompt and new tokens, if not those of the whole workload."""
-
-
-class Runner(Protocol):
-    """Something that answers a workload, again and again."""
-
-    def run(self, work: Workload, repeat: int) -> Times:
-        """Answer all prompts; `repeat` counts from 0 and stands for a step of training."""
-        ...
-
-    def score(self, work: Workload) -> float | None:
-        """Return the tokens a second in which members score completions; None where there are no members to do so."""
-        ...
-
-    def memory_gib(self) -> float:
-        """Return the most memory of the GPU in use so far; on a CPU what is resident now."""
-        ...
-
-    def about(self) -> dict[str, Any]:
-        """Return how vLLM runs here: device, scheduling, processes."""
-        ...
-
-    def close(self) -> None:
-        """Free the engine."""
-        ...
 
 
 def members_of(work: Workload, population: int) -> list[int]:
