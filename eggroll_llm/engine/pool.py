@@ -94,9 +94,15 @@ class EnginePool:
         self._job: _Job | None = None
         self._jobs = count(1)
         self._sampling_seconds = self._idle_seconds = 0.0  # of all engines together
-        self._roster = Roster(launcher, rules, say)
-        self._roster.on_live, self._roster.on_lost = self._feed, self._take_back
-        self._roster.on_done, self._roster.has_work = self._receive, self._is_working
+        self._roster = Roster(
+            launcher,
+            rules,
+            say,
+            on_live=self._feed,
+            on_lost=self._take_back,
+            on_done=self._receive,
+            has_work=self._is_working,
+        )
         try:
             self._roster.start()
         except BaseException:

@@ -49,14 +49,12 @@ LARGE = 1 << 20
 def start_pool(blueprint: Blueprint, logs: Path | None, say: Callable[[str], None]) -> EnginePool:
     """Connect to Ray and start the engines. Raises ConfigError when there is no room for them, else UserError."""
     config = blueprint.engine
-    with contextlib.ExitStack() as stack:
-        cluster = Cluster(config)
-        stack.callback(cluster.close)
-        engine = dataclasses.replace(config, threads=config.threads or cluster.cpus_each)
-        build = dataclasses.replace(blueprint, engine=engine, identity=model_identity(blueprint.model_dir)).build
-        if logs is not None:
-            logs.mkdir(exist_ok=True)
-        stack.pop_all()
+    identity = model_identity(blueprint.model_dir)
+    if logs is not None:
+        logs.mkdir(exist_ok=True)
+    cluster = Cluster(config)
+    engine = dataclasses.replace(config, threads=config.threads or cluster.cpus_each)
+    build = dataclasses.replace(blueprint, engine=engine, identity=identity).build
     rules = Rules(
         engines=cluster.engines,
         least=config.min_replicas,

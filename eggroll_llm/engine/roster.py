@@ -85,16 +85,22 @@ class Past:
 class Roster:
     """Every engine there is, and the calls that all of them get."""
 
-    def __init__(self, launcher: Launcher, rules: Rules, say: Callable[[str], None]) -> None:
-        """Know how to start engines, and start none; the callbacks may be set before `start`."""
+    def __init__(
+        self,
+        launcher: Launcher,
+        rules: Rules,
+        say: Callable[[str], None],
+        *,
+        on_live: Callable[[Replica], None],
+        on_lost: Callable[[Replica], int],
+        on_done: Callable[[Replica, Done | Scores | Refused], None],
+        has_work: Callable[[Replica], bool],
+    ) -> None:
+        """Know how to start engines, and start none. `on_lost` returns how many requests go to others."""
         self.launcher, self.rules, self.say = launcher, rules, say
         self.replicas: list[Replica] = []
         self.past = Past()
-        self.on_live: Callable[[Replica], None] = lambda replica: None
-        self.on_lost: Callable[[Replica], int] = lambda replica: 0
-        """Returns how many requests go to others."""
-        self.on_done: Callable[[Replica, Done | Scores | Refused], None] = lambda replica, done: None
-        self.has_work: Callable[[Replica], bool] = lambda replica: False
+        self.on_live, self.on_lost, self.on_done, self.has_work = on_live, on_lost, on_done, has_work
         self.lost = self.bytes_out = self.bytes_in = 0
         self.replay_seconds = 0.0
         """Spent by engines that joined, on what the others had had."""
