@@ -22,12 +22,12 @@ from typing import Any
 from eggroll_llm.config.compare import flat
 from eggroll_llm.config.schema import OF_EVALUATIONS
 from eggroll_llm.errors import RunDirError, SamplesError
+from eggroll_llm.records.accuracy import mean
 from eggroll_llm.records.answers import TASK, Sample
 from eggroll_llm.records.baseline import Constant, Share, by_kind
 from eggroll_llm.records.diagnosis import diagnose
 from eggroll_llm.records.figures import figures
 from eggroll_llm.system.jsonl import to_json
-from eggroll_llm.training.evaluation import mean
 from eval.runs import Budget, Group, Point, Run, constants_of, group_seeds
 from eval.statistics import Paired, compare_paired, stderr
 

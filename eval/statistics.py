@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from eggroll_llm.training.evaluation import mean
+from eggroll_llm.records.accuracy import mean
 
 RESAMPLES = 10_000
 """Bootstrap resamples: the end points of a 95 % interval move by about a hundredth of its length between seeds."""

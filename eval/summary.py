@@ -23,13 +23,13 @@ from typing import Any
 
 from eggroll_llm.engine.sampling import ADDED
 from eggroll_llm.models.called import called
-from eggroll_llm.records.accuracy import wilson
+from eggroll_llm.records.accuracy import mean, wilson
 from eggroll_llm.records.answers import TASK, Sample
 from eggroll_llm.records.baseline import Share, by_kind
 from eggroll_llm.system.files import write_output_file
 from eggroll_llm.system.jsonl import to_json
 from eggroll_llm.system.terminal import inert
-from eggroll_llm.training.evaluation import finite_rewards, mean
+from eggroll_llm.training.evaluation import finite_rewards
 from eggroll_llm.training.scorer import FAILED
 from eval.evaluation import Results
 from eval.statistics import majority, pass_at_k, stderr

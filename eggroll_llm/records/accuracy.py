@@ -18,6 +18,11 @@ EXACT = 2000
 """Wins and losses up to which a test is exact: beyond, the normal distribution differs by less than 1 % of p."""
 
 
+def mean(values: Sequence[float]) -> float:
+    """Return the mean; NaN of nothing."""
+    return sum(values) / len(values) if values else math.nan
+
+
 def wilson(accuracy: float, problems: int) -> tuple[float, float]:
     """Return the 95 % interval of a fraction of so many problems, within 0 and 1; NaN, NaN where there is none."""
     if problems <= 0 or not 0 <= accuracy <= 1:

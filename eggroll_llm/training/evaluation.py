@@ -10,11 +10,12 @@ import contextlib
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from eggroll_llm.engine.interface import Completion, Decoding, Engine, Progress, Request, Sampler, Scored
 from eggroll_llm.engine.sampling import plain, sampling_seed
+from eggroll_llm.records.accuracy import mean
 from eggroll_llm.records.answers import TASK, Graded, Sample
 from eggroll_llm.records.drawn import Drawn
 from eggroll_llm.system import signals
@@ -84,11 +85,6 @@ class Evaluation:
 def finite_rewards(samples: Iterable[Sample], grader: str) -> list[float]:
     """Return the rewards of a grader that are neither NaN nor infinite."""
     return [reward for sample in samples if math.isfinite(reward := sample.scores[grader].reward)]
-
-
-def mean(values: Sequence[float]) -> float:
-    """Return the mean; NaN of nothing."""
-    return sum(values) / len(values) if values else math.nan
 
 
 def evaluate(

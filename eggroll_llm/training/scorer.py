@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol, Self
+from typing import TYPE_CHECKING, Self
 
 from eggroll_llm.config.schema import RewardConfig
 from eggroll_llm.engine.interface import Completion
@@ -22,7 +22,7 @@ from eggroll_llm.records.answers import Graded
 from eggroll_llm.system import signals
 from eggroll_llm.system.terminal import inert
 from eggroll_llm.tasks.prompts import ProblemSet
-from eggroll_llm.tasks.sandbox.pool import ScorePool
+from eggroll_llm.tasks.sandbox.pool import Judging, ScorePool
 from eggroll_llm.tasks.task import Answer, Problem, Score, Task, Verdict, judge, sandboxed
 
 if TYPE_CHECKING:
@@ -143,14 +143,6 @@ class Scorer(AbstractContextManager["Scorer"]):
             )
 
 
-class _Judging(Protocol):
-    """Answers that are judged together, see `tasks.sandbox.pool.Judging`."""
-
-    def put(self, number: int, answer: Answer) -> None: ...
-    def ready(self) -> list[tuple[int, Verdict]]: ...
-    def rest(self) -> Iterator[tuple[int, Verdict]]: ...
-
-
 class _JudgingHere:
     """Judges by a built-in grader, when it is asked for verdicts."""
 
@@ -174,7 +166,7 @@ class _JudgingHere:
 class Scoring:
     """Completions of a step or an evaluation, which are scored as they are put."""
 
-    def __init__(self, judging: _Judging, count: Callable[[Verdict, Completion, Problem], None]) -> None:
+    def __init__(self, judging: Judging | _JudgingHere, count: Callable[[Verdict, Completion, Problem], None]) -> None:
         """`count` gets each verdict with its completion and problem, in the order of their numbers."""
         self._judging, self._count = judging, count
         self._given: dict[int, tuple[Completion, Problem]] = {}

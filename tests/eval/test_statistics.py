@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from eggroll_llm.training.evaluation import mean
+from eggroll_llm.records.accuracy import mean
 from eval.statistics import (
     bootstrap_interval,
     compare_paired,
