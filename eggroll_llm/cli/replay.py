@@ -6,11 +6,10 @@ from pathlib import Path
 from eggroll_llm.cli.arguments import Settings, not_negative
 from eggroll_llm.config.recipe import load_recipe
 from eggroll_llm.errors import ConfigError
-from eggroll_llm.models.card import Trained, write_card
+from eggroll_llm.models.card import describe
 from eggroll_llm.models.resolve import model_identity, resolve_model
 from eggroll_llm.records.journal import read_journal
 from eggroll_llm.records.run_dir import RunDir
-from eggroll_llm.records.weights import write_provenance
 from eggroll_llm.system.files import describe_failure, replace_directory
 
 
@@ -38,22 +37,12 @@ def run(options: argparse.Namespace, settings: Settings) -> int:
 
     base = resolve_model(config.model)
     identity, metrics = model_identity(base), run.read_metrics()
-    trained = Trained(
-        config=config,
-        base_model=identity,
-        step=step,
-        metrics=metrics,
-        journal=run.journal,
-        prompt=run.example_prompt(),
-        constant=run.constant(),
-    )
     checksum = ""
 
     def write(directory: Path) -> None:
         nonlocal checksum
         checksum = replay(config, base, run.journal, step, directory)
-        write_provenance(directory, step=step, base_model=identity)
-        write_card(directory, trained)
+        describe(directory, run, config, base_model=identity, step=step, metrics=metrics)
 
     try:
         options.out.parent.mkdir(parents=True, exist_ok=True)

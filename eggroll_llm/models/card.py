@@ -25,6 +25,8 @@ from eggroll_llm.records.accuracy import accuracy_text
 from eggroll_llm.records.baseline import Constant
 from eggroll_llm.records.diagnosis import diagnose
 from eggroll_llm.records.journal import read_journal
+from eggroll_llm.records.run_dir import RunDir
+from eggroll_llm.records.weights import write_provenance
 from eggroll_llm.system.files import write_text
 from eggroll_llm.system.terminal import inert, inert_lines
 
@@ -69,6 +71,29 @@ class Trained:
     """An example prompt in full; empty for none."""
     constant: Constant | None = None
     """The best constant answer to the held-out problems; None where none is known."""
+
+
+def describe(
+    directory: Path,
+    run: RunDir,
+    config: RunConfig,
+    *,
+    base_model: str,
+    step: int,
+    metrics: Sequence[Mapping[str, Any]],
+) -> None:
+    """Write card and provenance into the directory of a step's model of a run. Raises what `card_text` raises."""
+    write_provenance(directory, step=step, base_model=base_model)
+    model = Trained(
+        config=config,
+        base_model=base_model,
+        step=step,
+        metrics=metrics,
+        journal=run.journal,
+        prompt=run.example_prompt(),
+        constant=run.constant(),
+    )
+    write_card(directory, model)
 
 
 def write_card(directory: Path, model: Trained) -> None:

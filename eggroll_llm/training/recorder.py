@@ -11,13 +11,13 @@ from torch import Tensor
 
 from eggroll_llm.config.schema import RunConfig
 from eggroll_llm.errors import SamplesError
-from eggroll_llm.models.card import Trained, write_card
+from eggroll_llm.models.card import describe
 from eggroll_llm.records.answers import Sample
 from eggroll_llm.records.checkpoint import checkpoint_path, is_valid, list_checkpoints, prune, save_checkpoint
 from eggroll_llm.records.drawn import Drawn
 from eggroll_llm.records.journal import Journal
 from eggroll_llm.records.run_dir import RunDir
-from eggroll_llm.records.weights import best_step, write_provenance
+from eggroll_llm.records.weights import best_step
 from eggroll_llm.system.hardware import peak_memory
 from eggroll_llm.system.invocation import command
 from eggroll_llm.tasks.prompts import ProblemSet
@@ -130,17 +130,7 @@ class Recorder:
         """Write model card and provenance into the directory of a step's model."""
         assert self.journal.header is not None
         base_model = self.journal.header.base_model
-        write_provenance(model, step=step, base_model=base_model)
-        trained = Trained(
-            config=self.config,
-            base_model=base_model,
-            step=step,
-            metrics=self.rows,
-            journal=self.journal.path,
-            prompt=self.directory.example_prompt(),
-            constant=self.directory.constant(),
-        )
-        write_card(model, trained)
+        describe(model, self.directory, self.config, base_model=base_model, step=step, metrics=self.rows)
 
     def how_to_resume(self) -> str:
         """Return what is on disk, and the command that resumes from it."""
