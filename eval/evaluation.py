@@ -163,7 +163,7 @@ def settings_for(
             limit = config.eval.max_tokens or config.sampling.max_tokens
             sampling = {key: getattr(config.sampling, key) for key in OF_EVALUATIONS} | sampling
     sampling["max_tokens"] = sampling.get("max_tokens") or limit
-    changed = parse_table(Changeable, apply_overrides(Changeable, base, flags), where="", source="flags")
+    changed = parse_table(Changeable, apply_overrides(Changeable, base, flags), Origin(name="flags"))
     if not (chosen_on and _same_problems(base["task_options"], changed.task_options)):
         subject = dataclasses.replace(subject, selected_on=0)
     settings = Settings(

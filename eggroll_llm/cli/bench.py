@@ -88,8 +88,9 @@ def _config(options: argparse.Namespace, settings: Settings) -> RunConfig:
         if options.input_len == 1:
             raise ConfigError("--input-len 1: must be at least 2, as members score the second half of a prompt")
         needed = {"task": "countdown", "steps": 1, "es": {"sigma": 1e-3, "learning_rate": 1e-3}}
-        config = parse_table(RunConfig, apply_overrides(RunConfig, needed, settings), where="", source="the flags")
-        validate(config, Origin(name="the flags", flags=flags_by_key(settings)))
+        origin = Origin(name="the flags", flags=flags_by_key(settings))
+        config = parse_table(RunConfig, apply_overrides(RunConfig, needed, settings), origin)
+        validate(config, origin)
         return config
     if options.input_len:
         raise ConfigError("--input-len is of --random-weights: a recipe has prompts of its own")

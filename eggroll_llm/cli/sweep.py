@@ -107,7 +107,7 @@ def read_sweep(path: Path, overrides: Sequence[tuple[str, str]] = ()) -> list[Pl
         ConfigError: the file, a recipe or a setting is wrong, or a name is missing or repeated.
     """
     table, origin = read_toml(path)
-    sweep = parse_table(SweepFile, table, where="", source=origin.name, text=origin.text)
+    sweep = parse_table(SweepFile, table, origin)
     more = [(key.removeprefix("--"), text) for key, text in absolute_settings(overrides)]
     if sweep.seeds and (given := dict(more).get("seed")):
         raise ConfigError(

@@ -25,28 +25,17 @@ Table = TypeVar("Table", bound="DataclassInstance")
 _EXPECTED = {int: "an integer", float: "a number", bool: "true or false", str: "a string in quotes"}
 
 
-def parse_table(
-    cls: type[Table],
-    table: Mapping[str, Any],
-    *,
-    where: str,
-    source: str,
-    text: str = "",
-    flags: Mapping[str, str] | None = None,
-) -> Table:
+def parse_table(cls: type[Table], table: Mapping[str, Any], origin: Origin, *, where: str = "") -> Table:
     """Return an instance of the dataclass `cls` from a TOML table.
 
     Args:
         cls: dataclass whose fields are the valid keys; a field without default is required.
+        origin: what messages name.
         where: dotted key of the table in its file, empty for the whole file.
-        source: file name, for messages.
-        text: content of that file, to find line numbers.
-        flags: keys that the command line has set, with the flag of each.
 
     Raises:
         ConfigError: unknown key, missing key, or a value of the wrong type.
     """
-    origin = Origin(name=source, text=text, flags=flags or {})
     return _parse_dataclass(cls, table, where, origin, valid=list(all_keys(cls, where)))
 
 

@@ -27,7 +27,7 @@ def load_recipe(path: Path | str, overrides: Sequence[tuple[str, str]] = ()) -> 
     table, origin = read_toml(Path(path))
     table = apply_overrides(RunConfig, table, overrides)
     origin = dataclasses.replace(origin, flags=flags_by_key(overrides))
-    config = parse_table(RunConfig, table, where="", source=origin.name, text=origin.text, flags=origin.flags)
+    config = parse_table(RunConfig, table, origin)
     validate(config, origin)
     config = dataclasses.replace(config, task_options=sourced(config.task_options, origin, overrides))
     return of_its_method(config)

@@ -72,6 +72,5 @@ def load_task(name: str, options: Mapping[str, Any], *, base_dir: Path, limits: 
 def _parse(kind: "type[Options]", options: Sourced) -> "Options":
     """Return the options of a built-in task; each is parsed by itself first, as each may come from elsewhere."""
     for key, value in options.items():
-        origin = options.origin_of(key)
-        parse_table(kind, {key: value}, where="task_options", source=origin.name, text=origin.text)
-    return parse_table(kind, options, where="task_options", source=options.origin.name)
+        parse_table(kind, {key: value}, options.origin_of(key), where="task_options")
+    return parse_table(kind, options, options.origin, where="task_options")

@@ -10,6 +10,7 @@ import pytest
 
 from eggroll_llm.config.help import field_docs
 from eggroll_llm.config.parse import parse_table
+from eggroll_llm.config.toml import Origin
 from eggroll_llm.errors import ConfigError
 
 
@@ -43,13 +44,13 @@ def test_parse_table_converts_every_supported_type() -> None:
         "name": "n", "sizes": [3], "pair": [1, 2], "names": ["x"], "limit": 5, "style": "b", "level": "high",
         "extra": {"k": 1}, "inner": {"depth": 2},
     }  # fmt: skip
-    parsed = parse_table(Options, table, where="task_options", source="r.toml")
+    parsed = parse_table(Options, table, Origin(name="r.toml"), where="task_options")
     assert parsed == Options(
         name="n", sizes=(3,), pair=(1, 2.0), names=["x"], limit=5, style="b", level="high", extra={"k": 1.0},
         inner=Inner(depth=2),
     )  # fmt: skip
     assert type(parsed.extra["k"]) is float
-    assert parse_table(Options, {"name": "n"}, where="", source="r.toml") == Options(name="n")
+    assert parse_table(Options, {"name": "n"}, Origin(name="r.toml")) == Options(name="n")
 
 
 @pytest.mark.parametrize(
@@ -72,7 +73,7 @@ def test_parse_table_converts_every_supported_type() -> None:
 )  # fmt: skip
 def test_parse_table_refusals(table: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError) as info:
-        parse_table(Options, table, where="o", source="r.toml", text="[o]\nsizes = 3\n")
+        parse_table(Options, table, Origin(name="r.toml", text="[o]\nsizes = 3\n"), where="o")
     assert str(info.value) == message
 
 

@@ -11,6 +11,7 @@ from eggroll_llm.config.compare import differences
 from eggroll_llm.config.parse import parse_table
 from eggroll_llm.config.recipe import load_recipe, to_toml
 from eggroll_llm.config.schema import RunConfig
+from eggroll_llm.config.toml import Origin
 from eggroll_llm.system.hardware import resolve_sequences
 from eggroll_llm.tasks.countdown import CountdownOptions
 from eggroll_llm.tasks.gsm8k import Gsm8kOptions
@@ -70,11 +71,11 @@ def test_its_name_says_what_it_trains(path: Path) -> None:
 def test_its_task_options_exist_and_hold_out_enough_problems(path: Path) -> None:
     config = load_recipe(path)
     if config.task == "countdown":
-        options = parse_table(CountdownOptions, config.task_options, where="task_options", source=path.name)
+        options = parse_table(CountdownOptions, config.task_options, Origin(name=path.name), where="task_options")
         assert options.test_size >= config.eval.problems
         assert bool(options.hub) == (path in QWEN)
     else:
-        parse_table(Gsm8kOptions, config.task_options, where="task_options", source=path.name)
+        parse_table(Gsm8kOptions, config.task_options, Origin(name=path.name), where="task_options")
         assert config.eval.problems <= 1319  # the test set
 
 
