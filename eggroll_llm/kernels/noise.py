@@ -75,15 +75,14 @@ def served_rows(
 
 def fill(rows_KV: Tensor, noise: NoiseSpec, pairs_K: Tensor, layout: RowLayout) -> None:
     """Write the rows of pairs into `rows_KV` [K, V], contiguous, on a CPU or GPU. Raises ValueError for others."""
+    check_rows(rows_KV, noise, pairs_K, layout)
     if rows_KV.is_cuda:
-        check_rows(rows_KV, noise, pairs_K, layout)
         place(rows_KV, torch.arange(len(pairs_K)), noise, pairs_K, torch.zeros_like(pairs_K), layout)
         return
     library = build.library()
     if library is not None:
         fill_native(library, rows_KV, noise, pairs_K, layout)
         return
-    check_rows(rows_KV, noise, pairs_K, layout)
     made = definition.served_factors_of(noise, pairs_K, layout.shapes, rows_KV.dtype, "cpu", layout.offsets)
     for name, (A_KOR, B_KIR) in layout.factors(rows_KV).items():
         A_KOR.copy_(made[name][0])
@@ -135,8 +134,7 @@ def check_rows(rows_KV: Tensor, noise: NoiseSpec, pairs_K: Tensor, layout: RowLa
 
 
 def fill_native(library: ctypes.CDLL, rows_KV: Tensor, noise: NoiseSpec, pairs_K: Tensor, layout: RowLayout) -> None:
-    """Write the rows of pairs as `library` computes them. Raises ValueError as `fill` does."""
-    check_rows(rows_KV, noise, pairs_K, layout)
+    """Write the rows of pairs as `library` computes them."""
     pairs_K = pairs_K.to(device="cpu", dtype=torch.int64).contiguous()
     starts, function = layout.starts(), _functions(library)[rows_KV.dtype]
     for size, names in names_by_size(layout.shapes, layout.offsets).items():
