@@ -115,7 +115,7 @@ class Run:
         By content, so that an edited problem is another one; counted, so that repeated problems stay apart.
         Raises RunDirError when they were not recorded, SamplesError when the file is damaged.
         """
-        path = self.directory.evaluations / f"step-{step:06}.jsonl"
+        path = self.directory.evaluation_file(step)
         if not path.is_file():
             raise RunDirError(
                 f"{path}: no such file, so single answers cannot be compared. Restore it, or train again to record it."

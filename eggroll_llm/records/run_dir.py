@@ -149,13 +149,17 @@ class RunDir(AbstractContextManager["RunDir"]):
         """Replace drawn.json or reference.json, whole or not at all."""
         self._write_text(file, drawn_text(drawn))
 
+    def evaluation_file(self, step: int) -> Path:
+        """Return the file with the graded answers of a step's evaluation."""
+        return self.evaluations / f"step-{step:06d}.jsonl"
+
     def write_evaluation(self, step: int, settings: Mapping[str, Any], samples: Iterable[Sample]) -> None:
         """Write the graded answers of an evaluation to evaluations/, whole or not at all."""
-        self._write_text(self.evaluations / f"step-{step:06d}.jsonl", samples_text(settings, samples))
+        self._write_text(self.evaluation_file(step), samples_text(settings, samples))
 
     def read_evaluation(self, step: int) -> list[Sample]:
         """Return the graded answers of an evaluation. Raises SamplesError when they are missing or damaged."""
-        return read_samples(self.evaluations / f"step-{step:06d}.jsonl")[1]
+        return read_samples(self.evaluation_file(step))[1]
 
     def example_prompt(self) -> str:
         """Return the prompt in full that the base model's evaluation recorded; empty without one."""
@@ -168,7 +172,7 @@ class RunDir(AbstractContextManager["RunDir"]):
 
     def _evaluation_settings(self) -> dict[str, Any]:
         try:
-            return read_samples(self.evaluations / f"step-{0:06d}.jsonl")[0]
+            return read_samples(self.evaluation_file(0))[0]
         except SamplesError:
             return {}
 
