@@ -9,8 +9,8 @@ from dataclasses import replace
 from eggroll_llm.config.schema import EngineConfig
 from eggroll_llm.engine.memory import ModelShape, es_parts
 from eggroll_llm.es.settings import EsSettings
+from eggroll_llm.system.hardware import GIB
 
-GIB = 2**30
 SHAPES = {  # hidden, intermediate, layers, values of keys a token, vocabulary, embeddings that are stored
     "0.5B": (896, 4864, 24, 128, 151_936, 1),
     "1.5B": (1536, 8960, 28, 256, 151_936, 1),

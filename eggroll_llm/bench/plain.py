@@ -18,6 +18,7 @@ from vllm.usage.usage_lib import UsageContext
 from vllm.v1.engine.llm_engine import LLMEngine
 
 from eggroll_llm.bench.workload import Times, Workload
+from eggroll_llm.system.hardware import GIB
 
 
 class Plain:
@@ -86,7 +87,7 @@ class MemoryExtension:
 def memory_gib() -> float:
     """Return this process's peak of allocated GPU memory; without a GPU what is resident now."""
     if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**30
+        return torch.cuda.max_memory_allocated() / GIB
     lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("VmRSS:")) / 2**20
 

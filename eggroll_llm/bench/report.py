@@ -9,7 +9,8 @@ from rich.console import Console
 from rich.table import Table
 
 from eggroll_llm.bench.plan import EAGER, Size, Variant
-from eggroll_llm.bench.subject import GIB, Subject, population_bytes
+from eggroll_llm.bench.subject import Subject, population_bytes
+from eggroll_llm.system.hardware import GIB
 
 Round = dict[str, dict[str, Any]]
 """The answers of one round by variant name."""

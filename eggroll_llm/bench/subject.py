@@ -18,12 +18,11 @@ from eggroll_llm.errors import ModelError
 from eggroll_llm.models.architectures import check_architecture
 from eggroll_llm.models.files import read_config, tensor_shapes
 from eggroll_llm.models.targets import trained_parameters
-from eggroll_llm.system.hardware import resolve_dtype, serves_on_cpu
+from eggroll_llm.system.hardware import GIB, resolve_dtype, serves_on_cpu
 from eggroll_llm.system.jsonl import parse_json
 from eggroll_llm.training.prepare import prepare
 
-GIB = 2**30
-CPU_BLOCK, GPU_BLOCK = 128, 64  # tokens; vLLM's largest blocks of a key-value cache, so that any of its sizes fits
+LARGEST_CPU_BLOCK, LARGEST_GPU_BLOCK = 128, 64  # tokens of a key-value cache in vLLM, so that any of its sizes fits
 
 _QWEN = {
     "architectures": ["Qwen2ForCausalLM"],
@@ -158,7 +157,7 @@ def _write_tokenizer(model_dir: Path) -> None:
 def kv_cache_bytes(subject: Subject, sequences: int, context: int) -> int:
     """Return the key-value cache in which all sequences fit at their full length."""
     token = ModelShape.of(read_config(subject.model_dir), tensor_shapes(subject.model_dir)).cached
-    block = CPU_BLOCK if serves_on_cpu() else GPU_BLOCK
+    block = LARGEST_CPU_BLOCK if serves_on_cpu() else LARGEST_GPU_BLOCK
     return (sequences + 1) * math.ceil(context / block) * block * token * SIZE[subject.engine.dtype]
 
 

@@ -28,6 +28,7 @@ from eggroll_llm.system import installed, torch_companions
 from eggroll_llm.system.files import cache_root
 from eggroll_llm.system.hardware import (
     CUDA_BFLOAT16,
+    GIB,
     NATIVE_BFLOAT16,
     available_memory,
     cores,
@@ -181,7 +182,7 @@ def check_hardware(flags: Collection[str], memory: int | None) -> list[Check]:
     else:
         checks.append(Check(name="instructions", status="ok", detail=described))
     if memory is not None:
-        gib = memory / 2**30
+        gib = memory / GIB
         enough = gib >= NEEDED_GIB
         remedy = "" if enough else "lower engine.kv_cache_gib, engine.slots, or free memory"
         detail = f"{gib:.1f} GiB available; the embedded model needs about {NEEDED_GIB:.0f}"
@@ -333,7 +334,7 @@ def check_cache(root: Path) -> Check:
     """Return whether converted models and the compiled kernel can be kept."""
     existing = next(path for path in (root, *root.parents) if os.path.exists(path))
     if os.path.isdir(existing) and os.access(existing, os.W_OK):
-        free = shutil.disk_usage(existing).free / 2**30
+        free = shutil.disk_usage(existing).free / GIB
         return Check(name="cache", status="ok", detail=f"{root}, {free:.1f} GiB free")
     remedy = "set EGGROLL_CACHE to a writable directory"
     return Check(name="cache", status="wrong", detail=f"{root} cannot be written", remedy=remedy)

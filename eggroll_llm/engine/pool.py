@@ -28,6 +28,7 @@ from eggroll_llm.engine.watchdog import Watchdog
 from eggroll_llm.errors import EngineError
 from eggroll_llm.es.estimate import UpdateSpec
 from eggroll_llm.es.noise import NoiseSpec
+from eggroll_llm.system.hardware import GIB
 
 if TYPE_CHECKING:
     import torch
@@ -219,7 +220,7 @@ class EnginePool:
             "time/replay": roster.replay_seconds,
             "wire/out": roster.bytes_out,
             "wire/in": roster.bytes_in,
-            "memory/peak_gib": max((replica.peak for replica in roster.replicas), default=0) / 2**30,
+            "memory/peak_gib": max((replica.peak for replica in roster.replicas), default=0) / GIB,
         }
         roster.lost = roster.bytes_out = roster.bytes_in = 0
         roster.replay_seconds = 0.0

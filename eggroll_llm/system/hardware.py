@@ -11,6 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import Literal
 
+GIB = 2**30
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3  # glibc's malloc.h
 CUDA_BFLOAT16, CUDA_FP8 = (8, 0), (8, 9)  # compute capabilities from which on a GPU multiplies these
 NATIVE_BFLOAT16 = ("avx512_bf16", "amx_bf16", "bf16")  # x86 and Arm flags of processors that multiply it

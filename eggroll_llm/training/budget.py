@@ -12,13 +12,12 @@ from eggroll_llm.engine.start import in_this_process
 from eggroll_llm.errors import ConfigError
 from eggroll_llm.models.files import read_config, tensor_shapes
 from eggroll_llm.models.targets import trained_parameters
-from eggroll_llm.system.hardware import available_memory, serves_on_cpu
+from eggroll_llm.system.hardware import GIB, available_memory, serves_on_cpu
 from eggroll_llm.training.plan import members_that_answer
 
 if TYPE_CHECKING:
     from eggroll_llm.training.prepare import Prepared
 
-GIB = 2**30
 BASE_COPY = "copy of the base model"
 
 

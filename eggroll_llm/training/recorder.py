@@ -18,7 +18,7 @@ from eggroll_llm.records.drawn import Drawn
 from eggroll_llm.records.journal import Journal
 from eggroll_llm.records.run_dir import RunDir
 from eggroll_llm.records.weights import best_step
-from eggroll_llm.system.hardware import peak_memory
+from eggroll_llm.system.hardware import GIB, peak_memory
 from eggroll_llm.system.invocation import command
 from eggroll_llm.tasks.prompts import ProblemSet
 from eggroll_llm.training.callbacks.base import Callbacks
@@ -63,7 +63,7 @@ class Recorder:
         self, row: Metrics, completions: Sequence[Mapping[str, Any]], answers: Sequence[Sample] = ()
     ) -> None:
         """Record a step: its completions, then its metrics, which mark the step as complete."""
-        row["memory/peak_gib"] = max(peak_memory() / 2**30, row.get("memory/peak_gib", 0.0))
+        row["memory/peak_gib"] = max(peak_memory() / GIB, row.get("memory/peak_gib", 0.0))
         with self.saving():
             self.directory.append_completions(completions)
         row["time/save"], self._seconds = self._seconds, 0.0

@@ -9,8 +9,9 @@ from rich.console import Console
 
 from eggroll_llm.bench.plan import COMPILED, EAGER, SHIPPED, Size, population
 from eggroll_llm.bench.report import Measured, rows, show
-from eggroll_llm.bench.subject import GIB, Subject, population_bytes
+from eggroll_llm.bench.subject import Subject, population_bytes
 from eggroll_llm.config.schema import EngineConfig
+from eggroll_llm.system.hardware import GIB
 
 SIZE = Size(num_prompts=8, output_len=64)
 OURS = population(2, 4, slots=2)

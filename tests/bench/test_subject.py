@@ -7,7 +7,6 @@ import pytest
 
 from eggroll_llm.bench import plan
 from eggroll_llm.bench.subject import (
-    GIB,
     SHAPES,
     gpu_bytes,
     kv_cache_bytes,
@@ -19,6 +18,7 @@ from eggroll_llm.config.schema import EngineConfig
 from eggroll_llm.errors import ModelError
 from eggroll_llm.models.files import tensor_shapes
 from eggroll_llm.models.targets import trained_parameters
+from eggroll_llm.system.hardware import GIB
 
 BFLOAT16 = EngineConfig(dtype="bfloat16")
 MILLIONS = {"smollm2-135m": 134.5, "qwen2.5-0.5b": 494.0, "qwen2.5-1.5b": 1543.7, "qwen2.5-7b": 7615.6}

@@ -18,8 +18,9 @@ from eggroll_llm.errors import ConfigError
 from eggroll_llm.es.settings import EsSettings
 from eggroll_llm.models.files import read_config, tensor_shapes
 from eggroll_llm.models.targets import trained_parameters
+from eggroll_llm.system.hardware import GIB
 from eggroll_llm.tasks.prompts import ProblemSet
-from eggroll_llm.training.budget import GIB, _parts, budget, check_memory
+from eggroll_llm.training.budget import _parts, budget, check_memory
 from eggroll_llm.training.prepare import Prepared
 from eggroll_llm.training.step_time import Machine, Model, estimate_lines, measure, model_sizes, sampled, step_seconds
 

@@ -11,9 +11,11 @@ from vllm.platforms import current_platform
 from eggroll_llm.config.schema import EngineConfig
 from eggroll_llm.engine.memory import batch_tokens
 from eggroll_llm.errors import ConfigError
+from eggroll_llm.es.settings import MOST_RANK
 from eggroll_llm.models.targets import TARGET_MODULES, block_of, trained_parameters
+from eggroll_llm.system.hardware import GIB
 
-VLLM_RANKS = (1, 8, 16, 32, 64)  # sizes that vLLM allows for its adapter buffers, up to what our kernel can
+VLLM_RANKS = (1, 8, 16, 32, MOST_RANK)  # sizes that vLLM allows for its adapter buffers, up to what our kernel can
 CPU_BLOCK = 32  # tokens per block of the KV cache; vLLM's default of 128 shares no prefix of a short prompt
 POPULATION = "eggroll"
 """Key of vLLM's `additional_config` under which the arguments of the worker's `Population` are."""
@@ -107,5 +109,5 @@ def decode_graphs(max_sequences: int) -> dict[str, Any]:
 def memory_args(config: EngineConfig) -> dict[str, Any]:
     """Return the arguments of vLLM that settle the key-value cache on this device."""
     if current_platform.is_cpu():
-        return {"kv_cache_memory_bytes": int(config.kv_cache_gib * 2**30), "block_size": CPU_BLOCK}
+        return {"kv_cache_memory_bytes": int(config.kv_cache_gib * GIB), "block_size": CPU_BLOCK}
     return {"gpu_memory_utilization": config.gpu_memory_utilization}

@@ -15,6 +15,7 @@ from typing import Any
 
 from eggroll_llm.config.schema import RewardConfig
 from eggroll_llm.errors import TaskError
+from eggroll_llm.system.hardware import GIB
 from eggroll_llm.tasks.sandbox.child import GARBLED, Child, EndedError
 from eggroll_llm.tasks.task import SPLITS, Answer, Problem, Sandboxed, Split, Verdict
 from rewards import Score
@@ -82,7 +83,7 @@ class UserProcess(AbstractContextManager["UserProcess"]):
             return
         self.close()
         task = self._task
-        hello = task.hello() | {"memory": min(int(self._limits.memory_gib * 2**30), 2**62)}
+        hello = task.hello() | {"memory": min(int(self._limits.memory_gib * GIB), 2**62)}
         try:
             self._child.start()
             (ready,) = self._child.talk([_json(hello)], START_SECONDS)
