@@ -37,13 +37,8 @@ def split(
     name, *others = words
     if name not in commands:
         raise _unknown_command(name, others, program, commands)
-    command = commands[name]
-    return _split(name, others, command)
-
-
-def _split(name: str, words: Sequence[str], command: argparse.ArgumentParser) -> tuple[list[str], Settings]:
-    own, keys = command._option_string_actions, command.get_default(SETTINGS)
-    rest, settings, pending = [name], [], iter(words)
+    own, keys = commands[name]._option_string_actions, commands[name].get_default(SETTINGS)
+    rest, settings, pending = [name], [], iter(others)
     for word in pending:
         flag, equals, text = word.partition("=")
         if word == "--":
@@ -136,6 +131,11 @@ def positive(text: str) -> int:
 def not_negative(text: str) -> int:
     """Return a whole number of at least 0, for argparse."""
     return _whole(text, 0, "must not be negative")
+
+
+def positives(text: str) -> list[int]:
+    """Return whole numbers of at least 1, with commas between them, for argparse."""
+    return [positive(number) for number in text.split(",")]
 
 
 def _whole(text: str, least: int, limit: str) -> int:

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from eggroll_llm.cli.arguments import Settings, positive
+from eggroll_llm.cli.arguments import Settings, positive, positives
 from eggroll_llm.config.flags import apply_overrides, flags_by_key, key_of
 from eggroll_llm.config.parse import parse_table
 from eggroll_llm.config.recipe import load_recipe
@@ -37,15 +37,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--input-len", type=positive, metavar="N", help="tokens of a random prompt; default: 128")
     parser.add_argument("--output-len", type=positive, metavar="N", help="new tokens, at most; default: 64, GPU: 128")
     parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 (default) is greedy")
-    parser.add_argument("--ranks", type=_numbers, default=[], metavar="R,R", help="measure populations of these ranks")
-    parser.add_argument("--members", type=_numbers, default=[], metavar="M,M", help="... and of these sizes (64)")
+    parser.add_argument("--ranks", type=positives, default=[], metavar="R,R", help="measure populations of these ranks")
+    parser.add_argument("--members", type=positives, default=[], metavar="M,M", help="... and of these sizes (64)")
     parser.add_argument("--variants", default="", metavar="TEXT", help="only variants with this in their name")
     parser.add_argument("--repeats", type=positive, default=3, metavar="N", help="measurements of each variant")
     parser.add_argument("--out", type=Path, metavar="FILE.json")
-
-
-def _numbers(text: str) -> list[int]:
-    return [positive(number) for number in text.split(",")]
 
 
 def run(options: argparse.Namespace, settings: Settings) -> int:

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from eggroll_llm.cli.arguments import GO_ON, Settings, add_at, not_negative, positive
+from eggroll_llm.cli.arguments import GO_ON, Settings, add_at, not_negative, positive, positives
 from eggroll_llm.errors import ConfigError
 from eggroll_llm.system.files import check_output_file
 from eggroll_llm.tasks.paths import absolute_task
@@ -73,7 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--seed", type=not_negative, default=0, metavar="N", help="seed of sampling")
     parser.add_argument(
-        "--k", type=_ks, metavar="K,K", help="values of k for pass@k and maj@k; default: the number of samples"
+        "--k", type=positives, metavar="K,K", help="values of k for pass@k and maj@k; default: the number of samples"
     )
     parser.add_argument(
         "--out",
@@ -149,7 +149,3 @@ def _samples_file(out: Path) -> Path:
     """Return FILE.samples.jsonl beside FILE.json. Raises ConfigError for what cannot be a file."""
     check_output_file(out, "eval.json")
     return out.with_name(f"{out.name.removesuffix('.json')}.samples.jsonl")
-
-
-def _ks(text: str) -> list[int]:
-    return [positive(k) for k in text.split(",")]

@@ -42,7 +42,6 @@ from eggroll_llm.tasks.paths import absolute_settings, absolute_value
 
 REPORT = "comparison"
 """Folder of the report, beside those of the runs."""
-Flags = list[tuple[str, str]]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,7 +65,7 @@ class Planned:
     name: str
     """Of its directory."""
     recipe: Path
-    flags: Flags
+    flags: Settings
     """Dotted key and text of every setting over those of the recipe."""
 
     @property
@@ -127,7 +126,7 @@ def read_sweep(path: Path, overrides: Sequence[tuple[str, str]] = ()) -> list[Pl
     return planned
 
 
-def _plan(path: Path, sweep: SweepFile, trial: Mapping[str, Any], seed: int | None, more: Flags) -> Planned:
+def _plan(path: Path, sweep: SweepFile, trial: Mapping[str, Any], seed: int | None, more: Settings) -> Planned:
     own = dict(trial)
     name, recipe = own.pop("name", ""), own.pop("recipe", sweep.recipe)
     if not isinstance(name, str) or not _names_a_folder(name):
@@ -150,9 +149,9 @@ def _names_a_folder(name: str) -> bool:
     return bool(name) and name.isprintable() and name[0] != "." and not {*name} & {*"/\\"}
 
 
-def _flags(settings: Mapping[str, Any], folder: Path, prefix: str = "") -> Flags:
+def _flags(settings: Mapping[str, Any], folder: Path, prefix: str = "") -> Settings:
     """Return settings of the file, which is in `folder`, as flags."""
-    flags: Flags = []
+    flags: Settings = []
     for name, value in settings.items():
         key = f"{prefix}{name}"
         if isinstance(value, Mapping):
