@@ -243,6 +243,11 @@ class RunConfig:
         return self.method == "es" and self.es.fitness_from == "rewards"
 
     @property
+    def answering(self) -> int:
+        """Return how many models answer the problems of a step: the population, or the one that is trained."""
+        return self.es.population if self.members_answer else 1
+
+    @property
     def own_problems(self) -> bool:
         """Return whether each pair of twins has problems of its own."""
         return self.method == "es" and self.es.problems == "per_pair"

@@ -13,7 +13,6 @@ from eggroll_llm.errors import ConfigError
 from eggroll_llm.models.files import read_config, tensor_shapes
 from eggroll_llm.models.targets import trained_parameters
 from eggroll_llm.system.hardware import GIB, available_memory, serves_on_cpu
-from eggroll_llm.training.plan import members_that_answer
 
 if TYPE_CHECKING:
     from eggroll_llm.training.prepare import Prepared
@@ -26,7 +25,7 @@ def budget(prepared: "Prepared") -> list[str]:
     config = prepared.config
     es, sampling = config.es, config.sampling
     answers = sampling.prompts_per_step * sampling.samples_per_prompt
-    answering = members_that_answer(config)
+    answering = config.answering
     own = " of each pair" if config.problems_per_step > sampling.prompts_per_step else ""
     members = f"{answering} members x " if answering > 1 else ""
     completions = answering * answers

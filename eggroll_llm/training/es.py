@@ -261,8 +261,15 @@ class EsTrainer:
             )
 
     def _record(self, update: UpdateSpec, fitness: Fitness) -> None:
-        """Append an update to the journal, every `CHECKSUM_EVERY` steps with a checksum of the weights before it."""
-        _check_update(update)
+        """Append an update to the journal, every `CHECKSUM_EVERY` steps with a checksum of the weights before it.
+
+        Raises TrainingError for one that could leave the finite range.
+        """
+        try:
+            check_finite(update)
+        except NonFiniteUpdate as error:
+            remedy = "start a new run with a lower es.learning_rate or a larger es.sigma"
+            raise TrainingError(f"{error}: {remedy}") from error
         checksum = self.engine.checksum() if (update.step - 1) % CHECKSUM_EVERY == 0 else ""
         with self.recorder.saving():
             tied = fitness.tied if self._order else ()
@@ -292,11 +299,3 @@ def metrics_of(plan: StepPlan, judged: Judged, update: UpdateTimes) -> Metrics:
         "sigma": plan.sigma,
         "learning_rate": plan.learning_rate,
     }
-
-
-def _check_update(update: UpdateSpec) -> None:
-    """Refuse an update that could leave the finite range, before it is in the journal."""
-    try:
-        check_finite(update)
-    except NonFiniteUpdate as error:
-        raise TrainingError(f"{error}: start a new run with a lower es.learning_rate or a larger es.sigma") from error

@@ -88,7 +88,8 @@ class GrpoTrainer:
         """Train to the limit."""
         from torch import OutOfMemoryError
 
-        state = str(self.checkpoint.path / STATE / f"checkpoint-{self._optimizer_steps}") if self.checkpoint else None
+        optimizer_steps = self.harness.step * self.config.grpo.num_iterations
+        state = str(self.checkpoint.path / STATE / f"checkpoint-{optimizer_steps}") if self.checkpoint else None
         if self.harness.step == 0:
             self.harness.start()
         if not self.harness.finished():
@@ -117,10 +118,6 @@ class GrpoTrainer:
             self.trl.write_state(directory / STATE)
 
         self.harness.save(write, {}, {})
-
-    @property
-    def _optimizer_steps(self) -> int:
-        return self.harness.step * self.config.grpo.num_iterations
 
     def _begin_step(self, step: int) -> None:
         self._step_start = time.perf_counter()

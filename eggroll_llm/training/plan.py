@@ -7,8 +7,3 @@ from eggroll_llm.es.plan import StepPlan, plan_step
 def plan_of(config: RunConfig, step: int) -> StepPlan:
     """Return the plan of a step (from 1) of a run."""
     return plan_step(config.es, seed=config.seed, step=step, steps=config.steps)
-
-
-def members_that_answer(config: RunConfig) -> int:
-    """Return how many models answer the problems of a step: the population, or the one that is trained."""
-    return config.es.population if config.members_answer else 1

@@ -46,8 +46,9 @@ class Prepared:
 def with_absolute_paths(config: RunConfig, recipe_dir: Path) -> RunConfig:
     """Return the configuration with the paths that are relative to its recipe's folder made absolute."""
     options: Any = copy.copy(config.task_options)
-    for key in [] if ":" in config.task else options:
-        options[key] = absolute_option(key, options[key], recipe_dir)
+    if ":" not in config.task:
+        for key in options:
+            options[key] = absolute_option(key, options[key], recipe_dir)
     template = absolute_value("chat.template_file", config.chat.template_file, recipe_dir)
     return dataclasses.replace(
         config,

@@ -141,21 +141,18 @@ def _train_from(
                 trainer = EsTrainer(harness)
             else:
                 if run.resumed:
-                    display.message(_FROM.format(step) if step else _FROM_START)
+                    again = f"resuming from the checkpoint of step {step}; later steps are repeated"
+                    display.message(again if step else "no checkpoint yet: starting from the beginning")
                 trainer = GrpoTrainer(harness, checkpoint=checkpoint)
             recorder.resumed_from = checkpoint.path if checkpoint else None
             trainer.run()
             if callbacks.stopped:
-                display.message(_STOPPED.format(harness.step, callbacks.reason or "no reason given"))
+                reason = callbacks.reason or "no reason given"
+                display.message(f"a callback ended the run after step {harness.step}: {reason}")
             display.working("writing the model")
             run.write_final(trainer.export)
         except EngineError as error:
             raise TrainingError(harness.stopped_by(str(error))) from error
-
-
-_FROM = "resuming from the checkpoint of step {}; later steps are repeated"
-_FROM_START = "no checkpoint yet: starting from the beginning"
-_STOPPED = "a callback ended the run after step {}: {}"
 
 
 def outcome(run: RunDir, config: RunConfig) -> Outcome:

@@ -25,7 +25,6 @@ from eggroll_llm.models.architectures import experts_used, is_expert
 from eggroll_llm.models.files import read_config, tensor_shapes
 from eggroll_llm.models.targets import block_of, is_trained, trained_parameters
 from eggroll_llm.system.hardware import serves_on_cpu
-from eggroll_llm.training.plan import members_that_answer
 
 if TYPE_CHECKING:
     from eggroll_llm.training.prepare import Prepared
@@ -113,12 +112,12 @@ def measure(prepared: "Prepared") -> Machine:
     )
 
 
-def _fastest(work: Callable[[], object], wait: Callable[[], None], seconds: float = 0.25) -> float:
-    """Return the shortest time of several."""
+def _fastest(work: Callable[[], object], wait: Callable[[], None]) -> float:
+    """Return the shortest time of several, for a quarter of a second."""
     work()
     wait()
     times: list[float] = []
-    while sum(times) < seconds:
+    while sum(times) < 0.25:
         start = time.perf_counter()
         work()
         wait()
@@ -195,7 +194,7 @@ def step_seconds(prepared: "Prepared", model: Model, machine: Machine, *, length
     sampling = config.sampling
     drawn = sampled(
         prepared.train.prompts,
-        members=members_that_answer(config),
+        members=config.answering,
         problems=sampling.prompts_per_step,
         samples=sampling.samples_per_prompt,
         length=length * sampling.max_tokens,

@@ -15,7 +15,6 @@ from eggroll_llm.config.toml import Origin
 from eggroll_llm.system.hardware import resolve_sequences
 from eggroll_llm.tasks.countdown import CountdownOptions
 from eggroll_llm.tasks.gsm8k import Gsm8kOptions
-from eggroll_llm.training.plan import members_that_answer
 from eval.runs import OF_THE_METHOD
 
 FOLDER = Path(__file__).parents[2] / "recipes"
@@ -118,7 +117,7 @@ def test_a_comparison_by_completions_asks_both_the_same_in_every_step() -> None:
 def completions(run: RunConfig) -> int:
     """Of all steps; 0 for a run that ends by the clock."""
     answers = run.steps * run.sampling.prompts_per_step * run.sampling.samples_per_prompt
-    return answers * members_that_answer(run)
+    return answers * run.answering
 
 
 def test_trials_for_fewer_tokens_have_as_many_completions() -> None:
