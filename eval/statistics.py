@@ -70,7 +70,7 @@ class Paired:
     """Two-sided, see `sign_flip_exact`; with one model on each side McNemar's exact test of wins against losses."""
 
 
-def compare_paired(first_SP: Sequence[Sequence[int]], second_SP: Sequence[Sequence[int]], *, seed: int = 0) -> Paired:
+def compare_paired(first_SP: Sequence[Sequence[int]], second_SP: Sequence[Sequence[int]]) -> Paired:
     """Compare scores 0 and 1 of a model, or of several seeds of one, with those of another on the same problems.
 
     Raises ValueError unless each side has a model and all have the same number of problems, at least one.
@@ -86,7 +86,7 @@ def compare_paired(first_SP: Sequence[Sequence[int]], second_SP: Sequence[Sequen
     return Paired(
         problems=len(differences),
         difference=mean(differences) / len(first) / len(second),
-        interval=bootstrap_interval(first, second, seed=seed) if len(wins) + len(losses) >= LEAST_DISCORDANT else None,
+        interval=bootstrap_interval(first, second) if len(wins) + len(losses) >= LEAST_DISCORDANT else None,
         wins=wins,
         losses=losses,
         p_value=sign_flip_exact(differences),
@@ -112,11 +112,10 @@ def bootstrap_interval(
     first_SP: Sequence[Sequence[float]] | NDArray[np.int64],
     second_SP: Sequence[Sequence[float]] | NDArray[np.int64],
     *,
-    confidence: float = 0.95,
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> tuple[float, float]:
-    """Return the percentile bootstrap interval of mean(second) - mean(first), problems and seeds resampled.
+    """Return the 95 % percentile bootstrap interval of mean(second) - mean(first), problems and seeds resampled.
 
     Efron and Tibshirani 1993, in two levels: in each resample the problems are drawn with replacement, for all alike,
     and on each side the seeds. A seed alone is always drawn: such an interval holds for that seed. Few seeds make it
@@ -134,5 +133,5 @@ def bootstrap_interval(
         return (draw.multinomial(seeds, np.full(seeds, 1 / seeds), size=resamples) / seeds) @ kinds_SP
 
     differences = (weights * (means(kinds_SP[split:]) - means(kinds_SP[:split]))).sum(axis=1)
-    low, high = np.quantile(differences, [(1 - confidence) / 2, (1 + confidence) / 2])
+    low, high = np.quantile(differences, [0.025, 0.975])
     return float(low), float(high)

@@ -118,11 +118,12 @@ def show(table: Sequence[dict[str, Any]], size: Size, console: Console) -> None:
         part = [row for row in table if row["workload"] == workload]
         lengths = size.lengths(workload)
         least, most = min(lengths), max(lengths)
+        how = f"temperature {size.temperature:g}" if size.temperature else "greedy"
         references = [row["name"] for row in part if row["kind"] in REFERENCES]
         view = Table(
             title=f"{len(lengths)} prompts, {most if least == most else f'{least} to {most}'} new tokens each: "
             f"{part[0]['prompt_tokens']:,} prompt and {part[0]['generated_tokens']:,} new tokens, "
-            f"{size.num_prompts} at a time, {_how_sampled(size)}, on {part[0].get('device', 'cpu')}",
+            f"{size.num_prompts} at a time, {how}, on {part[0].get('device', 'cpu')}",
             caption=f"Medians of {min(row['rounds'] for row in part)} rounds or more (least-most). tokens/s: prompt "
             "and new tokens. prefill: seconds to the first token of all prompts. step: milliseconds of a forward pass "
             "that decodes a token of each. scored/s: tokens of completions and prompts that members score, and as a "
@@ -140,10 +141,6 @@ def show(table: Sequence[dict[str, Any]], size: Size, console: Console) -> None:
         for row in part:
             view.add_row(*_cells(row, references))
         console.print(view)
-
-
-def _how_sampled(size: Size) -> str:
-    return f"temperature {size.temperature:g}" if size.temperature else "greedy"
 
 
 def _cells(row: dict[str, Any], references: Sequence[str]) -> list[str]:

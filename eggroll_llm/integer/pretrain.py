@@ -26,6 +26,8 @@ from eggroll_llm.integer.native import functions
 from eggroll_llm.integer.text import identity
 from eggroll_llm.records.journal import Journal, JournalEntry, JournalHeader, check_same_run, read_journal
 
+TEXTS = 64
+"""Of held-out bytes, that are read side by side."""
 PIECES = 20
 """Steps for which a member follows a text."""
 PART = 4096
@@ -115,11 +117,11 @@ class Pretraining:
             self._apply(entry)
             self._texts_of = -1
 
-    def bits_per_byte(self, held_out_T: Tensor, texts: int = 64) -> float:
+    def bits_per_byte(self, held_out_T: Tensor) -> float:
         """Return the loss of the weights without noise, on a text cut into some that are read from a state of 0."""
-        text_MT = held_out_T[: len(held_out_T) // texts * texts].view(texts, -1).contiguous()
-        loss_M = functions()[0](self.weights, text_MT, torch.zeros(texts, WIDTH, dtype=torch.int8), None)
-        return float(loss_M.sum()) / (UNITS * texts * (text_MT.shape[1] - 1))
+        text_MT = held_out_T[: len(held_out_T) // TEXTS * TEXTS].view(TEXTS, -1).contiguous()
+        loss_M = functions()[0](self.weights, text_MT, torch.zeros(TEXTS, WIDTH, dtype=torch.int8), None)
+        return float(loss_M.sum()) / (UNITS * TEXTS * (text_MT.shape[1] - 1))
 
     def checksum(self) -> str:
         """Return 16 hexadecimal digits that identify the bits of the weights."""
