@@ -61,15 +61,15 @@ LIGHT = Theme(text="#3a4048", grid="#dfe2e6", background="none", series=_LIGHT)
 DARK = Theme(text="#c3c8cf", grid="#343a42", background="none", series=_DARK)
 
 
-def accuracy_figure(groups: Sequence[Group], theme: Theme = PAPER, axes: Sequence[Axis] = AXES) -> Figure:
-    """Draw held-out accuracy against the given x axes, side by side."""
-    with _styled(theme):
-        figure = _figure(2.9 * len(axes) + 0.4 * (len(axes) == 1), 2.7)
-        row = figure.subplots(1, len(axes), sharey=True, squeeze=False)[0]
-        for ax, axis in zip(row, axes, strict=True):
-            _draw_accuracy(ax, groups, axis, theme)
+def accuracy_figure(groups: Sequence[Group]) -> Figure:
+    """Draw held-out accuracy against steps, tokens and time, side by side, for paper."""
+    with _styled(PAPER):
+        figure = _figure(8.7, 2.7)
+        row = figure.subplots(1, len(AXES), sharey=True)
+        for ax, axis in zip(row, AXES, strict=True):
+            _draw_accuracy(ax, groups, axis, PAPER)
         row[0].set_ylabel("Held-out accuracy (%)")
-        _legend(figure, groups, theme)
+        _legend(figure, groups, PAPER)
     return figure
 
 
@@ -89,7 +89,7 @@ def overview_figure(groups: Sequence[Group], theme: Theme = PAPER) -> Figure:
     return figure
 
 
-def signal_figure(run: Run, theme: Theme = PAPER) -> Figure:
+def signal_figure(run: Run, theme: Theme) -> Figure:
     """Draw what the steps of a run learn from: the share of problems that tied, and the answers' accuracy.
 
     The accuracy of the weights on held-out problems, which are not those of a step, is drawn beside it.

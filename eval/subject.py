@@ -7,8 +7,8 @@ from eggroll_llm.config.recipe import load_recipe
 from eggroll_llm.config.schema import RunConfig
 from eggroll_llm.errors import ConfigError
 from eggroll_llm.models.architectures import check_tested
-from eggroll_llm.models.files import architecture_of
-from eggroll_llm.models.resolve import check_model, resolve_model
+from eggroll_llm.models.files import architecture_of, check_model
+from eggroll_llm.models.resolve import resolve_model
 from eggroll_llm.records.weights import named_run, weights_at
 
 

@@ -48,8 +48,8 @@ def test_curves_meet_where_all_have_values() -> None:
 
 def test_seeds_are_drawn_as_mean_band_and_lines(tmp_path: Path) -> None:
     """After two steps: 50 % and, between 0 and 50, 25 %. At the end: 100 % and 50 %."""
-    figure = plots.accuracy_figure(seeds(tmp_path), axes=["step"])
-    (ax,) = figure.axes
+    figure = plots.accuracy_figure(seeds(tmp_path))
+    ax = figure.axes[0]
     first, second, mean = (line.get_xydata() for line in ax.lines[2:])
     assert_allclose(first, [[0, 0], [2, 50], [4, 100]])
     assert_allclose(second, [[0, 0], [4, 50]])
@@ -66,15 +66,14 @@ def test_seeds_are_drawn_as_mean_band_and_lines(tmp_path: Path) -> None:
 
 def test_seeds_share_a_range_of_time(tmp_path: Path) -> None:
     """The slow one takes four minutes, the quick one two: there the slow one is at 50 %, the quick one too."""
-    figure = plots.accuracy_figure(seeds(tmp_path), axes=["seconds"])
-    mean = figure.axes[0].lines[-1].get_xydata()
-    assert_allclose(mean[-1], [2, 50])
-    assert figure.axes[0].get_xlabel() == "Training time (minutes)"
+    ax = plots.accuracy_figure(seeds(tmp_path)).axes[2]
+    assert_allclose(ax.lines[-1].get_xydata()[-1], [2, 50])
+    assert ax.get_xlabel() == "Training time (minutes)"
 
 
 def test_a_single_run_has_whiskers_of_its_intervals(tmp_path: Path) -> None:
     runs = read_runs([write_run(tmp_path / "run", {0: "0011", 4: "0111"})])
-    ax = plots.accuracy_figure(group_seeds(runs), axes=["tokens"]).axes[0]
+    ax = plots.accuracy_figure(group_seeds(runs)).axes[1]
     assert_allclose(ax.lines[2].get_xydata(), [[0, 50], [400, 75]])
     (whiskers,) = ax.collections
     low_high = [segment[:, 1] for segment in whiskers.get_segments()]
@@ -166,13 +165,12 @@ def test_png_has_200_dots_an_inch(tmp_path: Path) -> None:
     for name, figure in {
         "overview": plots.overview_figure(groups),
         "accuracy": plots.accuracy_figure(groups),
-        "one": plots.accuracy_figure(groups, axes=["step"]),
     }.items():
         plots.write_png(figure, tmp_path / f"{name}.png")
         header = (tmp_path / f"{name}.png").read_bytes()[:24]
         assert header.startswith(b"\x89PNG")
         sizes[name] = struct.unpack(">II", header[16:])
-    assert sizes == {"overview": (2000, 1080), "accuracy": (1740, 540), "one": (660, 540)}
+    assert sizes == {"overview": (2000, 1080), "accuracy": (1740, 540)}
     assert not list(tmp_path.glob(".tmp*"))
 
 
@@ -229,5 +227,5 @@ def test_the_caption_says_how_the_reward_is_drawn(tmp_path: Path, steps: tuple[i
 
 
 def test_seeds_have_a_dot_at_each_evaluation(tmp_path: Path) -> None:
-    (ax,) = plots.accuracy_figure(seeds(tmp_path), axes=["step"]).axes
+    ax = plots.accuracy_figure(seeds(tmp_path)).axes[0]
     assert [line.get_marker() for line in ax.lines[2:]] == ["o", "o", "None"]
