@@ -12,8 +12,9 @@ from eggroll_llm.models.adapter.card import adapter_card
 from eggroll_llm.models.adapter.kept import Kept
 from eggroll_llm.models.adapter.write import write_adapter
 from eggroll_llm.models.called import short_name
+from eggroll_llm.models.files import check_model, model_identity
 from eggroll_llm.models.llama_cpp import TYPES, find_converter, write_gguf
-from eggroll_llm.models.resolve import check_model, is_hub_id, model_identity, resolve_model, settled_name
+from eggroll_llm.models.resolve import is_hub_id, resolve_model, settled_name
 from eggroll_llm.models.targets import trained_parameters
 from eggroll_llm.records.weights import named_run, recorded_origin, weights_at, write_provenance
 from eggroll_llm.system.files import describe_failure, replace_directory, write_text

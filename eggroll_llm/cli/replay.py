@@ -7,7 +7,8 @@ from eggroll_llm.cli.arguments import Settings, not_negative
 from eggroll_llm.config.recipe import load_recipe
 from eggroll_llm.errors import ConfigError
 from eggroll_llm.models.card import describe
-from eggroll_llm.models.resolve import model_identity, resolve_model
+from eggroll_llm.models.files import model_identity
+from eggroll_llm.models.resolve import resolve_model
 from eggroll_llm.records.journal import read_journal
 from eggroll_llm.records.run_dir import RunDir
 from eggroll_llm.system.files import describe_failure, replace_directory

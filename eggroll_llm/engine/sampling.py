@@ -51,7 +51,7 @@ def decoding_of(sampling: SamplingConfig, stop: Sequence[str]) -> Decoding:
     )
 
 
-def greedy(decoding: Decoding, *, max_tokens: int = 0) -> Decoding:
+def greedy(decoding: Decoding, *, max_tokens: int) -> Decoding:
     """Return the same without chance, and with another length limit unless it is 0."""
     return dataclasses.replace(
         decoding, max_tokens=max_tokens or decoding.max_tokens, temperature=0.0, top_p=1.0, top_k=0, min_p=0.0

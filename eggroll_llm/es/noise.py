@@ -269,7 +269,7 @@ def served_factors_of(
     return factors
 
 
-def names_by_size(shapes: Sequence[Shape], offsets: Sequence[Offset] = ()) -> dict[Size, list[str]]:
+def names_by_size(shapes: Sequence[Shape], offsets: Sequence[Offset]) -> dict[Size, list[str]]:
     """Group the names of parameters by out features, in features and offset, none meaning all rows."""
     names_of: dict[Size, list[str]] = {}
     for i, (name, out, inside) in enumerate(shapes):

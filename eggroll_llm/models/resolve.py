@@ -21,12 +21,10 @@ from eggroll_llm.models.adapter.merge import merged_adapter
 from eggroll_llm.models.adapter.peft_format import is_adapter, named_adapter, recorded_base
 from eggroll_llm.models.called import is_gguf
 from eggroll_llm.models.expanded import CONVERSION, expanded, expanded_gguf, models_cache
-from eggroll_llm.models.files import check_model, model_identity
+from eggroll_llm.models.files import check_model
 from eggroll_llm.records.checkpoint import MANIFEST, TRAINING_STATE, verify_checkpoint
 from eggroll_llm.records.weights import named_run, weights_at
 from eggroll_llm.system.invocation import python_command
-
-__all__ = ["check_model", "embedded_path", "is_hub_id", "model_identity", "resolve_model", "settled_name"]
 
 _HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt"]
 

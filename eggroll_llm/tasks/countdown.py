@@ -23,7 +23,7 @@ from typing import Any, Literal, NoReturn
 from eggroll_llm.errors import TaskError
 from eggroll_llm.tasks.countdown_generate import Key, Space, draw_problems, key_of
 from eggroll_llm.tasks.countdown_read import Solutions, file_problems, hub_problems
-from eggroll_llm.tasks.task import Answer, Message, Place, Problem, Split, check_format_reward, no_place
+from eggroll_llm.tasks.task import Answer, Message, Place, Problem, Split, check_format_reward
 from rewards import Score, countdown
 
 _Rows = list[Problem]
@@ -160,7 +160,7 @@ class CountdownTask:
         return next((name for name, solves in solved.items() if solves), "other")
 
 
-def load_countdown(options: CountdownOptions, base_dir: Path, place: Place = no_place) -> CountdownTask:
+def load_countdown(options: CountdownOptions, base_dir: Path, place: Place) -> CountdownTask:
     """Return the task with its problems generated or loaded.
 
     Raises:

@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 from eggroll_llm.errors import TaskError
 from eggroll_llm.tasks.read import load_file, load_hub, missing_column
-from eggroll_llm.tasks.task import Answer, Message, Place, Problem, Split, check_format_reward, no_place
+from eggroll_llm.tasks.task import Answer, Message, Place, Problem, Split, check_format_reward
 from rewards import Score, gsm8k
 
 HUB_NAME = "openai/gsm8k"
@@ -108,7 +108,7 @@ class Gsm8kTask:
         return f"{steps} step{'s' * (steps > 1)}" if steps else ""
 
 
-def load_gsm8k(options: Gsm8kOptions, base_dir: Path, place: Place = no_place) -> Gsm8kTask:
+def load_gsm8k(options: Gsm8kOptions, base_dir: Path, place: Place) -> Gsm8kTask:
     """Return the task with its problems loaded.
 
     Raises:

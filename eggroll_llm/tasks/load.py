@@ -40,6 +40,7 @@ def load_task(name: str, options: Mapping[str, Any], *, base_dir: Path, limits: 
         ConfigError: an unknown option, or one of the wrong type.
         TaskError: anything else that is wrong with the options, the data or the user's file.
     """
+    limits = limits or RewardConfig()
     sourced = options if isinstance(options, Sourced) else Sourced(options)
 
     def place(option: str) -> str:
@@ -56,7 +57,7 @@ def load_task(name: str, options: Mapping[str, Any], *, base_dir: Path, limits: 
         return load_verifiers(_parse(VerifiersOptions, sourced), base_dir, place, limits)
     elif ":" in name:
         task = user_task = load_user_task(name, options, base_dir, place)
-        with ScorePool(user_task, limits or RewardConfig()) as pool:
+        with ScorePool(user_task, limits) as pool:
             check_golds(task, lambda golds: pool.judge(golds, voted=False))
         return task
     else:

@@ -148,7 +148,7 @@ class Harness:
             with contextlib.suppress(ModelError):  # an architecture that cannot score is trained without
                 reference = draw_reference(self.run.engine, prepared.held_out, self.greedy)
                 recorder.keep(recorder.directory.reference, reference)
-        recorder.record_metrics({"step": 0, "wall_time": 0.0, **evaluation.metrics}, answers=evaluation.samples)
+        recorder.record_metrics({"step": 0, "wall_time": 0.0, **evaluation.metrics}, (), evaluation.samples)
         self._show_course()
 
     def end_step(

@@ -13,8 +13,8 @@ from eggroll_llm.config.schema import GrpoConfig, RunConfig
 from eggroll_llm.errors import ConfigError, TaskError
 from eggroll_llm.es.settings import set_in_vain, without_effect
 from eggroll_llm.models.architectures import check_method, check_quantization, check_tensor_parallel, check_tested
-from eggroll_llm.models.files import architecture_of, context_limit, read_config
-from eggroll_llm.models.resolve import model_identity, resolve_model, settled_name
+from eggroll_llm.models.files import architecture_of, context_limit, model_identity, read_config
+from eggroll_llm.models.resolve import resolve_model, settled_name
 from eggroll_llm.models.targets import check_layers, check_rank, left_out
 from eggroll_llm.records.journal import JournalHeader
 from eggroll_llm.system import installed

@@ -59,9 +59,7 @@ class Recorder:
         yield
         self._seconds += time.perf_counter() - start
 
-    def record_step(
-        self, row: Metrics, completions: Sequence[Mapping[str, Any]], answers: Sequence[Sample] = ()
-    ) -> None:
+    def record_step(self, row: Metrics, completions: Sequence[Mapping[str, Any]], answers: Sequence[Sample]) -> None:
         """Record a step: its completions, then its metrics, which mark the step as complete."""
         row["memory/peak_gib"] = max(peak_memory() / GIB, row.get("memory/peak_gib", 0.0))
         with self.saving():
@@ -69,9 +67,7 @@ class Recorder:
         row["time/save"], self._seconds = self._seconds, 0.0
         self.record_metrics(row, completions, answers)
 
-    def record_metrics(
-        self, row: Metrics, completions: Sequence[Mapping[str, Any]] = (), answers: Sequence[Sample] = ()
-    ) -> None:
+    def record_metrics(self, row: Metrics, completions: Sequence[Mapping[str, Any]], answers: Sequence[Sample]) -> None:
         """Add a row to metrics.jsonl, and report the step to the callbacks; `answers` are those of its evaluation."""
         with self.saving():
             self.directory.append_metrics(row)

@@ -18,8 +18,7 @@ from eggroll_llm.errors import ConfigError, ModelError
 from eggroll_llm.es.settings import EsSettings
 from eggroll_llm.models import architectures
 from eggroll_llm.models.architectures import CPU_HEAD_SIZES, TESTED, check_tested, experts_used, head_size
-from eggroll_llm.models.files import read_config, tensor_shapes
-from eggroll_llm.models.resolve import check_model
+from eggroll_llm.models.files import check_model, read_config, tensor_shapes
 from eggroll_llm.training.prepare import prepare
 
 TASK = """

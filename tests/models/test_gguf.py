@@ -23,10 +23,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Tokenizer
 from eggroll_llm.errors import ModelError
 from eggroll_llm.models import gguf_expand, gguf_file
 from eggroll_llm.models.called import called
-from eggroll_llm.models.files import check_model
+from eggroll_llm.models.files import check_model, model_identity
 from eggroll_llm.models.gguf_expand import expand, model_config
 from eggroll_llm.models.gguf_file import StoredTensor, read_header
-from eggroll_llm.models.resolve import model_identity, resolve_model
+from eggroll_llm.models.resolve import resolve_model
 
 TinyModel = Callable[..., Path]
 

@@ -11,9 +11,9 @@ import pytest
 from eggroll_llm.errors import CheckpointError, ModelError
 from eggroll_llm.models import embedded
 from eggroll_llm.models.expanded import expanded
-from eggroll_llm.models.files import context_limit
+from eggroll_llm.models.files import check_model, context_limit, model_identity
 from eggroll_llm.models.gguf_expand import expand
-from eggroll_llm.models.resolve import check_model, embedded_path, model_identity, resolve_model
+from eggroll_llm.models.resolve import embedded_path, resolve_model
 from eggroll_llm.records.checkpoint import save_checkpoint
 from eggroll_llm.system.files import cache_root
 

@@ -17,22 +17,19 @@ from eggroll_llm.tasks.dataset.rewards import NONE_APPLIES, Rewards, describe
 from eggroll_llm.tasks.dataset.source import load_splits
 from eggroll_llm.tasks.dataset.task import DatasetTask
 from eggroll_llm.tasks.sandbox.pool import ScorePool
-from eggroll_llm.tasks.task import Answer, Place, Problem, Verdict, judge, no_place
+from eggroll_llm.tasks.task import Answer, Place, Problem, Verdict, judge
 
 _Problems = dict[str, Problem]
 """Problems by where their rows stand."""
 
 
-def load_dataset(
-    options: DatasetOptions, base_dir: Path, place: Place = no_place, limits: RewardConfig | None = None
-) -> DatasetTask:
+def load_dataset(options: DatasetOptions, base_dir: Path, place: Place, limits: RewardConfig) -> DatasetTask:
     """Return the task with its problems loaded, and every right answer checked by its grader.
 
     Raises:
         TaskError: contradictory options, unusable data, or a reward that cannot be called.
         InstallError: a package is missing.
     """
-    limits = limits or RewardConfig()
     names, weights = _rewards(options, place)
     splits = load_splits(options, base_dir, place)
     rows, left_out = plain([*splits.train, *splits.test])

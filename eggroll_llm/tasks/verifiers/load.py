@@ -21,9 +21,7 @@ from eggroll_llm.tasks.verifiers.options import VerifiersOptions
 from eggroll_llm.tasks.verifiers.task import VerifiersTask
 
 
-def load_verifiers(
-    options: VerifiersOptions, base_dir: Path, place: Place = no_place, limits: RewardConfig | None = None
-) -> VerifiersTask:
+def load_verifiers(options: VerifiersOptions, base_dir: Path, place: Place, limits: RewardConfig) -> VerifiersTask:
     """Return the task with its problems loaded, after the rubric has graded an answer to two of them.
 
     Raises:
@@ -34,7 +32,7 @@ def load_verifiers(
     spec, file_hash = describe(options, base_dir, place)
     label = f"{place('environment')}: environment {options.environment!a}"
     task = VerifiersTask(label=label, spec=spec, file_hash=file_hash, hashes={})
-    with UserProcess(task, limits or RewardConfig()) as process:
+    with UserProcess(task, limits) as process:
         train, test = process.problems("train"), process.problems("test")
         tried = [Answer(text=str(problem.get("answer", "1")), problem=problem) for problem in train[:2]]
         for answer, verdict in zip(tried, process.judge(tried, voted=False), strict=True):
