@@ -95,7 +95,7 @@ class Replica:
     checksum: tuple[int, str] | None = None
     """Of one that does not count yet: after how many changes of the weights, and what it was."""
     silent: int = 0
-    """Looks in a row at which it had something to do and nothing had come of it."""
+    """Consecutive looks at which it was busy and had reported nothing."""
     peak: int = 0
     """Most memory resident, in bytes."""
 

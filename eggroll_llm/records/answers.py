@@ -122,7 +122,7 @@ class SampleFile(AbstractContextManager["SampleFile"]):
         self.close()
 
     def close(self) -> None:
-        """Flush to disk and give the file free. Raises SamplesError when the disk does not take it."""
+        """Flush to disk and release the file. Raises SamplesError when the disk does not take it."""
         if self._file.closed:
             return
         try:

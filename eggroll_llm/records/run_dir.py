@@ -219,7 +219,7 @@ class RunDir(AbstractContextManager["RunDir"]):
         self.close()
 
     def close(self) -> None:
-        """Give the directory free for other processes; a second call does nothing."""
+        """Release the directory for other processes; a second call does nothing."""
         if self._lock is not None:
             self._lock.close()
 

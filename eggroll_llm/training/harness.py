@@ -103,7 +103,7 @@ class Harness:
     def scoring(self, indices_P: Sequence[int]) -> OnRollout:
         """Return what takes each rollout of the current step as it arrives, so that it is scored meanwhile.
 
-        `indices_P` are the problems that the step's prompts put.
+        `indices_P` are the problems behind the step's prompts.
         """
         scorer, train = self.run.scorer, self.run.prepared.train
         scorer.start_counting()

@@ -107,7 +107,7 @@ class Scorer:
 
     @contextlib.contextmanager
     def _parting(self, members: int) -> Iterator[None]:
-        """Let a copy of what all members have in common enter their first own block for each of them."""
+        """Repeat the shared hidden states once per member before the first perturbed block."""
 
         def enter(block: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
             position_T, *states_TD = inputs

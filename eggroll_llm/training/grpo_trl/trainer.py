@@ -182,9 +182,9 @@ class EngineGrpoTrainer(GRPOTrainer):
         return StepSampler(self._run_config, len(self._train_prompts), steps, repeats)
 
     def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
-        """Return the completions of a step; TRL would tell those that were cut off by their last token.
+        """Return the completions of a step, without those that the length limit cut off, where they are to be masked.
 
-        That of one which ended at a text is any.
+        TRL recognises them by their last token, which can be any where a completion ended at a stop text.
         """
         batch: dict[str, Any] = super()._generate_and_score_completions(inputs)
         if self._run_config.grpo.mask_truncated_completions:
