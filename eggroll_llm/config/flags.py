@@ -114,14 +114,14 @@ def _read(kind: Any, text: str, flag: str) -> object:
         if text.lower() in ("true", "false", "yes", "no"):
             raise ConfigError(f"{flag} {text}: a name is expected, not yes or no. Write {flag} NAME, or leave it out.")
         return text
-    if get_origin(kind) is Literal and all(isinstance(choice, str) for choice in get_args(kind)):
+    if get_origin(kind) is Literal:
         return next((choice for choice in get_args(kind) if choice.lower() == text.lower()), text)
     if kind in (bool, int, float):
         value = _BOOLEANS.get(text.strip().lower()) if kind is bool else _number(kind, text)
         if value is None:
             raise ConfigError(f"{flag} {text:.60}: {expected(kind)} is expected.")
         return value
-    if (get_origin(kind) or kind) in (tuple, list):
+    if get_origin(kind) is tuple:
         return _read_array(get_args(kind)[0], text, flag)
     return toml_value(text)
 

@@ -9,7 +9,7 @@ import inspect
 import textwrap
 import types
 from dataclasses import dataclass
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Any, Literal, get_args, get_origin
 
 from eggroll_llm.config.parse import field_types
 from eggroll_llm.config.toml import format_value
@@ -61,8 +61,8 @@ def field_help(cls: type, where: str = "") -> list[FieldHelp]:
 
 def _kind_name(kind: Any) -> str:
     if get_origin(kind) is Literal:
-        return "|".join(str(choice) for choice in get_args(kind))
-    if get_origin(kind) in (Union, types.UnionType):
-        return " or ".join(_kind_name(argument) for argument in get_args(kind))
+        return "|".join(get_args(kind))
+    if get_origin(kind) is types.UnionType:
+        return " or ".join(map(_kind_name, get_args(kind)))
     names = {int: "integer", float: "number", bool: "true|false", str: "string"}
-    return names.get(kind, "array" if get_origin(kind) in (tuple, list) else "table")
+    return names.get(kind, "array" if get_origin(kind) is tuple else "table")

@@ -1,8 +1,8 @@
 """TOML table -> frozen dataclass, with types checked and errors that say what to do.
 
-Understood field types: int, float (an integer will do, true will not), bool, str, Literal, tuples and lists
-of these, Mapping, nested dataclasses, `X | None`. Every error is a `ConfigError` with file, line where known,
-key, value, what was expected, and for an unknown key the nearest valid one.
+Understood field types: int, float (an integer will do, true will not), bool, str, Literal of strings, tuples of
+these, Mapping, nested dataclasses, and unions. Every error is a `ConfigError` with file, line where known, key, value,
+what was expected, and for an unknown key the nearest valid one.
 """
 
 import dataclasses
@@ -11,7 +11,7 @@ import difflib
 import math
 import types
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from eggroll_llm.config.hints import did_you_mean
 from eggroll_llm.config.toml import Origin, format_value
@@ -77,8 +77,8 @@ def convert(value: object, kind: Any, key: str, origin: Origin, valid: Sequence[
         return value
     if family is Literal:
         return _convert_choice(value, arguments, key, origin)
-    if family in (Union, types.UnionType):
-        return _convert_union(value, [a for a in arguments if a is not type(None)], key, origin, valid)
+    if family is types.UnionType:
+        return _convert_union(value, arguments, key, origin, valid)
     if isinstance(kind, type) and dataclasses.is_dataclass(kind):
         if not isinstance(value, Mapping):
             keys = ", ".join(field_types(kind))
@@ -87,8 +87,8 @@ def convert(value: object, kind: Any, key: str, origin: Origin, valid: Sequence[
                 f"Write a table [{key}] with keys from: {keys}."
             )
         return _parse_dataclass(kind, value, key, origin, valid)
-    if isinstance(family or kind, type) and issubclass(family or kind, tuple | list):
-        return _convert_array(value, family or kind, arguments, key, origin)
+    if family is tuple:
+        return _convert_array(value, arguments, key, origin)
     if isinstance(family or kind, type) and issubclass(family or kind, Mapping):
         if not isinstance(value, Mapping):
             raise _wrong(value, "a table", f"Write a table [{key}].", key, origin)
@@ -136,17 +136,16 @@ def _convert_scalar(value: object, kind: type, key: str, origin: Origin) -> obje
     raise _wrong(value, expected(kind), remedy, key, origin)
 
 
-def _convert_choice(value: object, choices: tuple[Any, ...], key: str, origin: Origin) -> object:
-    for choice in choices:
-        if value == choice and type(value) is type(choice):
-            return choice
-    nearest = difflib.get_close_matches(str(value), [str(choice) for choice in choices], n=1)
+def _convert_choice(value: object, choices: tuple[str, ...], key: str, origin: Origin) -> object:
+    if value in choices:
+        return value
+    nearest = difflib.get_close_matches(str(value), choices, n=1)
     hint = f" Did you mean {format_value(nearest[0])}?" if nearest else ""
     listed = ", ".join(format_value(choice) for choice in choices)
     raise ConfigError(f"{origin.at(key)}: {key} = {_show(value)} is not a valid choice. Valid: {listed}.{hint}")
 
 
-def _convert_union(value: object, kinds: list[Any], key: str, origin: Origin, valid: Sequence[str]) -> object:
+def _convert_union(value: object, kinds: tuple[Any, ...], key: str, origin: Origin, valid: Sequence[str]) -> object:
     for kind in kinds[:-1]:
         try:
             return convert(value, kind, key, origin, valid)
@@ -155,22 +154,21 @@ def _convert_union(value: object, kinds: list[Any], key: str, origin: Origin, va
     return convert(value, kinds[-1], key, origin, valid)
 
 
-def _convert_array(value: object, family: type, arguments: tuple[Any, ...], key: str, origin: Origin) -> object:
+def _convert_array(value: object, arguments: tuple[Any, ...], key: str, origin: Origin) -> object:
     if not isinstance(value, list | tuple):
         raise _wrong(value, "an array", f"Write {key.rpartition('.')[2]} = [...].", key, origin)
-    if family is tuple and arguments and arguments[-1] is not Ellipsis:
-        if len(value) != len(arguments):
-            raise ConfigError(
-                f"{origin.at(key)}: {key} = {_show(value)} has {len(value)} entries, "
-                f"but exactly {len(arguments)} are expected."
-            )
-        kinds = list(arguments)
-    else:
-        kinds = [arguments[0] if arguments else Any] * len(value)
+    kinds = arguments
+    if arguments[-1] is Ellipsis:
+        kinds = (arguments[0],) * len(value)
+    elif len(value) != len(arguments):
+        raise ConfigError(
+            f"{origin.at(key)}: {key} = {_show(value)} has {len(value)} entries, "
+            f"but exactly {len(arguments)} are expected."
+        )
     items = [
         convert(item, kind, f"{key}[{i}]", origin) for i, (item, kind) in enumerate(zip(value, kinds, strict=True))
     ]
-    return family(items)
+    return tuple(items)
 
 
 def _wrong(value: object, expected: str, remedy: str, key: str, origin: Origin) -> ConfigError:
@@ -182,9 +180,9 @@ def expected(kind: Any) -> str:
     """Return a description of values of that kind, in words."""
     if get_origin(kind) is Literal:
         return "one of " + ", ".join(format_value(choice) for choice in get_args(kind))
-    if get_origin(kind) in (Union, types.UnionType):
-        return " or ".join(expected(argument) for argument in get_args(kind) if argument is not type(None))
-    return _EXPECTED.get(kind, "an array" if get_origin(kind) in (tuple, list) else "a table")
+    if get_origin(kind) is types.UnionType:
+        return " or ".join(map(expected, get_args(kind)))
+    return _EXPECTED.get(kind, "an array" if get_origin(kind) is tuple else "a table")
 
 
 def _reads_as(kind: type, text: str) -> bool:

@@ -31,8 +31,7 @@ class Options:
     sizes: tuple[int, ...] = (1, 2)
     """Some sizes."""
     pair: tuple[int, float] = (0, 0.0)
-    names: list[str] = dataclasses.field(default_factory=list)
-    limit: int | None = None
+    limit: int = 0
     style: Literal["a", "b"] = "a"
     level: int | str = 0
     extra: Mapping[str, float] = dataclasses.field(default_factory=dict)
@@ -41,12 +40,12 @@ class Options:
 
 def test_parse_table_converts_every_supported_type() -> None:
     table = {
-        "name": "n", "sizes": [3], "pair": [1, 2], "names": ["x"], "limit": 5, "style": "b", "level": "high",
+        "name": "n", "sizes": [3], "pair": [1, 2], "limit": 5, "style": "b", "level": "high",
         "extra": {"k": 1}, "inner": {"depth": 2},
     }  # fmt: skip
     parsed = parse_table(Options, table, Origin(name="r.toml"), where="task_options")
     assert parsed == Options(
-        name="n", sizes=(3,), pair=(1, 2.0), names=["x"], limit=5, style="b", level="high", extra={"k": 1.0},
+        name="n", sizes=(3,), pair=(1, 2.0), limit=5, style="b", level="high", extra={"k": 1.0},
         inner=Inner(depth=2),
     )  # fmt: skip
     assert type(parsed.extra["k"]) is float
