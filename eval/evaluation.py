@@ -41,17 +41,8 @@ from eval import lm_eval
 from eval.questions import Protocol, Questions, lm_eval_questions, task_questions
 from eval.subject import Subject
 
-NOT_OF_PROBLEMS = {
-    "prompt_style",
-    "shots",
-    "template",
-    "grader",
-    "format_reward",
-    "rewards",
-    "reward_weights",
-    "completions",
-    "stop",
-}
+ASKING = {"prompt_style", "shots", "template", "stop"}
+GRADING = {"grader", "format_reward", "rewards", "reward_weights", "completions"}
 """Options that change how problems are asked or graded, and not which."""
 DEFAULT_MAX_TOKENS = 320
 """Length limit of an answer where neither a run, a recipe nor a protocol sets one."""
@@ -142,18 +133,10 @@ def settings_for(
     given = {key: value for key, value in how.items() if value is not None}
     sampling = {key: given.pop(key) for key in field_types(SamplingConfig) if key in given}
     limit = lm_eval.MAX_TOKENS if protocol == "lm-eval" else DEFAULT_MAX_TOKENS
-    base: dict[str, Any] = {"task_options": {}}
-    chosen_on = False
+    base: dict[str, Any] = {}
     if config is not None:
         same_data = name == config.task or (name, config.task) == ("gsm8k_cot", "gsm8k")
         options = dict(config.task_options) if same_data else {}
-        trained = subject.config
-        chosen_on = (
-            same_data
-            and trained is not None
-            and trained.task == config.task
-            and _same_problems(trained.task_options, config.task_options)
-        )
         if protocol == "lm-eval":
             options = {key: value for key, value in options.items() if key == "data_dir"}
         engine = dataclasses.asdict(config.engine) | {"max_model_len": 0}
@@ -164,8 +147,12 @@ def settings_for(
             sampling = {key: getattr(config.sampling, key) for key in OF_EVALUATIONS} | sampling
     sampling["max_tokens"] = sampling.get("max_tokens") or limit
     changed = parse_table(Changeable, apply_overrides(Changeable, base, flags), Origin(name="flags"))
-    if not (chosen_on and _same_problems(base["task_options"], changed.task_options)):
-        subject = dataclasses.replace(subject, selected_on=0)
+    if config is not None and subject.config is not None:
+        trained, asked = subject.config.task_options, {**config.task_options, **changed.task_options}
+        deciding = (trained.keys() | asked.keys()) - ASKING - GRADING
+        others = any(trained.get(key) != asked.get(key) for key in deciding)
+        if not same_data or subject.config.task != config.task or others:
+            subject = dataclasses.replace(subject, selected_on=0)
     settings = Settings(
         subject=subject,
         task=name,
@@ -196,12 +183,6 @@ def settings_for(
     )
     validate(ranges, Origin(name="flags", flags=own | flags_by_key(flags)))
     return settings
-
-
-def _same_problems(before: Mapping[str, Any], after: Mapping[str, Any]) -> bool:
-    """Return whether options of a task lead to the same problems."""
-    keys = (before.keys() | after.keys()) - NOT_OF_PROBLEMS
-    return all(before.get(key) == after.get(key) for key in keys)
 
 
 def questions_for(settings: Settings, base_dir: Path) -> Questions:

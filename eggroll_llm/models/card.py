@@ -74,13 +74,7 @@ class Trained:
 
 
 def describe(
-    directory: Path,
-    run: RunDir,
-    config: RunConfig,
-    *,
-    base_model: str,
-    step: int,
-    metrics: Sequence[Mapping[str, Any]],
+    directory: Path, run: RunDir, config: RunConfig, *, base_model: str, step: int, metrics: Sequence[Mapping[str, Any]]
 ) -> None:
     """Write card and provenance into the directory of a step's model of a run. Raises what `card_text` raises."""
     write_provenance(directory, step=step, base_model=base_model)
