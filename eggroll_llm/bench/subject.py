@@ -22,7 +22,7 @@ from eggroll_llm.system.hardware import GIB, resolve_dtype, serves_on_cpu
 from eggroll_llm.system.jsonl import parse_json
 from eggroll_llm.training.prepare import prepare
 
-LARGEST_CPU_BLOCK, LARGEST_GPU_BLOCK = 128, 64  # tokens of a key-value cache in vLLM, so that any of its sizes fits
+LARGEST_CPU_BLOCK, LARGEST_GPU_BLOCK = 128, 64  # tokens; vLLM's of a key-value cache, so that any of its sizes fits
 
 _QWEN = {
     "architectures": ["Qwen2ForCausalLM"],
