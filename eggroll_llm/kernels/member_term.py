@@ -79,7 +79,7 @@ def check_factors(
     fits = B_SCRI.shape == shape_B and B_SCRI.stride()[1:] == in_a_slot
     if not fits or B_SCRI.dtype is not dtype or B_SCRI.device != device:
         raise array_error("B", B_SCRI, f"{dtype} {[*shape_B]} on {device}, contiguous in each slot")
-    check_array("slot", slot_T, tuple(slot_T.shape), torch.int32, device)
+    check_array("slot", slot_T, (slot_T.numel(),), torch.int32, device)
     return inside
 
 

@@ -95,7 +95,7 @@ def place(
     """Write pair k into row row_K[k] of `rows_SV` on a GPU, with A negated where `negative_K`; other rows stay.
 
     Rows are contiguous in themselves; the three vectors of K are on the CPU. Raises ValueError for noise of another
-    rank than the rows', and for rows that there are not.
+    rank than the rows', and for rows that do not exist.
     """
     from eggroll_llm.kernels.noise_triton import place_triton
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from eggroll_llm.kernels.binding import array_error, check_array
 from eggroll_llm.kernels.member_term import check_factors
-from eggroll_llm.kernels.member_term_triton import divided, member_slot, share
+from eggroll_llm.kernels.member_term_triton import grid_of, member_slot, tokens_of_program
 from eggroll_llm.kernels.rounding import rounded
 
 TILE = 8192
@@ -55,17 +55,17 @@ def _with_term(y, A_of_slice, h_of_slice, mask, size, R: tl.constexpr, dtype: tl
     return rounded(y, dtype).to(tl.float32)
 
 
-@triton.jit(do_not_specialize=["tokens", "at_once", "slots"])
+@triton.jit(do_not_specialize=["tokens", "per_program", "slots"])
 def _rms_norm(
-    x_TI, y_TI, residual_TI, weight_I, epsilon, tokens, at_once, slot_T, slots, h_TR, A_SV, slot_A, after_TCR, B_SCRI,
-    slot_B, SIZE: tl.constexpr, R: tl.constexpr, AFTER: tl.constexpr, ROWS: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
-    BLOCK: tl.constexpr,
+    x_TI, y_TI, residual_TI, weight_I, epsilon, tokens, per_program, slot_T, slots, h_TR, A_SV, slot_A, after_TCR,
+    B_SCRI, slot_B, SIZE: tl.constexpr, R: tl.constexpr, AFTER: tl.constexpr, ROWS: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     i = tl.arange(0, BLOCK)
     mask = i < SIZE
     dtype: tl.constexpr = x_TI.dtype.element_ty
     weight = tl.load(weight_I + i, mask=mask, other=0.0).to(tl.float32)
-    first_t, many = share(tokens, at_once)
+    first_t, many = tokens_of_program(tokens, per_program)
     for n in range(many):
         t = first_t + n
         slot = member_slot(slot_T, t, slots) if R + AFTER > 0 else t
@@ -90,14 +90,14 @@ def _rms_norm(
                     tl.store(after_TCR + t * AFTER + row, h, mask=row < AFTER)
 
 
-@triton.jit(do_not_specialize=["tokens", "at_once", "slots"])
+@triton.jit(do_not_specialize=["tokens", "per_program", "slots"])
 def _silu_and_mul(
-    x_TI, y_TO, tokens, at_once, slot_T, slots, h_TCR, A_SV, slot_A, after_TCR, B_SCRI, slot_B, SIZE: tl.constexpr,
-    R: tl.constexpr, AFTER: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    x_TI, y_TO, tokens, per_program, slot_T, slots, h_TCR, A_SV, slot_A, after_TCR, B_SCRI, slot_B,
+    SIZE: tl.constexpr, R: tl.constexpr, AFTER: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.arange(0, ROWS)
     dtype: tl.constexpr = x_TI.dtype.element_ty
-    first_t, many = share(tokens, at_once)
+    first_t, many = tokens_of_program(tokens, per_program)
     for n in range(many):
         t = first_t + n
         slot = member_slot(slot_T, t, slots) if R + AFTER > 0 else t
@@ -141,15 +141,15 @@ def rms_norm(
     check_array("the weight", weight_I, (size,), y_TI.dtype, y_TI.device)
     if residual_TI is not None:
         check_array("the residual", residual_TI, (tokens, size), y_TI.dtype, y_TI.device)
-    launch = _Launch(y_TI, (size,), size, before, after)
+    x_TI, terms = torch.empty_like(y_TI), _Terms(y_TI, (size,), size, before, after)
     if tokens:
         block = triton.next_power_of_2(size)
-        _rms_norm[(launch.programs,)](
-            launch.x_TI, y_TI, launch.x_TI if residual_TI is None else residual_TI, weight_I, epsilon,
-            *launch.arguments, size, launch.rank, launch.rows, min(ROWS_AT_ONCE, _power_of_2(launch.rows)),
-            residual_TI is not None, block, num_warps=_warps(block), enable_fp_fusion=True,
+        _rms_norm[(terms.programs,)](
+            x_TI, y_TI, x_TI if residual_TI is None else residual_TI, weight_I, epsilon, *terms.arguments, size,
+            terms.rank, terms.rows, min(ROWS_AT_ONCE, _power_of_2(terms.rows)), residual_TI is not None, block,
+            num_warps=_warps(block), enable_fp_fusion=True,
         )  # fmt: skip
-    return launch.x_TI, launch.after_TCR
+    return x_TI, terms.after_TCR
 
 
 def silu_and_mul(
@@ -159,20 +159,20 @@ def silu_and_mul(
 
     Raises ValueError as `rms_norm` does.
     """
-    size = y_TO.shape[1] // 2
-    launch = _Launch(y_TO, (size, size), size, before, after)
-    if len(y_TO):
-        block_rows = _power_of_2(launch.rows)
+    tokens, size = len(y_TO), y_TO.shape[1] // 2
+    x_TI, terms = y_TO.new_empty(tokens, size), _Terms(y_TO, (size, size), size, before, after)
+    if tokens:
+        block_rows = _power_of_2(terms.rows)
         block = min(1024, TILE // block_rows, triton.next_power_of_2(size))
-        _silu_and_mul[(launch.programs,)](
-            launch.x_TI, y_TO, *launch.arguments, size, launch.rank, launch.rows, block_rows, block, num_warps=8,
+        _silu_and_mul[(terms.programs,)](
+            x_TI, y_TO, *terms.arguments, size, terms.rank, terms.rows, block_rows, block, num_warps=8,
             enable_fp_fusion=True,
         )  # fmt: skip
-    return launch.x_TI, launch.after_TCR
+    return x_TI, terms.after_TCR
 
 
-class _Launch:
-    """What both kernels get: tokens and how they are divided, and where slots, h and factors are."""
+class _Terms:
+    """What both kernels are given of the layers before and after, checked."""
 
     def __init__(
         self,
@@ -182,15 +182,14 @@ class _Launch:
         before: tuple[Factors, Tensor] | None,
         after: Factors | None,
     ) -> None:
-        """Take y of such slices, to make x of `size` features. Raises ValueError where anything does not fit."""
+        """Take what stands around y of such slices, of which x of `size` features is made. Raises ValueError."""
         tokens, dtype, device = len(y_TO), y_TO.dtype, y_TO.device
         check_array("y", y_TO, (tokens, sum(slices)), dtype, device)
-        self.x_TI = y_TO.new_empty(tokens, size)
+        self.programs, per_program = grid_of(tokens)
         self.rank, self.rows, self.after_TCR = 0, 0, None
-        slot_T, slots = self.x_TI, 0
+        slot_T, slots = y_TO, 0
         with_h: tuple[Any, ...] = (None, None, 0)
         with_B: tuple[Any, ...] = (None, None, 0)
-        self.programs, at_once = divided(tokens)
         if before is not None:
             factors, h_TCR = before
             slot_T, slots = _slots(factors, tokens, dtype, device)
@@ -200,6 +199,8 @@ class _Launch:
                 raise array_error("A", factors.A_SV, f"of slices {slices} instead of {factors.slices}")
             with_h = h_TCR, factors.A_SV, factors.A_SV.stride(0)
         if after is not None:
+            if before is not None and (after.slot_T is not slot_T or len(after.A_SV) != slots):
+                raise array_error("slot", after.slot_T, f"that of the layer before, of {slots} slots")
             slot_T, slots = _slots(after, tokens, dtype, device)
             _, C, R, inside = after.B_SCRI.shape
             if inside != size:
@@ -207,7 +208,7 @@ class _Launch:
             self.rows = C * R
             self.after_TCR = torch.empty((tokens, C, R), dtype=torch.float32, device=device)
             with_B = self.after_TCR, after.B_SCRI, after.B_SCRI.stride(0)
-        self.arguments = tokens, at_once, slot_T, slots, *with_h, *with_B
+        self.arguments = tokens, per_program, slot_T, slots, *with_h, *with_B
 
 
 def _slots(factors: Factors, tokens: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, int]:

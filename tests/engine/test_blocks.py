@@ -147,3 +147,5 @@ def test_sampled_completions_depend_on_their_seed_alone(served: tuple[VllmEngine
     assert together[0].token_ids == together[3].token_ids
     assert len({completion.token_ids for completion in together}) == 3
     assert engine.generate(requests[1:2], decoding)[0].token_ids == together[1].token_ids
+    again = engine.generate([*requests[1:], requests[0]], decoding)  # as many, in other rows
+    assert [completion.token_ids for completion in again] == [together[i].token_ids for i in (1, 2, 3, 0)]

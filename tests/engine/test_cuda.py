@@ -1,5 +1,6 @@
 """What a GPU has to compute as a CPU does. Skipped without one; `engine/test_engine.py` runs on either."""
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -7,10 +8,11 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
+from torch import Tensor
 from without_vllm import dense_logprobs
 
 from eggroll_llm.config.schema import EngineConfig
-from eggroll_llm.engine.interface import Decoding, Request
+from eggroll_llm.engine.interface import Completion, Decoding, Request
 from eggroll_llm.es import noise as definition
 from eggroll_llm.es.estimate import UpdateSpec, fold_with_torch
 from eggroll_llm.es.masters import MasterWeights
@@ -86,14 +88,10 @@ PROMPT = (5, 6, 7, 8, 9, 60, 61)
 NOISE = NoiseSpec(seed=3, step=1, rank=1, sigma=0.05)
 
 
-def decodes(engine: "VllmEngine", model_dir: Path, members: Sequence[int | None], temperature: float = 0.0) -> None:
-    """Members answer in one batch; of the last six each token is one that dense weights give, and the best if greedy.
-
-    In bfloat16 the best may be another by a little; what is drawn may be anything but what is next to impossible.
-    """
-    requests = [Request(prompt_ids=PROMPT, member=member, seed=i) for i, member in enumerate(members)]
-    answers = engine.generate(requests, Decoding(max_tokens=4, temperature=temperature, ignore_eos=True))
-    margin = 12.0 if temperature else 0.2
+def check_decoding(engine: "VllmEngine", model_dir: Path, members: Sequence[int | None]) -> None:
+    """Members answer in one batch; of the last six each token is the most probable with dense weights, in bfloat16."""
+    requests = [Request(prompt_ids=PROMPT, member=member) for member in members]
+    answers = engine.generate(requests, Decoding(max_tokens=4, temperature=0.0, ignore_eos=True))
     for request, answer in list(zip(requests, answers, strict=True))[-6:]:
         added = {}
         for name, (out, inside) in engine.shapes.items() if request.member is not None else ():
@@ -102,12 +100,37 @@ def decodes(engine: "VllmEngine", model_dir: Path, members: Sequence[int | None]
             added[name] = (-1) ** request.member * A_KOR[0].float() @ B_KIR[0].float().T
         for length, token_id in enumerate(answer.token_ids):
             logprobs = dense_logprobs(model_dir, [PROMPT + answer.token_ids[:length]], added)[0]
-            assert logprobs[token_id] > logprobs.max() - margin
+            assert logprobs[token_id] > logprobs.max() - 0.2  # what bfloat16 can blur
+
+
+def check_sampling(engine: "VllmEngine", monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every row is drawn with the seed of its request, while requests of several lengths come and go."""
+    runner = engine._llm.model_executor.driver_worker.worker.model_runner
+    forward, drawn = runner.sampler.topk_topp_sampler.forward, []
+
+    def watched(sample: Callable[..., Tensor], logits: Tensor, seed_Q: Tensor, position_Q: Tensor) -> Tensor:
+        wanted = [runner.requests[request].sampling_params.extra_args["seed"] for request in runner.input_batch.req_ids]
+        drawn.append((seed_Q.tolist()[: len(wanted)], wanted))
+        return sample(logits, seed_Q, position_Q)
+
+    *others, sample = forward.args
+    watching = functools.partial(forward.func, *others, functools.partial(watched, sample))
+    monkeypatch.setattr(runner.sampler.topk_topp_sampler, "forward", watching)
+    requests = [Request(prompt_ids=PROMPT, member=member, seed=100 + i) for i, member in enumerate((None, 0, 1) * 10)]
+    engine.submit(dict(enumerate(requests[::2])), Decoding(max_tokens=3, temperature=1.0, ignore_eos=True))
+    engine.submit(dict(enumerate(requests[1::2], 100)), Decoding(max_tokens=7, temperature=1.0, ignore_eos=True))
+    answers: dict[int, Completion] = {}
+    while len(answers) < len(requests):
+        answers |= engine.poll()
+    assert len(drawn) > 7
+    assert all(found == wanted for found, wanted in drawn)
 
 
 @pytest.mark.vllm
 @pytest.mark.parametrize("kind", ["qwen2", "granite"])  # in fused blocks, and layer by layer
-def test_graphs_decode_what_each_member_would(tiny_model: Callable[[str], Path], kind: str, tmp_path: Path) -> None:
+def test_graphs_decode_what_each_member_would(
+    tiny_model: Callable[[str], Path], kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """In batches of every kind of size, padded or not, with the base model among the members, which change places.
 
     An update changes weights in the places that the graphs read.
@@ -116,40 +139,27 @@ def test_graphs_decode_what_each_member_would(tiny_model: Callable[[str], Path],
 
     model_dir = tiny_model(kind)
     config = EngineConfig(dtype="bfloat16", gpu_memory_utilization=0.1, max_sequences=24)
-    engine = VllmEngine(
-        model_dir,
-        config,
-        slots=4,
-        rank=1,
-        max_model_len=64,
-        es=EsSettings(),
-        vllm_args={"kv_cache_memory_bytes": 2**26},
-    )
-    members = [(None, 0, 1, 2, 4, 5)[i % 6] for i in range(30)]
+    little = {"kv_cache_memory_bytes": 2**26}
+    engine = VllmEngine(model_dir, config, slots=5, rank=1, max_model_len=64, es=EsSettings(), vllm_args=little)
     try:
         runner = engine._llm.model_executor.driver_worker.worker.model_runner
         assert len(runner.cudagraph_dispatcher.get_capture_descs()[0][1]) == 6  # 1, 2, 4, 8, 16, 24
         assert runner.use_async_scheduling
-        engine.begin(NOISE, 6)
-        for size in (1, 2, 3, 8, 9, 17, 24, 30):
-            decodes(engine, model_dir, members[:size])
-        decodes(engine, model_dir, members[:9], temperature=1.0)
+        engine.begin(NOISE, 12)
+        for turn, size in enumerate((1, 2, 3, 8, 9, 17, 24, 30)):  # as many members as slots, others every time
+            members = [None, *((turn + each) % 12 for each in range(5))]
+            check_decoding(engine, model_dir, [members[i % 6] for i in range(size)])
+        check_sampling(engine, monkeypatch)
+        fitness = (1.0, -1.0, 0.5, 0.25, -0.75, 0.0)
         engine.update(
-            UpdateSpec(
-                step=1,
-                noise_step=1,
-                seed=3,
-                rank=1,
-                sigma=0.05,
-                learning_rate=0.02,
-                fitness_M=(1, -1, 0.5, 0, -0.75, 0),
-            )
+            UpdateSpec(step=1, noise_step=1, seed=3, rank=1, sigma=0.05, learning_rate=0.02, fitness_M=fitness)
         )
         engine.export(tmp_path / "updated")
         before, after = (dense_logprobs(at, [PROMPT], {}) for at in (model_dir, tmp_path / "updated"))
         assert (before - after).abs().max() > 0.1
         engine.begin(NOISE, 6)
-        decodes(engine, tmp_path / "updated", members[:9])
+        for size in (1, 9, 24):
+            check_decoding(engine, tmp_path / "updated", [(None, 0, 1, 2, 4, 5)[i % 6] for i in range(size)])
     finally:
         engine.close()
 

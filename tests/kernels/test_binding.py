@@ -71,6 +71,7 @@ def terms() -> list[member_term.AddTerm]:
         ("slot_T", lambda slot: slot[: T - 1]),
         ("slot_T", lambda slot: slot.long()),
         ("slot_T", scattered),
+        ("slot_T", lambda slot: torch.stack([slot, slot], dim=1)),
     ],
 )
 def test_the_member_term_takes_nothing_else(add_term: member_term.AddTerm, name: str, change: Change) -> None:
@@ -201,6 +202,7 @@ FACTORS: Wrongs = [
     ("slot_T", lambda slot: slot[:-1]),
     ("slot_T", lambda slot: slot.long()),
     ("slot_T", scattered),
+    ("slot_T", lambda slot: torch.stack([slot, slot], dim=1)),
 ]
 
 
@@ -252,6 +254,15 @@ def test_the_activation_between_layers_takes_nothing_else(name: str, change: Cha
         silu_and_mul(y_TO, *terms_of((48, 48), tensors))
 
     refused(function, {"y_TO": random(T, 96).to(DEVICE)} | with_factors((48, 48), 48), name, change)
+
+
+def test_both_layers_around_an_activation_have_the_same_slots() -> None:
+    y_TO, tensors = random(T, 96).to(DEVICE), with_factors((48, 48), 48)
+    before, _ = terms_of((48, 48), tensors)
+    A, B, slot_T = tensors["A_after"], tensors["B_after"], tensors["slot_T"]
+    for after in (Factors(A, B, slot_T.clone(), (8,)), Factors(A[:-1], B[:-1], slot_T, (8,))):
+        with pytest.raises(ValueError, match="must be that of the layer before, of 3 slots"):
+            silu_and_mul(y_TO, before, after)
 
 
 @needs_library

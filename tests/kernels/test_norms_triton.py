@@ -17,6 +17,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp")
 TOKENS, SLOTS, EPSILON = 7, 300, 1e-5
 SLOT_T = torch.tensor([0, -1, 299, 1, 1, SLOTS, 299], dtype=torch.int32)
 """One of the base model, and one whose slot does not exist, which is treated like it."""
+ON_DEVICE = SLOT_T.to(DEVICE)
 MEMBERS = torch.tensor([0, 2, 3, 4, 6])
 DTYPES = [torch.float32, torch.bfloat16]
 
@@ -27,7 +28,7 @@ def random(*shape: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
 
 def factors(slices: tuple[int, ...], inside: int, rank: int, dtype: torch.dtype) -> Factors:
     A_SV, B_SCRI = random(SLOTS, rank * sum(slices), dtype=dtype), random(SLOTS, len(slices), rank, inside, dtype=dtype)
-    return Factors(A_SV.to(DEVICE), B_SCRI.to(DEVICE), SLOT_T.to(DEVICE), slices)
+    return Factors(A_SV.to(DEVICE), B_SCRI.to(DEVICE), ON_DEVICE, slices)
 
 
 def h_of(layer: Factors, x_TI: Tensor) -> Tensor:
@@ -146,10 +147,9 @@ def norm_of_rows() -> Kernel:
     h_TCR = gpu(h_of(before, random(TOKENS, 40, dtype=dtype)))
 
     def norm(rows: slice) -> tuple[Tensor, ...]:
-        summed = residual_TI[rows].clone()
-        x, h = rms_norm(
-            y_TI[rows], summed, weight_I, EPSILON, (of_rows(before, rows), h_TCR[rows]), of_rows(after, rows)
-        )
+        summed, slot_T = residual_TI[rows].clone(), before.slot_T[rows]
+        around = (with_slots(before, slot_T), h_TCR[rows]), with_slots(after, slot_T)
+        x, h = rms_norm(y_TI[rows], summed, weight_I, EPSILON, *around)
         assert h is not None
         return x, summed, h
 
@@ -164,15 +164,16 @@ def activation_of_rows() -> Kernel:
     h_TCR = gpu(h_of(before, random(TOKENS, 40, dtype=dtype)))
 
     def activation(rows: slice) -> tuple[Tensor, ...]:
-        x, h = silu_and_mul(y_TO[rows], (of_rows(before, rows), h_TCR[rows]), of_rows(after, rows))
+        slot_T = before.slot_T[rows]
+        x, h = silu_and_mul(y_TO[rows], (with_slots(before, slot_T), h_TCR[rows]), with_slots(after, slot_T))
         assert h is not None
         return x, h
 
     return activation
 
 
-def of_rows(layer: Factors, rows: slice) -> Factors:
-    return Factors(layer.A_SV, layer.B_SCRI, layer.slot_T[rows], layer.slices)
+def with_slots(layer: Factors, slot_T: Tensor) -> Factors:
+    return Factors(layer.A_SV, layer.B_SCRI, slot_T, layer.slices)
 
 
 @pytest.mark.parametrize("make", [norm_of_rows, activation_of_rows])

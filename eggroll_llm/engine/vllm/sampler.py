@@ -39,7 +39,7 @@ def install(runner: Any) -> None:
 
 
 class _Seeds:
-    """The seeds of the batch, on its device. Requests keep their rows until one ends or comes."""
+    """The seeds of the batch, on its device; they are sent there when its requests or their order change."""
 
     def __init__(self, runner: Any) -> None:
         self._runner = runner
@@ -50,12 +50,11 @@ class _Seeds:
         """Return them, int64 [rows]. Requests without a seed, which are greedy, share one."""
         ids = self._runner.input_batch.req_ids
         if ids != self._ids or rows != len(self._seed_Q):
-            self._ids = list(ids)
             arguments = [self._runner.requests[request_id].sampling_params.extra_args or {} for request_id in ids]
             seeds = torch.zeros(rows, dtype=torch.int64, pin_memory=device.type == "cuda")
             # vLLM warms up without requests.
             seeds[: len(ids)] = torch.tensor([extra.get(_SEED, 0) for extra in arguments], dtype=torch.int64)
-            self._seed_Q = seeds.to(device, non_blocking=True)
+            self._ids, self._seed_Q = list(ids), seeds.to(device, non_blocking=True)
         return self._seed_Q
 
 
