@@ -92,21 +92,10 @@ class Population:
                 fitness_M=(1.0, -1.0) * (population // 2),
             )
         )
-        if not current_platform.is_cpu():
-            noise = self._noise_of_gpu()
-        return Times(sample=sample, noise=noise, update=times.update, serve=times.serve)
-
-    def _noise_of_gpu(self) -> float:
-        """Return the seconds in which a GPU makes the factors of all members, which it has done while they answered."""
-        slots = self._engine._llm.model_executor.driver_worker.worker.model_runner.es_population.slots
-        members = range(self.job["population"])
-        slots.begin(antithetic=True)
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        for first in range(0, len(members), self.job["slots"]):
-            slots.place(members[first : first + self.job["slots"]])
-        torch.cuda.synchronize()
-        return time.perf_counter() - start
+        in_sample = not current_platform.is_cpu()
+        if in_sample:
+            noise = self._engine._call("time_noise", population)
+        return Times(sample=sample, noise=noise, update=times.update, serve=times.serve, noise_in_sample=in_sample)
 
     def score(self, work: Workload) -> float | None:
         """Score the second half of prompts, as many under all members together as the workload has.

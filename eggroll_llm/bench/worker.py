@@ -1,6 +1,5 @@
 """The process of one benchmark variant: reads JSON lines, answers with figures. Started by `eggroll_llm.bench.run`."""
 
-import dataclasses
 import json
 import os
 import sys
@@ -50,12 +49,13 @@ def measure(runner: "Runner", work: Workload, repeat: int, *, phased: bool) -> d
     times = runner.run(work, 2 * repeat)
     prompt, new = sum(map(len, work.prompts)), sum(work.new_tokens)
     tokens = prompt + new if times.tokens is None else times.tokens
-    rest = [times.noise or 0.0, times.update or 0.0, times.serve or 0.0]
+    rest = (times.noise or 0.0) + (times.update or 0.0) + (times.serve or 0.0)
+    step = times.sample + rest - (times.noise or 0.0) * times.noise_in_sample
     answer = {
-        **{f"{name}_seconds": value for name, value in dataclasses.asdict(times).items() if name != "tokens"},
+        **{f"{name}_seconds": getattr(times, name) for name in ("sample", "noise", "update", "serve")},
         "tokens_per_second": tokens / times.sample,
         "generated_per_second": tokens / times.sample * new / (prompt + new),
-        "rest_of_step": None if times.update is None else sum(rest) / (times.sample + sum(rest)),
+        "rest_of_step": None if times.update is None else rest / step,
     }
     if phased:
         prefill = runner.run(work.first_token(), 2 * repeat + 1).sample

@@ -27,6 +27,8 @@ class Times:
     noise: float | None = None
     update: float | None = None
     serve: float | None = None
+    noise_in_sample: bool = False
+    """Whether the noise is made while requests are answered, as on a GPU."""
     tokens: int | None = None
     """Prompt and new tokens, if not those of the whole workload."""
 

@@ -23,7 +23,7 @@ class Blueprint:
     model_dir: Path
     """Its directory on the driver."""
     engine: EngineConfig
-    """With `slots` and `max_model_len` settled."""
+    """With slots, sequences and context settled."""
     es: EsSettings | None = None
     """None: the engine has no masters, and its weights are those of the model or come from a trainer."""
     logprobs: bool = False

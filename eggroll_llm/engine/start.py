@@ -27,7 +27,7 @@ def start_engine(
     logs: Path | None = None,
     say: Callable[[str], None] = lambda sentence: None,
 ) -> Engine:
-    """Start vLLM on a checked model directory, with `slots` and `max_model_len` of the configuration settled.
+    """Start vLLM on a checked model directory, with slots, sequences and context of the configuration settled.
 
     With `es` it serves the members of a population and updates the weights; without, it only answers with weights that
     come from outside. `logprobs`, `thinking`: see `VllmEngine`, also for the errors. `model` is what machines without

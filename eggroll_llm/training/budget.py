@@ -174,8 +174,9 @@ def check_memory(prepared: "Prepared") -> None:
 
 
 class _Memory(NamedTuple):
-    free: int
     total: int
+    free: int | None
+    """None where nobody asks."""
 
 
 def _gpu_memory(prepared: "Prepared") -> _Memory | None:
@@ -190,16 +191,16 @@ def _gpu_memory(prepared: "Prepared") -> _Memory | None:
         return None
     config = prepared.config
     if config.method == "grpo" or (in_this_process(config.engine) and config.engine.tensor_parallel == 1):
-        return _Memory(*torch.cuda.mem_get_info())
-    total = torch.cuda.get_device_properties(0).total_memory
-    return _Memory(total, total)
+        free, total = torch.cuda.mem_get_info()
+        return _Memory(total, free)
+    return _Memory(torch.cuda.get_device_properties(0).total_memory, None)
 
 
 def _check_gpu(prepared: "Prepared", inside: int, beside: int) -> None:
     memory = _gpu_memory(prepared)
     if memory is None:
         return  # vLLM says what is wrong
-    free, total = memory
+    total, free = memory
     share = prepared.config.engine.gpu_memory_utilization
     if inside >= share * total:
         higher = math.ceil(100 * inside / total + 1) / 100
@@ -209,17 +210,18 @@ def _check_gpu(prepared: "Prepared", inside: int, beside: int) -> None:
             f"engine.gpu_memory_utilization = {share:g}: {share * total / GIB:.2f} GiB, but weights, masters, slots "
             f"and activations take {inside / GIB:.2f} GiB: {', or '.join([*remedies, 'use a smaller model'])}"
         )
-    if share * total + beside <= free:
+    left = total if free is None else free
+    if share * total + beside <= left:
         return
     remedies = []
-    if (lower := math.floor(100 * (free - beside) / total) / 100) * total > inside:
+    if (lower := math.floor(100 * (left - beside) / total) / 100) * total > inside:
         remedies.append(f"lower it to {lower:g}")
     remedies += [f"set {setting} ({saved / GIB:.2f} GiB less)" for setting, saved in _other_masters(prepared)]
     if prepared.config.method == "grpo" and (size := _activation_bytes(prepared)):
         remedies.append(f"set grpo.gradient_checkpointing to true (up to {size / GIB:.2f} GiB less)")
     raise ConfigError(
         f"engine.gpu_memory_utilization = {share:g}: {share * total / GIB:.2f} GiB, and {beside / GIB:.2f} GiB for "
-        f"updates beside it, but {free / GIB:.2f} GiB of the GPU are free: "
+        f"updates beside it, but {left / GIB:.2f} GiB of the GPU are {'there' if free is None else 'free'}: "
         f"{', or '.join([*remedies, 'use a smaller model'])}"
     )
 

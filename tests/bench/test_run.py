@@ -171,7 +171,7 @@ def test_prefill_and_decode_are_timed_apart() -> None:
         def run(self, work: Workload, repeat: int) -> Times:
             asked.append(repeat)
             seconds = 2 + 0.5 * (max(work.new_tokens) - 1)
-            return Times(sample=seconds, noise=0.1, update=0.2, serve=0.2)
+            return Times(sample=seconds, noise=0.1, update=0.2, serve=0.2, noise_in_sample=on_gpu)
 
         def score(self, work: Workload) -> float:
             return 10.0
@@ -180,6 +180,7 @@ def test_prefill_and_decode_are_timed_apart() -> None:
             return 3.0
 
     asked: list[int] = []
+    on_gpu = False
     work = Workload(prompts=[[1] * 5, [2] * 7], new_tokens=[9, 9])
     measured = worker.measure(Slow(), work, 3, phased=True)  # type: ignore[arg-type]
     assert measured == {
@@ -199,6 +200,9 @@ def test_prefill_and_decode_are_timed_apart() -> None:
     }
     assert asked == [6, 7]  # each has noise of its own
     assert "prefill_seconds" not in worker.measure(Slow(), work, 3, phased=False)  # type: ignore[arg-type]
+    on_gpu = True
+    measured = worker.measure(Slow(), work, 3, phased=False)  # type: ignore[arg-type]
+    assert measured["rest_of_step"] == pytest.approx(0.5 / 6.4)
 
 
 def assert_swapped(runner: Any) -> None:

@@ -123,6 +123,16 @@ def test_launches_are_those_that_the_documentation_counts(
     assert counted == LAUNCHES[request.node.callspec.params["served"]]
 
 
+@pytest.mark.parametrize("served", MODELS[:1], indirect=True)
+def test_after_their_noise_was_timed_members_answer_as_before(served: tuple[VllmEngine, Path]) -> None:
+    engine, _ = served
+    engine.begin(NOISE, POPULATION)
+    requests = [Request(prompt_ids=PROMPTS[0], member=member) for member in (0, 3)]
+    before = next_token_logprobs(engine, requests)
+    assert engine._call("time_noise", POPULATION) > 0
+    assert torch.equal(next_token_logprobs(engine, requests), before)
+
+
 @few
 def test_decoding_goes_on_from_what_a_member_wrote(served: tuple[VllmEngine, Path]) -> None:
     """Two tokens at once are the one token after the other, alone."""

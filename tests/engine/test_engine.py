@@ -76,7 +76,7 @@ CPU_CASES = [  # the first three, and five, are those of `few` and `some`
     Case(kind="granite", rank=1),
     Case(kind="olmoe", rank=1, layers=(1, 2)),
     Case(kind="qwen3moe", rank=1, dtype="bfloat16", tolerance=0.2, apart=0.6),
-    Case(kind="llama", rank=2, layers=(1, 1)),
+    Case(kind="mistral", rank=2, layers=(1, 1)),
 ]
 CUDA_CASES = [  # FlashAttention serves no float32
     Case(kind=kind, rank=rank, dtype="bfloat16", tolerance=0.2, apart=0.6, masters=masters, offload=offload)
@@ -88,7 +88,7 @@ CUDA_CASES = [  # FlashAttention serves no float32
         ("smollm3", 1, "float32", False),
         ("gemma3", 2, "float32", False),
     )
-] + [Case(kind="qwen3", rank=1, dtype="bfloat16", tolerance=0.2, apart=0.2, layers=(1, 1))]
+] + [Case(kind="mistral", rank=1, dtype="bfloat16", tolerance=0.2, apart=0.2, layers=(1, 1))]
 assert {case.kind for case in CPU_CASES} == KINDS.keys(), "every architecture that can be trained is served here"
 CASES = CPU_CASES if serves_on_cpu() else CUDA_CASES
 few = pytest.mark.parametrize("served", CASES[:3], indirect=True, ids=str)

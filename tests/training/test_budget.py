@@ -443,6 +443,8 @@ def test_what_is_free_of_a_gpu_is_not_asked_where_other_processes_have_it(
     check_memory(prepared(model, engine=dataclasses.replace(enough, **engine)))
     with pytest.raises(ConfigError, match=r"0\.00 GiB of the GPU are free"):
         check_memory(prepared(model, engine=enough))
+    with pytest.raises(ConfigError, match=r"but 1\.00 GiB of the GPU are there: lower it to"):
+        check_memory(prepared(model, engine=dataclasses.replace(enough, gpu_memory_utilization=1.0, **engine)))
 
 
 def test_the_memory_of_a_gpu_is_told_by_place(

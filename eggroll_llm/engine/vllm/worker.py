@@ -194,6 +194,17 @@ class Population:
         self.slots.begin(antithetic=antithetic)
         return time.perf_counter() - start
 
+    def time_noise(self, population: int) -> float:
+        """Return the seconds in which all members of the step are placed anew, which a GPU does while they answer."""
+        wait: Callable[[], None] = torch.cuda.synchronize if self.device.type == "cuda" else lambda: None
+        self.slots.begin(antithetic=self.slots.antithetic)
+        wait()
+        start = time.perf_counter()
+        for first in range(0, population, len(self.slots.member_in)):
+            self.slots.place(range(first, min(first + len(self.slots.member_in), population)))
+        wait()
+        return time.perf_counter() - start
+
     def score(self, tree: TokenTree, members: list[int], temperature: float) -> Tensor:
         """Return the log-probabilities [M, N] of a tree's targets under members of this step, -1 the base model.
 
