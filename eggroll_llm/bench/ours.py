@@ -32,6 +32,7 @@ from eggroll_llm.engine.vllm.text import sampling_params
 from eggroll_llm.engine.vllm.weights import forget_linear_weights, keep_linear_weights, repack
 from eggroll_llm.es.estimate import UpdateSpec
 from eggroll_llm.es.noise import NoiseSpec
+from eggroll_llm.es.settings import EsSettings
 from eggroll_llm.kernels.noise import served_factors_of
 from eggroll_llm.models.targets import TARGET_MODULES, trained_parameters
 
@@ -44,13 +45,16 @@ class Population:
 
     def __init__(self, job: dict[str, Any]) -> None:
         self.job = job
-        ways = {"enforce_eager": not job["compiled"], "compile": job["compiled"] and current_platform.is_cpu()}
+        how = {
+            "slots": job["slots"],
+            "max_model_len": job["context"],
+            "enforce_eager": not job["compiled"],
+            "compile": job["compiled"] and current_platform.is_cpu(),
+        }
         self._engine = VllmEngine(
             Path(job["model_dir"]),
-            EngineConfig(**job["engine"] | ways),
-            slots=job["slots"],
-            rank=job["rank"],
-            max_model_len=job["context"],
+            EngineConfig(**job["engine"] | how),
+            EsSettings(rank=job["rank"]),
             prefix_caching=False,
             stock=job["kind"] == "stock",
             vllm_args=job["vllm_args"],

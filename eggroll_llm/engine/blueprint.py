@@ -38,14 +38,4 @@ class Blueprint:
         directory = self.model_dir if self.model_dir.is_dir() else resolve_model(self.model)
         if self.identity and (found := model_identity(directory)) != self.identity:
             raise ModelError(f"{directory}: is model {found}, the run is of {self.identity}: use the same files")
-        return VllmEngine(
-            directory,
-            self.engine,
-            slots=self.engine.slots,
-            rank=self.es.rank if self.es else 1,
-            max_model_len=self.engine.max_model_len,
-            es=self.es,
-            trainable=self.es is not None,
-            logprobs=self.logprobs,
-            thinking=self.thinking,
-        )
+        return VllmEngine(directory, self.engine, self.es, logprobs=self.logprobs, thinking=self.thinking)

@@ -5,6 +5,7 @@ It holds to the bit, log-probabilities included, in float32 and, where the proce
 bfloat16, for prompts that fit one tile of vLLM's attention (docs/determinism.md).
 """
 
+import dataclasses
 import json
 import random
 import shutil
@@ -23,6 +24,7 @@ from eggroll_llm.engine.vllm import engine as engine_module
 from eggroll_llm.engine.vllm import weights
 from eggroll_llm.engine.vllm.engine import VllmEngine
 from eggroll_llm.es.noise import NoiseSpec
+from eggroll_llm.es.settings import EsSettings
 from eggroll_llm.system.hardware import cpu_flags, serves_on_cpu
 from eggroll_llm.tasks.prompts import Prompter
 
@@ -115,9 +117,8 @@ def test_an_answer_depends_on_nothing_but_its_request(
     dtype: str, first_layers: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     requests = requests_of(first_layers, min(tile(dtype), 640))
-    with_logprobs: dict[str, Any] = {"rank": 1, "max_model_len": 672, "logprobs": True}
-    config = EngineConfig(dtype=dtype, kv_cache_gib=0.2, max_sequences=64)
-    engine = VllmEngine(first_layers, config, slots=MEMBERS, **with_logprobs)
+    config = EngineConfig(dtype=dtype, kv_cache_gib=0.2, slots=MEMBERS, max_sequences=64, max_model_len=672)
+    engine = VllmEngine(first_layers, config, EsSettings(), logprobs=True)
     try:
         with threads(2):
             together = answers(engine, requests, len(requests))
@@ -145,8 +146,8 @@ def test_an_answer_depends_on_nothing_but_its_request(
         return found
 
     monkeypatch.setattr(engine_module, "engine_args", in_chunks)
-    config = EngineConfig(dtype=dtype, kv_cache_gib=0.2, max_sequences=3)
-    other = VllmEngine(first_layers, config, slots=2, prefix_caching=False, **with_logprobs)
+    few = dataclasses.replace(config, slots=2, max_sequences=3)
+    other = VllmEngine(first_layers, few, EsSettings(), prefix_caching=False, logprobs=True)
     try:
         with threads(1):
             assert answers(other, requests, len(requests)) == together

@@ -49,13 +49,13 @@ def served(request: pytest.FixtureRequest, tiny_model: Callable[[str], Path]) ->
     second of three blocks is perturbed.
     """
     kind, _, how = request.param.partition(" ")
-    config = EngineConfig(dtype="float32", kv_cache_gib=0.05, max_sequences=8)
+    config = EngineConfig(dtype="float32", kv_cache_gib=0.05, slots=SLOTS, max_sequences=8, max_model_len=64)
     model_dir = tiny_model(kind, num_hidden_layers=3) if how == "middle" else tiny_model(kind)
-    es = EsSettings(layers=(1, 1) if how == "middle" else ())
+    es = EsSettings(rank=2, layers=(1, 1) if how == "middle" else ())
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(worker, "runs_triton", lambda device: True)
         patch.setattr(blocks, "is_summed", lambda linear: how == "summed")
-        engine = VllmEngine(model_dir, config, slots=SLOTS, rank=2, max_model_len=64, es=es, prefix_caching=False)
+        engine = VllmEngine(model_dir, config, es, prefix_caching=False)
         yield engine, model_dir
         engine.close()
 

@@ -138,9 +138,9 @@ def test_graphs_decode_what_each_member_would(
     from eggroll_llm.engine.vllm.engine import VllmEngine
 
     model_dir = tiny_model(kind)
-    config = EngineConfig(dtype="bfloat16", gpu_memory_utilization=0.1, max_sequences=24)
+    config = EngineConfig(dtype="bfloat16", gpu_memory_utilization=0.1, slots=5, max_sequences=24, max_model_len=64)
     little = {"kv_cache_memory_bytes": 2**26}
-    engine = VllmEngine(model_dir, config, slots=5, rank=1, max_model_len=64, es=EsSettings(), vllm_args=little)
+    engine = VllmEngine(model_dir, config, EsSettings(), vllm_args=little)
     try:
         runner = engine._llm.model_executor.driver_worker.worker.model_runner
         assert len(runner.cudagraph_dispatcher.get_capture_descs()[0][1]) == 6  # 1, 2, 4, 8, 16, 24

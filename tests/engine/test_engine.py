@@ -130,15 +130,15 @@ def served(request: pytest.FixtureRequest, tiny_model: Callable[[str], Path]) ->
         dtype=case.dtype,
         kv_cache_gib=0.05,
         gpu_memory_utilization=0.1,
+        slots=SLOTS,
         max_sequences=16,
+        max_model_len=128,
         compile=case.compiled,
         offload_masters=case.offload,
     )
     model_dir = tiny_model(case.kind, num_hidden_layers=3) if case.layers else tiny_model(case.kind)
-    es = EsSettings(masters=case.masters, layers=case.layers)
-    engine = VllmEngine(
-        model_dir, config, slots=SLOTS, rank=case.rank, max_model_len=128, es=es, vllm_args=small_cache()
-    )
+    es = EsSettings(rank=case.rank, masters=case.masters, layers=case.layers)
+    engine = VllmEngine(model_dir, config, es, vllm_args=small_cache())
     start = {name: tensor.clone() for name, tensor in engine.state().items()}
     yield Served(engine, model_dir, case)
     engine.load_state(start)

@@ -36,9 +36,9 @@ class Served:
 @pytest.fixture(scope="module")
 def served(tiny_model: Callable[[str], Path]) -> Iterator[Served]:
     """Of one kind, in float32: `test_engine.py` has all of them, and bfloat16."""
-    config = EngineConfig(dtype="float32", kv_cache_gib=0.05, max_sequences=16)
+    config = EngineConfig(dtype="float32", kv_cache_gib=0.05, slots=1, max_sequences=16, max_model_len=128)
     model_dir = tiny_model("qwen3")
-    engine = VllmEngine(model_dir, config, slots=1, rank=1, max_model_len=128, trainable=False, logprobs=True)
+    engine = VllmEngine(model_dir, config, logprobs=True)
     yield Served(engine, model_dir, 1e-4)
     engine.close()
 

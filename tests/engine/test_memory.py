@@ -11,6 +11,7 @@ from eggroll_llm.engine.interface import Decoding, Request
 from eggroll_llm.engine.vllm.engine import VllmEngine
 from eggroll_llm.es.estimate import UpdateSpec
 from eggroll_llm.es.noise import NoiseSpec
+from eggroll_llm.es.settings import EsSettings
 
 pytestmark = pytest.mark.vllm
 
@@ -18,8 +19,8 @@ POPULATION, SLOTS = 6, 4
 
 
 def test_memory_does_not_grow(tiny_model: Callable[[str], Path]) -> None:
-    config = EngineConfig(dtype="bfloat16", kv_cache_gib=0.05, max_sequences=16)
-    engine = VllmEngine(tiny_model("llama"), config, slots=SLOTS, rank=2, max_model_len=64)
+    config = EngineConfig(dtype="bfloat16", kv_cache_gib=0.05, max_sequences=16, slots=SLOTS, max_model_len=64)
+    engine = VllmEngine(tiny_model("llama"), config, EsSettings(rank=2))
     resident = []
     for step in range(1, 241):
         engine.begin(NoiseSpec(seed=0, step=step, rank=2, sigma=0.01), POPULATION)

@@ -20,6 +20,7 @@ from eggroll_llm.engine.vllm.weights import initial_weights, quantise_rows
 from eggroll_llm.errors import ModelError
 from eggroll_llm.es.estimate import UpdateSpec
 from eggroll_llm.es.noise import NoiseSpec, served_factors
+from eggroll_llm.es.settings import EsSettings
 
 pytestmark = pytest.mark.vllm
 
@@ -43,10 +44,12 @@ def start(model_dir: Path, ranks: int = 1) -> VllmEngine:
         quantization="fp8",
         kv_cache_gib=0.05,
         gpu_memory_utilization=0.1,
+        slots=4,
         max_sequences=16,
+        max_model_len=128,
         tensor_parallel=ranks,
     )
-    return VllmEngine(model_dir, config, slots=4, rank=2, max_model_len=128)
+    return VllmEngine(model_dir, config, EsSettings(rank=2))
 
 
 def quantised(engine: VllmEngine) -> dict[str, Tensor]:

@@ -37,8 +37,8 @@ class Served:
             self.model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
         self.model.save_pretrained(thinker)
         tokenizer.save_pretrained(thinker)
-        config = EngineConfig(dtype="float32", kv_cache_gib=0.0009, max_sequences=8)
-        self.engine = VllmEngine(thinker, config, slots=1, rank=1, max_model_len=192, trainable=False, thinking=True)
+        config = EngineConfig(dtype="float32", kv_cache_gib=0.0009, slots=1, max_sequences=8, max_model_len=192)
+        self.engine = VllmEngine(thinker, config, thinking=True)
 
     def answers(self, requests: Sequence[Request] = REQUESTS, **sampling: Any) -> list[Completion]:
         """Answers of 20 tokens unless they end before, and with `max_tokens` in any case."""

@@ -87,7 +87,7 @@ def scripted(script: Callable[[list[Any]], list[Any]]) -> tuple[VllmEngine, Scri
     engine.own_sampler = False
     engine.text_rules = Words()  # type: ignore[assignment]
     engine.watchdog = Watchdog(0)
-    engine.queue = RequestQueue(engine._llm, engine.watchdog, EngineConfig(max_sequences=8), max_model_len=64)
+    engine.queue = RequestQueue(engine._llm, engine.watchdog, EngineConfig(max_sequences=8, max_model_len=64))
     engine.queue._in_flight, engine.queue._burst, engine.queue._patience = IN_FLIGHT, 1, 40
     return engine, llm
 
@@ -326,7 +326,5 @@ def test_threads_can_be_set_again_after_vllm_was_started(
 
     monkeypatch.setattr("eggroll_llm.engine.vllm.engine.LLMEngine.from_engine_args", start)
     with pytest.raises(EngineError):
-        VllmEngine(
-            tiny_model("llama"), EngineConfig(dtype="float32", max_sequences=8), slots=1, rank=1, max_model_len=64
-        )
+        VllmEngine(tiny_model("llama"), EngineConfig(dtype="float32", slots=1, max_sequences=8, max_model_len=64))
     assert torch.set_num_threads is before

@@ -20,7 +20,7 @@ from eggroll_llm.models.architectures import TESTED
 
 pytestmark = pytest.mark.vllm
 
-CONFIG = EngineConfig(kv_cache_gib=0.5, max_sequences=8)
+CONFIG = EngineConfig(kv_cache_gib=0.5, max_sequences=8, max_model_len=4096)
 CACHE_TOO_SMALL = (
     "To serve at least one request with the model's max seq len (4096), (1.5 GiB KV cache is needed, which is larger "
     "than the available KV cache memory (0.5 GiB). Try increasing `gpu_memory_utilization`"
@@ -71,7 +71,7 @@ def test_what_stops_vllm_is_told_with_the_settings_to_change(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(failures, "serves_on_cpu", lambda: on_cpu)
-    found = failures.start_error(ValueError(error), tiny_model("llama"), CONFIG, 4096)
+    found = failures.start_error(ValueError(error), tiny_model("llama"), CONFIG)
     assert type(found) is kind
     assert re.search(said, str(found))
     assert str(found).isprintable()
@@ -96,7 +96,7 @@ def test_what_a_gpu_cannot_multiply_is_told(
     for name, value in (("is_available", True), ("get_device_capability", capability), ("get_device_name", "Card")):
         monkeypatch.setattr(f"torch.cuda.{name}", lambda value=value: value)
     config = dataclasses.replace(CONFIG, quantization=quantization)
-    found = failures.start_error(ValueError("as it says"), tiny_model("llama"), config, 4096)
+    found = failures.start_error(ValueError("as it says"), tiny_model("llama"), config)
     assert re.search(said, str(found))
 
 
@@ -106,13 +106,15 @@ from vllm.v1.engine.llm_engine import LLMEngine
 from eggroll_llm.config.schema import EngineConfig
 from eggroll_llm.engine.vllm.engine import VllmEngine
 from eggroll_llm.errors import UserError
+from eggroll_llm.es.settings import EsSettings
 
 def start(model, kv_cache_gib, timeout_seconds=600.0):
     config = EngineConfig(
-        dtype="float32", kv_cache_gib=kv_cache_gib, max_sequences=4, timeout_seconds=timeout_seconds
+        dtype="float32", kv_cache_gib=kv_cache_gib, slots=2, max_sequences=4, max_model_len=128,
+        timeout_seconds=timeout_seconds,
     )
     try:
-        VllmEngine(pathlib.Path(model), config, slots=2, rank=1, max_model_len=128)
+        VllmEngine(pathlib.Path(model), config, EsSettings())
     except UserError as error:
         print(type(error).__name__, type(error.__cause__).__name__, error, sep="|", flush=True)
 

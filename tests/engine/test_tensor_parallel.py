@@ -119,11 +119,13 @@ def both(tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFacto
                 dtype="float32" if serves_on_cpu() else "bfloat16",
                 kv_cache_gib=0.05,
                 gpu_memory_utilization=0.1,
+                slots=SLOTS,
                 max_sequences=16,
+                max_model_len=64,
                 tensor_parallel=ranks,
             )
-            settings = EsSettings(optimizer="adam")
-            engine = VllmEngine(model_dir, config, slots=SLOTS, rank=RANK, max_model_len=64, es=settings)
+            settings = EsSettings(rank=RANK, optimizer="adam")
+            engine = VllmEngine(model_dir, config, settings)
             try:
                 runs.append(run(engine, tmp_path_factory.mktemp("exported") / "model"))
                 if ranks == 2:

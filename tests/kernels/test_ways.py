@@ -13,6 +13,7 @@ from eggroll_llm.engine.interface import Request
 from eggroll_llm.engine.vllm.engine import VllmEngine
 from eggroll_llm.es.estimate import UpdateSpec
 from eggroll_llm.es.noise import NoiseSpec
+from eggroll_llm.es.settings import EsSettings
 from eggroll_llm.kernels import build, member_term
 from eggroll_llm.system.hardware import serves_on_cpu
 
@@ -30,8 +31,8 @@ REQUESTS = [Request(prompt_ids=tuple(range(5 + m, 45 + m)), member=m) for m in (
 
 def before_and_after(model_dir: Path, *, stock: bool) -> tuple[Tensor, Tensor]:
     """Log-probabilities of four members, before and after an update."""
-    config = EngineConfig(dtype="float32", kv_cache_gib=0.05, max_sequences=16)
-    engine = VllmEngine(model_dir, config, slots=4, rank=2, max_model_len=64, stock=stock)
+    config = EngineConfig(dtype="float32", kv_cache_gib=0.05, slots=4, max_sequences=16, max_model_len=64)
+    engine = VllmEngine(model_dir, config, EsSettings(rank=2), stock=stock)
     try:
         engine.begin(NOISE, 4)
         before = next_token_logprobs(engine, REQUESTS)

@@ -1,6 +1,7 @@
 """What vLLM is started with."""
 
-from collections.abc import Mapping, Sequence
+import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,11 @@ from vllm.platforms import current_platform
 
 from eggroll_llm.config.schema import EngineConfig
 from eggroll_llm.engine.memory import batch_tokens
+from eggroll_llm.engine.vllm.sampler import ThoughtBudget
 from eggroll_llm.errors import ConfigError
-from eggroll_llm.es.settings import MOST_RANK
+from eggroll_llm.es.settings import MOST_RANK, EsSettings
 from eggroll_llm.models.targets import TARGET_MODULES, block_of, trained_parameters
-from eggroll_llm.system.hardware import GIB
+from eggroll_llm.system.hardware import GIB, resolve_dtype
 
 VLLM_RANKS = (1, 8, 16, 32, MOST_RANK)  # sizes that vLLM allows for its adapter buffers, up to what our kernel can
 CPU_BLOCK = 32  # tokens per block of the KV cache; vLLM's default of 128 shares no prefix of a short prompt
@@ -24,18 +26,14 @@ POPULATION = "eggroll"
 def engine_args(
     model_dir: Path,
     config: EngineConfig,
-    dtype: torch.dtype,
+    es: EsSettings | None,
     *,
-    slots: int,
-    rank: int,
-    layers: Sequence[int],
-    max_model_len: int,
+    prefix_caching: bool,
     stock: bool,
+    logprobs: bool,
+    thinking: bool,
 ) -> EngineArgs:
-    """Return the arguments of an engine with a population of so many slots and that rank, in `es.layers`.
-
-    Raises ConfigError for what this device cannot do.
-    """
+    """Return the arguments of an engine, as `VllmEngine` takes them. Raises ConfigError for what it cannot do here."""
     on_cpu = current_platform.is_cpu()
     if stock and config.dtype == "float32" and not on_cpu:
         raise ConfigError('engine.dtype = "float32": vLLM\'s own adapters on a GPU compute in bfloat16 only')
@@ -46,23 +44,34 @@ def engine_args(
             f"engine.tensor_parallel = {config.tensor_parallel}: there are {torch.cuda.device_count()} GPUs: lower it"
         )
     graphs = not (stock or on_cpu or config.enforce_eager)
-    return EngineArgs(
+    dtype = getattr(torch, resolve_dtype(config.dtype))
+    rank = es.rank if es else 1
+    population = {
+        "es": dataclasses.asdict(es) if es else None,
+        "offload": config.offload_masters,
+        "compiled": config.compile,
+        "stock": stock,
+    }
+    args = EngineArgs(
         model=str(model_dir),
         dtype=dtype,
         quantization="fp8_per_channel" if config.quantization == "fp8" else None,
-        max_model_len=max_model_len,
+        max_model_len=config.max_model_len,
         max_num_seqs=config.max_sequences,
-        max_num_batched_tokens=batch_tokens(max_model_len, on_cpu=on_cpu),
+        max_num_batched_tokens=batch_tokens(config.max_model_len, on_cpu=on_cpu),
+        enable_prefix_caching=prefix_caching,
         enforce_eager=on_cpu or config.enforce_eager,
         tensor_parallel_size=config.tensor_parallel,
         distributed_executor_backend="mp" if config.tensor_parallel > 1 else None,
         enable_lora=True,
-        max_loras=slots,
+        max_loras=config.slots,
         # Memory that vLLM takes for its own arithmetic, and that ours gives back unused.
         max_lora_rank=next(allowed for allowed in VLLM_RANKS if allowed >= rank) if stock else VLLM_RANKS[0],
-        lora_target_modules=_adapted(model_dir, layers),
+        lora_target_modules=_adapted(model_dir, es.layers if es else ()),
         lora_dtype=dtype,
         worker_extension_cls="eggroll_llm.engine.vllm.worker.EsWorkerExtension",
+        additional_config={POPULATION: population},
+        logits_processors=[ThoughtBudget] if thinking else None,
         max_logprobs=-1,
         disable_log_stats=True,
         use_tqdm_on_load=False,
@@ -71,6 +80,9 @@ def engine_args(
         **({"compilation_config": decode_graphs(config.max_sequences)} if graphs else {}),
         **memory_args(config),
     )
+    if logprobs:  # those of the distribution that is sampled from
+        args.logprobs_mode = "processed_logprobs"
+    return args
 
 
 def _adapted(model_dir: Path, layers: Sequence[int]) -> list[str]:
@@ -79,20 +91,6 @@ def _adapted(model_dir: Path, layers: Sequence[int]) -> list[str]:
         return list(TARGET_MODULES)
     parents = {name.rsplit(".", 2)[0] for name, _, _ in trained_parameters(model_dir, layers)}
     return [f"{parent}.{module}" for parent in sorted(parents, key=block_of) for module in TARGET_MODULES]
-
-
-def population_settings(
-    config: EngineConfig, *, rank: int, es: Mapping[str, Any] | None, stock: bool
-) -> dict[str, Mapping[str, Any]]:
-    """Return the `additional_config` that asks the worker for a population; `es` are fields of EsSettings, if any."""
-    settings = {
-        "rank": rank,
-        "es": es,
-        "offload": config.offload_masters,
-        "compiled": config.compile,
-        "stock": stock,
-    }
-    return {POPULATION: settings}
 
 
 def decode_graphs(max_sequences: int) -> dict[str, Any]:

@@ -21,11 +21,10 @@ from vllm.v1.engine.llm_engine import LLMEngine
 from eggroll_llm.config.schema import EngineConfig
 from eggroll_llm.engine.interface import Completion, Decoding, Request, Scored, Stream, UpdateTimes
 from eggroll_llm.engine.token_tree import trees_of
-from eggroll_llm.engine.vllm.arguments import VLLM_RANKS, engine_args, population_settings
+from eggroll_llm.engine.vllm.arguments import engine_args
 from eggroll_llm.engine.vllm.failures import Refused, call_error, calling, start_error
 from eggroll_llm.engine.vllm.ranks import environment
 from eggroll_llm.engine.vllm.requests import RequestQueue
-from eggroll_llm.engine.vllm.sampler import ThoughtBudget
 from eggroll_llm.engine.vllm.text import TextRules, completion, sampling_params
 from eggroll_llm.engine.watchdog import Watchdog
 from eggroll_llm.errors import ModelError, UserError
@@ -37,7 +36,7 @@ from eggroll_llm.models.architectures import check_tensor_parallel
 from eggroll_llm.models.export import export_model
 from eggroll_llm.models.files import read_config
 from eggroll_llm.models.targets import trained_parameters
-from eggroll_llm.system.hardware import resolve_dtype, serves_on_cpu
+from eggroll_llm.system.hardware import serves_on_cpu
 
 log = logging.getLogger(__name__)
 
@@ -55,67 +54,55 @@ class VllmEngine:
         self,
         model_dir: Path,
         config: EngineConfig,
-        *,
-        slots: int,
-        rank: int,
-        max_model_len: int,
         es: EsSettings | None = None,
+        *,
         prefix_caching: bool = True,
-        trainable: bool = True,
         stock: bool = False,
         logprobs: bool = False,
         thinking: bool = False,
         vllm_args: Mapping[str, Any] | None = None,
     ) -> None:
-        """Start vLLM on a checked model directory.
+        """Start vLLM on a checked model directory, with slots, sequences and context of `config` settled.
 
-        `slots` members are resident at once, of rank `rank`. Without `trainable` there are no float32 masters, and only
-        `generate`, `stream` and `load_weights` may be called. `stock` leaves a CPU to vLLM's own adapter arithmetic,
-        for comparison. With `logprobs` decoding may ask for them, which costs a softmax per token; with `thinking` it
-        may limit thoughts, which takes the tokens of every step to the processor before the next. `vllm_args` replace
-        arguments of vLLM, such as `load_format`, for measurements.
+        Without `es` there are no float32 masters, members have rank 1, and only `generate`, `stream` and `load_weights`
+        may be called. `stock` leaves a CPU to vLLM's own adapter arithmetic, for comparison. With `logprobs` decoding
+        may ask for them, which costs a softmax per token; with `thinking` it may limit thoughts, which takes the tokens
+        of every step to the processor before the next. `vllm_args` replace arguments of vLLM, such as `load_format`,
+        for measurements.
         Raises ModelError when the model cannot be adapted, ConfigError when memory is short, else EngineError.
         """
-        if rank > VLLM_RANKS[-1]:
-            raise ValueError(f"rank {rank}: the engine serves ranks up to {VLLM_RANKS[-1]}")
+        if 0 in (config.slots, config.max_sequences, config.max_model_len):
+            raise ValueError("slots, max_sequences and max_model_len of an engine must be settled")
         check_tensor_parallel(read_config(model_dir), config.tensor_parallel, model_dir)
-        self.model_dir, self.dtype = model_dir, getattr(torch, resolve_dtype(config.dtype))
+        self.model_dir, self._config, self._thinking = model_dir, config, thinking
         self._threads_before = torch.get_num_threads()
         if config.threads:
             torch.set_num_threads(config.threads)
-        self._context, self._slots, self._thinking = max_model_len, slots, thinking
         self.watchdog = Watchdog(config.timeout_seconds)
-        self._in_process = config.tensor_parallel == 1
-        layers = es.layers if es else ()
-        sizes = {"slots": slots, "rank": rank, "max_model_len": max_model_len}
-        args = engine_args(model_dir, config, self.dtype, **sizes, layers=layers, stock=stock)
-        args = dataclasses.replace(args, enable_prefix_caching=prefix_caching, **(vllm_args or {}))
-        if logprobs:  # those of the distribution that is sampled from
-            args.logprobs_mode = "processed_logprobs"
-        args.logits_processors = [ThoughtBudget] if thinking else None
+        ways = {"prefix_caching": prefix_caching, "stock": stock, "logprobs": logprobs, "thinking": thinking}
+        args = dataclasses.replace(engine_args(model_dir, config, es, **ways), **(vllm_args or {}))
+        self.dtype: torch.dtype = args.dtype
         self._batch_tokens = args.max_num_batched_tokens
-        settings = dataclasses.asdict(es or EsSettings()) if trainable else None
-        args.additional_config = population_settings(config, rank=rank, es=settings, stock=stock)
         with contextlib.ExitStack() as failed:
             failed.callback(self.close)
-            self._start(args, config)
-            self.queue = RequestQueue(self._llm, self.watchdog, config, max_model_len)
-            _check_shapes(model_dir, layers, self.shapes)
+            self._start(args)
+            self.queue = RequestQueue(self._llm, self.watchdog, config)
+            _check_shapes(model_dir, es.layers if es else (), self.shapes)
             if config.compile:  # which must not fall into the first step
                 self.generate([Request(prompt_ids=(1, 2, 3))], Decoding(max_tokens=2))
             failed.pop_all()
 
-    def _start(self, args: EngineArgs, config: EngineConfig) -> None:
+    def _start(self, args: EngineArgs) -> None:
         set_num_threads = torch.set_num_threads
         try:
-            with self.watchdog, environment(config), _inspected_here(self._in_process):
+            with self.watchdog, environment(self._config), _inspected_here(self._in_process):
                 self._llm = LLMEngine.from_engine_args(args)
                 self.text_rules = TextRules(self._llm.get_tokenizer())
                 started, *_ = self._llm.collective_rpc("es_call", args=("start",))
         except UserError:
             raise
         except Exception as error:
-            raise start_error(error, self.model_dir, config, self._context) from error
+            raise start_error(error, self.model_dir, self._config) from error
         finally:  # vLLM puts a function that does nothing in its place, for all engines to come and for the user
             torch.set_num_threads = set_num_threads
         self.shapes: dict[str, tuple[int, int]] = started.shapes
@@ -173,15 +160,16 @@ class VllmEngine:
     ) -> Generator[None, None, Tensor]:
         """Yield after each forward pass, of no more tokens than a step of `poll` has; return what `score` does."""
         longest = max(len(prompt) + len(completion) for prompt, completion in completions)
-        if longest > self._context:
+        if longest > self._config.max_model_len:
             raise ValueError(
-                f"a completion and its prompt have {longest} tokens, more than the context's {self._context}"
+                f"a completion and its prompt have {longest} tokens, more than the context's "
+                f"{self._config.max_model_len}"
             )
         numbers = [-1 if member is None else member for member in members]
         columns = []
         for _, tree in trees_of(completions, self._batch_tokens):
             rows = []
-            for part in _parts(numbers, self._slots, max(1, self._batch_tokens // len(tree))):
+            for part in _parts(numbers, self._config.slots, max(1, self._batch_tokens // len(tree))):
                 rows.append(self._call("score", tree, part, temperature))
                 yield
             columns.append(torch.cat(rows))
@@ -259,6 +247,10 @@ class VllmEngine:
             log.warning("%s", call_error("shutting down", error))
         finally:
             self.watchdog.close()
+
+    @property
+    def _in_process(self) -> bool:
+        return self._config.tensor_parallel == 1
 
     def _call(self, method: str, *args: Any) -> Any:
         """Call a method of the population on all ranks; return what the first one says."""

@@ -69,14 +69,14 @@ def call_error(what: str, error: Exception) -> EngineError:
     return EngineError(f"the inference engine failed in {what}: {_described(error)}. {remedy}")
 
 
-def start_error(error: Exception, model_dir: Path, config: EngineConfig, max_model_len: int) -> UserError:
+def start_error(error: Exception, model_dir: Path, config: EngineConfig) -> UserError:
     """Say why the engine does not start on a model."""
     text = _one_line(error)
     key = _cache_key()
     value = getattr(config, key.removeprefix("engine."))
     if found := _CACHE_NEEDED.search(text):
         return ConfigError(
-            f"{key} = {value:g}: a sequence of {max_model_len} tokens (engine.max_model_len) needs "
+            f"{key} = {value:g}: a sequence of {config.max_model_len} tokens (engine.max_model_len) needs "
             f"{float(found[1]) + 0.01:.2f} GiB of key-value cache: raise {key}, or lower engine.max_model_len or "
             "sampling.max_tokens"  # with 0.01 more, as vLLM rounds
         )

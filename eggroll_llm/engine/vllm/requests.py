@@ -21,10 +21,10 @@ from eggroll_llm.system.hardware import serves_on_cpu
 class RequestQueue:
     """The requests of an engine that are not answered yet. What vLLM raises in a step becomes an EngineError."""
 
-    def __init__(self, llm: LLMEngine, watchdog: Watchdog, config: EngineConfig, max_model_len: int) -> None:
+    def __init__(self, llm: LLMEngine, watchdog: Watchdog, config: EngineConfig) -> None:
         self._llm, self._watchdog = llm, watchdog
         self._in_flight, self._burst = _admission(config)
-        self._patience = 2 * config.max_sequences * max_model_len
+        self._patience = 2 * config.max_sequences * config.max_model_len
         self._calls, self._version = count(), "base"
         self._open: dict[str, tuple[int, Callable[[RequestOutput], Any]]] = {}  # by vLLM's id, in order
         self._waiting: dict[str, tuple[Request, Callable[[Request], SamplingParams]]] = {}  # not with vLLM yet

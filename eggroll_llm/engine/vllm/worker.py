@@ -125,13 +125,13 @@ class Population:
         runner: Any,
         model: Any,
         *,
-        rank: int,
         es: Mapping[str, Any] | None,
         offload: bool,
         compiled: bool,
         stock: bool,
     ) -> None:
         """Install it around a loaded model. `es` are fields of EsSettings; without them there are no masters."""
+        settings = EsSettings(**es or {})
         self._adapters = adapters = runner.lora_manager._adapter_manager
         self._manager, self._stock = runner.lora_manager, stock
         self.device, self.dtype = runner.device, runner.model_config.dtype
@@ -140,11 +140,10 @@ class Population:
         self._parts = parameter_parts(self.layers)
         self._ranks = Ranks(self._parts, self.device)
         self._arrived: dict[str, Tensor] = {}  # of a state that is being loaded
-        self.bank = FactorBank(self.layers, rank, self.dtype, self.device)
+        self.bank = FactorBank(self.layers, settings.rank, self.dtype, self.device)
         buffers = PaddedBuffers if stock else GpuRowBuffers if runs_triton(self.device) else RowBuffers
         self.slots = MemberSlots(buffers(self.layers, self.bank, adapters.lora_slots), adapters.lora_slots)
         weights = initial_weights(model, self.layers)
-        settings = EsSettings(**es) if es is not None else EsSettings()
         if es is not None:
             offload = offload and self.device.type != "cpu"  # a CPU's masters are in the host's memory anyway
             fold = fold_for(self.device)
