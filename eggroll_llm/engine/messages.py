@@ -116,6 +116,7 @@ class Started:
     """Name of its machine, for people."""
     node: str
     """What processes that share files with it have in common."""
+    pid: int
     device: str
     versions: Mapping[str, str]
     """Of the packages that the bits depend on."""

@@ -262,6 +262,7 @@ def _hello() -> Started:
     return Started(
         host=platform.node(),
         node=ray.get_runtime_context().get_node_id(),
+        pid=os.getpid(),
         device=torch.cuda.get_device_name() if cuda else f"CPU with {torch.backends.cpu.get_cpu_capability()}",
         versions=package_versions(*BITS_DEPEND_ON),
     )

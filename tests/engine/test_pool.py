@@ -111,7 +111,7 @@ def test_an_engine_that_scores_for_long_says_that_it_goes_on() -> None:
             return (yield from super().scoring(*args, **keywords))
 
     messages = iter([Scoring(1, (((1, 2, 3, 4), (5, 6)),), 1.0), Work(1, ((0, 0, None, None),)), None, Stop()])
-    hello = Started("host", "node", "device", {})
+    hello = Started("host", "node", 0, "device", {})
     events = list(serve(lambda: Thorough(CONFIG, Path()), lambda: hello, lambda block: next(messages), 0.0))
     assert [type(event) for event in events] == [Started, Alive, Alive, Alive, Scores]
 
@@ -285,7 +285,7 @@ def test_engines_of_other_versions_are_refused(bench: Benches) -> None:
 
 
 def test_what_engines_run_on_is_said_of_both() -> None:
-    here = Started(host="a", node="1", device="A100", versions={"torch": "2", "vllm": "1"})
+    here = Started(host="a", node="1", pid=1, device="A100", versions={"torch": "2", "vllm": "1"})
     there = dataclasses.replace(here, host="b", device="H100")
     assert _mismatch(here, there).startswith("a runs on A100, b runs on H100: engines compute the same bits on equal")
     assert _mismatch(here, dataclasses.replace(here, host="b")) == ""
@@ -404,7 +404,7 @@ def test_no_message_has_more_than_a_parameter_or_a_piece_of_a_file(monkeypatch: 
 
     inbox: list[Any] = []
     sizes: list[int] = []
-    hello = Started(host="", node="", device="", versions={})
+    hello = Started(host="", node="", pid=0, device="", versions={})
     events = serve(Large, lambda: hello, lambda wait: inbox.pop() if inbox else None, 60.0)  # type: ignore[arg-type]
     assert next(events) is hello
 

@@ -180,7 +180,7 @@ class PipeLauncher:
         index, plan = len(self.links), self.plan
         host = plan.hosts.get(index, f"node-{number}")
         versions = {"torch": plan.versions.get(index, "2")}
-        hello = Started(host=host, node=plan.node, device="CPU", versions=versions)
+        hello = Started(host=host, node=plan.node, pid=0, device="CPU", versions=versions)
         self.links.append(PipeLink(Build(plan, index), hello, self.beat))
         return self.links[-1]
 

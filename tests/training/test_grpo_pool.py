@@ -80,7 +80,7 @@ class ThreadLink:
             return message
 
         try:
-            hello = Started(host="here", node="here", device="CPU", versions={})
+            hello = Started(host="here", node="here", pid=0, device="CPU", versions={})
             for event in serve(build, lambda: hello, read, 60.0):
                 events.put((self, encode(event)))
             events.put((self, Lost("it has ended")))
