@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,28 @@ def test_all_of_them_are_reached(tree: ProcessTree, leads: bool) -> None:
     kill_descendants(process.pid)
     assert wait_for(lambda: len(tree.alive()) == 2 + (not leads), seconds=10)
     assert {beside.pid, process.pid} <= set(tree.alive())
+
+
+BUSY = """
+import signal
+from eggroll_llm.system.processes import end_with_parent
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+end_with_parent()
+print(flush=True)
+while True:
+    pass
+"""
+PARENT = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {BUSY!r}])"
+
+
+def test_a_busy_process_ends_with_its_parent(tree: ProcessTree) -> None:
+    process = tree.start([sys.executable, "-c", PARENT], stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    process.stdout.readline()
+    time.sleep(1.5)
+    assert len(tree.alive()) == 2  # it does not end while there is one
+    process.kill()
+    assert tree.all_end()
 
 
 def test_a_process_without_any_is_left_alone(tree: ProcessTree) -> None:

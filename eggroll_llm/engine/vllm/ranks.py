@@ -21,6 +21,7 @@ from vllm.distributed import get_tp_group
 from eggroll_llm.config.schema import EngineConfig
 from eggroll_llm.es.noise import Offset
 from eggroll_llm.system.hardware import cores, serves_on_cpu
+from eggroll_llm.system.processes import end_with_parent
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +66,7 @@ class Ranks:
         if self._size > 1:  # Ctrl-C reaches the whole group of processes, and the driver still has to save its run
             for number in (signal.SIGINT, signal.SIGTERM):
                 signal.signal(number, signal.SIG_IGN)
+            end_with_parent()  # where another rank has ended, one may wait for it for ever, busily
             atexit.register(os._exit, 0)  # nothing is left to do, and taking the interpreter apart takes seconds
 
     def part(self, name: str, whole: Tensor) -> Tensor:
