@@ -44,7 +44,7 @@ def load_recipe(path: Path | str, settings: Mapping[str, Any] | None = None) -> 
 
 
 def train(
-    config: RunConfig,
+    config: RunConfig | Path | str,
     run_dir: Path | str,
     *,
     on_existing: "OnExisting" = "fail",
@@ -54,15 +54,17 @@ def train(
 ) -> "Outcome":
     """Train to the limit of the configuration, write `final/` into the run directory and return the outcome.
 
-    `on_existing` says what to do about an existing run directory: "fail", "resume" or "overwrite". `on_step` gets
-    the row of metrics of each finished step, and of step 0, the evaluation of the base model; `callbacks` get samples
-    and evaluations, too. What they raise ends the run, which can be resumed; StopTraining ends it as its limit would.
+    `config` is what `load_recipe` returns, or the path of a recipe. `on_existing` says what to do about an existing run
+    directory: "fail", "resume" or "overwrite". `on_step` gets the row of metrics of each finished step, and of step 0,
+    the evaluation of the base model; `callbacks` get samples and evaluations, too. What they raise ends the run, which
+    can be resumed; StopTraining ends it as its limit would.
     Progress goes to the terminal or to `display`. Raises UserError.
     """
     installed.check("train", *installed.ENGINE)
     from eggroll_llm.training import session
     from eggroll_llm.training.callbacks.base import FunctionOfStep
 
+    config = config if isinstance(config, RunConfig) else load_recipe(config)
     every = [*callbacks, *([FunctionOfStep(on_step)] if on_step else [])]
     with _shown(display) as shown:
         return session.train(config, Path.cwd(), Path(run_dir), on_existing, shown, callbacks=every)

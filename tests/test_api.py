@@ -60,6 +60,14 @@ def test_a_callback_that_raises_leaves_a_run_to_resume(recipe: Path, tmp_path: P
     assert [row["step"] for row in rows] == [2, 3]  # the checkpoint of step 2 was not written yet
 
 
+def test_a_recipe_may_be_named_by_its_path(recipe: Path, tmp_path: Path) -> None:
+    def stop(row: Any) -> None:
+        raise RuntimeError("enough")
+
+    with pytest.raises(RuntimeError, match="enough"):
+        train(str(recipe), tmp_path / "run", on_step=stop, display=Recorder())
+
+
 def test_a_callback_ends_a_run_as_its_limit_would(recipe: Path, tmp_path: Path) -> None:
     """With GRPO, whose loop is TRL's; the model of that step is there, and the run trains on from it."""
     config = load_recipe(recipe, {"steps": 3, "eval.every": 0})

@@ -28,6 +28,7 @@ ERROR_CHARACTERS = 4000  # of a line
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; return the exit status. A user's mistake is one line on standard error and status 2."""
     find_own_packages_first()
+    _let_threads_sleep()
     _set_up_messages()
     options = argparse.Namespace(again="")
     try:
@@ -75,6 +76,16 @@ def _complain(text: str) -> None:
         from eggroll_llm.cli.display import give_up
 
         give_up(sys.stderr)
+
+
+def _let_threads_sleep() -> None:
+    """Let OpenMP's threads wait for each other awake for some 30 µs instead of 1 ms, at each of thousands of times.
+
+    Where other work takes a core, the one that waits keeps the other from moving to its core. To be set before torch
+    is imported.
+    """
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 
 def _set_up_messages() -> None:

@@ -50,7 +50,7 @@ def budget(prepared: "Prepared") -> list[str]:
     if config.steps:
         lines.append(f"in all: {config.steps} steps, {least}{drawings * completions:,} completions")
     if config.minutes:
-        lines.append(f"in all: at most {config.minutes:g} minutes of training")
+        lines.append(f"in all: at most {config.minutes:g} minute{'' if config.minutes == 1 else 's'} of training")
 
     lines += _memory_lines(prepared)
     return lines

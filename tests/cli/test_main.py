@@ -83,6 +83,19 @@ def refused(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
     return message
 
 
+@pytest.mark.parametrize(("policy", "expected"), [(None, "10000"), ("passive", None)])
+def test_threads_do_not_wait_awake_for_long(
+    policy: str | None, expected: str | None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, value in (("GOMP_SPINCOUNT", ""), ("OMP_WAIT_POLICY", policy or "")):
+        monkeypatch.setenv(name, value)  # so that what is set here is taken back
+        if not value:
+            monkeypatch.delenv(name)
+    assert main(["nonsense"]) == 2
+    assert "nonsense" in capsys.readouterr().err
+    assert os.environ.get("GOMP_SPINCOUNT") == expected
+
+
 def test_no_such_recipe(refused: Callable[..., str], tmp_path: Path) -> None:
     path = tmp_path / "recipe.toml"
     assert re.match(rf"{re.escape(str(path))}\b.*(No such file|no such file|does not exist)", refused("train", path))

@@ -74,6 +74,7 @@ def test_completions_and_tokens(model: Path) -> None:
         "in all: 10 steps, 360 completions",
     ]
     assert lines(model, steps=0, minutes=2.5)[3] == "in all: at most 2.5 minutes of training"
+    assert lines(model, steps=0, minutes=1.0)[3] == "in all: at most 1 minute of training"
 
 
 def test_members_that_score_answers_generate_none(model: Path) -> None:
