@@ -23,6 +23,7 @@ from eggroll_llm.engine.interface import Completion, Decoding, Request, Scored, 
 from eggroll_llm.engine.links import Launcher, Replica, Rules
 from eggroll_llm.engine.messages import Call, Done, Forget, Prompts, Refused, Scores, Scoring, Stop, Work
 from eggroll_llm.engine.roster import REPLAYED_AT_ONCE, EngineLostError, Roster
+from eggroll_llm.engine.sampling import in_order
 from eggroll_llm.engine.shares import Shares
 from eggroll_llm.engine.watchdog import Watchdog
 from eggroll_llm.errors import EngineError
@@ -119,8 +120,7 @@ class EnginePool:
 
     def generate(self, requests: Sequence[Request], decoding: Decoding) -> list[Completion]:
         """Return the completion of each request, in their order. Raises EngineError when too few engines are left."""
-        completions = dict(self.stream(requests, decoding))
-        return [completions[i] for i in range(len(requests))]
+        return in_order(self.stream(requests, decoding), len(requests))
 
     def stream(self, requests: Sequence[Request], decoding: Decoding) -> Stream:
         """Yield (position of the request, completion) as they finish; closing it early leaves the pool usable."""

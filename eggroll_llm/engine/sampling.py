@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from eggroll_llm.config.schema import SamplingConfig
-from eggroll_llm.engine.interface import Completion, Decoding, Progress, Request, Sampler
+from eggroll_llm.engine.interface import Completion, Decoding, Progress, Request, Sampler, Stream
 from eggroll_llm.errors import EngineError
 
 
@@ -68,6 +68,12 @@ def added(decoding: Decoding) -> dict[str, Any]:
     """Return the fields of `ADDED` that are not at their defaults, by name."""
     defaults = Decoding(max_tokens=1)
     return {name: value for name in ADDED if (value := getattr(decoding, name)) != getattr(defaults, name)}
+
+
+def in_order(stream: Stream, requests: int) -> list[Completion]:
+    """Return the completions of a stream by position."""
+    completions = dict(stream)
+    return [completions[i] for i in range(requests)]
 
 
 def sample_population(

@@ -20,6 +20,7 @@ from vllm.v1.engine.llm_engine import LLMEngine
 
 from eggroll_llm.config.schema import EngineConfig
 from eggroll_llm.engine.interface import Completion, Decoding, Request, Scored, Stream, UpdateTimes
+from eggroll_llm.engine.sampling import in_order
 from eggroll_llm.engine.token_tree import trees_of
 from eggroll_llm.engine.vllm.arguments import engine_args
 from eggroll_llm.engine.vllm.failures import Refused, call_error, calling, start_error
@@ -118,8 +119,7 @@ class VllmEngine:
 
         Raises EngineError when the engine does not answer every request.
         """
-        completions = dict(self.stream(requests, decoding))
-        return [completions[i] for i in range(len(requests))]
+        return in_order(self.stream(requests, decoding), len(requests))
 
     def stream(self, requests: Sequence[Request], decoding: Decoding) -> Stream:
         """Yield (position of the request, completion) as they finish; closing it early leaves the engine usable.
